@@ -1,0 +1,410 @@
+"""Rebuild the bundled emoji data set from free drawings, byte for byte.
+
+    python -m gkl_vl.assets.build_emoji --out gkl_vl/assets
+    python -m gkl_vl.assets.build_emoji --check
+
+A concept is one emoji, a style one set of drawings: Noto and Twemoji are for training, Fluent is the
+test of a style never seen, and a tenth of the concepts is never trained on in any style.
+
+This script alone needs `npm` and `pip install pillow==13.0.0 resvg-py==0.5.0`; other versions may
+encode the same pictures in other bytes.
+"""
+
+import argparse
+import collections
+import filecmp
+import hashlib
+import importlib.metadata
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import unicodedata
+from pathlib import Path
+
+import PIL.features
+from PIL import Image
+
+PINNED = {"pillow": "13.0.0", "resvg-py": "0.5.0"}
+
+# name -> version and sha256 of the file that `npm pack` fetches
+PACKAGES = {
+    "emoji-datasource-google": ("16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"),
+    "emoji-datasource-twitter": ("16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"),
+    "fluentui-emoji": ("1.3.0", "ec892e607e854859b812c7d827801756adc19955b0ef56d4ae8afcddd19492c5"),
+    "cldr-annotations-full": ("48.2.0", "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1"),
+    "cldr-annotations-derived-full": ("48.2.0", "4be946ff5815f806ec78b50363d577a769f2fbfb90c6380a44e161a92436996e"),
+}
+
+SIDE = 64
+QUALITY = 80
+KEYWORDS = 6
+TEMPLATES = ("{c}", "an emoji of {c}")
+
+# National flags have no Fluent drawing, and a dozen are the same picture as another's; a bare skin
+# tone is a colour patch. Without them the rest fits the budget at a decent quality.
+LEFT_OUT = {"country-flag", "subdivision-flag", "skin-tone"}
+
+# Fluent files that go by another name than CLDR's. "pouting face" was CLDR's name of today's
+# "enraged face".
+FLUENT_NAMES = {
+    "black bird": "blackbird",
+    "deaf man": "man-deaf",
+    "deaf person": "person-deaf",
+    "deaf woman": "woman-deaf",
+    "elf": "person-elf",
+    "enraged face": "pouting-face",
+    "face with crossed-out eyes": "knocked-out-face",
+    "fairy": "person-fairy",
+    "genie": "person-genie",
+    "keycap #": "keycap-hashtag",
+    "mage": "person-mage",
+    "man with blond hair": "man-blonde-hair",
+    "men with bunny ears": "man-with-bunny-ears",
+    "men wrestling": "man-wrestling",
+    "mermaid": "woman-merpeople",
+    "merman": "man-merpeople",
+    "merperson": "person-merpeople",
+    "people with bunny ears": "person-with-bunny-ears",
+    "people wrestling": "person-wrestling",
+    "person with blond hair": "person-blonde-hair",
+    "phoenix": "phoenix-bird",
+    "red triangle pointed up": "red-triangle",
+    "smiling face with open hands": "hugging-face",
+    "stuffed flatbread": "stuffedbread-flat",
+    "superhero": "person-superhero",
+    "supervillain": "person-supervillain",
+    "vampire": "person-vampire",
+    "woman with blond hair": "woman-blonde-hair",
+    "women with bunny ears": "woman-with-bunny-ears",
+    "women wrestling": "woman-wrestling",
+    "zombie": "person-zombie",
+}
+
+
+# ---- sources
+
+
+def fetch(name, cache):
+    """The package's tar, opened; downloaded with npm unless the cache has it."""
+    version, digest = PACKAGES[name]
+    path = cache / f"{name}-{version}.tgz"
+    if not path.exists():
+        if shutil.which("npm") is None:
+            die(f"npm not found: it is needed to download {name}@{version}")
+        command = ["npm", "pack", "--silent", f"{name}@{version}"]
+        done = subprocess.run(command, cwd=cache, capture_output=True, text=True)
+        if done.returncode:
+            die(f"`{' '.join(command)}` failed: {done.stderr.strip()[-200:]}")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        die(f"{path} is not the file this script was written for (sha256 differs)")
+    return tarfile.open(path)
+
+
+def die(message):
+    print(f"build_emoji: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def members(archive, pattern):
+    """name without folder -> bytes, of the archive's files whose whole path matches."""
+    found = {}
+    for member in archive:  # in file order, so that the gzip stream is read once
+        if re.fullmatch(pattern, member.name):
+            found[member.name.rsplit("/", 1)[1]] = archive.extractfile(member).read()
+    return found
+
+
+def load_sources(cache):
+    with fetch("emoji-datasource-google", cache) as archive:
+        noto = members(archive, r"package/(emoji\.json|img/google/64/[^/]+\.png)")
+    with fetch("emoji-datasource-twitter", cache) as archive:
+        twemoji = members(archive, r"package/img/twitter/64/[^/]+\.png")
+    with fetch("fluentui-emoji", cache) as archive:
+        fluent = members(archive, r"package/icons/flat/[^/]+\.svg")
+    annotations = {}
+    for name, folder in (
+        ("cldr-annotations-derived-full", "annotationsDerived"),
+        ("cldr-annotations-full", "annotations"),
+    ):
+        with fetch(name, cache) as archive:
+            text = members(archive, rf"package/{folder}/en/annotations\.json")
+        for emoji, entry in json.loads(text["annotations.json"])[folder]["annotations"].items():
+            annotations[emoji.replace("\ufe0f", "")] = entry
+    entries = json.loads(noto.pop("emoji.json"))
+    return entries, annotations, noto, twemoji, fluent
+
+
+# ---- pictures
+
+
+def on_white(image):
+    image = image.convert("RGBA")
+    canvas = Image.new("RGBA", image.size, "white")
+    canvas.alpha_composite(image)
+    return canvas.convert("RGB")
+
+
+def read_png(data):
+    image = on_white(Image.open(io.BytesIO(data)))
+    assert image.size == (SIDE, SIDE), image.size
+    return image
+
+
+def read_svg(data):
+    """Fluent leaves a margin of a sixteenth around most drawings, Noto and Twemoji leave almost none:
+    draw larger than the frame, as far as the frame cuts off margin only."""
+    for larger in (72, 68, SIDE):
+        frame = draw_svg(data, larger)
+        inside = frame.crop(((larger - SIDE) // 2,) * 2 + ((larger + SIDE) // 2,) * 2)
+        if opaque(inside) == opaque(frame):
+            break
+    return on_white(inside)
+
+
+def draw_svg(data, side):
+    import resvg_py  # here, so that the other functions can be used without it
+
+    png = resvg_py.svg_to_bytes(
+        svg_string=data.decode(), width=side, height=side, skip_system_fonts=True
+    )
+    drawing = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    frame = Image.new("RGBA", (side, side))
+    # two drawings are not quite square: centre them
+    frame.paste(drawing, ((side - drawing.width) // 2, (side - drawing.height) // 2))
+    return frame
+
+
+def opaque(image):
+    """How many pixels can be seen; an alpha of 8 in 255 is the faint edge of a curve."""
+    return sum(image.getchannel("A").histogram()[9:])
+
+
+def webp(image):
+    """Lossless where it takes no more tar blocks (512 bytes) than lossy, as flat drawings often do.
+
+    @SIZES@
+    """
+    lossy, lossless = io.BytesIO(), io.BytesIO()
+    image.save(lossy, "WEBP", quality=QUALITY, method=6)
+    image.save(lossless, "WEBP", lossless=True, quality=100, method=6)
+    lossy, lossless = lossy.getvalue(), lossless.getvalue()
+    return lossless if blocks(lossless) <= blocks(lossy) else lossy
+
+
+def blocks(data):
+    return -(-len(data) // 512)
+
+
+# ---- concepts
+
+
+def readable(name):
+    """CLDR's spoken name in lower case, its colons and typographic quotes in plain words."""
+    name = unicodedata.normalize("NFC", name).lower()
+    for old, new in (("’", "'"), ("“", '"'), ("”", '"'), (": facing", " facing")):
+        name = name.replace(old, new)
+    name = re.sub(r"^flag: ", "flag of ", name)
+    name = re.sub(r"^keycap: ", "keycap ", name)
+    name = re.sub(r": (\w+ hair|beard)$", r" with \1", name)
+    name = re.sub(r"^(\w+): bald$", r"bald \1", name)
+    return name
+
+
+def make_concepts(entries, annotations, noto, twemoji):
+    """One dict per emoji to be used, in code-point order."""
+    concepts = []
+    for entry in entries:
+        drawn = entry["has_img_google"] and entry["has_img_twitter"]
+        if not drawn or entry["subcategory"] in LEFT_OUT:
+            continue
+        points = entry["unified"].lower()
+        text = "".join(chr(int(point, 16)) for point in points.split("-"))
+        annotation = annotations[text.replace("\ufe0f", "")]
+        concepts.append(
+            {
+                "points": points,
+                "name": readable(annotation["tts"][0]),
+                "spoken": annotation["tts"][0],
+                "short": re.sub("[_-]+", " ", entry["short_name"]).strip().lower(),
+                "keywords": [word.lower() for word in annotation["default"]],
+                "added": tuple(int(part) for part in entry["added_in"].split(".")),
+                "noto": read_png(noto[entry["image"]]),
+                "twemoji": read_png(twemoji[entry["image"]]),
+            }
+        )
+    return sorted(drop_same_pictures(concepts), key=lambda concept: concept["points"])
+
+
+def drop_same_pictures(concepts):
+    """Of concepts drawn alike keep the newest: Twemoji draws every family as one of four outlines
+    without gender, and only the newest names ("adult, child") say no more than the outline shows."""
+    kept, pictures = [], set()
+    for concept in sorted(concepts, key=lambda c: ([-part for part in c["added"]], c["points"])):
+        both = {(style, concept[style].tobytes()) for style in ("noto", "twemoji")}
+        if not both & pictures:
+            kept.append(concept)
+        pictures |= both
+    print(f"left out {len(concepts) - len(kept)} concepts that share a drawing with another")
+    return kept
+
+
+def add_fluent(concepts, fluent):
+    """Find each concept's Fluent drawing by name; of drawings in several skin tones the yellow one."""
+    files = {name.removesuffix(".svg").removesuffix("-default"): name for name in fluent}
+    matched = 0
+    for concept in concepts:
+        stem = FLUENT_NAMES.get(concept["name"], slug(concept["spoken"]))
+        if stem in files:
+            concept["fluent"] = read_svg(fluent[files[stem]])
+            matched += 1
+    print(f"matched {matched} Fluent drawings to {len(concepts)} concepts")
+
+
+def slug(name):
+    """As Fluent's files are named: "rescue worker’s helmet" -> "rescue-workers-helmet"."""
+    name = unicodedata.normalize("NFKD", name.lower())
+    name = re.sub("[’“”.!\u0300-\u036f]", "", name).replace("*", "asterisk")
+    return re.sub("[^a-z0-9]+", "-", name.replace("&", "and")).strip("-")
+
+
+def add_captions(concepts):
+    """Several lines for each concept, its name first, none of them also another concept's."""
+    names = collections.Counter(concept["name"] for concept in concepts)
+    assert max(names.values()) == 1, names.most_common(1)
+    frequency = collections.Counter(word for concept in concepts for word in concept["keywords"])
+    for concept in concepts:
+        name = concept["name"]
+        words = {word for word in concept["keywords"] if word != name and len(word) > 2}
+        # the rarest words say most about this emoji
+        words = sorted(words, key=lambda word: (frequency[word], word))[:KEYWORDS]
+        lines = [name, concept["short"], ", ".join(words), f"an emoji of {name}"]
+        concept["captions"] = [line for line in dict.fromkeys(lines) if line]
+    uses = collections.Counter(line for concept in concepts for line in concept["captions"])
+    dropped = 0
+    for concept in concepts:
+        name, *others = concept["captions"]
+        # another concept's name or line: the name stays, for it is the class name
+        own = [line for line in others if uses[line] == 1]
+        dropped += len(others) - len(own)
+        concept["captions"] = [name, *own]
+    print(f"dropped {dropped} caption lines shared by several concepts")
+
+
+# ---- files
+
+
+def held_out(concept):
+    digest = hashlib.sha256(concept["points"].upper().encode()).digest()
+    return int.from_bytes(digest[:8], "big") % 10 == 0
+
+
+def write_shards(folder, concepts, styles, shards, with_label):
+    """folder/0.tar, ... of every concept in the given styles; returns the number of samples."""
+    folder.mkdir(parents=True)
+    samples = []
+    for label, concept in enumerate(concepts):
+        for style in styles:
+            if style in concept:
+                files = {"webp": webp(concept[style]), "txt": "\n".join(concept["captions"]) + "\n"}
+                if with_label:
+                    files["cls"] = str(label)
+                samples.append((f"{style}-{concept['points']}", files))
+    # a shuffle that no random generator's version can change
+    samples.sort(key=lambda sample: hashlib.sha256(sample[0].encode()).digest())
+    sizes = {}
+    for shard in range(shards):
+        part = samples[shard::shards]
+        sizes[f"{shard}.tar"] = len(part)
+        with tarfile.open(folder / f"{shard}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+            for key, files in part:
+                for extension, data in files.items():
+                    add_member(archive, f"{key}.{extension}", data)
+    (folder / "nshards.txt").write_text(str(shards))
+    (folder / "sizes.json").write_text(json.dumps(sizes) + "\n")
+    return len(samples)
+
+
+def add_member(archive, name, data):
+    data = data.encode() if isinstance(data, str) else data
+    info = tarfile.TarInfo(name)  # mtime, uid and gid 0, no owner's name
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))
+
+
+def write_root(root, concepts, splits):
+    root.mkdir(parents=True)
+    names = [concept["name"] for concept in concepts]
+    (root / "classnames.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    (root / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
+    (root / "dataset_type.txt").write_text("classification\n")
+    for split, (styles, shards) in splits.items():
+        # a label in every training sample would cost 3 MB of tar headers, and training reads none
+        count = write_shards(root / split, concepts, styles, shards, with_label=split == "test")
+        print(f"{root.name}/{split}: {count} samples of {len(concepts)} concepts")
+
+
+def build(out, cache):
+    entries, annotations, noto, twemoji, fluent = load_sources(cache)
+    concepts = make_concepts(entries, annotations, noto, twemoji)
+    add_fluent(concepts, fluent)
+    add_captions(concepts)
+    seen = [concept for concept in concepts if not held_out(concept)]
+    unseen = [concept for concept in concepts if held_out(concept)]
+    for name in ("emoji", "emoji_unseen"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    write_root(out / "emoji", seen, {"train": (("noto", "twemoji"), 4), "test": (("fluent",), 2)})
+    write_root(out / "emoji_unseen", unseen, {"test": (("noto", "twemoji", "fluent"), 1)})
+    tars = [path.stat().st_size for path in sorted(out.glob("emoji*/*/*.tar"))]
+    print(f"{sum(tars)} bytes ({sum(tars) / 2**20:.2f} MiB) in {len(tars)} shards")
+
+
+def first_difference(built, shipped):
+    """The first file, by name, that one side lacks or that differs; None if all are the same."""
+    both = [
+        {path.relative_to(root).as_posix() for path in root.glob("emoji*/**/*") if path.is_file()}
+        for root in (built, shipped)
+    ]
+    for name in sorted(both[0] | both[1]):
+        if not (name in both[0] and name in both[1]):
+            return name
+        if not filecmp.cmp(built / name, shipped / name, shallow=False):
+            return name
+    return None
+
+
+def warn_of_other_versions():
+    for name, wanted in PINNED.items():
+        found = importlib.metadata.version(name)
+        if found != wanted:
+            print(f"build_emoji: {name} is {found}, the shards were made with {wanted}")
+    print(f"libwebp {PIL.features.version('webp')}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the roots")
+    parser.add_argument("--check", action="store_true", help="compare a rebuild with --out")
+    parser.add_argument("--cache", type=Path, help="folder that keeps the downloads")
+    args = parser.parse_args()
+    warn_of_other_versions()
+    with tempfile.TemporaryDirectory() as scratch:
+        cache = args.cache or Path(scratch, "cache")
+        cache.mkdir(parents=True, exist_ok=True)
+        if not args.check:
+            build(args.out, cache)
+            return
+        build(Path(scratch, "built"), cache)
+        different = first_difference(Path(scratch, "built"), args.out)
+    if different:
+        print(f"build_emoji: differs: {different}", file=sys.stderr)
+        sys.exit(1)
+    print("every file is the same")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Rebuild the bundled tokenizer: CLIP's byte-pair encoding cut to its most frequent merges, 4,096 tokens in all.
+
+    python -m gkl_vl.assets.build_tokenizer --out gkl_vl/assets/tokenizer
+
+The small models of the bundled default use it because CLIP's own 49,408 rows of token embeddings would outweigh their
+towers twenty times. It is an ordinary `CLIPTokenizer` folder, the end-of-text token has the highest id (CLIP's `argmax`
+pooling needs that), and 0 is padding, as in CLIP.
+Source of the merges: openai/CLIP, `clip/bpe_simple_vocab_16e6.txt.gz` (MIT), as open_clip_torch installs it.
+"""
+
+import argparse
+import gzip
+from pathlib import Path
+
+from open_clip.tokenizer import bytes_to_unicode, default_bpe
+from transformers import CLIPTokenizer
+
+VOCAB_SIZE = 4096
+CONTEXT_LENGTH = 24
+
+
+def build() -> CLIPTokenizer:
+    """The tokenizer, from the merges that open_clip_torch carries."""
+    merges = gzip.open(default_bpe()).read().decode("utf-8").split("\n")[1:]
+    characters = list(bytes_to_unicode().values())
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    kept = merges[: VOCAB_SIZE - 2 * len(characters) - len(special)]
+    tokens = characters + [c + "</w>" for c in characters] + ["".join(m.split()) for m in kept] + special
+    return CLIPTokenizer(
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=[tuple(merge.split()) for merge in kept],
+        pad_token="!",
+        model_max_length=CONTEXT_LENGTH,
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tokenizer")
+    build().save_pretrained(parser.parse_args().out)

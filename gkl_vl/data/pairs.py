@@ -1,0 +1,471 @@
+"""Image-text pairs for training: from web shards, Hub datasets, parquet, CSV, or the bundled emoji, to batches.
+
+A source yields one epoch of undecoded pairs for one part of many (a part = one worker of one rank). Everything random
+follows from (seed, epoch, key), so that a stream can be taken up again at any pair, bit for bit, without decoding what
+was already used. The loader shards by rank and worker itself: do not hand it to `accelerator.prepare`.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import random
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torchvision.transforms import v2
+from webdataset.gopen import gopen
+from webdataset.shardlists import expand_urls
+
+from gkl_vl.errors import UserError
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+SHUFFLE_BUFFER = 2000
+BROKEN_WINDOW, BROKEN_SHARE = 1000, 0.05
+BUNDLED = Path(__file__).parents[1] / "assets" / "emoji"
+
+
+@dataclass(frozen=True, slots=True)
+class RawPair:
+    """One image with its captions, not decoded yet."""
+
+    key: str
+    image: Any  # encoded bytes, a path, or a PIL image
+    captions: tuple[str, ...]
+    row: int = -1  # position in a set that fits in memory, for stored teacher embeddings
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where pairs come from."""
+
+    name: str
+    num_pairs: int | None
+    """Pairs in one epoch; None where the shards do not say."""
+    num_parts: int | None
+    """The most parts it can be split into; None = any number."""
+    epoch: Callable[[int, int, int, int], Iterator[RawPair]]
+    """(seed, epoch, part, parts) -> the pairs of that part, shuffled, none of them in another part."""
+
+
+# ---- sources ----------------------------------------------------------------------------------------------------------
+
+
+def open_source(train_data: str | None, *, columns: tuple[str, str] | None = None) -> Source:
+    """The source that `--train-data` names.
+
+    None = the bundled emoji. `a-{000..9}.tar::b.tar` = web shards. `x.csv`, `x.tsv` = a table with columns `filepath` and
+    `title`. `x.parquet`, a folder of parquet files, or a Hub dataset id (`org/name` or `org/name:split`) = a table with
+    columns `image` and `caption`. `columns` renames the two.
+
+    Raises: UserError for what cannot be found.
+    """
+    if train_data is None:
+        pairs = bundled_pairs()
+        return memory_source("emoji", pairs)
+    if ".tar" in train_data:
+        return shard_source(train_data)
+    if train_data.endswith((".csv", ".tsv")):
+        return memory_source(train_data, read_csv(train_data, *(columns or ("filepath", "title"))))
+    return table_source(train_data, *(columns or ("image", "caption")))
+
+
+def bundled_pairs() -> list[RawPair]:
+    """The training split of the bundled emoji, in memory (7 MB encoded)."""
+    pairs = [pair for shard in sorted((BUNDLED / "train").glob("*.tar")) for pair in read_shard(str(shard))]
+    return [RawPair(p.key, p.image, p.captions, row) for row, p in enumerate(pairs)]
+
+
+def memory_source(name: str, pairs: Sequence[RawPair]) -> Source:
+    """Pairs in a list: every epoch a new permutation, each part takes every parts-th of it."""
+
+    def epoch(seed: int, number: int, part: int, parts: int) -> Iterator[RawPair]:
+        order = list(range(len(pairs)))
+        random.Random(f"{seed}/{number}").shuffle(order)
+        return (pairs[index] for index in order[part::parts])
+
+    return Source(name, len(pairs), None, epoch)
+
+
+def read_csv(path: str, image_column: str, caption_column: str) -> list[RawPair]:
+    """A CSV or TSV file with a header; image paths are absolute or relative to the file."""
+    if not Path(path).is_file():
+        raise UserError(f"--train-data {path!r} does not exist")
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ",")
+        header = reader.fieldnames or []
+        # open_clip writes tab-separated .csv files: one column whose name holds tabs.
+        if len(header) == 1 and "\t" in header[0]:
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter="\t")
+            header = reader.fieldnames or []
+        _need_columns(path, list(header), image_column, caption_column)
+        rows = list(reader)
+    root = Path(path).parent
+    return [RawPair(r[image_column], str(root / r[image_column]), (r[caption_column] or "",)) for r in rows]
+
+
+def table_source(name: str, image_column: str, caption_column: str) -> Source:
+    """A parquet file, a folder of them, or a dataset on the Hub, memory-mapped by `datasets`."""
+    import datasets
+
+    path, _, split = name.partition(":")
+    if path.endswith(".parquet") or Path(path).is_dir():
+        files = sorted(str(f) for f in ([Path(path)] if path.endswith(".parquet") else Path(path).rglob("*.parquet")))
+        if not files or not Path(files[0]).is_file():
+            raise UserError(f"--train-data {path!r} holds no parquet file (shards are written as {path}/{{0000..9999}}.tar)")
+        table = datasets.load_dataset("parquet", data_files=files, split="train")
+    else:
+        try:
+            table = datasets.load_dataset(path, split=split or "train")
+        except Exception as error:  # the client's errors for offline, unknown, private: the remedy is the same
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"--train-data {name!r} is no file here and could not be had from the Hub ({reason}): check the name "
+                "and the connection; shards end in .tar, tables in .csv, .tsv or .parquet"
+            ) from error
+    _need_columns(name, table.column_names, image_column, caption_column)
+    table = table.select_columns([image_column, caption_column])
+    if isinstance(table.features[image_column], datasets.Image):
+        table = table.cast_column(image_column, datasets.Image(decode=False))
+
+    def pair(index: int) -> RawPair:
+        row = table[index]
+        image, captions = row[image_column], row[caption_column]
+        encoded = (image["bytes"] or image["path"]) if isinstance(image, dict) else image
+        captions = (captions,) if isinstance(captions, str) else tuple(captions or ())
+        return RawPair(f"{name}:{index}", encoded, captions)
+
+    def epoch(seed: int, number: int, part: int, parts: int) -> Iterator[RawPair]:
+        order = list(range(len(table)))
+        random.Random(f"{seed}/{number}").shuffle(order)
+        return (pair(index) for index in order[part::parts])
+
+    return Source(name, len(table), None, epoch)
+
+
+def _need_columns(name: str, columns: list[str], image_column: str, caption_column: str) -> None:
+    for column in (image_column, caption_column):
+        if column not in columns:
+            raise UserError(f"{name!r} has no column {column!r}, only {', '.join(columns)}: name them with --columns")
+
+
+def shard_source(spec: str) -> Source:
+    """WebDataset shards, `::` between sources, braces expanded. A part reads its own shards, shuffled in a buffer."""
+    urls = [url for part in spec.split("::") for url in expand_urls(part)]
+    missing = [url for url in urls if _is_local(url) and not Path(url).is_file()]
+    if missing:
+        raise UserError(f"shard {missing[0]!r} does not exist ({len(missing)} of {len(urls)} are missing)")
+
+    def epoch(seed: int, number: int, part: int, parts: int) -> Iterator[RawPair]:
+        rng = random.Random(f"{seed}/{number}")
+        shards = list(urls)
+        rng.shuffle(shards)
+        pairs = (pair for url in shards[part::parts] for pair in read_shard(url))
+        return _shuffled(pairs, random.Random(f"{seed}/{number}/{part}"))
+
+    return Source(spec, _num_pairs_in(urls), len(urls), epoch)
+
+
+def _is_local(url: str) -> bool:
+    return "://" not in url and not url.startswith("pipe:")
+
+
+def _num_pairs_in(urls: list[str]) -> int | None:
+    """What `sizes.json` or `__len__` beside the shards says; None if any folder says nothing."""
+    total = 0
+    for folder in dict.fromkeys(str(Path(url).parent) for url in urls):
+        names = [Path(url).name for url in urls if str(Path(url).parent) == folder]
+        sizes, length = Path(folder) / "sizes.json", Path(folder) / "__len__"
+        if sizes.is_file():
+            table = json.loads(sizes.read_text())
+            if any(name not in table for name in names):
+                return None
+            total += sum(int(table[name]) for name in names)
+        elif length.is_file():
+            total += int(length.read_text())
+        else:
+            return None
+    return total
+
+
+def read_shard(url: str) -> Iterator[RawPair]:
+    """The pairs of one tar file: members KEY.jpg|png|webp with KEY.txt (a caption a line) or KEY.json (`caption`)."""
+    try:
+        with gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
+            members: dict[str, bytes] = {}
+            current = None
+            for info in tar:
+                if not info.isfile():
+                    continue
+                folder, _, base = info.name.rpartition("/")
+                stem, _, suffix = base.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                if key != current:
+                    if current is not None and (pair := _pair_of(current, members)):
+                        yield pair
+                    current, members = key, {}
+                body = tar.extractfile(info)
+                assert body is not None  # isfile() said so
+                members[suffix.lower()] = body.read()
+            if current is not None and (pair := _pair_of(current, members)):
+                yield pair
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UserError(f"shard {url!r} cannot be read to its end ({error}): fetch it again or leave it out") from error
+
+
+def _pair_of(key: str, members: dict[str, bytes]) -> RawPair | None:
+    image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+    if image is None and "txt" not in members and "json" not in members:
+        return None  # something else lies in the tar
+    return RawPair(key, image, _captions_of(members))
+
+
+def _captions_of(members: dict[str, bytes]) -> tuple[str, ...]:
+    try:
+        if "txt" in members:
+            return tuple(members["txt"].decode("utf-8").splitlines())
+        caption = json.loads(members.get("json", b"{}")).get("caption") or ""
+        return (caption,) if isinstance(caption, str) else tuple(caption)
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        return ()  # counted as a broken pair further on
+
+
+def _shuffled(pairs: Iterator[RawPair], rng: random.Random) -> Iterator[RawPair]:
+    buffer: list[RawPair] = []
+    for pair in pairs:
+        buffer.append(pair)
+        if len(buffer) >= SHUFFLE_BUFFER:
+            index = rng.randrange(len(buffer))
+            buffer[index], buffer[-1] = buffer[-1], buffer[index]
+            yield buffer.pop()
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+# ---- one pair ---------------------------------------------------------------------------------------------------------
+
+
+class BrokenPair(Exception):
+    """This pair cannot be used: its image does not decode or it has no caption."""
+
+
+def decode(pair: RawPair) -> tuple[Image.Image, tuple[str, ...]]:
+    """The RGB image and the captions that are not empty. Raises BrokenPair."""
+    captions = tuple(caption.strip() for caption in pair.captions if caption and caption.strip())
+    if not captions:
+        raise BrokenPair("no caption")
+    try:
+        image = pair.image
+        if image is None:
+            raise ValueError("no image")
+        if not isinstance(image, Image.Image):
+            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+        return image.convert("RGB"), captions
+    except Exception as error:  # PIL raises nearly anything on broken files, and all of it means the same
+        raise BrokenPair(f"image: {error}") from error
+
+
+def light_augmentation(size: int) -> Callable[[Image.Image], torch.Tensor]:
+    """open_clip's default: a random crop of 90 to 100 % of the area, resized. PIL -> uint8 [3, size, size]."""
+    crop = v2.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+    return v2.Compose([crop, v2.PILToTensor()])
+
+
+def drawing_augmentation(size: int) -> Callable[[Image.Image], torch.Tensor]:
+    """For the bundled emoji: what may change between two drawings of one thing, and no mirror (it swaps meanings)."""
+    return v2.Compose(
+        [
+            v2.RandomAffine(12, translate=(0.08, 0.08), scale=(0.75, 1.1), shear=8, fill=255,
+                            interpolation=v2.InterpolationMode.BILINEAR),
+            v2.RandomResizedCrop(size, scale=(0.7, 1.0), ratio=(0.8, 1.25), interpolation=v2.InterpolationMode.BICUBIC),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.5, 0.06)], p=0.8),
+            v2.RandomGrayscale(0.15),
+            v2.PILToTensor(),
+        ]
+    )  # fmt: skip
+
+
+def apply_seeded(augment: Callable[[Image.Image], torch.Tensor], image: Image.Image, seed: int) -> torch.Tensor:
+    """The augmentation drawn by `seed`, whatever the process's own generator holds, which stays untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return augment(image)
+
+
+# ---- batches ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Views:
+    """A fixed number of augmented views for each image, so that a teacher embeds every view once.
+
+    View v of row r is drawn by (v, r) alone, the same in every run and epoch.
+    """
+
+    num: int
+
+    def seed(self, row: int, view: int) -> int:
+        return number_of(f"view {view} of {row}")
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a rank's stream has come: batches taken, and undecoded pairs used by each worker."""
+
+    batches: int
+    pairs: tuple[int, ...]
+
+
+class PairStream(IterableDataset):
+    """Endless batches of one rank: {"image": uint8 [n, 3, r, r], "keys", "text", "text_ids", ...} as dicts.
+
+    `tokenizers` maps the key that a batch gets to a tokenizer: {"text": student's, "teacher_text": teacher's}.
+    With `views`, a batch also has `view_rows` and `caption_rows` = (row in the set, number of the view or caption).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        augment: Callable[[Image.Image], torch.Tensor],
+        tokenizers: dict[str, Callable[[list[str]], torch.Tensor]],
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        num_workers: int,
+        views: Views | None = None,
+        start: Position | None = None,
+    ):
+        self.source, self.augment, self.tokenizers = source, augment, tokenizers
+        self.batch_size, self.seed, self.views = batch_size, seed, views
+        self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
+        parts = max(num_workers, 1)
+        self.start = start or Position(0, (0,) * parts)
+        if len(self.start.pairs) != parts:
+            raise UserError(
+                f"--workers {num_workers} gives {parts} streams, the checkpoint has {len(self.start.pairs)}: "
+                f"resume with the same --workers"
+            )
+        num_parts = world_size * parts
+        if source.num_parts is not None and source.num_parts < num_parts:
+            raise UserError(
+                f"{source.num_parts} shards cannot be split over {world_size} processes x {parts} workers = "
+                f"{num_parts}: lower --workers or --num_processes, or write more and smaller shards"
+            )
+        if source.num_pairs is not None and source.num_pairs < num_parts:
+            raise UserError(f"{source.name!r} has {source.num_pairs} pairs, fewer than {num_parts} workers")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self._batches()
+        except UserError as error:  # as data: a worker's exception would arrive with its traceback in the message
+            yield {"error": str(error)}
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        parts = max(self.num_workers, 1)
+        # The loader asks its workers in turn, from 0: after k batches it is the turn of worker k mod parts.
+        worker = ((info.id if info else 0) + self.start.batches) % parts
+        part, num_parts = self.rank * parts + worker, self.world_size * parts
+        used = self.start.pairs[worker]
+        broken: list[str] = []
+        samples: list[dict[str, Any]] = []
+        for epoch, pair in islice(self._pairs(part, num_parts), used, None):
+            used += 1
+            try:
+                samples.append(self._sample(pair, epoch))
+            except BrokenPair as error:
+                broken.append(f"{pair.key} ({error})")
+                if len(broken) > BROKEN_SHARE * BROKEN_WINDOW and used <= BROKEN_WINDOW:
+                    raise UserError(
+                        f"{len(broken)} of the first {used} pairs of {self.source.name!r} are broken, "
+                        f"among them {'; '.join(broken[:3])}: mend the data"
+                    ) from error
+            if len(samples) == self.batch_size:
+                yield self._collate(samples) | {"worker": worker, "used": used, "skipped": len(broken)}
+                samples = []
+
+    def _pairs(self, part: int, num_parts: int) -> Iterator[tuple[int, RawPair]]:
+        for epoch in count():
+            found = False
+            for pair in self.source.epoch(self.seed, epoch, part, num_parts):
+                found = True
+                yield epoch, pair
+            if not found:
+                raise UserError(f"{self.source.name!r} holds no image-text pair for worker {part} of {num_parts}")
+
+    def _sample(self, pair: RawPair, epoch: int) -> dict[str, Any]:
+        image, captions = decode(pair)
+        rng = random.Random(f"{self.seed}/{epoch}/{pair.key}")
+        caption = rng.randrange(len(captions))
+        view = epoch % self.views.num if self.views else 0
+        seed = self.views.seed(pair.row, view) if self.views else rng.getrandbits(63)
+        return {
+            "image": apply_seeded(self.augment, image, seed),
+            "caption": captions[caption],
+            "key": pair.key,
+            "view_row": (pair.row, view),
+            "caption_row": (pair.row, caption),
+        }
+
+    def _collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        captions = [sample["caption"] for sample in samples]
+        batch: dict[str, Any] = {
+            "image": torch.stack([sample["image"] for sample in samples]),
+            "text_ids": torch.tensor([number_of(caption) for caption in captions]),
+            "keys": [sample["key"] for sample in samples],
+        }
+        if self.views:
+            batch["view_rows"] = torch.tensor([sample["view_row"] for sample in samples])
+            batch["caption_rows"] = torch.tensor([sample["caption_row"] for sample in samples])
+        return batch | {name: tokenize(captions) for name, tokenize in self.tokenizers.items()}
+
+
+def number_of(text: str) -> int:
+    """A number that stands for the text, the same in every process and run; 63 bits."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+class PairLoader:
+    """Batches of a `PairStream` through worker processes, with the position after each: the loop's view of the data."""
+
+    def __init__(self, stream: PairStream, *, pin_memory: bool = False):
+        self.stream = stream
+        self._pairs = list(stream.start.pairs)
+        self._taken = stream.start.batches
+        self._skipped: dict[int, int] = {}
+        self.loader = DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=stream.num_workers,
+            pin_memory=pin_memory,
+            prefetch_factor=4 if stream.num_workers else None,
+            persistent_workers=stream.num_workers > 0,
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self.loader:
+            if "error" in batch:
+                raise UserError(batch["error"])
+            self._taken += 1
+            worker = batch.pop("worker")
+            self._pairs[worker] = batch.pop("used")
+            self._skipped[worker] = batch.pop("skipped")
+            yield batch
+
+    def position(self) -> dict[str, Any]:
+        """Where the stream stands after the last batch taken; `Position(**...)` starts another one there."""
+        return {"batches": self._taken, "pairs": tuple(self._pairs)}
+
+    def num_skipped(self) -> int:
+        """Broken pairs passed over by this rank so far."""
+        return sum(self._skipped.values())

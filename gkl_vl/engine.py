@@ -1,0 +1,209 @@
+"""fit(): the training loop, one page, on Accelerate. It receives callables and knows no loss, model or data set."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from gkl_vl.checkpoint import RunFolder, load_checkpoint, read_loop_state, save_checkpoint
+from gkl_vl.errors import UserError
+
+Batch = dict[str, Any]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """What the loop needs to know. Steps are optimizer updates."""
+
+    steps: int
+    lr: float
+    wd: float = 0.2
+    """Weight decay of parameters with two or more axes; the others have none."""
+    warmup_steps: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    grad_clip_norm: float = 1.0
+    ema_decay: float = 0.0
+    """Per step; 0 = no moving average."""
+    log_every_steps: int = 10
+    eval_every_steps: int = 0
+    """0 = at the end only."""
+    checkpoint_every_steps: int = 0
+    """0 = at the end only."""
+
+
+class Loader(Protocol):
+    """Endless batches (dicts with a list `keys`), and where they stand."""
+
+    def __iter__(self) -> Any: ...
+    def position(self) -> dict[str, Any]: ...
+    def num_skipped(self) -> int: ...
+
+
+def fit(
+    *,
+    accelerator: Accelerator,
+    model: nn.Module,
+    objective: Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]],
+    make_loader: Callable[[dict[str, Any] | None], Loader],
+    run: RunFolder,
+    config: FitConfig,
+    evaluate: Callable[[nn.Module], Iterable[Record]],
+    after_step: Callable[[], None],
+    checkpoint: Path | None = None,
+) -> nn.Module:
+    """Train `model` for `config.steps` updates and return what is to be exported: the model, or its moving average.
+
+    Args:
+        objective: (model, batch) -> (loss, scalars for the log). The loss is equal on all ranks, or its mean is meant.
+        make_loader: a position of a checkpoint, or None for the start -> this rank's loader.
+        evaluate: the model to evaluate -> records with `model`, `dataset` and metrics; called on every rank.
+        after_step: called after each update, for constraints on parameters.
+        checkpoint: where to go on; the run is then bit for bit the one that was never stopped (on CPU).
+
+    Raises:
+        UserError: gradient accumulation is on; a loss that is not finite.
+    """
+    refuse_accumulation(accelerator)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.wd), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
+    )
+    plain = model
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ema = AveragedModel(plain, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)) if config.ema_decay else None
+    step, position = 0, None
+    if checkpoint is not None:
+        load_checkpoint(accelerator, checkpoint, ema=ema)
+        step, position = read_loop_state(checkpoint, rank=accelerator.process_index, world_size=accelerator.num_processes)
+        run.rewind(step)
+    started_at = step
+    loader = make_loader(position)
+    batches = iter(loader)
+    result = plain if ema is None else ema.module
+    speed = Speed(accelerator.num_processes)
+    quiet = not accelerator.is_main_process or not sys.stderr.isatty()
+    bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True, disable=quiet)
+
+    while True:
+        last = step == config.steps
+        fresh = step > started_at  # what a checkpoint holds was evaluated and saved before
+        if fresh and (last or is_time(step, config.eval_every_steps)):
+            for record in evaluate(result):  # all ranks
+                log_evaluation(accelerator, run, record, step)
+        if fresh and (last or is_time(step, config.checkpoint_every_steps)):
+            save_checkpoint(accelerator, run, step=step, position=loader.position(), ema=ema)  # all ranks
+        if last:
+            break
+
+        # ---------------------------------------------------------------- one update
+        batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+        lr = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        model.train()
+        loss, scalars = objective(model, batch)
+        stop_unless_finite(accelerator, loss, scalars, batch, step)  # all ranks
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.grad_clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        after_step()
+        if ema is not None:
+            ema.update_parameters(plain)
+        step += 1
+        # ----------------------------------------------------------------
+
+        speed.count(len(batch["keys"]))
+        bar.update()
+        bar.set_postfix_str(f"loss {loss.item():.3f}, {speed.per_second():.0f} images/s", refresh=False)
+        if is_time(step, config.log_every_steps) or step == config.steps:
+            values = {"loss": loss} | scalars | {"grad_norm": norm, "lr": lr}
+            record = {f"train/{name}": float(value) for name, value in values.items()}
+            record |= {"train/images_per_second": speed.per_second(), "train/skipped": loader.num_skipped()}
+            run.log({"step": step} | record)
+            accelerator.log(record, step=step)
+    bar.close()
+    return result
+
+
+def parameter_groups(model: nn.Module, wd: float) -> list[dict[str, Any]]:
+    """Two groups for AdamW: what decays, and what has fewer than two axes (biases, norms, the scale) and does not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": wd},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def learning_rate(step: int, config: FitConfig) -> float:
+    """Of the update after `step` others: linear warm-up, then a cosine to 0. A pure function, so nothing to save."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def is_time(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0 = never) is due."""
+    return every > 0 and step % every == 0
+
+
+def refuse_accumulation(accelerator: Accelerator) -> None:
+    """Micro-batches change a contrastive loss: each would see only its own negatives. Accelerate also reads the
+    number from the environment, so it is refused here and not at a flag."""
+    if accelerator.gradient_accumulation_steps > 1:
+        raise UserError(
+            f"gradient_accumulation_steps = {accelerator.gradient_accumulation_steps}: micro-batches would shrink the "
+            "set of negatives and change the loss; use 1, with a larger --batch-size or more processes"
+        )
+
+
+def stop_unless_finite(
+    accelerator: Accelerator, loss: Tensor, scalars: dict[str, Tensor], batch: Batch, step: int
+) -> None:
+    """Stop all ranks before the update when any rank's loss is not finite. All ranks take part."""
+    bad_ranks = accelerator.reduce((~torch.isfinite(loss.detach())).float(), reduction="sum")  # all ranks
+    if bad_ranks.item() == 0:
+        return
+    bad = not bool(torch.isfinite(loss))
+    keys = gather_object(batch["keys"][:4] if bad else [])  # all ranks
+    terms = ", ".join(f"{name} {float(value):.4g}" for name, value in scalars.items())
+    raise UserError(
+        f"the loss is {float(loss)} at step {step} ({terms}); samples {', '.join(map(str, keys[:8]))} ...: lower --lr or "
+        "look at these samples; the last checkpoint is good"
+    )
+
+
+def log_evaluation(accelerator: Accelerator, run: RunFolder, record: Record, step: int) -> None:
+    """One evaluation into results.jsonl and to the trackers."""
+    run.log({"step": step} | record)
+    prefix = f"{record['dataset']}/{record['model']}"
+    numbers = {f"{prefix}/{k}": v for k, v in record.items() if isinstance(v, (int, float))}
+    accelerator.log(numbers, step=step)
+
+
+class Speed:
+    """Images per second over all processes, since the last ten counts."""
+
+    def __init__(self, num_processes: int):
+        self._num_processes = num_processes
+        self._stamps: list[tuple[float, int]] = [(time.perf_counter(), 0)]
+
+    def count(self, images: int) -> None:
+        self._stamps = [*self._stamps[-10:], (time.perf_counter(), images * self._num_processes)]
+
+    def per_second(self) -> float:
+        images = sum(n for _, n in self._stamps[1:])
+        return images / max(self._stamps[-1][0] - self._stamps[0][0], 1e-9)

@@ -1,0 +1,55 @@
+"""Rows and sums across processes. The only home of torch.distributed.
+
+One process is the special case of many: alone, every function returns its argument and the caller's code is the same.
+Axis letters: n = my rows, N = everybody's rows in the order of the ranks; every rank has the same n.
+"""
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Shaped
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes, 1 when nothing was launched."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """My number among the processes, 0 when alone."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class _GatherRows(torch.autograd.Function):
+    """all_gather whose gradient is the reduce_scatter that it ought to be: every rank's use of my rows counts."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(parts, rows.contiguous())  # all ranks
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        # gloo has no reduce_scatter; an all_reduce followed by my slice is the same sum.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd owns the argument
+        dist.all_reduce(gradient)  # all ranks
+        mine = gradient.shape[0] // world_size()
+        return gradient[rank() * mine : (rank() + 1) * mine]
+
+
+def gather_rows(rows: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "N *rest"]:
+    """Everybody's rows, in the order of the ranks, with gradient.
+
+    The gradient of my rows is the sum of what all ranks' losses say of them (`accelerator.gather` has none).
+    """
+    return rows if world_size() == 1 else _GatherRows.apply(rows)
+
+
+def sum_across_processes(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """Sum over ranks, without gradient; a new tensor when there are several processes."""
+    if world_size() == 1:
+        return x.detach()
+    total = x.detach().clone()
+    dist.all_reduce(total)  # all ranks
+    return total

@@ -1,0 +1,82 @@
+"""(model, batch) -> (loss, scalars): which loss sees which part of a batch. One function per recipe family.
+
+No maths of its own, no optimizer, no Accelerate.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gkl_vl.image_text import image_text_loss, mimicry_loss
+from gkl_vl.towers import Clip
+
+Batch = dict[str, Any]
+Teacher = Callable[[Batch], dict[str, Tensor]]
+"""batch -> {"teacher_image", "teacher_text", "teacher_logit_scale", maybe "teacher_logit_bias"}, without gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipKdWeights:
+    """Weights and temperatures of `image_text_loss`, and of feature mimicry."""
+
+    contrastive_weight: float
+    soft_ce_weight: float
+    wmse_weight: float
+    mimicry_weight: float
+    gamma: float
+    temperature: float
+    weight_temperature: float
+
+
+def clip_kd(
+    model: nn.Module, batch: Batch, *, student: Clip, teacher: Teacher | None, weights: ClipKdWeights
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Distillation of a CLIP on image-text logits, and without a teacher the contrastive loss alone.
+
+    Args:
+        model: a `towers.Student`, possibly wrapped; called once.
+        batch: of a `PairStream`.
+        student: whose preparation of images is used; its towers are inside `model`.
+    """
+    output = model(student.prepare(batch["image"]), batch["text"])
+    mimicry = {"image": output.pop("mimicry_image"), "text": output.pop("mimicry_text")}
+    teacher_output = {} if teacher is None else teacher(batch)
+    loss, scalars = image_text_loss(
+        **output,
+        **teacher_output,
+        text_ids=batch["text_ids"],
+        contrastive_weight=weights.contrastive_weight,
+        soft_ce_weight=weights.soft_ce_weight,
+        wmse_weight=weights.wmse_weight,
+        gamma=weights.gamma,
+        temperature=weights.temperature,
+        weight_temperature=weights.weight_temperature,
+    )
+    if teacher is not None and weights.mimicry_weight:
+        targets = {name: teacher_output[name] for name in ("teacher_image", "teacher_text")}
+        term = mimicry_loss(**mimicry, **targets)
+        loss, scalars = loss + weights.mimicry_weight * term, scalars | {"mimicry": term.detach()}
+    return loss, scalars
+
+
+def online_teacher(clip: Clip) -> Teacher:
+    """The teacher embeds every batch, with its own preparation of images and its own tokens."""
+
+    @torch.no_grad()
+    def teacher(batch: Batch) -> dict[str, Tensor]:
+        image = clip.towers.encode_image(clip.prepare(batch["image"]))
+        text = clip.towers.encode_text(batch["teacher_text"])
+        return {"teacher_image": image.float(), "teacher_text": text.float()} | teacher_scales(clip)
+
+    return teacher
+
+
+@torch.no_grad()
+def teacher_scales(clip: Clip) -> dict[str, Tensor]:
+    """The teacher's exponentiated scale and, where it has one, its bias."""
+    scales = {"teacher_logit_scale": clip.towers.log_scale().exp().detach()}
+    bias = clip.towers.bias()
+    return scales if bias is None else scales | {"teacher_logit_bias": bias.detach()}

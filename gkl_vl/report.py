@@ -1,0 +1,282 @@
+"""What came of a run, for the eye: `report.png` and the closing table.
+
+Records are the lines of results.jsonl. A training line has `step` and `train/...` keys, an evaluation line
+`step`, `model` (teacher or student), `dataset` and metrics as fractions.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+_WIDTH, _HEIGHT = 1400, 780  # pixels
+_INK, _QUIET, _RULE = "#1f2328", "#656d76", "#d8dee4"
+_GREEN, _GREEN_BAR, _GREY_BAR, _TRACK = "#1a7f37", "#aceebb", "#d0d7de", "#f3f5f7"
+# Okabe and Ito's palette, which colour-blind readers tell apart too; ink is kept for the total.
+_COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
+_TERMS = {
+    "contrastive": "contrastive",
+    "soft_ce": "soft CE",
+    "wmse": "wMSE",
+    "mimicry": "mimicry",
+    "kl": "KL",
+}
+_MOST_DATASETS = 4
+_SHEET_COLUMNS, _SHEET_ROWS = 2, 6
+
+
+@dataclass(frozen=True)
+class SheetItem:
+    """A held-out image, its true name, and the student's likeliest texts for it, best first."""
+
+    image: PIL.Image.Image
+    name: str
+    top: list[tuple[str, float]]
+    """(text, probability in [0, 1]); three are shown. Right when the first text is `name`."""
+
+
+def draw_report(*, path: Path, records: list[dict], sheet: list[SheetItem], title: str) -> None:
+    """Write a PNG: loss curves and top-1 accuracy at the left, the sheet of held-out images at the right.
+
+    What the records lack is left out: terms, evaluations, the teacher. Written beside `path` and renamed.
+
+    Args:
+        path: the .png to write.
+        records: lines of results.jsonl, in the order of time.
+        sheet: up to twelve are drawn; none leaves the curves the whole width.
+        title: one line above everything.
+
+    Raises:
+        OSError: no permission, disk full; an existing picture is untouched.
+    """
+    figure = Figure(figsize=(_WIDTH / 100, _HEIGHT / 100), dpi=100, facecolor="white")
+    FigureCanvasAgg(figure)
+    _text(figure, 34, 40, shorten(title, 88), size=16, weight="bold")
+    width = 0.36 if sheet else 0.92
+    _draw_losses(figure.add_axes((0.052, 0.53, width, 0.325)), records)
+    _draw_accuracy(figure.add_axes((0.052, 0.075, width, 0.335)), records)
+    if sheet:
+        _draw_sheet(figure, sheet[: _SHEET_COLUMNS * _SHEET_ROWS])
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(aside, format="png")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def shorten(text: str, length: int) -> str:
+    """`text` on one line of at most `length` characters, the rest replaced by an ellipsis."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+def _draw_losses(axes: Axes, records: list[dict]) -> None:
+    _style(axes)
+    curves = {"loss": ("total", _INK)}
+    curves |= {key: (label, colour) for (key, label), colour in zip(_TERMS.items(), _COLOURS, strict=False)}
+    drawn = []
+    for key, (label, colour) in curves.items():
+        points = [(row["step"], row[f"train/{key}"]) for row in records if f"train/{key}" in row]
+        if points and any(value != 0 for _, value in points):  # a term that is switched off is no curve
+            _draw_curve(axes, points, colour, width=2.2 if key == "loss" else 1.4).set_label(label)
+            drawn += [value for _, value in points]
+    if not drawn:
+        _say_none(axes, "Training loss: none was logged")
+        return
+    if min(drawn) > 0 and max(drawn) > 20 * min(drawn):  # terms differ by orders of magnitude
+        axes.set_yscale("log")
+        axes.tick_params(which="minor", length=0)
+        axes.set_ylabel("log scale", fontsize=10, color=_QUIET)
+    _head(axes, "Training loss", list(axes.lines), columns=len(axes.lines))
+
+
+def _draw_accuracy(axes: Axes, records: list[dict]) -> None:
+    _style(axes)
+    axes.set_xlabel("step", fontsize=10.5, color=_QUIET)
+    rows = [row for row in records if "acc1" in row and math.isfinite(row["acc1"])]
+    if not rows:
+        _say_none(axes, "Zero-shot top-1 accuracy: none was measured")
+        return
+    handles = []
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    for dataset, colour in zip(datasets[:_MOST_DATASETS], _COLOURS, strict=False):
+        of = {model: [] for model in ("student", "teacher")}
+        for row in rows:
+            if row["dataset"] == dataset:
+                of[row["model"]].append((row["step"], 100 * row["acc1"]))
+        last = {model: f"{points[-1][1]:.1f} %" for model, points in of.items() if points}
+        handle = Line2D([], [], color=colour, linewidth=2.0, marker="o", markersize=4.5)
+        handle.set_label(f"{shorten(dataset, 13)}  {last.get('student', '–')}")
+        if of["student"]:
+            _draw_curve(axes, of["student"], colour, width=2.0, marker="o")
+        if of["teacher"]:
+            axes.axhline(of["teacher"][-1][1], color=colour, linewidth=1.4, linestyle=(0, (5, 3)))
+            handle.set_label(f"{handle.get_label()} (teacher {last['teacher']})")
+        handles.append(handle)
+    axes.set_ylim(bottom=0, top=1.08 * max(100 * row["acc1"] for row in rows) + 1)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
+    title = "Zero-shot top-1 accuracy" + (
+        ", teacher dashed" if any(r["model"] == "teacher" for r in rows) else ""
+    )
+    if len(datasets) > _MOST_DATASETS:
+        title += f" ({_MOST_DATASETS} of {len(datasets)} data sets)"
+    _head(axes, title, handles, columns=2)
+
+
+def _draw_curve(
+    axes: Axes, points: Sequence[tuple[float, float]], colour: str, *, width: float, marker: str = ""
+) -> Line2D:
+    steps, values = zip(*points, strict=True)
+    marker = marker or ("o" if len(points) == 1 else "")  # a line through one point is invisible
+    (line,) = axes.plot(steps, values, color=colour, linewidth=width, marker=marker, markersize=4.5)
+    return line
+
+
+def _draw_sheet(figure: Figure, sheet: list[SheetItem]) -> None:
+    left, top, right, bottom = 620, 100, _WIDTH - 30, _HEIGHT - 16
+    cell_width, cell_height = (right - left) / _SHEET_COLUMNS, (bottom - top) / _SHEET_ROWS
+    hits = sum(bool(item.top) and item.top[0][0] == item.name for item in sheet)
+    heading = "Held-out images and the student's three likeliest names"
+    _text(figure, left, top - 22, heading, size=12, weight="bold")
+    _text(
+        figure, right - 16, top - 22, f"{hits} of {len(sheet)} right", size=10.5, colour=_QUIET, align="right"
+    )
+    for index, item in enumerate(sheet):
+        row, column = divmod(index, _SHEET_COLUMNS)
+        _draw_item(figure, item, left + column * cell_width, top + row * cell_height, cell_width - 16)
+
+
+def _draw_item(figure: Figure, item: SheetItem, x: float, y: float, width: float) -> None:
+    side, line = 88, 22
+    image = PIL.Image.new("RGBA", item.image.size, "white")
+    image.alpha_composite(item.image.convert("RGBA"))
+    image = image.convert("RGB").resize((side, side), PIL.Image.Resampling.LANCZOS)
+    figure.figimage(np.asarray(image), xo=round(x), yo=round(_HEIGHT - y - side), origin="upper")
+    x, width = x + side + 12, width - side - 12
+    _text(figure, x, y + 15, shorten(item.name, 30), size=11, weight="bold")
+    for rank, (text, probability) in enumerate(item.top[:3]):
+        top, right = y + 22 + rank * line, text == item.name
+        _bar(figure, x, top, width, line - 3, _TRACK)
+        _bar(
+            figure, x, top, width * min(max(probability, 0), 1), line - 3, _GREEN_BAR if right else _GREY_BAR
+        )
+        colour = _GREEN if right else _INK
+        _text(figure, x + 6, top + 14, shorten(text, 27), size=9.5, colour=colour)
+        _text(
+            figure,
+            x + width - 6,
+            top + 14,
+            f"{100 * probability:.0f} %",
+            size=9.5,
+            colour=colour,
+            align="right",
+        )
+
+
+def _bar(figure: Figure, x: float, y: float, width: float, height: float, colour: str) -> None:
+    corner = (x / _WIDTH, 1 - (y + height) / _HEIGHT)
+    figure.add_artist(Rectangle(corner, width / _WIDTH, height / _HEIGHT, facecolor=colour, linewidth=0))
+
+
+def _text(
+    figure: Figure, x: float, y: float, text: str, *, size: float, weight="normal", colour=_INK, align="left"
+) -> None:
+    # Names hold `$` and `_`, which matplotlib would take for formulas.
+    style = {"fontsize": size, "weight": weight, "color": colour, "ha": align, "parse_math": False}
+    figure.text(x / _WIDTH, 1 - y / _HEIGHT, _drawable(text), **style)
+
+
+def _drawable(text: str) -> str:
+    """`text` with a box for what the font has no glyph for; matplotlib would warn."""
+    font = get_font(findfont("DejaVu Sans"))
+    return "".join(c if font.get_char_index(ord(c)) else "□" for c in text)
+
+
+def _style(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_RULE)
+    axes.grid(axis="y", color=_RULE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_QUIET, labelsize=10, length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+
+
+def _head(axes: Axes, title: str, handles: list[Line2D], *, columns: int) -> None:
+    """The legend above the axes and the title above the legend."""
+    rows = math.ceil(len(handles) / columns)
+    axes.set_title(title, loc="left", fontsize=12, weight="bold", color=_INK, pad=9 + 15 * rows)
+    for handle in handles:
+        handle.set_label(_drawable(str(handle.get_label())).replace("$", r"\$"))
+    axes.legend(
+        handles=handles, loc="lower left", bbox_to_anchor=(0, 0.99), ncols=columns, frameon=False, borderaxespad=0,
+        fontsize=9.5, labelcolor=_INK, handlelength=1.4, columnspacing=1.2, handletextpad=0.5, borderpad=0.4,
+    )  # fmt: skip
+    low, high = axes.get_xlim()
+    if high - low < 2:  # a single step: its ticks would be fractions of one
+        axes.set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)
+
+
+def _say_none(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=11, color=_QUIET)
+    axes.set_axis_off()
+
+
+def results_table(rows: list[dict]) -> str:
+    """The closing table in plain text, at most 100 columns wide: one line per number, teacher and student side by side.
+
+    Args:
+        rows: one dict per model, with the keys
+            `model`: "teacher" or "student"; a run without a teacher has one row,
+            `name`: what was loaded or trained,
+            `image_parameters`, `parameters`: counts, of the image tower and of the whole model,
+            `ms_per_image`: float, optional,
+            `results`: {dataset: {metric key: fraction}}, as the evaluation lines of results.jsonl have them.
+            nan (acc5 of fewer than five classes) is left out.
+    """
+    sides = {row["model"]: row for row in rows}
+    head = ["", *(shorten(f"{model} {row['name']}", 21) for model, row in sides.items())]
+    lines = [head, _cost_line("image tower, parameters", "image_parameters", sides, "smaller")]
+    lines.append(_cost_line("all parameters", "parameters", sides, "smaller"))
+    if all("ms_per_image" in row for row in rows):
+        lines.append(_cost_line("ms per image", "ms_per_image", sides, "faster"))
+    for dataset, key in dict.fromkeys(
+        (d, k) for row in rows for d, found in row["results"].items() for k in found
+    ):
+        values = {model: row["results"].get(dataset, {}).get(key, math.nan) for model, row in sides.items()}
+        if not all(math.isnan(value) for value in values.values()):
+            cells = ["–" if math.isnan(value) else f"{100 * value:.1f} %" for value in values.values()]
+            kept = values["student"] / values["teacher"] if values.get("teacher") else math.nan
+            note = "" if math.isnan(kept) else f"{100 * kept:.0f} % kept"
+            lines.append([f"{shorten(dataset, 16)}  {shorten(key, 26)}", *cells, note])
+    return _align(lines)
+
+
+def _cost_line(label: str, key: str, sides: dict[str, dict], better: str) -> list[str]:
+    cells = [f"{row[key]:,.2f}" if isinstance(row[key], float) else f"{row[key]:,}" for row in sides.values()]
+    note = f"{sides['teacher'][key] / sides['student'][key]:.1f}x {better}" if len(sides) == 2 else ""
+    return [label, *cells, note]
+
+
+def _align(lines: list[list[str]]) -> str:
+    """Columns as wide as their longest cell: the first flush left, the others flush right, a rule under the head."""
+    width = max(len(line) for line in lines)
+    lines = [line + [""] * (width - len(line)) for line in lines]
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    rows = []
+    for first, *others in lines:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        rows.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join([rows[0], "-" * max(map(len, rows)), *rows[1:]])

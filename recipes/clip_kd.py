@@ -1,0 +1,374 @@
+"""Distil a CLIP teacher into a small student on image-text logits with GKL.
+
+    accelerate launch recipes/clip_kd.py
+
+runs the bundled default: a teacher trained here on emoji drawings of two styles, a student of a fraction of its size, and
+an evaluation on drawings of a third style and on things that neither has seen. With your own teacher and shards:
+
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/clip_kd.py \
+        --teacher ViT-L-14 --teacher-pretrained laion400m_e32 --student ViT-T-16 \
+        --train-data '/data/cc12m-{0000..2175}.tar' --epochs 32 --batch-size 512 --precision bf16
+
+`--teacher none` trains on the contrastive loss alone; that is how the bundled teacher was made.
+
+Paper: Cui et al., "Generalized Kullback-Leibler Divergence Loss", arXiv 2503.08038, and arXiv 2305.13948. The image-text
+form is this project's. Results, with commands and spread: recipes/README.md.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+from torch import nn
+
+from gkl_vl import cli, hub, report
+from gkl_vl.checkpoint import RunFolder
+from gkl_vl.data.benchmark_sets import load_benchmark_set
+from gkl_vl.data.pairs import (
+    PairLoader,
+    PairStream,
+    Position,
+    Source,
+    Views,
+    bundled_pairs,
+    drawing_augmentation,
+    light_augmentation,
+    open_source,
+)
+from gkl_vl.engine import FitConfig, fit
+from gkl_vl.errors import UserError
+from gkl_vl.evaluate import milliseconds_per_image, retrieval, top_names, zero_shot
+from gkl_vl.objectives import ClipKdWeights, clip_kd, online_teacher
+from gkl_vl.teacher_cache import embed_views, stored_teacher
+from gkl_vl.towers import BUNDLED_TEACHER, Clip, Student, clamp_scale, freeze, load_clip
+
+# The bundled set is small: a fixed number of views lets the teacher embed each once (gkl_vl/teacher_cache.py).
+BUNDLED_VIEWS = 8
+BUNDLED_STEPS = 900
+EVALUATION_SETS = ("emoji", "emoji_unseen")
+SHEET_IMAGES = 24
+ACCELERATE_PRECISION = {"fp32": "no", "amp": "fp16", "fp16": "fp16", "amp_bf16": "bf16", "bf16": "bf16", None: None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Distil a CLIP teacher into a small student with GKL. Without flags: the bundled default."""
+
+    teacher: str = "bundled"
+    """An open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, `bundled`, or `none` (contrastive only)."""
+    teacher_pretrained: str | None = None
+    """open_clip's tag or a file of weights, for a teacher given by an open_clip name."""
+    student: str = "emoji-student"
+    """As --teacher, or a shipped config: ViT-T-16, MobileNetV4-S, emoji-student; random weights for a plain name."""
+    train_data: str | None = None
+    """Shards `a-{000..9}.tar::b.tar`, a .csv or .tsv, parquet, or a Hub dataset id. None = the bundled emoji."""
+    columns: tuple[str, str] | None = None
+    """Names of the image and the caption column in tables. None = `filepath title` in CSV, `image caption` elsewhere."""
+    output_dir: Path | None = None
+    """The run folder. None = runs/clip_kd-<time>."""
+    steps: int | None = None
+    """Optimizer updates. None = --epochs, or 900 for the bundled default."""
+    epochs: int | None = None
+    """Passes over the data, in place of --steps; needs a data set that knows its size."""
+    batch_size: int = 256
+    """Pairs per process and step."""
+    lr: float = 1e-3
+    """Peak learning rate: linear warm-up, then cosine to 0."""
+    wd: float = 0.2
+    """AdamW's weight decay; none on biases, norms and the scale."""
+    warmup: int = 50
+    """Warm-up steps."""
+    precision: Literal["fp32", "amp", "fp16", "amp_bf16", "bf16"] | None = None
+    """None = what `accelerate launch` or `accelerate config` say."""
+    workers: int = 1
+    """Data-loading processes per training process."""
+    seed: int = 0
+    """Of initial weights, order, captions and augmentations."""
+    eval_every_steps: int = 300
+    """Evaluate every so many steps on the bundled sets and at the end; 0 = at the end only."""
+    checkpoint_every_steps: int = 300
+    """Save every so many steps and at the end; 0 = at the end only."""
+    resume: str | None = None
+    """`latest`, or a checkpoint folder; with the flags of the run that is taken up."""
+    contrastive_weight: float = 1.0
+    """Weight of the student's own contrastive loss."""
+    soft_ce_weight: float = 1.0
+    """Weight of GKL's soft cross entropy (paper: beta)."""
+    wmse_weight: float = 0.05
+    """Weight of GKL's weighted MSE of logit differences (paper: alpha)."""
+    mimicry_weight: float = 0.0
+    """Weight of feature mimicry, the MSE of normalised embeddings."""
+    gamma: float = 0.0
+    """Exponent of the wMSE's weights: 0 = all candidates alike, 1 = the teacher's softmax (IKL)."""
+    temperature: float = 1.0
+    """Of the soft cross entropy."""
+    weight_temperature: float = 1.0
+    """Of the softmax that the wMSE's weights come from."""
+    ema_decay: float = 0.0
+    """Moving average of the weights, per step, that is evaluated and exported; 0 = none."""
+    push_to_hub: str | None = None
+    """org/name: upload the exported folder when done."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers besides results.jsonl."""
+    allow_pickle: bool = False
+    """Read weights stored as pickles (.bin, .pt), with weights_only=True."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def main(config: Config) -> None:
+    if config.push_to_hub:
+        hub.check_repo_id(config.push_to_hub)
+    run, accelerator = start(config)
+    set_seed(config.seed)  # the same initial weights on every rank
+    teacher = load_teacher(config, accelerator)
+    student = load_clip(config.student, allow_pickle=config.allow_pickle)
+    student.towers.to(memory_format=torch.channels_last)
+    source = open_source(config.train_data, columns=config.columns)
+    steps = count_steps(config, source, accelerator.num_processes)
+    stored = teacher is not None and config.train_data is None
+    augment = augmentation(config, student, teacher)
+    mimicry_dim = teacher.embed_dim if teacher is not None and config.mimicry_weight else None
+    model = Student(student.towers, embed_dim=student.embed_dim, mimicry_dim=mimicry_dim)
+    set_seed(config.seed, device_specific=True)  # from here on each rank draws its own
+
+    def make_loader(position: dict[str, Any] | None) -> PairLoader:
+        stream = PairStream(
+            source,
+            augment=augment,
+            tokenizers=tokenizers(student, None if stored else teacher),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            num_workers=config.workers,
+            views=Views(BUNDLED_VIEWS) if stored else None,
+            start=None if position is None else Position(position["batches"], tuple(position["pairs"])),
+        )
+        return PairLoader(stream, pin_memory=accelerator.device.type == "cuda")
+
+    exported = fit(
+        accelerator=accelerator,
+        model=model,
+        objective=partial(
+            clip_kd,
+            student=student,
+            teacher=make_teacher(config, teacher, augment, accelerator) if teacher else None,
+            weights=weights(config),
+        ),
+        make_loader=make_loader,
+        run=run,
+        config=FitConfig(
+            steps=steps,
+            lr=config.lr,
+            wd=config.wd,
+            warmup_steps=min(config.warmup, steps),
+            ema_decay=config.ema_decay,
+            eval_every_steps=config.eval_every_steps,
+            checkpoint_every_steps=config.checkpoint_every_steps,
+        ),
+        evaluate=partial(evaluate, config, student, accelerator),
+        after_step=partial(clamp_scale, student.towers),
+        checkpoint=run.find_checkpoint(config.resume) if config.resume else None,
+    )
+    if accelerator.is_main_process:
+        finish(config, run, replace(student, towers=exported.towers), teacher, steps, accelerator.device)
+    accelerator.end_training()
+
+
+# ---- before -----------------------------------------------------------------------------------------------------------
+
+
+def start(config: Config) -> tuple[RunFolder, Accelerator]:
+    """The run folder, the same on all ranks, and Accelerate."""
+    accelerator = Accelerator(
+        mixed_precision=ACCELERATE_PRECISION[config.precision],
+        log_with=list(config.report_to) or None,
+        project_dir=str(config.output_dir or "runs"),
+    )
+    folder = [config.output_dir or default_folder(config.resume)]
+    broadcast_object_list(folder)  # all ranks: clocks differ
+    run = RunFolder(folder[0], is_main=accelerator.is_main_process)
+    wanted = json.loads(json.dumps(asdict(config), default=str))
+    may_differ = {"output_dir", "resume", "debug", "report_to", "push_to_hub", "allow_pickle"}
+    if config.resume:
+        before = run.config()
+        other = [k for k in wanted if k not in may_differ and wanted[k] != before.get(k)]
+        if other:
+            told = ", ".join(f"--{k.replace('_', '-')} {wanted[k]} (was {before.get(k)})" for k in other)
+            raise UserError(f"--resume takes up the run as it was, but {told}: use the same flags")
+    elif run.results.is_file():
+        raise UserError(f"{str(run.path)!r} already holds a run: add --resume latest, or name another --output-dir")
+    accelerator.wait_for_everyone()  # all ranks: nobody looks for results after the main process wrote some
+    run.write_json("config.json", wanted)
+    if config.report_to:
+        accelerator.init_trackers("gkl_vl", config={k: v for k, v in wanted.items() if isinstance(v, int | float | str)})
+    return run, accelerator
+
+
+def default_folder(resume: str | None) -> Path:
+    """A new folder under runs/, or the newest one to resume."""
+    if not resume:
+        return Path("runs") / f"clip_kd-{time.strftime('%Y%m%d-%H%M%S')}"
+    if resume != "latest":
+        return Path(resume).parent.parent
+    folders = sorted(Path("runs").glob("clip_kd-*"))
+    if not folders:
+        raise UserError("--resume latest: there is no runs/clip_kd-* folder here: name the run with --output-dir")
+    return folders[-1]
+
+
+def load_teacher(config: Config, accelerator: Accelerator) -> Clip | None:
+    """The frozen teacher on its device, unwrapped."""
+    if config.teacher == "none":
+        return None
+    name = BUNDLED_TEACHER if config.teacher == "bundled" else config.teacher
+    teacher = freeze(load_clip(name, config.teacher_pretrained, allow_pickle=config.allow_pickle))
+    teacher.towers.to(accelerator.device, memory_format=torch.channels_last)
+    return teacher
+
+
+def augmentation(config: Config, student: Clip, teacher: Clip | None) -> Callable[..., torch.Tensor]:
+    """One view for both models, as large as the larger of them wants it."""
+    size = max(clip.image_size for clip in (student, teacher) if clip is not None)
+    return drawing_augmentation(size) if config.train_data is None else light_augmentation(size)
+
+
+def tokenizers(student: Clip, online: Clip | None) -> dict[str, Callable]:
+    """The student's tokens, and the teacher's where it embeds the captions itself."""
+    return {"text": student.tokenize} | ({} if online is None else {"teacher_text": online.tokenize})
+
+
+def make_teacher(config: Config, teacher: Clip, augment: Callable, accelerator: Accelerator) -> Callable:
+    """What gives the teacher's embeddings of a batch: stored ones for the bundled set, otherwise the teacher itself."""
+    if config.train_data is not None:
+        return online_teacher(teacher)
+    with accelerator.main_process_first():  # the others find the file
+        stored = embed_views(
+            clip=teacher,
+            pairs=bundled_pairs(),
+            views=Views(BUNDLED_VIEWS),
+            augment=augment,
+            num_workers=config.workers,
+        )
+    return stored_teacher(teacher, stored, accelerator.device)
+
+
+def weights(config: Config) -> ClipKdWeights:
+    return ClipKdWeights(
+        contrastive_weight=config.contrastive_weight,
+        soft_ce_weight=config.soft_ce_weight,
+        wmse_weight=config.wmse_weight,
+        mimicry_weight=config.mimicry_weight,
+        gamma=config.gamma,
+        temperature=config.temperature,
+        weight_temperature=config.weight_temperature,
+    )
+
+
+def count_steps(config: Config, source: Source, num_processes: int) -> int:
+    """Updates of the run, from --steps or --epochs."""
+    for flag, value in (("--steps", config.steps), ("--epochs", config.epochs), ("--batch-size", config.batch_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} {value} must be at least 1")
+    if config.steps is not None and config.epochs is not None:
+        raise UserError(f"--steps {config.steps} and --epochs {config.epochs} say the same twice: give one")
+    if config.steps is not None:
+        return config.steps
+    if config.epochs is None:
+        if config.train_data is None:
+            return BUNDLED_STEPS
+        raise UserError("--train-data needs --steps or --epochs")
+    if source.num_pairs is None:
+        raise UserError(f"--epochs needs the size of {source.name!r}: put sizes.json beside the shards, or give --steps")
+    return max(config.epochs * source.num_pairs // (config.batch_size * num_processes), 1)
+
+
+# ---- during and after -------------------------------------------------------------------------------------------------
+
+
+def evaluate(config: Config, student: Clip, accelerator: Accelerator, model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Records of the student on the bundled sets; your own data has evaluation scripts in eval/."""
+    if config.train_data is None:
+        yield from evaluate_clip(replace(student, towers=model.towers), "student", accelerator.device)
+
+
+def evaluate_clip(clip: Clip, role: str, device: torch.device) -> Iterator[dict[str, Any]]:
+    for name in EVALUATION_SETS:
+        dataset = load_benchmark_set(name)
+        metrics = zero_shot(clip=clip, dataset=dataset, batch_size=256, device=device)
+        metrics |= retrieval(clip=clip, dataset=dataset, batch_size=256, device=device)
+        yield {"model": role, "dataset": name} | metrics
+
+
+def finish(
+    config: Config, run: RunFolder, student: Clip, teacher: Clip | None, steps: int, device: torch.device
+) -> None:
+    """Evaluate the teacher once, export the student, draw the report, print the table. Main process."""
+    if teacher is not None and config.train_data is None and not any(r.get("model") == "teacher" for r in run.records()):
+        for record in evaluate_clip(teacher, "teacher", device):
+            run.log({"step": steps} | record)
+    final = [r for r in run.records() if "model" in r and r["step"] == steps]
+    student.towers.eval()
+    card = hub.ModelCard(
+        student=config.student,
+        teacher=None if teacher is None else config.teacher,
+        license="mit",
+        datasets=[config.train_data or "bundled emoji (Noto, Twemoji)"],
+        command="accelerate launch " + " ".join(sys.argv),
+        commit=git_commit(),
+        metrics=final,
+        steps=steps,
+        seed=config.seed,
+        repo_id=config.push_to_hub,
+    )
+    hub.export_clip(clip=student, folder=run.path / "model", card=card)
+    sheet = [] if config.train_data is not None else draw_sheet(student, device)
+    report.draw_report(path=run.path / "report.png", records=run.records(), sheet=sheet, title=f"{config.student}")
+    rows = [table_row("teacher", teacher, final, device)] if teacher else []
+    print(report.results_table([*rows, table_row("student", student, final, device)]))
+    print(f"\nLoad the student:\n\n    import open_clip\n    model, _, preprocess = "
+          f'open_clip.create_model_and_transforms("local-dir:{run.path / "model"}")\n')  # fmt: skip
+    print(f"Pictures: {run.path / 'report.png'}")
+    if config.push_to_hub:
+        print(f"Pushed: {hub.push_to_hub(folder=run.path / 'model', repo_id=config.push_to_hub)}")
+
+
+def table_row(role: str, clip: Clip, records: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    return {
+        "model": role,
+        "name": "bundled" if clip.name == BUNDLED_TEACHER else clip.name,
+        "image_parameters": sum(p.numel() for p in clip.towers.image_parameters()),
+        "parameters": sum(p.numel() for p in clip.towers.parameters()),
+        "ms_per_image": milliseconds_per_image(clip=clip, device=device),
+        "results": {r["dataset"]: {k: v for k, v in r.items() if isinstance(v, float)} for r in records if r["model"] == role},
+    }
+
+
+def draw_sheet(student: Clip, device: torch.device) -> list[report.SheetItem]:
+    """Held-out drawings, evenly spaced through the set, with the student's three best names."""
+    dataset = load_benchmark_set(EVALUATION_SETS[0])
+    names = dataset.classnames
+    assert names is not None  # the bundled set has them
+    drawings = list(dataset)
+    chosen = drawings[:: max(len(drawings) // SHEET_IMAGES, 1)][:SHEET_IMAGES]
+    best = top_names(clip=student, images=[image for image, _ in chosen], dataset=dataset, k=3, device=device)
+    return [report.SheetItem(image, names[label], top) for (image, label), top in zip(chosen, best, strict=True)]
+
+
+def git_commit() -> str | None:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or None
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

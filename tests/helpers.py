@@ -1,0 +1,142 @@
+"""What several test files share: a function run by several processes at once."""
+
+import os
+import pickle
+import random
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import connection, get_context
+from pathlib import Path
+
+TIMEOUT_SECONDS = 120.0
+
+# Every rank is a fresh process, forked from a server that has imported the slow parts once (one thread).
+# `spawn` would import torch in each of them; a pool would carry state from one test to the next.
+PROCESSES = get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    [
+        "torch",
+        "torch.distributed.nn",
+        "torch._dynamo",
+        "accelerate",
+        "open_clip",
+        "pytest",
+        "hypothesis",
+        "beartype",
+    ]
+)
+GRACE_SECONDS = 0.5  # for the others' tracebacks, once one rank has failed
+
+
+class RankFailed(AssertionError):
+    """One of the processes raised, died or hung; the message holds its traceback."""
+
+
+def run_ranks(function: Callable, world_size: int, *args, timeout_seconds: float = TIMEOUT_SECONDS) -> list:
+    """`[function(rank, world_size, *args) for each rank]`, each in its own process of one gloo group.
+
+    `function` is defined at the top of a test file; its arguments and result are pickled (detach tensors).
+    The shapes of gkl_vl are checked in the processes too. Errors: RankFailed with the tracebacks.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        task = pickle.dumps((function, args))
+        pairs = [PROCESSES.Pipe(duplex=False) for _ in range(world_size)]
+        ranks = [
+            PROCESSES.Process(
+                target=rank_main,
+                args=(rank, world_size, Path(folder, "rendezvous"), task, sys.path, dict(os.environ), sender),
+            )
+            for rank, (_, sender) in enumerate(pairs)
+        ]
+        try:
+            for process, (_, sender) in zip(ranks, pairs, strict=True):
+                process.start()
+                sender.close()  # the child's end: when the child dies, ours reads end-of-file
+            return collect([receiver for receiver, _ in pairs], timeout_seconds)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+                process.close()
+            for receiver, _ in pairs:
+                receiver.close()
+
+
+def collect(receivers: list[connection.Connection], timeout_seconds: float) -> list:
+    rank_of = {receiver: rank for rank, receiver in enumerate(receivers)}
+    results, failures = {}, []
+    deadline = time.monotonic() + timeout_seconds
+    while rank_of:
+        ready = connection.wait(list(rank_of), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for receiver in ready:
+            rank = rank_of.pop(receiver)
+            succeeded, result = receive(receiver)
+            if succeeded:
+                results[rank] = result
+                continue
+            if not failures:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            failures.append(f"rank {rank} of {len(receivers)} {result}")
+    if rank_of and not failures:
+        failures = [f"ranks {list(rank_of.values())} did not finish within {timeout_seconds:g} s"]
+    if failures:
+        raise RankFailed("\n".join(failures))
+    return [results[rank] for rank in range(len(receivers))]
+
+
+def receive(receiver: connection.Connection) -> tuple[bool, object]:
+    try:
+        return pickle.loads(receiver.recv_bytes())
+    except EOFError:
+        return False, "died without a word"
+
+
+def rank_main(rank, world_size, rendezvous, task, path, environment, sender) -> None:
+    try:
+        sys.path[:] = path
+        os.environ.clear()
+        os.environ |= environment | rank_environment(rank, world_size)
+        message = pickle.dumps((True, in_group(rank, world_size, rendezvous, task)))
+    except BaseException:
+        message = pickle.dumps((False, f"raised\n{traceback.format_exc()}"))
+    sender.send_bytes(message)
+
+
+def rank_environment(rank: int, world_size: int) -> dict[str, str]:
+    """What torchrun would set, so that Accelerate finds the group; gloo keeps to the loopback interface."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "ACCELERATE_USE_CPU": "true",
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+    }
+
+
+def in_group(rank: int, world_size: int, rendezvous: Path, task: bytes):
+    import torch
+    from jaxtyping import install_import_hook
+    from torch import distributed
+
+    torch.set_num_threads(1)
+    random.seed(0)
+    torch.manual_seed(0)
+    install_import_hook("gkl_vl", "beartype.beartype")
+    function, args = pickle.loads(task)  # imports the test file, and with it gkl_vl
+    distributed.init_process_group(
+        "gloo",
+        init_method=rendezvous.as_uri(),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=TIMEOUT_SECONDS),
+    )
+    result = function(rank, world_size, *args)
+    distributed.destroy_process_group()
+    return result

@@ -1,0 +1,58 @@
+"""Evaluation sets of a few plain pictures in CLIP_benchmark's layout, written by hand."""
+
+import io
+import tarfile
+from pathlib import Path
+
+from PIL import Image
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+def picture(colour: str, *, ending: str = "png", size: int = 8) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (size, size), COLOURS[colour]).save(file, {"jpg": "jpeg"}.get(ending, ending))
+    return file.getvalue()
+
+
+def write_shard(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for key, members in samples:
+            for ending, content in members.items():
+                member = tarfile.TarInfo(f"{key}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def write_set(root: Path, shards: list[list[tuple[str, dict[str, bytes]]]], **files: list[str]) -> Path:
+    """`files`: the lines of the folder's own text files by their stem, say classnames=["cat", "dog"]."""
+    (root / "test").mkdir(parents=True)
+    for index, samples in enumerate(shards):
+        write_shard(root / "test" / f"{index}.tar", samples)
+    (root / "test" / "nshards.txt").write_text(f"{len(shards)}\n")
+    for stem, lines in files.items():
+        (root / f"{stem}.txt").write_text("".join(f"{line}\n" for line in lines))
+    return root
+
+
+def colour_set(root: Path, colours: list[str], *, shards: int = 2) -> Path:
+    """A classification set of red, green and blue pictures that carries captions too; `colours` in order."""
+    names = list(COLOURS)
+    samples = [
+        (
+            f"s{index:04d}",
+            {
+                "png": picture(colour),
+                "cls": str(names.index(colour)).encode(),
+                "txt": f"something {colour}\na {colour} square\n".encode(),
+            },
+        )
+        for index, colour in enumerate(colours)
+    ]
+    size = -(-len(samples) // shards)
+    return write_set(
+        root,
+        [samples[start : start + size] for start in range(0, len(samples), size)],
+        classnames=names,
+        zeroshot_classification_templates=["{c}", "something {c}"],
+    )

@@ -1,0 +1,255 @@
+"""An evaluation set is read whole and in order from CLIP_benchmark's layout, or not at all: every way in which it can
+be absent, cut short or inconsistent ends in one line that says where."""
+
+import io
+import os
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
+from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+from PIL import Image
+from small_sets import COLOURS, colour_set, picture, write_set, write_shard
+
+from gkl_vl.data.benchmark_sets import BUNDLED, load_benchmark_set, load_benchmark_sets
+from gkl_vl.errors import UserError
+
+
+def folder_set(root: Path, name: str = "colours"):
+    return load_benchmark_set(name, root=str(root))
+
+
+def complaint(call) -> str:
+    """The message of the UserError that `call` must raise: one line."""
+    with pytest.raises(UserError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_samples_come_in_order_with_their_labels(tmp_path):
+    order = ["red", "blue", "green", "green", "red"]
+    dataset = folder_set(colour_set(tmp_path / "set", order, shards=2))
+    assert (dataset.name, dataset.kind, len(dataset.shards)) == ("colours", "classification", 2)
+    assert dataset.classnames == ["red", "green", "blue"]
+    assert dataset.templates == ["{c}", "something {c}"]
+    for colour, (image, label) in zip(order, dataset, strict=True):
+        assert image.mode == "RGB" and image.getpixel((3, 3)) == COLOURS[colour]
+        assert dataset.classnames[label] == colour
+
+
+def test_captions_of_a_classification_set_can_be_asked_for(tmp_path):
+    dataset = folder_set(colour_set(tmp_path / "set", ["red", "blue"]))
+    captions = [record.target for record in dataset.records("txt")]
+    assert captions == [["something red", "a red square"], ["something blue", "a blue square"]]
+
+
+def test_a_retrieval_set_yields_all_captions_of_an_image(tmp_path):
+    samples = [("a", {"jpg": picture("red", ending="jpg"), "txt": "one\n  two \n\nthree".encode()})]
+    dataset = folder_set(write_set(tmp_path / "set", [samples], dataset_type=["Retrieval "]))
+    assert dataset.kind == "retrieval" and dataset.classnames is None
+    assert [captions for _, captions in dataset] == [["one", "two", "three"]]
+
+
+@pytest.mark.parametrize("ending", ["webp", "png", "jpg", "jpeg"])
+def test_all_image_endings_of_the_layout_are_read(tmp_path, ending):
+    samples = [("a", {ending.upper(): picture("green", ending=ending), "cls": b" 0\n"})]
+    (_, label), *_ = list(folder_set(write_set(tmp_path / "set", [samples], classnames=["x"])))
+    assert label == 0
+
+
+def test_images_in_other_modes_become_rgb(tmp_path):
+    samples = []
+    for mode in ("L", "RGBA", "P", "CMYK"):
+        file = io.BytesIO()
+        Image.new(mode, (4, 4)).save(file, "tiff" if mode == "CMYK" else "png")
+        samples.append((mode, {"png": file.getvalue(), "cls": b"0"}))
+    assert [image.mode for image, _ in folder_set(write_set(tmp_path / "set", [samples]))] == ["RGB"] * 4
+
+
+def test_keys_hold_folders_but_no_dots_and_meta_files_are_no_samples(tmp_path):
+    samples = [
+        ("__meta__", {"json": b"{}"}),
+        ("a/._1", {"png": b"what macOS leaves behind"}),
+        ("a/1", {"seg.png": b"not the image", "png": picture("red"), "cls": b"0"}),
+        ("b/1", {"png": picture("blue"), "cls": b"1"}),
+    ]
+    assert [label for _, label in folder_set(write_set(tmp_path / "set", [samples]))] == [0, 1]
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_the_bundled_sets_are_complete(name):
+    dataset = load_benchmark_set(name)
+    records = list(dataset.records("cls"))
+    assert dataset.classnames and dataset.templates
+    assert len(set(dataset.classnames)) == len(dataset.classnames)
+    assert len(records) == sum(1 for _ in dataset.records("txt")) > 100
+    assert records[0].decode().size == (64, 64)
+
+
+def test_placeholders_of_the_root_are_filled_in(tmp_path):
+    colour_set(tmp_path / "a" / "b" / "x", ["red"])
+    colour_set(tmp_path / "a-b" / "x", ["blue"])
+    (_, red), (_, blue) = (
+        next(iter(load_benchmark_set("wds/a/b", root=f"{tmp_path}/{place}/x")))
+        for place in ("{dataset}", "{dataset_cleaned}")
+    )
+    assert (red, blue) == (0, 2)
+
+
+def test_braces_in_a_root_mean_themselves(tmp_path):
+    colour_set(tmp_path / "{0}" / "colours", ["red"])
+    assert folder_set(tmp_path / "{0}" / "{dataset}").shards
+
+
+def test_a_folder_is_a_name_too(tmp_path):
+    assert len(list(load_benchmark_set(str(colour_set(tmp_path / "set", ["red", "red"]))))) == 2
+
+
+def test_one_root_for_two_sets_needs_a_placeholder(tmp_path):
+    root = str(colour_set(tmp_path / "set", ["red"]))
+    assert "write {dataset}" in complaint(lambda: load_benchmark_sets(["a", "b"], root=root, split="test"))
+    assert len(load_benchmark_sets(["a"], root=root, split="test")) == 1
+
+
+@pytest.mark.parametrize(("name", "named"), [("imagenet1k", True), ("wds/imagenetv2", True), ("imagenet-r", False)])
+def test_imagenet_has_open_clips_names_and_prompts(tmp_path, name, named):
+    root = write_set(tmp_path / "set", [[("a", {"png": picture("red"), "cls": b"7"})]])
+    dataset = folder_set(root, name)
+    # imagenet-r numbers 200 classes of its own: 1000 names would give a wrong score, none gives an error.
+    assert dataset.classnames == (list(IMAGENET_CLASSNAMES) if named else None)
+    assert dataset.templates is not None and len(dataset.templates) == 80
+    filled = [template.replace("{c}", "cat") for template in dataset.templates]
+    assert filled == [template("cat") for template in OPENAI_IMAGENET_TEMPLATES]
+
+
+def test_files_of_an_imagenet_folder_win_over_open_clips(tmp_path):
+    root = write_set(tmp_path / "set", [[]], classnames=["x"], zeroshot_classification_templates=["{c}!"])
+    dataset = folder_set(root, "imagenet1k")
+    assert (dataset.classnames, dataset.templates) == (["x"], ["{c}!"])
+
+
+def test_a_set_of_the_hub_is_downloaded_by_split(tmp_path, monkeypatch):
+    asked = {}
+
+    def snapshot_download(repo, **settings):
+        asked.update(settings, repo=repo)
+        return str(colour_set(tmp_path / "cache", ["green"]))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert [label for _, label in load_benchmark_set("wds/vtab/pets")] == [1]
+    assert asked == {
+        "repo": "clip-benchmark/wds_vtab-pets",
+        "repo_type": "dataset",
+        "revision": "main",
+        "allow_patterns": ["*.txt", "test/*"],
+    }
+    shutil.rmtree(tmp_path / "cache")
+    load_benchmark_set("cars", root="https://huggingface.co/datasets/me/{dataset}_wds/tree/v2")
+    assert (asked["repo"], asked["revision"]) == ("me/cars_wds", "v2")
+
+
+def test_a_set_in_the_hubs_cache_is_found_offline(tmp_path, monkeypatch):
+    cache = tmp_path / "datasets--clip-benchmark--wds_colours"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    colour_set(cache / "snapshots" / ("0" * 40), ["blue"])
+    download = huggingface_hub.snapshot_download
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda repo, **settings: download(repo, cache_dir=tmp_path, **settings)
+    )
+    assert [label for _, label in load_benchmark_set("colours")] == [2]
+
+
+def test_an_unknown_set_offline_names_what_there_is():
+    line = complaint(lambda: load_benchmark_set("wds/no_such_set"))
+    assert "clip-benchmark/wds_no_such_set" in line and "HF_HUB_OFFLINE" in line and "emoji_unseen" in line
+
+
+def test_an_unknown_set_online_says_that_the_hub_has_none(monkeypatch):
+    class Response:
+        headers, request, status_code = {}, None, 404
+
+    def snapshot_download(repo, **settings):
+        raise RepositoryNotFoundError("404 Client Error\nand more lines", response=Response())
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert "the Hub has no clip-benchmark/wds_nope" in complaint(lambda: load_benchmark_set("nope"))
+
+
+@pytest.mark.parametrize("url", ["https://huggingface.co/datasets/me/set", "https://example.org/{dataset}"])
+def test_a_url_that_is_no_branch_of_a_hub_dataset_is_refused(url):
+    assert "/tree/BRANCH" in complaint(lambda: load_benchmark_set("x", root=url))
+
+
+def test_an_absent_folder_or_split_or_shard_is_named(tmp_path):
+    assert "nowhere of --dataset_root does not exist" in complaint(lambda: folder_set(tmp_path / "nowhere"))
+    root = colour_set(tmp_path / "set", ["red", "blue", "green"], shards=3)
+    assert "splits there: test" in complaint(lambda: load_benchmark_set("x", root=str(root), split="val"))
+    os.remove(root / "test" / "1.tar")
+    line = complaint(lambda: folder_set(root))
+    assert "1.tar is missing" in line and "counts 3" in line
+
+
+def test_other_types_and_counts_are_refused(tmp_path):
+    root = write_set(tmp_path / "set", [], dataset_type=["multilabel"])
+    assert "'multilabel'" in complaint(lambda: folder_set(root))
+    (root / "dataset_type.txt").unlink()
+    assert "no samples in its 0 shards" in complaint(lambda: list(folder_set(root)))
+    (root / "test" / "nshards.txt").write_text("two")
+    assert "'two'" in complaint(lambda: folder_set(root))
+
+
+def test_a_shard_cut_anywhere_is_an_error_and_never_a_smaller_set(tmp_path):
+    root = colour_set(tmp_path / "set", ["red", "blue", "green"], shards=1)
+    shard = root / "test" / "0.tar"
+    whole = shard.read_bytes()
+    end = len(whole.rstrip(b"\0"))
+    # 512 is a boundary between blocks: there tarfile alone would see a sound, shorter archive.
+    for cut in [*range(0, end, 512), *range(100, end, 512)]:
+        shard.write_bytes(whole[:cut])
+        assert "0.tar" in complaint(lambda: list(folder_set(root)))
+
+
+def test_garbage_after_the_first_sample_is_an_error(tmp_path):
+    root = colour_set(tmp_path / "set", ["red", "blue", "green"], shards=1)
+    shard = root / "test" / "0.tar"
+    content = bytearray(shard.read_bytes())
+    middle = content.index(b"s0001.png")
+    content[middle : middle + 512] = b"x" * 512
+    shard.write_bytes(content)
+    assert "ends early or is damaged" in complaint(lambda: list(folder_set(root)))
+
+
+@pytest.mark.parametrize(
+    ("members", "told"),
+    [
+        ({"cls": b"0"}, "has no image"),
+        ({"png": b"no picture", "cls": b"0"}, "cannot be decoded"),
+        ({"png": picture("red")[:45], "cls": b"0"}, "cannot be decoded"),
+        ({"png": picture("red"), "cls": b"3"}, "label 3: 3 class names cover 0 to 2"),
+        ({"png": picture("red"), "cls": b"-1"}, "label '-1'"),
+        ({"png": picture("red"), "txt": b"red"}, "may be one for eval/retrieval.py"),
+    ],
+)
+def test_a_bad_sample_is_an_error_that_names_it(tmp_path, members, told):
+    samples = [("good", {"png": picture("red"), "cls": b"0"}), ("bad", members)]
+    root = write_set(tmp_path / "set", [samples], classnames=list(COLOURS))
+    line = complaint(lambda: list(folder_set(root)))
+    assert told in line and "sample 'bad'" in line and "0.tar" in line
+
+
+@pytest.mark.parametrize(
+    ("members", "told"), [({"txt": b" \n"}, "empty caption"), ({"cls": b"0"}, "may be one for eval/zero_shot.py")]
+)
+def test_an_image_without_captions_is_an_error(tmp_path, members, told):
+    root = write_set(tmp_path / "set", [[("bad", {"png": picture("red"), **members})]])
+    assert told in complaint(lambda: list(folder_set(root).records("txt")))
+
+
+def test_an_empty_shard_among_others_is_fine(tmp_path):
+    root = colour_set(tmp_path / "set", ["red", "blue"], shards=2)
+    write_shard(root / "test" / "0.tar", [])
+    assert [label for _, label in folder_set(root)] == [2]

@@ -1,0 +1,324 @@
+"""The user's mistakes end in one line on stderr and exit code 2, a bug keeps its traceback, Ctrl-C and `| head`
+end quietly, and a flag has two spellings and a help text."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from typing import Literal
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from gkl_vl import cli
+from gkl_vl.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Distil a made-up CLIP."""
+
+    batch_size: int = 3
+    """Samples per process."""
+    precision: Literal["no", "bf16"] = "no"
+    """Arithmetic of the forward pass."""
+    train_data: str | None = None
+    """Shards, or nothing."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def outcome(main, argv, capfd) -> tuple[int, list[str]]:
+    """Exit code and the lines on stderr."""
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, Config, argv)
+    return stop.value.code, capfd.readouterr().err.splitlines()
+
+
+def raising(error: BaseException):
+    def main(config: Config) -> None:
+        raise error
+
+    return main
+
+
+def refused(argv: list[str], capfd) -> str:
+    code, lines = outcome(raising(AssertionError("main must not run")), argv, capfd)
+    assert code == 2
+    assert len(lines) == 1
+    return lines[0]
+
+
+def told_by(main, capfd) -> str:
+    code, lines = outcome(main, [], capfd)
+    assert code == 2
+    assert len(lines) == 1
+    return lines[0]
+
+
+def told(error: Exception, capfd) -> str:
+    return told_by(raising(error), capfd)
+
+
+@pytest.mark.parametrize(
+    "argv", [["--batch-size", "7"], ["--batch_size", "7"], ["--batch-size=7"], ["--batch_size=7"]]
+)
+def test_a_flag_is_spelt_with_dashes_or_underscores(argv):
+    seen = []
+    cli.run(seen.append, Config, argv)
+    assert seen == [Config(batch_size=7)]
+
+
+def test_no_flags_give_the_defaults():
+    seen = []
+    cli.run(seen.append, Config, [])
+    assert seen == [Config()]
+
+
+def test_help_shows_the_text_under_each_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.run(raising(AssertionError()), Config, ["--help"])
+    assert stop.value.code == 0
+    page = capsys.readouterr().out
+    for text in ("Distil a made-up CLIP.", "--batch-size INT", "Samples per process.", "(default: 3)"):
+        assert text in page
+
+
+def test_help_is_printed_by_one_rank(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        cli.run(raising(AssertionError()), Config, ["--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_misspelt_flag_is_answered_with_the_right_one(capfd):
+    line = refused(["--batch-sise", "4"], capfd)
+    told = "error: Unrecognized options: --batch-sise, 4; Perhaps you meant: --batch-size INT"
+    assert line == f"{told} (--help lists the flags)"
+
+
+def test_two_misspelt_flags_are_answered_on_one_line(capfd):
+    line = refused(["--batch-sise", "4", "--train-dta", "x"], capfd)
+    assert "--batch-size INT" in line
+    assert "--train-data" in line
+
+
+def test_an_unknown_flag_is_named(capfd):
+    assert "--zork" in refused(["--zork"], capfd)
+
+
+def test_a_word_that_is_not_a_flag_is_named(capfd):
+    assert "zork" in refused(["zork"], capfd)
+
+
+def test_a_value_of_the_wrong_type_is_named_with_its_flag(capfd):
+    line = refused(["--batch-size", "many"], capfd)
+    assert "--batch-size" in line
+    assert "'many'" in line
+    assert "Samples per process." not in line  # help texts belong to --help
+
+
+def test_a_wrong_choice_is_answered_with_the_choices(capfd):
+    line = refused(["--precision", "fp8"], capfd)
+    assert "fp8" in line
+    assert "bf16" in line
+
+
+def test_a_missing_value_is_named(capfd):
+    assert "--batch-size" in refused(["--batch-size"], capfd)
+
+
+def test_a_user_error_is_its_message(capfd):
+    assert (
+        told(UserError("--gamma is -1: choose 0 or more"), capfd) == "error: --gamma is -1: choose 0 or more"
+    )
+
+
+def test_a_value_error_says_how_to_see_more(capfd):
+    assert told(ValueError("gamma is -1"), capfd) == "error: gamma is -1 (--debug shows where)"
+
+
+def test_a_message_of_several_lines_becomes_one(capfd):
+    assert told(UserError("first\n  second\n\nthird"), capfd) == "error: first second third"
+
+
+def test_a_loader_workers_error_is_its_last_line(capfd):
+    loader = torch.utils.data.DataLoader([1, 2], collate_fn=bad_shard, num_workers=1)
+    line = told_by(lambda config: next(iter(loader)), capfd)
+    assert line == "error: shard 7.tar is missing: mend --train-data"
+
+
+def bad_shard(samples):
+    raise UserError("shard 7.tar is missing: mend --train-data")
+
+
+def test_a_missing_file_is_named(capfd):
+    line = told(FileNotFoundError(errno.ENOENT, "No such file or directory", "shards/0.tar"), capfd)
+    assert line == "error: No such file or directory at shards/0.tar"
+
+
+def test_no_permission_names_the_path_and_a_remedy(capfd):
+    line = told(PermissionError(errno.EACCES, "Permission denied", "runs/x"), capfd)
+    assert line == "error: Permission denied at runs/x: change its permissions, or choose another path"
+
+
+def test_a_read_only_disk_is_no_permission(capfd):
+    assert "choose another path" in told(OSError(errno.EROFS, "Read-only file system", "runs/x"), capfd)
+
+
+def test_a_full_disk_names_the_path_and_a_remedy(capfd):
+    line = told(OSError(errno.ENOSPC, "No space left on device", "runs/x"), capfd)
+    assert line.startswith(
+        "error: no space left on the disk at runs/x: free some, or choose another --output-dir"
+    )
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
+def test_a_full_disk_is_recognised_in_what_torch_and_python_really_raise(capfd):
+    def torch_save(config):
+        torch.save(torch.zeros(1_000_000), "/dev/full")
+
+    def python_write(config):
+        with open("/dev/full", "w") as file:
+            file.write("a" * 100_000)
+
+    for main in (torch_save, python_write):
+        assert told_by(main, capfd).startswith("error: no space left on the disk")
+
+
+def test_a_full_disk_is_recognised_in_the_words_of_safetensors(capfd):
+    class SafetensorError(Exception):
+        pass
+
+    words = "Error while serializing: I/O error: No space left on device (os error 28)"
+    assert told(SafetensorError(words), capfd).startswith("error: no space left on the disk")
+
+
+def test_a_full_gpu_names_the_batch_size(capfd):
+    words = "CUDA out of memory. Tried to allocate 2.00 GiB."
+    line = told(torch.OutOfMemoryError(words), capfd)
+    assert line == "error: CUDA out of memory. Tried to allocate 2.00 GiB: lower --batch-size"
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OfflineModeIsEnabled("Cannot reach the Hub"), "HF_HUB_OFFLINE"),
+        (LocalEntryNotFoundError("not in the cache"), "HF_HUB_OFFLINE"),
+        (EntryNotFoundError("no such file"), "check the name"),
+        (cli.WebError("connection refused"), "HF_HUB_OFFLINE"),
+    ],
+)
+def test_the_hubs_errors_carry_a_remedy(error, remedy, capfd):
+    assert remedy in told(error, capfd)
+
+
+def test_an_offline_machine_asking_the_hub_is_told_what_to_do(capfd):
+    line = told_by(lambda config: huggingface_hub.hf_hub_download("org/model", "config.json"), capfd)
+    assert "local-dir:PATH" in line
+
+
+def test_a_hub_error_inside_a_runtime_error_is_found(capfd):
+    def main(config):  # what open_clip does
+        try:
+            huggingface_hub.hf_hub_download("org/model", "config.json")
+        except OSError as error:
+            raise RuntimeError("Failed to download weights for 'openai'") from error
+
+    assert told_by(main, capfd).startswith("error: Failed to download weights for 'openai': go online")
+
+
+def test_debug_shows_the_traceback_before_the_line(capfd):
+    code, lines = outcome(raising(UserError("gamma")), ["--debug"], capfd)
+    assert code == 2
+    assert lines[0].startswith("Traceback")
+    assert lines[-1] == "error: gamma"
+
+
+def test_a_bug_is_not_hidden():
+    for bug in (RuntimeError("shape"), KeyError("x"), AssertionError("never")):
+        with pytest.raises(type(bug)):
+            cli.run(raising(bug), Config, [])
+
+
+def test_other_ranks_sign_their_line(capfd, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert told(UserError("gamma"), capfd) == "[rank 3] error: gamma"
+
+
+def test_rank_0_does_not_sign(capfd, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert told(UserError("gamma"), capfd) == "error: gamma"
+
+
+def test_ctrl_c_is_exit_code_130(capfd):
+    assert outcome(raising(KeyboardInterrupt()), [], capfd) == (130, ["interrupted"])
+
+
+def test_a_broken_pipe_that_is_not_stdout_is_told(capfd):
+    assert told(BrokenPipeError(errno.EPIPE, "Broken pipe"), capfd) == "error: Broken pipe"
+
+
+SCRIPT = """
+    import sys, time
+    from dataclasses import dataclass
+    from gkl_vl import cli
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        mode: str = "talk"
+        debug: bool = False
+
+    def main(config):
+        if config.mode == "wait":
+            print("ready", flush=True)
+            time.sleep(60)
+        for line in range(200_000):
+            print(line)
+
+    cli.run(main, Config)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(textwrap.dedent(SCRIPT))
+    return path
+
+
+def start(script, *argv) -> subprocess.Popen:
+    command = [sys.executable, str(script), *argv]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_reader_that_leaves_ends_the_script_without_a_word(script):
+    with start(script) as process:
+        assert process.stdout.readline() == "0\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+def test_a_real_sigint_ends_a_real_script_in_one_line(script):
+    with start(script, "--mode", "wait") as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == "interrupted\n"
+    assert process.returncode == 130
+
+
+def test_a_terminal_without_utf8_gets_the_same_line(script):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, str(script), "--moed", "x"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: Unrecognized options: --moed, x; Perhaps you meant: --mode STR (--help lists the flags)\n"
+    )

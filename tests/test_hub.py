@@ -1,0 +1,441 @@
+"""An exported folder is all that anybody needs.
+
+open_clip and transformers load it without this package and get the same embeddings, a broken export never
+replaces a good one, the card says what it was given and no more, and a push sends exactly those files. The Hub that
+the push meets is a loopback server that takes every file as a regular one: large files (LFS, Xet) are the matter
+of huggingface_hub.
+"""
+
+import base64
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard as HubCard
+from PIL import Image
+from safetensors.torch import load_file
+
+from gkl_vl import hub
+from gkl_vl.convert import fits_transformers, rename_tensors
+from gkl_vl.errors import UserError
+from gkl_vl.hub import ModelCard, check_repo_id, export_clip, push_to_hub
+from gkl_vl.towers import BUNDLED_TOKENIZER_NAME, Clip, load_clip
+
+VISION = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8, "mlp_ratio": 2.0}
+SMALL_BPE = {"context_length": 24, "vocab_size": 4096, "hf_tokenizer_name": BUNDLED_TOKENIZER_NAME}
+TEXT = {"width": 32, "heads": 2, "layers": 2}
+OPENAI_BPE = {"context_length": 20, "vocab_size": 49408}
+PLAIN = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": SMALL_BPE | TEXT}
+
+CONFIGS = {
+    "small_bpe": PLAIN,
+    "openai_quickgelu": {
+        "embed_dim": 24,
+        "quick_gelu": True,
+        "vision_cfg": VISION,
+        "text_cfg": OPENAI_BPE | TEXT,
+    },
+    "custom_text_eos": {
+        "embed_dim": 24,
+        "custom_text": True,
+        "vision_cfg": VISION,
+        "text_cfg": SMALL_BPE | TEXT | {"pool_type": "eos", "eos_id": 4095},
+    },
+    "convolutional": {
+        "embed_dim": 24,
+        "vision_cfg": {"timm_model_name": "test_efficientnet", "timm_pool": "", "image_size": 32},
+        "text_cfg": SMALL_BPE | TEXT,
+    },
+    "average_pool": PLAIN | {"vision_cfg": VISION | {"pool_type": "avg"}},
+    "logit_bias": PLAIN | {"init_logit_bias": -10.0},
+    "last_token": PLAIN | {"text_cfg": SMALL_BPE | TEXT | {"pool_type": "last"}},
+}
+FITS = ["small_bpe", "openai_quickgelu", "custom_text_eos"]
+TEXTS = ["a photo of a grinning face", "Flag: São Tomé & Príncipe!", "it's 1234 cats, " * 9, ""]
+
+CARD = ModelCard(
+    student="tiny",
+    teacher="hf-hub:org/big",
+    license="mit",
+    datasets=["org/pairs", "emoji of two styles"],
+    command="accelerate launch recipes/clip_kd.py --steps 7",
+    commit="0123abc",
+    steps=7,
+    seed=3,
+    metrics=[
+        {"step": 0, "model": "teacher", "dataset": "emoji", "acc1": 0.5, "acc5": float("nan")},
+        {"step": 7, "model": "student", "dataset": "emoji", "acc1": 0.4, "acc5": float("nan")},
+        {"step": 7, "model": "student", "dataset": "emoji", "image_retrieval_recall@5": 0.125},
+    ],
+)
+
+# What a stranger runs: open_clip and transformers, not this package. Arguments: inputs, folders; stdout: nothing.
+STRANGER = """
+import json, sys
+import numpy as np, open_clip, torch
+from PIL import Image
+from pathlib import Path
+from transformers import AutoImageProcessor, AutoProcessor, CLIPModel
+
+work = Path(sys.argv[1])
+texts = json.loads((work / "texts.json").read_text())
+images = [Image.open(path) for path in sorted(work.glob("*.png"))]
+for folder in sys.argv[2:]:
+    model, _, preprocess = open_clip.create_model_and_transforms("local-dir:" + folder)
+    model.eval()
+    pixels = torch.stack([preprocess(image) for image in images])
+    with torch.no_grad():
+        image = model.encode_image(pixels, normalize=True)
+        text = model.encode_text(open_clip.get_tokenizer("local-dir:" + folder)(texts), normalize=True)
+    out = {"pixels": pixels, "image": image, "text": text, "scale": model.logit_scale.exp()}
+    if (Path(folder) / "config.json").is_file():
+        model, info = CLIPModel.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"], info
+        processor = AutoProcessor.from_pretrained(folder)
+        # PIL resizes as open_clip does; the default back end rounds otherwise.
+        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        inputs = processor(text=texts, images=images, padding="max_length", truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            result = model.eval()(**inputs)
+        out |= {"hf_pixels": inputs["pixel_values"], "hf_image": result.image_embeds, "hf_text": result.text_embeds}
+        out["hf_scale"] = model.logit_scale.exp()
+    np.savez(Path(folder).with_suffix(".npz"), **{k: v.detach().numpy() for k, v in out.items()})
+assert "gkl_vl" not in sys.modules
+"""
+
+
+def make_clip(folder: Path, name: str) -> Clip:
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(CONFIGS[name]))
+    torch.manual_seed(0)
+    clip = load_clip(str(path))
+    with torch.no_grad():
+        for (
+            parameter
+        ) in clip.towers.parameters():  # a fresh model's biases are zero and would hide a lost one
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    clip.towers.eval()
+    if name == "openai_quickgelu":
+        preprocess = dataclasses.replace(
+            clip.preprocess,
+            mean=(0.5, 0.4, 0.3),
+            std=(0.2, 0.3, 0.4),
+            resize_mode="squash",
+            interpolation="bilinear",
+        )
+        clip = dataclasses.replace(clip, preprocess=preprocess)
+    return clip
+
+
+@pytest.fixture(scope="module")
+def strangers_view(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, tuple[Clip, dict[str, np.ndarray], list]]:
+    """Each of a few models exported and then read by a process that never imports this package."""
+    work = tmp_path_factory.mktemp("stranger")
+    rng = np.random.default_rng(0)
+    sizes = [(32, 32), (48, 48), (40, 72)]
+    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+    for index, image in enumerate(images):
+        image.save(work / f"{index}.png")
+    (work / "texts.json").write_text(json.dumps(TEXTS))
+    clips = {name: make_clip(work, name) for name in [*FITS, "convolutional"]}
+    for name, clip in clips.items():
+        export_clip(clip=clip, folder=work / name, card=CARD)
+    command = [sys.executable, "-c", STRANGER, str(work), *(str(work / name) for name in clips)]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return {name: (clip, dict(np.load(work / f"{name}.npz")), images) for name, clip in clips.items()}
+
+
+@pytest.mark.parametrize("name", [*FITS, "convolutional"])
+def test_open_clip_alone_gives_the_same_embeddings(strangers_view, name: str):
+    clip, theirs, images = strangers_view[name]
+    pixels = torch.stack([clip.image_transform()(image) for image in images])
+    with torch.no_grad():
+        image, text = clip.towers.encode_image(pixels), clip.towers.encode_text(clip.tokenize(TEXTS))
+        scale = clip.towers.log_scale().exp()
+    np.testing.assert_allclose(theirs["pixels"], pixels.numpy(), atol=1e-6)
+    np.testing.assert_allclose(theirs["image"], image.numpy(), atol=1e-6)
+    np.testing.assert_allclose(theirs["text"], text.numpy(), atol=1e-6)
+    np.testing.assert_allclose(theirs["scale"], scale.numpy(), rtol=1e-6)
+    assert np.abs(theirs["text"][0] - theirs["text"][1]).max() > 1e-3  # else equality would prove little
+    assert np.abs(theirs["image"][0] - theirs["image"][1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_transformers_gives_the_same_embeddings(strangers_view, name: str):
+    _, theirs, _ = strangers_view[name]
+    np.testing.assert_allclose(theirs["hf_pixels"], theirs["pixels"], atol=1e-5)
+    np.testing.assert_allclose(theirs["hf_image"], theirs["image"], atol=1e-5)
+    np.testing.assert_allclose(theirs["hf_text"], theirs["text"], atol=1e-5)
+    np.testing.assert_allclose(theirs["hf_scale"], theirs["scale"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["convolutional", "average_pool", "logit_bias", "last_token"])
+def test_what_transformers_cannot_express_is_not_claimed(tmp_path: Path, name: str):
+    clip = make_clip(tmp_path, name)
+    assert not fits_transformers(clip)
+    export_clip(clip=clip, folder=tmp_path / "model", card=CARD)
+    assert not (tmp_path / "model" / "config.json").exists()
+    assert not (tmp_path / "model" / "model.safetensors").exists()
+    assert "transformers" not in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_renaming_keeps_every_number(tmp_path: Path):
+    tensors = make_clip(tmp_path, "small_bpe").towers.model.state_dict()
+    renamed = rename_tensors(tensors)
+    assert sum(t.numel() for t in renamed.values()) == sum(t.numel() for t in tensors.values())
+    total, again = (sum(float(t.double().sum()) for t in side.values()) for side in (tensors, renamed))
+    assert again == pytest.approx(total)
+
+
+def test_half_precision_halves_the_weights(tmp_path: Path):
+    clip = make_clip(tmp_path, "small_bpe")
+    export_clip(clip=clip, folder=tmp_path / "model", card=CARD, dtype=torch.float16, transformers=False)
+    stored = load_file(tmp_path / "model" / "open_clip_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert not (tmp_path / "model" / "model.safetensors").exists()
+    assert next(clip.towers.parameters()).dtype == torch.float32  # the model itself stays as it was
+    again = load_clip(f"local-dir:{tmp_path / 'model'}")
+    text = again.towers.encode_text(again.tokenize(TEXTS))
+    torch.testing.assert_close(text, clip.towers.encode_text(clip.tokenize(TEXTS)), atol=5e-3, rtol=0)
+
+
+def test_shared_and_strided_tensors_are_written(tmp_path: Path):
+    clip = make_clip(tmp_path, "small_bpe")
+    model = clip.towers.model
+    model.transformer.resblocks[1].ln_1 = model.transformer.resblocks[0].ln_1
+    model.text_projection = torch.nn.Parameter(model.text_projection.detach().T.contiguous().T)
+    export_clip(clip=clip, folder=tmp_path / "model", card=CARD)
+    stored = load_file(tmp_path / "model" / "open_clip_model.safetensors")
+    assert set(stored) == set(model.state_dict())
+    assert all(torch.equal(stored[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_broken_export_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clip, folder = make_clip(tmp_path, "small_bpe"), tmp_path / "run" / "model"
+    export_clip(clip=clip, folder=folder, card=CARD)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full_disk(**_) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "write_transformers", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            export_clip(clip=clip, folder=folder, card=dataclasses.replace(CARD, steps=8))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+    export_clip(clip=clip, folder=folder, card=dataclasses.replace(CARD, steps=8), transformers=False)
+    assert "- Steps: 8\n" in (folder / "README.md").read_text()
+    assert not (folder / "config.json").exists()  # replaced, not mixed with the old files
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_other_peoples_files_are_not_replaced(tmp_path: Path):
+    clip = make_clip(tmp_path, "small_bpe")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
+    with pytest.raises(UserError, match="thesis holds files but no exported model"):
+        export_clip(clip=clip, folder=tmp_path / "thesis", card=CARD)
+    assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "years of work"
+    with pytest.raises(UserError, match="is a file"):
+        export_clip(clip=clip, folder=tmp_path / "small_bpe.json", card=CARD)
+
+
+def test_a_transformers_model_is_refused_by_name(tmp_path: Path):
+    clip = dataclasses.replace(make_clip(tmp_path, "small_bpe"), name="transformers:x/y", model_cfg=None)
+    with pytest.raises(UserError, match="'transformers:x/y' is a transformers model"):
+        export_clip(clip=clip, folder=tmp_path / "model", card=CARD)
+
+
+def test_card_metadata_is_what_the_hub_reads():
+    data = HubCard(CARD.render()).data.to_dict()
+    assert data["library_name"] == "open_clip"
+    assert data["pipeline_tag"] == "zero-shot-image-classification"
+    assert data["license"] == "mit"
+    assert data["tags"] == ["clip", "knowledge-distillation", "gkl"]
+    assert data["datasets"] == ["org/pairs"]  # a plain name is no Hub id
+    assert data["base_model"] == "org/big" and data["base_model_relation"] == "finetune"
+    results = data["model-index"][0]["results"]
+    found = {metric["type"]: metric["value"] for result in results for metric in result["metrics"]}
+    assert found == {"acc1": 0.4, "image_retrieval_recall@5": 0.125}  # the student's; nan is no result
+
+
+def test_card_tells_results_usage_and_command():
+    text = dataclasses.replace(CARD, repo_id="me/tiny").render(transformers=True)
+    assert "| emoji | acc1 | 50.0 % | 40.0 % | 80 % |" in text
+    assert "| emoji | image_retrieval_recall@5 |  | 12.5 % |  |" in text
+    assert 'open_clip.create_model_and_transforms("hf-hub:me/tiny")' in text
+    assert 'CLIPModel.from_pretrained("me/tiny")' in text
+    assert "accelerate launch recipes/clip_kd.py --steps 7" in text
+    assert "- Seed: 3" in text and "- Commit of gkl-vl: 0123abc" in text
+    assert "nan" not in text
+    assert "CLIPModel" not in CARD.render() and "local-dir:path/to/this/folder" in CARD.render()
+
+
+def test_card_without_teacher_or_results_claims_neither():
+    text = dataclasses.replace(CARD, teacher=None, metrics=[], commit=None).render()
+    data = HubCard(text).data.to_dict()
+    assert "base_model" not in data and "base_model_relation" not in data and "model-index" not in data
+    assert data["tags"] == ["clip", "gkl"]
+    assert "trained without a teacher" in text and "No evaluation was run." in text
+    assert "distilled" not in text and "Commit" not in text
+
+
+@pytest.mark.parametrize(
+    "teacher", ["local-dir:runs/teacher", "ViT-B-32", "transformers:{folder}", "transformers:./a/b"]
+)
+def test_only_a_hub_teacher_is_a_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: str):
+    (tmp_path / "models" / "clip").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    card = dataclasses.replace(CARD, teacher=teacher.format(folder="models/clip"))
+    assert "base_model" not in HubCard(card.render()).data.to_dict()
+    named = dataclasses.replace(CARD, teacher="transformers:openai/clip-vit-base-patch32")
+    assert HubCard(named.render()).data.to_dict()["base_model"] == "openai/clip-vit-base-patch32"
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """The Hub's endpoints that a push of regular (not LFS) files needs; `server.seen` is what arrived."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.server.seen.append((self.path, self.headers["authorization"], body))
+        if self.server.status != 200:
+            self._answer({"error": "refused"}, self.server.status)
+        elif self.path == "/api/repos/create":
+            self._answer({"url": f"{self.server.address}/me/tiny"})
+        elif self.path == "/api/models/me/tiny/preupload/main":
+            files = [file["path"] for file in json.loads(body)["files"]]
+            self._answer(
+                {"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in files]}
+            )
+        elif self.path == "/api/models/me/tiny/commit/main":
+            self._answer(
+                {"commitUrl": f"{self.server.address}/me/tiny/commit/{'0' * 40}", "commitOid": "0" * 40}
+            )
+        else:  # /api/validate-yaml
+            self._answer({"errors": [], "warnings": []})
+
+    def do_GET(self) -> None:
+        self._answer({}, 404)
+
+    def _answer(self, content: dict, status: int = 200) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def server() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    server.seen, server.status, server.address = [], 200, f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def push_in_a_process(folder: Path, *, address: str, home: Path) -> subprocess.CompletedProcess:
+    """HF_ENDPOINT is read when huggingface_hub is imported, hence a process of its own."""
+    code = """
+import sys
+from pathlib import Path
+from gkl_vl.hub import push_to_hub
+print(push_to_hub(folder=Path(sys.argv[1]), repo_id="me/tiny"))
+"""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    env |= {"HF_ENDPOINT": address, "HF_TOKEN": "hf_secret", "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-c", code, str(folder)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_a_push_sends_exactly_the_folder(tmp_path: Path, server: ThreadingHTTPServer):
+    folder = tmp_path / "model"
+    export_clip(clip=make_clip(tmp_path, "small_bpe"), folder=folder, card=CARD)
+    assert json.loads((folder / "open_clip_config.json").read_text())["model_cfg"] == CONFIGS["small_bpe"]
+    done = push_in_a_process(folder, address=server.address, home=tmp_path / "home")
+    assert done.stdout == f"{server.address}/me/tiny\n", done.stderr
+
+    posts = {path: body for path, _, body in server.seen}
+    assert json.loads(posts["/api/repos/create"])["organization"] == "me"
+    assert {token for _, token, _ in server.seen} == {"Bearer hf_secret"}
+    lines = [json.loads(line) for line in posts["/api/models/me/tiny/commit/main"].splitlines()]
+    files = [line["value"] for line in lines if line["key"] == "file"]
+    sent = {file["path"]: base64.b64decode(file["content"]) for file in files}
+    assert sent == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {line["key"] for line in lines} == {"header", "file"}  # nothing is deleted
+    assert {"open_clip_config.json", "open_clip_model.safetensors", "README.md", "tokenizer.json"} <= set(
+        sent
+    )
+    # hf-hub:me/tiny will look for its tokenizer under this name.
+    assert (
+        json.loads(sent["open_clip_config.json"])["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == "me/tiny"
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "remedy"), [(401, "token is not valid"), (403, "may not write"), (None, "connection")]
+)
+def test_a_refused_push_is_one_line_with_a_remedy(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    server: ThreadingHTTPServer,
+    status: int | None,
+    remedy: str,
+):
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIGS["small_bpe"]}))
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    if status is None:
+        monkeypatch.setattr(
+            hub.constants, "ENDPOINT", "http://127.0.0.1:9"
+        )  # the discard port: nobody listens
+    else:
+        monkeypatch.setattr(hub.constants, "ENDPOINT", server.address)
+        server.status = status
+    with pytest.raises(UserError, match=f"^pushing to 'me/tiny' failed .*{remedy}.* again$") as caught:
+        push_to_hub(folder=tmp_path, repo_id="me/tiny", token="hf_x")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("repo_id", ["tiny", "a/b/c", "me/ti ny", "me/tiny--2", "", "/tiny", "me/"])
+def test_a_malformed_repository_name_is_refused_before_training(repo_id: str):
+    with pytest.raises(UserError, match="repository name"):
+        check_repo_id(repo_id, token="hf_x")
+
+
+def test_a_missing_token_is_noticed_before_training(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    with pytest.raises(UserError, match="hf auth login"):
+        check_repo_id("me/tiny")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    check_repo_id("me/tiny", token="hf_x")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        check_repo_id("me/tiny", token="hf_x")
+
+
+def test_a_folder_without_a_model_is_not_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match="holds no open_clip_config.json"):
+        push_to_hub(folder=tmp_path, repo_id="me/tiny", token="hf_x")

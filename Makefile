@@ -12,6 +12,11 @@ OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 .DEFAULT_GOAL := help
 .PHONY: help demo test check
 
+# A .venv whose interpreter has gone (an upgrade of the system's Python) is set up anew, whatever its age.
+ifeq ($(wildcard $(BIN)/python),)
+.PHONY: $(READY)
+endif
+
 help:   ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 

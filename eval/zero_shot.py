@@ -7,7 +7,7 @@ The bundled teacher on the bundled emoji, a style and concepts that training nev
 Your student on sets from the Hub (https://huggingface.co/clip-benchmark), any model on sets in folders:
 
     python eval/zero_shot.py --model local-dir:runs/clip_kd/model --dataset wds/imagenet1k wds/vtab/cifar100
-    python eval/zero_shot.py --model RN50 --pretrained openai --dataset cars pets --dataset_root "sets/{dataset}"
+    python eval/zero_shot.py --model RN50 --pretrained openai --dataset a b --dataset_root "sets/{dataset}"
 
 Results are appended to --output, one JSON line per dataset. `clip_benchmark build` reads one result per file:
 --output "{dataset}_{pretrained}_{model}_{language}_{task}.json".

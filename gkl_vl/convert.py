@@ -16,7 +16,6 @@ from open_clip.transform import PreprocessCfg
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from gkl_vl.towers import Clip
 
@@ -119,6 +118,7 @@ def _config(clip: Clip, dtype: torch.dtype) -> CLIPConfig:
     cfg = clip.model_cfg
     assert cfg is not None
     vision, text = CLIPVisionCfg(**cfg["vision_cfg"]), CLIPTextCfg(**cfg["text_cfg"])
+    assert isinstance(vision.layers, int)
     tokenizer = _tokenizer(clip)
     shared = {
         "projection_dim": cfg["embed_dim"],
@@ -168,7 +168,7 @@ def _image_processor(preprocess: PreprocessCfg) -> CLIPImageProcessor:
     )
 
 
-def _tokenizer(clip: Clip) -> PreTrainedTokenizerBase:
+def _tokenizer(clip: Clip) -> Any:
     """The model's tokenizer, or CLIP's byte pairs as transformers has them; cuts to the text's length."""
     assert clip.model_cfg is not None
     if clip.hf_tokenizer is not None:
@@ -178,6 +178,9 @@ def _tokenizer(clip: Clip) -> PreTrainedTokenizerBase:
         vocab = dict(bpe.encoder)
         vocab["<|startoftext|>"] = vocab.pop("<start_of_text>")
         vocab["<|endoftext|>"] = vocab.pop("<end_of_text>")
-        tokenizer = CLIPTokenizer(vocab=vocab, merges=list(bpe.bpe_ranks))
+        merges: Any = list(
+            bpe.bpe_ranks
+        )  # pairs, which tokenizers wants; transformers' annotation says strings
+        tokenizer = CLIPTokenizer(vocab=vocab, merges=merges)
     tokenizer.model_max_length = CLIPTextCfg(**clip.model_cfg["text_cfg"]).context_length
     return tokenizer

@@ -94,12 +94,11 @@ def retrieval_metrics(
     Source: CLIP_benchmark 1.6.2, `metrics/zeroshot_retrieval.py`.
 
     Raises:
-        ValueError: no images or no texts, K < 1, an owner that is no row of `image`.
+        ValueError: no images or no texts, no K or one below 1, an owner that is no row of `image`.
     """
     if len(image) == 0 or len(text) == 0:
         raise ValueError(f"recall of {len(image)} images and {len(text)} texts is not defined")
-    if min(recall_k) < 1:
-        raise ValueError(f"recall_k={tuple(recall_k)} must be 1 or more")
+    _check_recall_k(recall_k)
     if owners.min() < 0 or owners.max() >= len(image):
         raise ValueError(f"owners lie in {owners.min()}..{owners.max()}, but there are {len(image)} images")
     images = torch.arange(len(image), device=image.device)
@@ -117,6 +116,11 @@ def retrieval_metrics(
                 hits[k] += int(_hits(key_ids[nearest], query_ids[rows]).sum())
         metrics |= {f"{name}_retrieval_recall@{k}": found / len(queries) for k, found in hits.items()}
     return metrics
+
+
+def _check_recall_k(recall_k: Sequence[int]) -> None:
+    if not recall_k or min(recall_k) < 1:
+        raise ValueError(f"recall_k={tuple(recall_k)} must hold numbers from 1")
 
 
 def zero_shot_classifier(
@@ -194,6 +198,8 @@ def embed_images(
 
     Rows are in the order of the set, whatever batch_size and num_workers.
     """
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be 1 or more")
     batches = _Batches(dataset, target, transform, batch_size)
     # Its own generator: a DataLoader draws a seed, and evaluation must not move training's RNG.
     loader = DataLoader(batches, batch_size=None, num_workers=num_workers, generator=torch.Generator())
@@ -305,6 +311,7 @@ def retrieval(
     Raises:
         UserError: a set without captions or with an unusable sample; embeddings not finite.
     """
+    _check_recall_k(recall_k)
     with _evaluating(clip.towers):
         image, captions = embed_images(
             encode_image=lambda pixels: clip.towers.encode_image(pixels.to(device)),
@@ -422,7 +429,7 @@ def format_metrics(rows: dict[str, dict[str, float]]) -> str:
 def top_names(
     *, clip: Clip, images: Sequence[Image.Image], dataset: BenchmarkSet, k: int, device: torch.device | str
 ) -> list[list[tuple[str, float]]]:
-    """For each image the k most probable class names of the set: (name, softmax of the scaled similarities)."""
+    """For each image the k most probable class names of the set: (name, softmax of scaled similarities)."""
     if not dataset.classnames or not dataset.templates:
         raise UserError(f"{dataset.name} has no class names or templates to choose from")
     with _evaluating(clip.towers):
@@ -441,10 +448,14 @@ def top_names(
     return [[(dataset.classnames[c], p) for c, p in zip(*row, strict=True)] for row in rows]
 
 
-def milliseconds_per_image(*, clip: Clip, device: torch.device | str, batch_size: int = 64, repeats: int = 5) -> float:
-    """Time of the image tower alone on a batch, median of `repeats` after one warm-up; for orientation, not a benchmark."""
+def milliseconds_per_image(
+    *, clip: Clip, device: torch.device | str, batch_size: int = 64, repeats: int = 5
+) -> float:
+    """Time of the image tower alone, median of `repeats` batches after one warm-up; no benchmark."""
     device = torch.device(device)
-    pixels = clip.prepare(torch.zeros(batch_size, 3, clip.image_size, clip.image_size, dtype=torch.uint8, device=device))
+    pixels = clip.prepare(
+        torch.zeros(batch_size, 3, clip.image_size, clip.image_size, dtype=torch.uint8, device=device)
+    )
     seconds = []
     with _evaluating(clip.towers):
         for _ in range(repeats + 1):

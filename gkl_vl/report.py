@@ -20,7 +20,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-_WIDTH, _HEIGHT = 1400, 780  # pixels
+Pixels = int | float  # from the picture's top left corner
+
+_WIDTH, _HEIGHT = 1400, 780
 _INK, _QUIET, _RULE = "#1f2328", "#656d76", "#d8dee4"
 _GREEN, _GREEN_BAR, _GREY_BAR, _TRACK = "#1a7f37", "#aceebb", "#d0d7de", "#f3f5f7"
 # Okabe and Ito's palette, which colour-blind readers tell apart too; ink is kept for the total.
@@ -89,6 +91,7 @@ def _draw_losses(axes: Axes, records: list[dict]) -> None:
     drawn = []
     for key, (label, colour) in curves.items():
         points = [(row["step"], row[f"train/{key}"]) for row in records if f"train/{key}" in row]
+        points = [(step, value) for step, value in points if math.isfinite(value)]
         if points and any(value != 0 for _, value in points):  # a term that is switched off is no curve
             _draw_curve(axes, points, colour, width=2.2 if key == "loss" else 1.4).set_label(label)
             drawn += [value for _, value in points]
@@ -109,34 +112,40 @@ def _draw_accuracy(axes: Axes, records: list[dict]) -> None:
     if not rows:
         _say_none(axes, "Zero-shot top-1 accuracy: none was measured")
         return
-    handles = []
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
-    for dataset, colour in zip(datasets[:_MOST_DATASETS], _COLOURS, strict=False):
-        of = {model: [] for model in ("student", "teacher")}
-        for row in rows:
-            if row["dataset"] == dataset:
-                of[row["model"]].append((row["step"], 100 * row["acc1"]))
-        last = {model: f"{points[-1][1]:.1f} %" for model, points in of.items() if points}
-        handle = Line2D([], [], color=colour, linewidth=2.0, marker="o", markersize=4.5)
-        handle.set_label(f"{shorten(dataset, 13)}  {last.get('student', '–')}")
-        if of["student"]:
-            _draw_curve(axes, of["student"], colour, width=2.0, marker="o")
-        if of["teacher"]:
-            axes.axhline(of["teacher"][-1][1], color=colour, linewidth=1.4, linestyle=(0, (5, 3)))
-            handle.set_label(f"{handle.get_label()} (teacher {last['teacher']})")
-        handles.append(handle)
+    rows = [row for row in rows if row["dataset"] in datasets[:_MOST_DATASETS]]
+    handles = [
+        _draw_dataset(axes, dataset, [row for row in rows if row["dataset"] == dataset], colour)
+        for dataset, colour in zip(datasets[:_MOST_DATASETS], _COLOURS, strict=False)
+    ]
     axes.set_ylim(bottom=0, top=1.08 * max(100 * row["acc1"] for row in rows) + 1)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
-    title = "Zero-shot top-1 accuracy" + (
-        ", teacher dashed" if any(r["model"] == "teacher" for r in rows) else ""
-    )
+    title = "Zero-shot top-1 accuracy"
+    if any(row["model"] == "teacher" for row in rows):
+        title += ", teacher dashed"
     if len(datasets) > _MOST_DATASETS:
         title += f" ({_MOST_DATASETS} of {len(datasets)} data sets)"
     _head(axes, title, handles, columns=2)
 
 
+def _draw_dataset(axes: Axes, dataset: str, rows: list[dict], colour: str) -> Line2D:
+    """The student over time and the teacher's level; returns what stands for both in the legend."""
+    student = [(row["step"], 100 * row["acc1"]) for row in rows if row["model"] == "student"]
+    teacher = [100 * row["acc1"] for row in rows if row["model"] == "teacher"]
+    handle = Line2D([], [], color=colour, linewidth=2.0, marker="o", markersize=4.5)
+    label = shorten(dataset, 13)  # two of them with their numbers have to fit beside each other
+    if student:
+        _draw_curve(axes, student, colour, width=2.0, marker="o")
+        label += f"  {student[-1][1]:.1f} %"
+    if teacher:
+        axes.axhline(teacher[-1], color=colour, linewidth=1.4, linestyle=(0, (5, 3)))
+        label += f" (teacher {teacher[-1]:.1f} %)"
+    handle.set_label(label)
+    return handle
+
+
 def _draw_curve(
-    axes: Axes, points: Sequence[tuple[float, float]], colour: str, *, width: float, marker: str = ""
+    axes: Axes, points: Sequence[tuple[int, float]], colour: str, *, width: float, marker: str = ""
 ) -> Line2D:
     steps, values = zip(*points, strict=True)
     marker = marker or ("o" if len(points) == 1 else "")  # a line through one point is invisible
@@ -158,7 +167,7 @@ def _draw_sheet(figure: Figure, sheet: list[SheetItem]) -> None:
         _draw_item(figure, item, left + column * cell_width, top + row * cell_height, cell_width - 16)
 
 
-def _draw_item(figure: Figure, item: SheetItem, x: float, y: float, width: float) -> None:
+def _draw_item(figure: Figure, item: SheetItem, x: Pixels, y: Pixels, width: Pixels) -> None:
     side, line = 88, 22
     image = PIL.Image.new("RGBA", item.image.size, "white")
     image.alpha_composite(item.image.convert("RGBA"))
@@ -185,13 +194,21 @@ def _draw_item(figure: Figure, item: SheetItem, x: float, y: float, width: float
         )
 
 
-def _bar(figure: Figure, x: float, y: float, width: float, height: float, colour: str) -> None:
+def _bar(figure: Figure, x: Pixels, y: Pixels, width: Pixels, height: Pixels, colour: str) -> None:
     corner = (x / _WIDTH, 1 - (y + height) / _HEIGHT)
     figure.add_artist(Rectangle(corner, width / _WIDTH, height / _HEIGHT, facecolor=colour, linewidth=0))
 
 
 def _text(
-    figure: Figure, x: float, y: float, text: str, *, size: float, weight="normal", colour=_INK, align="left"
+    figure: Figure,
+    x: Pixels,
+    y: Pixels,
+    text: str,
+    *,
+    size: int | float,
+    weight="normal",
+    colour=_INK,
+    align="left",
 ) -> None:
     # Names hold `$` and `_`, which matplotlib would take for formulas.
     style = {"fontsize": size, "weight": weight, "color": colour, "ha": align, "parse_math": False}
@@ -221,8 +238,9 @@ def _head(axes: Axes, title: str, handles: list[Line2D], *, columns: int) -> Non
     for handle in handles:
         handle.set_label(_drawable(str(handle.get_label())).replace("$", r"\$"))
     axes.legend(
-        handles=handles, loc="lower left", bbox_to_anchor=(0, 0.99), ncols=columns, frameon=False, borderaxespad=0,
-        fontsize=9.5, labelcolor=_INK, handlelength=1.4, columnspacing=1.2, handletextpad=0.5, borderpad=0.4,
+        handles=handles, loc="lower left", bbox_to_anchor=(0, 0.99), borderaxespad=0, ncols=columns,
+        frameon=False, fontsize=9.5, labelcolor=_INK, handlelength=1.4, columnspacing=1.2, handletextpad=0.5,
+        borderpad=0.4,
     )  # fmt: skip
     low, high = axes.get_xlim()
     if high - low < 2:  # a single step: its ticks would be fractions of one
@@ -235,7 +253,7 @@ def _say_none(axes: Axes, text: str) -> None:
 
 
 def results_table(rows: list[dict]) -> str:
-    """The closing table in plain text, at most 100 columns wide: one line per number, teacher and student side by side.
+    """The closing table in plain text, at most 100 columns wide: a line per number, teacher beside student.
 
     Args:
         rows: one dict per model, with the keys
@@ -260,7 +278,7 @@ def results_table(rows: list[dict]) -> str:
             cells = ["–" if math.isnan(value) else f"{100 * value:.1f} %" for value in values.values()]
             kept = values["student"] / values["teacher"] if values.get("teacher") else math.nan
             note = "" if math.isnan(kept) else f"{100 * kept:.0f} % kept"
-            lines.append([f"{shorten(dataset, 16)}  {shorten(key, 26)}", *cells, note])
+            lines.append([f"{shorten(dataset, 12)}  {shorten(key, 25)}", *cells, note])
     return _align(lines)
 
 
@@ -271,7 +289,7 @@ def _cost_line(label: str, key: str, sides: dict[str, dict], better: str) -> lis
 
 
 def _align(lines: list[list[str]]) -> str:
-    """Columns as wide as their longest cell: the first flush left, the others flush right, a rule under the head."""
+    """Columns as wide as their longest cell, the first flush left, the others right, the head underlined."""
     width = max(len(line) for line in lines)
     lines = [line + [""] * (width - len(line)) for line in lines]
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]

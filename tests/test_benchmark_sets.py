@@ -1,5 +1,5 @@
-"""An evaluation set is read whole and in order from CLIP_benchmark's layout, or not at all: every way in which it can
-be absent, cut short or inconsistent ends in one line that says where."""
+"""An evaluation set is read whole and in order from CLIP_benchmark's layout, or not at all: every way
+in which it can be absent, cut short or inconsistent ends in one line that says where."""
 
 import io
 import os
@@ -47,7 +47,7 @@ def test_captions_of_a_classification_set_can_be_asked_for(tmp_path):
 
 
 def test_a_retrieval_set_yields_all_captions_of_an_image(tmp_path):
-    samples = [("a", {"jpg": picture("red", ending="jpg"), "txt": "one\n  two \n\nthree".encode()})]
+    samples = [("a", {"jpg": picture("red", ending="jpg"), "txt": b"one\n  two \n\nthree"})]
     dataset = folder_set(write_set(tmp_path / "set", [samples], dataset_type=["Retrieval "]))
     assert dataset.kind == "retrieval" and dataset.classnames is None
     assert [captions for _, captions in dataset] == [["one", "two", "three"]]
@@ -114,7 +114,9 @@ def test_one_root_for_two_sets_needs_a_placeholder(tmp_path):
     assert len(load_benchmark_sets(["a"], root=root, split="test")) == 1
 
 
-@pytest.mark.parametrize(("name", "named"), [("imagenet1k", True), ("wds/imagenetv2", True), ("imagenet-r", False)])
+@pytest.mark.parametrize(
+    ("name", "named"), [("imagenet1k", True), ("wds/imagenetv2", True), ("imagenet-r", False)]
+)
 def test_imagenet_has_open_clips_names_and_prompts(tmp_path, name, named):
     root = write_set(tmp_path / "set", [[("a", {"png": picture("red"), "cls": b"7"})]])
     dataset = folder_set(root, name)
@@ -158,7 +160,9 @@ def test_a_set_in_the_hubs_cache_is_found_offline(tmp_path, monkeypatch):
     colour_set(cache / "snapshots" / ("0" * 40), ["blue"])
     download = huggingface_hub.snapshot_download
     monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda repo, **settings: download(repo, cache_dir=tmp_path, **settings)
+        huggingface_hub,
+        "snapshot_download",
+        lambda repo, **settings: download(repo, cache_dir=tmp_path, **settings),
     )
     assert [label for _, label in load_benchmark_set("colours")] == [2]
 
@@ -242,7 +246,8 @@ def test_a_bad_sample_is_an_error_that_names_it(tmp_path, members, told):
 
 
 @pytest.mark.parametrize(
-    ("members", "told"), [({"txt": b" \n"}, "empty caption"), ({"cls": b"0"}, "may be one for eval/zero_shot.py")]
+    ("members", "told"),
+    [({"txt": b" \n"}, "empty caption"), ({"cls": b"0"}, "may be one for eval/zero_shot.py")],
 )
 def test_an_image_without_captions_is_an_error(tmp_path, members, told):
     root = write_set(tmp_path / "set", [[("bad", {"png": picture("red"), **members})]])

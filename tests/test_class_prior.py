@@ -110,6 +110,17 @@ def test_a_saved_prior_continues_bit_for_bit():
     assert torch.equal(restored.prior, prior.prior) and torch.equal(from_snapshot.prior, prior.prior)
 
 
+def test_a_state_can_be_loaded_twice():
+    prior = prior_after(samples(40, seed=0))
+    prior.update(*samples(9, seed=1))
+    state = prior.state_dict()
+    for _ in range(2):
+        restored = ClassPrior(CLASSES, TEMPERATURE)
+        restored.load_state_dict(state)
+        assert torch.equal(restored.sums, prior.sums)
+        restored.update(*samples(6, seed=2))
+
+
 def test_errors_name_the_argument_and_the_value():
     logits, labels = samples(8, seed=0)
     prior = ClassPrior(CLASSES, TEMPERATURE)

@@ -1,8 +1,7 @@
-"""The metrics are CLIP_benchmark's, in name and value, on matrices drawn by hand and against its formulas transcribed;
-evaluating leaves the model and every random state as they were, and no cost setting changes a number."""
+"""The metrics are CLIP_benchmark's, in name and value, on matrices drawn by hand and against its formulas
+transcribed; evaluating leaves model and random states as they were; no cost setting changes a number."""
 
 import json
-import random
 
 import numpy as np
 import open_clip
@@ -79,7 +78,12 @@ def clip_benchmark_retrieval(images, texts, texts_image_index, recall_k_list):
 def test_top_k_accuracy_by_hand():
     logits = torch.tensor([[3.0, 2, 1, 0], [0, 3, 2, 1], [0, 1, 2, 3]])
     labels = torch.tensor([0, 2, 0])
-    assert [top_k_accuracy(logits=logits, labels=labels, k=k) for k in (1, 2, 3, 4)] == [1 / 3, 2 / 3, 2 / 3, 1]
+    assert [top_k_accuracy(logits=logits, labels=labels, k=k) for k in (1, 2, 3, 4)] == [
+        1 / 3,
+        2 / 3,
+        2 / 3,
+        1,
+    ]
 
 
 def test_mean_per_class_recall_by_hand():
@@ -128,7 +132,9 @@ def test_retrieval_is_clip_benchmarks_whatever_the_tile(tile_rows, ties):
     image = torch.randint(-1, 2, (20, 4)).float() if ties else F.normalize(torch.randn(20, 8), dim=-1)
     text = torch.randint(-1, 2, (61, 4)).float() if ties else F.normalize(torch.randn(61, 8), dim=-1)
     owners = torch.cat([torch.arange(20), torch.randint(0, 20, (41,))])
-    metrics = retrieval_metrics(image=image, text=text, owners=owners, recall_k=(1, 5, 10), tile_rows=tile_rows)
+    metrics = retrieval_metrics(
+        image=image, text=text, owners=owners, recall_k=(1, 5, 10), tile_rows=tile_rows
+    )
     assert metrics == pytest.approx(clip_benchmark_retrieval(image, text, owners, (1, 5, 10)))
 
 
@@ -169,8 +175,14 @@ def test_half_precision_is_lifted_before_scores_are_compared():
         (lambda: top_k_accuracy(logits=torch.zeros(2, 3), labels=torch.zeros(2).long(), k=4), "k=4"),
         (lambda: top_k_accuracy(logits=torch.zeros(0, 3), labels=torch.zeros(0).long(), k=1), "0 rows"),
         (lambda: classification_metrics(logits=torch.zeros(0, 3), labels=torch.zeros(0).long()), "0 rows"),
-        (lambda: retrieval_metrics(image=torch.eye(2), text=torch.eye(2), owners=torch.tensor([0, 2])), "0..2"),
-        (lambda: retrieval_metrics(image=torch.eye(2), text=torch.eye(2)[:0], owners=torch.arange(0)), "0 texts"),
+        (
+            lambda: retrieval_metrics(image=torch.eye(2), text=torch.eye(2), owners=torch.tensor([0, 2])),
+            "0..2",
+        ),
+        (
+            lambda: retrieval_metrics(image=torch.eye(2), text=torch.eye(2)[:0], owners=torch.arange(0)),
+            "0 texts",
+        ),
         (
             lambda: retrieval_metrics(
                 image=torch.eye(2), text=torch.eye(2), owners=torch.arange(2), recall_k=(0,)
@@ -237,7 +249,9 @@ def test_the_classifier_is_open_clips(tiny):
     torch.testing.assert_close(ours, theirs.T, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("templates", "told"), [(["a cat"], "'a cat'"), ({"cat": ["x"], "emu": []}, "'emu'")])
+@pytest.mark.parametrize(
+    ("templates", "told"), [(["a cat"], "'a cat'"), ({"cat": ["x"], "emu": []}, "'emu'")]
+)
 def test_prompts_without_a_class_are_refused(templates, told):
     with pytest.raises(UserError, match=told):
         zero_shot_classifier(
@@ -304,12 +318,15 @@ def test_retrieval_of_a_model_that_sees_colours(tmp_path, colour_blind):
     dataset = load_benchmark_set(str(colour_set(tmp_path / "set", ["red", "green"])))
     metrics = retrieval(clip=colour_blind, dataset=dataset, recall_k=(1,))
     assert metrics == {"image_retrieval_recall@1": 1, "text_retrieval_recall@1": 1}
-    dataset = load_benchmark_set(str(colour_set(tmp_path / "odd", ["red", "blue"])))
-    # "blue" looks like neither picture; what is right of the red one stays right.
-    assert retrieval(clip=colour_blind, dataset=dataset, recall_k=(1,))["text_retrieval_recall@1"] >= 0.5
+    dataset = load_benchmark_set(str(colour_set(tmp_path / "blue", ["green", "blue"])))
+    # Both pictures look green: green texts come first for either, so only the green one finds its own.
+    metrics = retrieval(clip=colour_blind, dataset=dataset, recall_k=(2, 3))
+    assert metrics["text_retrieval_recall@2"] == 0.5 and metrics["text_retrieval_recall@3"] == 1
 
 
-def test_zero_shot_and_retrieval_are_clip_benchmarks_on_a_real_model(tiny, colours):
+def test_zero_shot_and_retrieval_are_clip_benchmarks_on_a_real_model(tmp_path, tiny):
+    # One picture per colour: equal pictures would tie up to the last bit, which the batch size changes.
+    colours = load_benchmark_set(str(colour_set(tmp_path / "set", ["red", "green", "blue"])))
     pixels = torch.stack([tiny.image_transform()(image) for image, _ in colours])
     labels = torch.tensor([label for _, label in colours])
     captions = [record.target for record in colours.records("txt")]
@@ -326,15 +343,12 @@ def test_zero_shot_and_retrieval_are_clip_benchmarks_on_a_real_model(tiny, colou
     metrics = zero_shot(clip=tiny, dataset=colours, batch_size=2)
     assert metrics["acc1"] == pytest.approx(clip_benchmark_accuracy(logits, labels, (1,))[0])
     assert metrics["mean_per_class_recall"] == pytest.approx(balanced_accuracy(labels, logits.argmax(1)))
-    # Equal pictures score equally up to the last bit, which batches change: compare the recall that ties leave alone.
-    metrics = retrieval(clip=tiny, dataset=colours, recall_k=(7, 14), batch_size=2)
-    assert metrics == pytest.approx(clip_benchmark_retrieval(image, text, owners, (7,)) | {
-        "image_retrieval_recall@14": 1, "text_retrieval_recall@14": 1
-    })
+    metrics = retrieval(clip=tiny, dataset=colours, recall_k=(1, 2), batch_size=2)
+    assert metrics == pytest.approx(clip_benchmark_retrieval(image, text, owners, (1, 2)))
 
 
 @pytest.mark.filterwarnings("default:.*fork:DeprecationWarning")
-@pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (3, 0), (100, 0), (2, 1), (1, 2), (3, 3)])
+@pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (3, 0), (100, 0), (2, 1), (1, 2), (3, 2)])
 def test_rows_keep_the_order_of_the_set(colour_blind, colours, batch_size, num_workers):
     image, labels = embed_images(
         encode_image=lambda pixels: pixels.mean(dim=(2, 3)),
@@ -353,11 +367,11 @@ def test_evaluating_leaves_no_trace(colour_blind, colours):
     towers.train()
     towers.model.norm.eval()  # a student with frozen statistics
     weights = {name: value.clone() for name, value in towers.state_dict().items()}
-    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1]
     first = zero_shot(clip=colour_blind, dataset=colours)
     retrieval(clip=colour_blind, dataset=colours)
     assert torch.equal(torch.get_rng_state(), torch_state)
-    assert (np.random.get_state()[1] == numpy_state).all() and random.getstate() == python_state
+    assert (np.random.get_state()[1] == numpy_state).all()
     assert [towers.training, towers.model.dropout.training, towers.model.norm.training] == [True, True, False]
     assert all(torch.equal(value, weights[name]) for name, value in towers.state_dict().items())
     assert zero_shot(clip=colour_blind, dataset=colours) == pytest.approx(first, nan_ok=True)  # no dropout
@@ -385,6 +399,14 @@ def test_embeddings_that_are_not_finite_are_no_result(colour_blind, colours, eva
     colour_blind.towers.model.gain.data.fill_(float("nan"))
     with pytest.raises(UserError, match="image tower of 'colour-blind'"):
         evaluate(clip=colour_blind, dataset=colours)
+
+
+def test_settings_without_sense_are_refused_before_the_work(colour_blind, colours):
+    with pytest.raises(UserError, match="batch_size=0"):
+        zero_shot(clip=colour_blind, dataset=colours, batch_size=0)
+    for recall_k in ((), (5, 0)):
+        with pytest.raises(ValueError, match="recall_k"):
+            retrieval(clip=colour_blind, dataset=colours, recall_k=recall_k)
 
 
 def test_sets_that_do_not_fit_the_task_are_refused(tmp_path, colour_blind):

@@ -379,6 +379,11 @@ def test_the_watch_on_tensor_sizes_sees_the_released_formula():
     assert largest.numel == 3 * 17 * 17
 
 
+def test_gamma_zero_costs_one_number():
+    weight = gkl.smooth_weight(teacher=torch.zeros(3, 17), gamma=0.0, weight_temperature=1.0)
+    assert weight.shape == (3, 17) and weight.untyped_storage().nbytes() == weight.itemsize
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_value_is_read_back_from_the_device(name):
     """On the meta device tensors have no values: .item(), bool() or a data-dependent shape would raise."""

@@ -1,9 +1,9 @@
 """An exported folder is all that anybody needs.
 
-open_clip and transformers load it without this package and get the same embeddings, a broken export never
-replaces a good one, the card says what it was given and no more, and a push sends exactly those files. The Hub that
-the push meets is a loopback server that takes every file as a regular one: large files (LFS, Xet) are the matter
-of huggingface_hub.
+open_clip and transformers load it without this package and get the same embeddings, a broken export
+never replaces a good one, the card says what it was given and no more, and a push sends exactly those files.
+The Hub that the push meets is a loopback server that takes every file as regular: large ones (LFS, Xet)
+are huggingface_hub's own matter.
 """
 
 import base64
@@ -78,7 +78,7 @@ CARD = ModelCard(
     ],
 )
 
-# What a stranger runs: open_clip and transformers, not this package. Arguments: inputs, folders; stdout: nothing.
+# What a stranger runs: open_clip and transformers, not this package. Arguments: the inputs, the folders.
 STRANGER = """
 import json, sys
 import numpy as np, open_clip, torch
@@ -103,11 +103,12 @@ for folder in sys.argv[2:]:
         processor = AutoProcessor.from_pretrained(folder)
         # PIL resizes as open_clip does; the default back end rounds otherwise.
         processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        inputs = processor(text=texts, images=images, padding="max_length", truncation=True, return_tensors="pt")
+        padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        inputs = processor(text=texts, images=images, **padded)
         with torch.no_grad():
             result = model.eval()(**inputs)
-        out |= {"hf_pixels": inputs["pixel_values"], "hf_image": result.image_embeds, "hf_text": result.text_embeds}
-        out["hf_scale"] = model.logit_scale.exp()
+        out |= {"hf_image": result.image_embeds, "hf_text": result.text_embeds}
+        out |= {"hf_pixels": inputs["pixel_values"], "hf_scale": model.logit_scale.exp()}
     np.savez(Path(folder).with_suffix(".npz"), **{k: v.detach().numpy() for k, v in out.items()})
 assert "gkl_vl" not in sys.modules
 """

@@ -129,7 +129,7 @@ def fit(
         bar.update()
         bar.set_postfix_str(f"loss {loss.item():.3f}, {speed.per_second():.0f} images/s", refresh=False)
         if is_time(step, config.log_every_steps) or step == config.steps:
-            values = {"loss": loss} | scalars | {"grad_norm": norm, "lr": lr}
+            values = {"loss": loss.detach()} | scalars | {"grad_norm": norm, "lr": lr}
             record = {f"train/{name}": float(value) for name, value in values.items()}
             record |= {"train/images_per_second": speed.per_second(), "train/skipped": loader.num_skipped()}
             run.log({"step": step} | record)

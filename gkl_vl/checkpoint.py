@@ -1,11 +1,11 @@
 """The run folder: configuration, results, checkpoints that are whole or absent.
 
-    runs/clip_kd-20260102-030405/
-        config.json          what was asked for
-        results.jsonl        one line per log and per evaluation
-        checkpoints/step_00000600/   everything to go on from there: Accelerate's state, loop.json, ema.safetensors
-        model/               the student as people load it
-        report.png
+runs/clip_kd-20260102-030405/
+    config.json          what was asked for
+    results.jsonl        one line per log and per evaluation
+    checkpoints/step_00000600/   everything to go on from there: Accelerate's state, loop.json, ema.safetensors
+    model/               the student as people load it
+    report.png
 """
 
 import json
@@ -34,7 +34,9 @@ class RunFolder:
             try:
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(f"--output-dir {str(path)!r} cannot be made ({error.strerror}): name another") from error
+                raise UserError(
+                    f"--output-dir {str(path)!r} cannot be made ({error.strerror}): name another"
+                ) from error
             if not os.access(path, os.W_OK):
                 raise UserError(f"--output-dir {str(path)!r} is not writable: name another")
 
@@ -77,7 +79,9 @@ class RunFolder:
         """The checkpoint that `--resume` names: `latest`, or a path. Raises UserError when there is none."""
         if resume != "latest":
             if not (Path(resume) / "loop.json").is_file():
-                raise UserError(f"--resume {resume!r} is not a checkpoint folder: take 'latest' or a checkpoints/step_* folder")
+                raise UserError(
+                    f"--resume {resume!r} is not a checkpoint folder: take 'latest' or a checkpoints/step_* folder"
+                )
             return Path(resume)
         whole = sorted(self.checkpoints.glob(f"{_PREFIX}*"))
         if not whole:

@@ -86,7 +86,9 @@ def fit(
     step, position = 0, None
     if checkpoint is not None:
         load_checkpoint(accelerator, checkpoint, ema=ema)
-        step, position = read_loop_state(checkpoint, rank=accelerator.process_index, world_size=accelerator.num_processes)
+        step, position = read_loop_state(
+            checkpoint, rank=accelerator.process_index, world_size=accelerator.num_processes
+        )
         run.rewind(step)
     started_at = step
     loader = make_loader(position)

@@ -38,7 +38,7 @@ class _GatherRows(torch.autograd.Function):
         return gradient[rank() * mine : (rank() + 1) * mine]
 
 
-def gather_rows(rows: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "N *rest"]:
+def gather_rows(rows: Shaped[Tensor, " n *rest"]) -> Shaped[Tensor, " N *rest"]:
     """Everybody's rows, in the order of the ranks, with gradient.
 
     The gradient of my rows is the sum of what all ranks' losses say of them (`accelerator.gather` has none).

@@ -147,7 +147,9 @@ def _check(image, text, teacher_image, teacher_text, teacher_logit_scale, text_i
     named = {"text": text, "teacher_image": teacher_image, "teacher_text": teacher_text, "text_ids": text_ids}
     for name, value in named.items():
         if value is not None and value.shape[0] != image.shape[0]:
-            raise ValueError(f"{name} has {value.shape[0]} rows, image has {image.shape[0]}: they must be the same pairs")
+            raise ValueError(
+                f"{name} has {value.shape[0]} rows, image has {image.shape[0]}: they must be the same pairs"
+            )
     return all(given)
 
 

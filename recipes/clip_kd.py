@@ -16,6 +16,7 @@ form is this project's. Results, with commands and spread: recipes/README.md.
 """
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -209,9 +210,12 @@ def start(config: Config) -> tuple[RunFolder, Accelerator]:
     elif run.results.is_file():
         raise UserError(f"{str(run.path)!r} already holds a run: add --resume latest, or name another --output-dir")
     accelerator.wait_for_everyone()  # all ranks: nobody looks for results after the main process wrote some
-    run.write_json("config.json", wanted)
+    if not config.resume:  # the commit that a run starts from, whatever is checked out when it ends
+        run.write_json("config.json", wanted | {"command": command_line(), "commit": git_commit()})
     if config.report_to:
-        accelerator.init_trackers("gkl_vl", config={k: v for k, v in wanted.items() if isinstance(v, int | float | str)})
+        accelerator.init_trackers(
+            "gkl_vl", config={k: v for k, v in wanted.items() if isinstance(v, int | float | str)}
+        )
     return run, accelerator
 
 
@@ -289,7 +293,9 @@ def count_steps(config: Config, source: Source, num_processes: int) -> int:
             return BUNDLED_STEPS
         raise UserError("--train-data needs --steps or --epochs")
     if source.num_pairs is None:
-        raise UserError(f"--epochs needs the size of {source.name!r}: put sizes.json beside the shards, or give --steps")
+        raise UserError(
+            f"--epochs needs the size of {source.name!r}: put sizes.json beside the shards, or give --steps"
+        )
     return max(config.epochs * source.num_pairs // (config.batch_size * num_processes), 1)
 
 
@@ -314,7 +320,11 @@ def finish(
     config: Config, run: RunFolder, student: Clip, teacher: Clip | None, steps: int, device: torch.device
 ) -> None:
     """Evaluate the teacher once, export the student, draw the report, print the table. Main process."""
-    if teacher is not None and config.train_data is None and not any(r.get("model") == "teacher" for r in run.records()):
+    if (
+        teacher is not None
+        and config.train_data is None
+        and not any(r.get("model") == "teacher" for r in run.records())
+    ):
         for record in evaluate_clip(teacher, "teacher", device):
             run.log({"step": steps} | record)
     final = [r for r in run.records() if "model" in r and r["step"] == steps]
@@ -324,8 +334,8 @@ def finish(
         teacher=None if teacher is None else config.teacher,
         license="mit",
         datasets=[config.train_data or "bundled emoji (Noto, Twemoji)"],
-        command="accelerate launch " + " ".join(sys.argv),
-        commit=git_commit(),
+        command=run.config()["command"],
+        commit=run.config()["commit"],
         metrics=final,
         steps=steps,
         seed=config.seed,
@@ -350,7 +360,9 @@ def table_row(role: str, clip: Clip, records: list[dict[str, Any]], device: torc
         "image_parameters": sum(p.numel() for p in clip.towers.image_parameters()),
         "parameters": sum(p.numel() for p in clip.towers.parameters()),
         "ms_per_image": milliseconds_per_image(clip=clip, device=device),
-        "results": {r["dataset"]: {k: v for k, v in r.items() if isinstance(v, float)} for r in records if r["model"] == role},
+        "results": {
+            r["dataset"]: {k: v for k, v in r.items() if isinstance(v, float)} for r in records if r["model"] == role
+        },
     }
 
 
@@ -365,8 +377,14 @@ def draw_sheet(student: Clip, device: torch.device) -> list[report.SheetItem]:
     return [report.SheetItem(image, names[label], top) for (image, label), top in zip(chosen, best, strict=True)]
 
 
+def command_line() -> str:
+    return shlex.join(["accelerate", "launch", *sys.argv])
+
+
 def git_commit() -> str | None:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     return done.stdout.strip() or None
 
 

@@ -13,7 +13,7 @@ OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 .PHONY: help demo test check
 
 # A .venv whose interpreter has gone (an upgrade of the system's Python) is set up anew, whatever its age.
-ifeq ($(wildcard $(BIN)/python),)
+ifeq ($(realpath $(BIN)/python),)
 .PHONY: $(READY)
 endif
 

@@ -52,9 +52,7 @@ class HasDebug(Protocol):
 ConfigT = TypeVar("ConfigT", bound=HasDebug)
 
 
-def run(
-    main: Callable[[ConfigT], None], config: Callable[..., ConfigT], argv: Sequence[str] | None = None
-) -> None:
+def run(main: Callable[[ConfigT], None], config: Callable[..., ConfigT], argv: Sequence[str] | None = None) -> None:
     """Parse flags into `config`, a frozen keyword-only dataclass with a string under each field; call `main`.
 
     `argv` defaults to the command line; `--a-b` and `--a_b` are one flag. A config has `debug: bool = False`.

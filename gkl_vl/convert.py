@@ -178,9 +178,7 @@ def _tokenizer(clip: Clip) -> Any:
         vocab = dict(bpe.encoder)
         vocab["<|startoftext|>"] = vocab.pop("<start_of_text>")
         vocab["<|endoftext|>"] = vocab.pop("<end_of_text>")
-        merges: Any = list(
-            bpe.bpe_ranks
-        )  # pairs, which tokenizers wants; transformers' annotation says strings
+        merges: Any = list(bpe.bpe_ranks)  # pairs, which tokenizers wants; transformers' annotation says strings
         tokenizer = CLIPTokenizer(vocab=vocab, merges=merges)
     tokenizer.model_max_length = CLIPTextCfg(**clip.model_cfg["text_cfg"]).context_length
     return tokenizer

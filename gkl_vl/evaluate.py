@@ -372,9 +372,7 @@ def refuse_random_weights(model: str, pretrained: str | None) -> None:
         raise UserError(f"model {model!r} has random weights: give a tag or a checkpoint as --pretrained")
 
 
-def result_path(
-    output: str, *, dataset: str, model: str, pretrained: str, task: str, language: str = "en"
-) -> Path:
+def result_path(output: str, *, dataset: str, model: str, pretrained: str, task: str, language: str = "en") -> Path:
     """--output with CLIP_benchmark's placeholders {dataset} {pretrained} {model} {language} {task} filled in.
 
     What cannot stand in a file name (the slashes and colon of `local-dir:runs/x/model`) becomes "_". Asked
@@ -448,9 +446,7 @@ def top_names(
     return [[(dataset.classnames[c], p) for c, p in zip(*row, strict=True)] for row in rows]
 
 
-def milliseconds_per_image(
-    *, clip: Clip, device: torch.device | str, batch_size: int = 64, repeats: int = 5
-) -> float:
+def milliseconds_per_image(*, clip: Clip, device: torch.device | str, batch_size: int = 64, repeats: int = 5) -> float:
     """Time of the image tower alone, median of `repeats` batches after one warm-up; no benchmark."""
     device = torch.device(device)
     pixels = clip.prepare(

@@ -81,9 +81,7 @@ def gkl_loss(
     _check_gamma(gamma)
     _check_class_prior(class_prior, student)
     student, teacher = _lift(student), _lift(teacher)
-    weight = smooth_weight(
-        teacher=teacher, gamma=gamma, weight_temperature=weight_temperature, class_prior=class_prior
-    )
+    weight = smooth_weight(teacher=teacher, gamma=gamma, weight_temperature=weight_temperature, class_prior=class_prior)
     wmse = _ratio(*wmse_rows(student=student, teacher=teacher, weight=weight))
     soft_ce = soft_cross_entropy_rows(student=student, teacher=teacher, temperature=temperature).mean()
     return wmse_weight * wmse + soft_ce_weight * soft_ce

@@ -175,9 +175,7 @@ def export_clip(
         OSError: no permission, disk full; an existing export is untouched.
     """
     if clip.model_cfg is None:
-        raise UserError(
-            f"{clip.name!r} is a transformers model: take an open_clip one as student, only those export"
-        )
+        raise UserError(f"{clip.name!r} is a transformers model: take an open_clip one as student, only those export")
     folder = Path(folder).resolve()
     _check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

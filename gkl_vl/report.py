@@ -159,9 +159,7 @@ def _draw_sheet(figure: Figure, sheet: list[SheetItem]) -> None:
     hits = sum(bool(item.top) and item.top[0][0] == item.name for item in sheet)
     heading = "Held-out images and the student's three likeliest names"
     _text(figure, left, top - 22, heading, size=12, weight="bold")
-    _text(
-        figure, right - 16, top - 22, f"{hits} of {len(sheet)} right", size=10.5, colour=_QUIET, align="right"
-    )
+    _text(figure, right - 16, top - 22, f"{hits} of {len(sheet)} right", size=10.5, colour=_QUIET, align="right")
     for index, item in enumerate(sheet):
         row, column = divmod(index, _SHEET_COLUMNS)
         _draw_item(figure, item, left + column * cell_width, top + row * cell_height, cell_width - 16)
@@ -178,9 +176,7 @@ def _draw_item(figure: Figure, item: SheetItem, x: Pixels, y: Pixels, width: Pix
     for rank, (text, probability) in enumerate(item.top[:3]):
         top, right = y + 22 + rank * line, text == item.name
         _bar(figure, x, top, width, line - 3, _TRACK)
-        _bar(
-            figure, x, top, width * min(max(probability, 0), 1), line - 3, _GREEN_BAR if right else _GREY_BAR
-        )
+        _bar(figure, x, top, width * min(max(probability, 0), 1), line - 3, _GREEN_BAR if right else _GREY_BAR)
         colour = _GREEN if right else _INK
         _text(figure, x + 6, top + 14, shorten(text, 27), size=9.5, colour=colour)
         _text(
@@ -270,9 +266,7 @@ def results_table(rows: list[dict]) -> str:
     lines.append(_cost_line("all parameters", "parameters", sides, "smaller"))
     if all("ms_per_image" in row for row in rows):
         lines.append(_cost_line("ms per image", "ms_per_image", sides, "faster"))
-    for dataset, key in dict.fromkeys(
-        (d, k) for row in rows for d, found in row["results"].items() for k in found
-    ):
+    for dataset, key in dict.fromkeys((d, k) for row in rows for d, found in row["results"].items() for k in found):
         values = {model: row["results"].get(dataset, {}).get(key, math.nan) for model, row in sides.items()}
         if not all(math.isnan(value) for value in values.values()):
             cells = ["–" if math.isnan(value) else f"{100 * value:.1f} %" for value in values.values()]

@@ -1,10 +1,11 @@
-"""Stored teacher embeddings with the augmentations that made them.
+"""Stored views and what the teacher said of them.
 
-A frozen teacher says the same of the same view every time. Where the training set is small enough to give each image a
-fixed number of views (`pairs.Views`), the teacher embeds every view and every caption once, before training, and a step
-costs the student alone. The embeddings are kept on disk under a hash of everything they depend on.
+A frozen teacher says the same of the same view every time. Where the training set is small enough to give each image
+a fixed number of augmented views, the views are made once, the teacher embeds them and every caption once, and a step
+costs the student alone. Everything is kept on disk under a hash of what it depends on.
 
-Axis letters: p = pairs in the set, v = views of each, c = captions of each at most, e = the teacher's embedding.
+Axis letters: p = pairs in the set, v = views of each, c = captions of each at most, e = the teacher's embedding,
+s = side of the student's image.
 """
 
 import hashlib
@@ -16,28 +17,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from gkl_vl.data.pairs import RawPair, Views, apply_seeded, decode
+from gkl_vl.data.pairs import RawPair, apply_seeded, decode, number_of, usable_captions
 from gkl_vl.objectives import Teacher, teacher_scales
-from gkl_vl.towers import Clip
+from gkl_vl.towers import Clip, resize
 
 BATCH = 128
 
 
 @dataclass(frozen=True)
-class StoredEmbeddings:
-    """What the teacher said: L2-normalised, fp32."""
+class StoredViews:
+    """Views at the student's size, and the teacher's L2-normalised embeddings in fp32."""
 
+    pixels: UInt8[Tensor, "p v 3 s s"]
     image: Float[Tensor, "p v e"]
     text: Float[Tensor, "p c e"]
 
 
-def stored_teacher(clip: Clip, stored: StoredEmbeddings, device: torch.device) -> Teacher:
+def stored_teacher(clip: Clip, stored: StoredViews, device: torch.device) -> Teacher:
     """A teacher that looks its embeddings up by the batch's `view_rows` and `caption_rows`."""
     image, text, scales = stored.image.to(device), stored.text.to(device), teacher_scales(clip)
 
@@ -51,33 +53,40 @@ def stored_teacher(clip: Clip, stored: StoredEmbeddings, device: torch.device) -
     return teacher
 
 
-def embed_views(
+def store_views(
     *,
     clip: Clip,
     pairs: Sequence[RawPair],
-    views: Views,
+    num_views: int,
     augment: Callable[..., Tensor],
+    size: int,
     num_workers: int,
     folder: Path | None = None,
-) -> StoredEmbeddings:
-    """Embed every view and caption of `pairs`, or load what an earlier run stored for exactly the same.
+) -> StoredViews:
+    """Make `num_views` views of every image and embed them and every caption, or load what an earlier run stored.
+
+    View v of pair p is drawn by (p, v) alone, so it is the same in every run. Both models get the same view, each in
+    its own size.
 
     Args:
         clip: the frozen teacher, on the device where it is to run.
-        augment: PIL image -> uint8 view, as the training stream uses it.
-        folder: where to keep the embeddings; None = `cache_folder()`.
+        augment: PIL image -> uint8 view.
+        size: side of the student's image, in pixels.
+        folder: where to keep the result; None = `cache_folder()`.
     """
-    path = (folder or cache_folder()) / f"{_key(clip, pairs, views, augment)}.safetensors"
+    path = (folder or cache_folder()) / f"{_key(clip, pairs, num_views, augment, size)}.safetensors"
     if not path.is_file():
+        pixels, image = _embed_images(clip, _ViewSet(pairs, num_views, augment), size, num_workers)
         tensors = {
-            "image": _embed_images(clip, _ViewSet(pairs, views, augment), num_workers).view(len(pairs), views.num, -1),
+            "pixels": pixels.view(len(pairs), num_views, *pixels.shape[1:]),
+            "image": image.view(len(pairs), num_views, -1),
             "text": _embed_texts(clip, pairs),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(f".{os.getpid()}.writing")
         save_file(tensors, aside)
         aside.replace(path)
-    return StoredEmbeddings(**load_file(path))
+    return StoredViews(**load_file(path))
 
 
 def cache_folder() -> Path:
@@ -85,8 +94,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gkl_vl" / "teacher"
 
 
-def _key(clip: Clip, pairs: Sequence[RawPair], views: Views, augment: Callable[..., Tensor]) -> str:
-    digest = hashlib.sha256(f"{clip.preprocess} {views} {augment}".encode())
+def _key(clip: Clip, pairs: Sequence[RawPair], num_views: int, augment: Callable[..., Tensor], size: int) -> str:
+    digest = hashlib.sha256(f"{clip.preprocess} {num_views} {augment} {size}".encode())
     for name, tensor in clip.towers.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -99,30 +108,35 @@ def _key(clip: Clip, pairs: Sequence[RawPair], views: Views, augment: Callable[.
 class _ViewSet(Dataset):
     """View v of pair p at p * num_views + v."""
 
-    def __init__(self, pairs: Sequence[RawPair], views: Views, augment: Callable[..., Tensor]):
-        self.pairs, self.views, self.augment = pairs, views, augment
+    def __init__(self, pairs: Sequence[RawPair], num_views: int, augment: Callable[..., Tensor]):
+        self.pairs, self.num_views, self.augment = pairs, num_views, augment
 
     def __len__(self) -> int:
-        return len(self.pairs) * self.views.num
+        return len(self.pairs) * self.num_views
 
     def __getitem__(self, index: int) -> Tensor:
-        row, view = divmod(index, self.views.num)
-        image, _ = decode(self.pairs[row])
-        return apply_seeded(self.augment, image, self.views.seed(row, view))
+        row, view = divmod(index, self.num_views)
+        return apply_seeded(self.augment, decode(self.pairs[row]), number_of(f"view {view} of {row}"))
 
 
 @torch.inference_mode()
-def _embed_images(clip: Clip, images: _ViewSet, num_workers: int) -> Float[Tensor, "m e"]:
+def _embed_images(
+    clip: Clip, images: _ViewSet, size: int, num_workers: int
+) -> tuple[UInt8[Tensor, "m 3 s s"], Float[Tensor, "m e"]]:
     device = next(clip.towers.parameters()).device
-    loader = DataLoader(images, batch_size=BATCH, num_workers=num_workers)
-    bar = tqdm(loader, desc=f"teacher embeds {len(images):,} views, once", disable=not sys.stderr.isatty())
-    return torch.cat([clip.towers.encode_image(clip.prepare(batch.to(device))).float().cpu() for batch in bar])
+    generator = torch.Generator()  # a DataLoader draws a seed, which must not move training's
+    loader = DataLoader(images, batch_size=BATCH, num_workers=num_workers, generator=generator)
+    pixels, embeddings = [], []
+    for views in tqdm(loader, desc=f"teacher embeds {len(images):,} views, once", disable=not sys.stderr.isatty()):
+        embeddings.append(clip.towers.encode_image(clip.prepare(views.to(device))).float().cpu())
+        pixels.append((resize(views, size) * 255).round().byte())
+    return torch.cat(pixels), torch.cat(embeddings)
 
 
 @torch.inference_mode()
 def _embed_texts(clip: Clip, pairs: Sequence[RawPair]) -> Float[Tensor, "p c e"]:
     device = next(clip.towers.parameters()).device
-    captions = [decode(pair)[1] for pair in pairs]
+    captions = [usable_captions(pair) for pair in pairs]
     distinct = list(dict.fromkeys(caption for row in captions for caption in row))
     batches = [distinct[start : start + BATCH] for start in range(0, len(distinct), BATCH)]
     embeddings = torch.cat([clip.towers.encode_text(clip.tokenize(b).to(device)).float().cpu() for b in batches])

@@ -123,14 +123,19 @@ class Clip:
         Training crops are square already, so resizing is all that is left of `resize_mode`; the two models of a
         distillation get the same view, each in its own size and with its own mean and std, on the device.
         """
-        pixels = images.float() / 255
-        if images.shape[-1] != self.image_size:
-            size = (self.image_size, self.image_size)
-            mode = "bilinear" if self.preprocess.interpolation == "bilinear" else "bicubic"
-            pixels = F.interpolate(pixels, size, mode=mode, antialias=True, align_corners=False).clamp(0, 1)
+        mode = "bilinear" if self.preprocess.interpolation == "bilinear" else "bicubic"
+        pixels = resize(images, self.image_size, mode=mode)
         mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (self.preprocess.mean, self.preprocess.std))
         # channels_last is the layout that convolutions are fastest in, on CPU and GPU; a ViT does not mind.
         return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def resize(images: UInt8[Tensor, "n 3 r r"], size: int, *, mode: str = "bicubic") -> Float[Tensor, "n 3 s s"]:
+    """Square uint8 images -> floats in [0, 1] of another size, with antialiasing as PIL has it."""
+    pixels = images.float() / 255
+    if images.shape[-1] == size:
+        return pixels
+    return F.interpolate(pixels, (size, size), mode=mode, antialias=True, align_corners=False).clamp(0, 1)
 
 
 class Student(nn.Module):
@@ -199,13 +204,17 @@ def load_clip(name: str, pretrained: str | None = None, *, allow_pickle: bool = 
         _refuse_pretrained(name, pretrained)
         return _load_open_clip_folder(name, prefix, rest, allow_pickle=allow_pickle)
     if Path(name).is_dir():
-        raise UserError(f"model {name!r} is a folder: write local-dir:{name} (open_clip's format) or transformers:{name}")
+        raise UserError(
+            f"model {name!r} is a folder: write local-dir:{name} (open_clip's format) or transformers:{name}"
+        )
     return _load_open_clip(name, pretrained, allow_pickle=allow_pickle)
 
 
 def _refuse_pretrained(name: str, pretrained: str | None) -> None:
     if pretrained:
-        raise UserError(f"pretrained {pretrained!r} does not go with {name!r}, which carries its own weights: leave it out")
+        raise UserError(
+            f"pretrained {pretrained!r} does not go with {name!r}, which carries its own weights: leave it out"
+        )
 
 
 def _refuse_pickle(path: str | Path, *, allow_pickle: bool) -> None:

@@ -2,8 +2,8 @@
 
     accelerate launch recipes/clip_kd.py
 
-runs the bundled default: a teacher trained here on emoji drawings of two styles, a student of a fraction of its size, and
-an evaluation on drawings of a third style and on things that neither has seen. With your own teacher and shards:
+runs the bundled default: a teacher trained here on emoji drawings of two styles, a student of a fraction of its size,
+and an evaluation on drawings of a third style and on things that neither has seen. With your own teacher and shards:
 
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/clip_kd.py \
         --teacher ViT-L-14 --teacher-pretrained laion400m_e32 --student ViT-T-16 \
@@ -11,8 +11,8 @@ an evaluation on drawings of a third style and on things that neither has seen. 
 
 `--teacher none` trains on the contrastive loss alone; that is how the bundled teacher was made.
 
-Paper: Cui et al., "Generalized Kullback-Leibler Divergence Loss", arXiv 2503.08038, and arXiv 2305.13948. The image-text
-form is this project's. Results, with commands and spread: recipes/README.md.
+Paper: Cui et al., "Generalized Kullback-Leibler Divergence Loss", arXiv 2503.08038, and arXiv 2305.13948. The
+image-text form is this project's. Results, with commands and spread: recipes/README.md.
 """
 
 import json
@@ -39,7 +39,6 @@ from gkl_vl.data.pairs import (
     PairStream,
     Position,
     Source,
-    Views,
     bundled_pairs,
     drawing_augmentation,
     light_augmentation,
@@ -48,8 +47,8 @@ from gkl_vl.data.pairs import (
 from gkl_vl.engine import FitConfig, fit
 from gkl_vl.errors import UserError
 from gkl_vl.evaluate import milliseconds_per_image, retrieval, top_names, zero_shot
-from gkl_vl.objectives import ClipKdWeights, clip_kd, online_teacher
-from gkl_vl.teacher_cache import embed_views, stored_teacher
+from gkl_vl.objectives import ClipKdWeights, Teacher, clip_kd, online_teacher
+from gkl_vl.teacher_cache import StoredViews, store_views, stored_teacher
 from gkl_vl.towers import BUNDLED_TEACHER, Clip, Student, clamp_scale, freeze, load_clip
 
 # The bundled set is small: a fixed number of views lets the teacher embed each once (gkl_vl/teacher_cache.py).
@@ -65,7 +64,7 @@ class Config:
     """Distil a CLIP teacher into a small student with GKL. Without flags: the bundled default."""
 
     teacher: str = "bundled"
-    """An open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, `bundled`, or `none` (contrastive only)."""
+    """An open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, `bundled`, or `none` (no distillation)."""
     teacher_pretrained: str | None = None
     """open_clip's tag or a file of weights, for a teacher given by an open_clip name."""
     student: str = "emoji-student"
@@ -73,7 +72,7 @@ class Config:
     train_data: str | None = None
     """Shards `a-{000..9}.tar::b.tar`, a .csv or .tsv, parquet, or a Hub dataset id. None = the bundled emoji."""
     columns: tuple[str, str] | None = None
-    """Names of the image and the caption column in tables. None = `filepath title` in CSV, `image caption` elsewhere."""
+    """Names of a table's image and caption column. None = `filepath title` in CSV, `image caption` elsewhere."""
     output_dir: Path | None = None
     """The run folder. None = runs/clip_kd-<time>."""
     steps: int | None = None
@@ -136,8 +135,10 @@ def main(config: Config) -> None:
     student.towers.to(memory_format=torch.channels_last)
     source = open_source(config.train_data, columns=config.columns)
     steps = count_steps(config, source, accelerator.num_processes)
-    stored = teacher is not None and config.train_data is None
     augment = augmentation(config, student, teacher)
+    stored = None
+    if teacher is not None and config.train_data is None:
+        stored = store_bundled_views(config, teacher, student, augment, accelerator)
     mimicry_dim = teacher.embed_dim if teacher is not None and config.mimicry_weight else None
     model = Student(student.towers, embed_dim=student.embed_dim, mimicry_dim=mimicry_dim)
     set_seed(config.seed, device_specific=True)  # from here on each rank draws its own
@@ -146,13 +147,13 @@ def main(config: Config) -> None:
         stream = PairStream(
             source,
             augment=augment,
-            tokenizers=tokenizers(student, None if stored else teacher),
+            tokenizers=tokenizers(student, teacher if stored is None else None),
             batch_size=config.batch_size,
             seed=config.seed,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             num_workers=config.workers,
-            views=Views(BUNDLED_VIEWS) if stored else None,
+            stored_views=None if stored is None else stored.pixels,
             start=None if position is None else Position(position["batches"], tuple(position["pairs"])),
         )
         return PairLoader(stream, pin_memory=accelerator.device.type == "cuda")
@@ -163,7 +164,7 @@ def main(config: Config) -> None:
         objective=partial(
             clip_kd,
             student=student,
-            teacher=make_teacher(config, teacher, augment, accelerator) if teacher else None,
+            teacher=make_teacher(teacher, stored, accelerator.device),
             weights=weights(config),
         ),
         make_loader=make_loader,
@@ -186,7 +187,7 @@ def main(config: Config) -> None:
     accelerator.end_training()
 
 
-# ---- before -----------------------------------------------------------------------------------------------------------
+# ---- before -----------------------------------------------------------------------------------------------------
 
 
 def start(config: Config) -> tuple[RunFolder, Accelerator]:
@@ -252,19 +253,25 @@ def tokenizers(student: Clip, online: Clip | None) -> dict[str, Callable]:
     return {"text": student.tokenize} | ({} if online is None else {"teacher_text": online.tokenize})
 
 
-def make_teacher(config: Config, teacher: Clip, augment: Callable, accelerator: Accelerator) -> Callable:
-    """What gives the teacher's embeddings of a batch: stored ones for the bundled set, otherwise the teacher itself."""
-    if config.train_data is not None:
-        return online_teacher(teacher)
+def store_bundled_views(
+    config: Config, teacher: Clip, student: Clip, augment: Callable, accelerator: Accelerator
+) -> StoredViews:
     with accelerator.main_process_first():  # the others find the file
-        stored = embed_views(
+        return store_views(
             clip=teacher,
             pairs=bundled_pairs(),
-            views=Views(BUNDLED_VIEWS),
+            num_views=BUNDLED_VIEWS,
             augment=augment,
+            size=student.image_size,
             num_workers=config.workers,
         )
-    return stored_teacher(teacher, stored, accelerator.device)
+
+
+def make_teacher(teacher: Clip | None, stored: StoredViews | None, device: torch.device) -> Teacher | None:
+    """What gives the teacher's embeddings of a batch: stored ones for the bundled set, otherwise the teacher itself."""
+    if teacher is None:
+        return None
+    return online_teacher(teacher) if stored is None else stored_teacher(teacher, stored, device)
 
 
 def weights(config: Config) -> ClipKdWeights:
@@ -299,7 +306,7 @@ def count_steps(config: Config, source: Source, num_processes: int) -> int:
     return max(config.epochs * source.num_pairs // (config.batch_size * num_processes), 1)
 
 
-# ---- during and after -------------------------------------------------------------------------------------------------
+# ---- during and after -------------------------------------------------------------------------------------------
 
 
 def evaluate(config: Config, student: Clip, accelerator: Accelerator, model: nn.Module) -> Iterator[dict[str, Any]]:

@@ -114,9 +114,7 @@ def test_one_root_for_two_sets_needs_a_placeholder(tmp_path):
     assert len(load_benchmark_sets(["a"], root=root, split="test")) == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "named"), [("imagenet1k", True), ("wds/imagenetv2", True), ("imagenet-r", False)]
-)
+@pytest.mark.parametrize(("name", "named"), [("imagenet1k", True), ("wds/imagenetv2", True), ("imagenet-r", False)])
 def test_imagenet_has_open_clips_names_and_prompts(tmp_path, name, named):
     root = write_set(tmp_path / "set", [[("a", {"png": picture("red"), "cls": b"7"})]])
     dataset = folder_set(root, name)

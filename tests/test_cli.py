@@ -66,9 +66,7 @@ def told(error: Exception, capfd) -> str:
     return told_by(raising(error), capfd)
 
 
-@pytest.mark.parametrize(
-    "argv", [["--batch-size", "7"], ["--batch_size", "7"], ["--batch-size=7"], ["--batch_size=7"]]
-)
+@pytest.mark.parametrize("argv", [["--batch-size", "7"], ["--batch_size", "7"], ["--batch-size=7"], ["--batch_size=7"]])
 def test_a_flag_is_spelt_with_dashes_or_underscores(argv):
     seen = []
     cli.run(seen.append, Config, argv)
@@ -136,9 +134,7 @@ def test_a_missing_value_is_named(capfd):
 
 
 def test_a_user_error_is_its_message(capfd):
-    assert (
-        told(UserError("--gamma is -1: choose 0 or more"), capfd) == "error: --gamma is -1: choose 0 or more"
-    )
+    assert told(UserError("--gamma is -1: choose 0 or more"), capfd) == "error: --gamma is -1: choose 0 or more"
 
 
 def test_a_value_error_says_how_to_see_more(capfd):
@@ -175,9 +171,7 @@ def test_a_read_only_disk_is_no_permission(capfd):
 
 def test_a_full_disk_names_the_path_and_a_remedy(capfd):
     line = told(OSError(errno.ENOSPC, "No space left on device", "runs/x"), capfd)
-    assert line.startswith(
-        "error: no space left on the disk at runs/x: free some, or choose another --output-dir"
-    )
+    assert line.startswith("error: no space left on the disk at runs/x: free some, or choose another --output-dir")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
@@ -280,7 +274,7 @@ SCRIPT = """
         if config.mode == "wait":
             print("ready", flush=True)
             time.sleep(60)
-        for line in range(200_000):
+        for line in range(1 if config.mode == "one line" else 200_000):
             print(line)
 
     cli.run(main, Config)
@@ -296,12 +290,20 @@ def script(tmp_path):
 
 def start(script, *argv) -> subprocess.Popen:
     command = [sys.executable, str(script), *argv]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_reader_that_leaves_ends_the_script_without_a_word(script):
     with start(script) as process:
         assert process.stdout.readline() == "0\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+def test_a_reader_that_left_before_a_short_output_is_noticed_too(script):
+    with start(script, "--mode", "one line") as process:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141

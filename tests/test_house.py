@@ -115,9 +115,7 @@ RULES = {
         ("tests/test_hub.py", "import eval.zero_shot"),
     ],
 }
-SOURCES = sorted(
-    p for folder in ("gkl_vl", "recipes", "eval", "tests") for p in (HOUSE / folder).rglob("*.py")
-)
+SOURCES = sorted(p for folder in ("gkl_vl", "recipes", "eval", "tests") for p in (HOUSE / folder).rglob("*.py"))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -126,21 +124,15 @@ def test_the_house_keeps_the_rule(rule):
     assert {path: names for path, names in broken.items() if names} == {}
 
 
-@pytest.mark.parametrize(
-    ("rule", "made_up"), [(rule, case) for rule, cases in RULES.items() for case in cases]
-)
+@pytest.mark.parametrize(("rule", "made_up"), [(rule, case) for rule, cases in RULES.items() for case in cases])
 def test_the_rule_notices_a_source_that_breaks_it(rule, made_up):
     assert rule(*made_up)
 
 
 def test_the_rules_let_through_what_they_allow():
-    assert not gkl_knows_tensors_only(
-        "gkl_vl/gkl.py", "import math\nfrom gkl_vl.gather import sum_over_processes"
-    )
+    assert not gkl_knows_tensors_only("gkl_vl/gkl.py", "import math\nfrom gkl_vl.gather import sum_over_processes")
     assert not only_gather_knows_processes("gkl_vl/gather.py", "from torch import distributed")
-    assert not the_engine_receives_callables(
-        "gkl_vl/engine.py", "from gkl_vl import checkpoint\nimport accelerate"
-    )
+    assert not the_engine_receives_callables("gkl_vl/engine.py", "from gkl_vl import checkpoint\nimport accelerate")
     assert not accelerate_lives_at_the_loop("gkl_vl/checkpoint.py", "import accelerate")
     assert not recipes_stand_alone("recipes/cifar.py", "from gkl_vl.engine import fit")
     assert not nothing_stands_on_recipes_or_eval("gkl_vl/hub.py", "model.eval()")
@@ -344,9 +336,7 @@ def test_run_ranks_runs_each_rank_in_one_group(world_size):
 
 
 def test_run_ranks_shows_the_traceback_of_the_rank_that_raised():
-    with pytest.raises(
-        RankFailed, match="rank 1 of 2 raised(.|\n)*fail_on_rank_1(.|\n)*ValueError: the second one"
-    ):
+    with pytest.raises(RankFailed, match="rank 1 of 2 raised(.|\n)*fail_on_rank_1(.|\n)*ValueError: the second one"):
         run_ranks(fail_on_rank_1, 2)
 
 

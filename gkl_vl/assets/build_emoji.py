@@ -169,9 +169,7 @@ def read_svg(data):
 def draw_svg(data, side):
     import resvg_py  # here, so that the other functions can be used without it
 
-    png = resvg_py.svg_to_bytes(
-        svg_string=data.decode(), width=side, height=side, skip_system_fonts=True
-    )
+    png = resvg_py.svg_to_bytes(svg_string=data.decode(), width=side, height=side, skip_system_fonts=True)
     drawing = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     frame = Image.new("RGBA", (side, side))
     # two drawings are not quite square: centre them

@@ -55,14 +55,14 @@ class Source:
     """(seed, epoch, part, parts) -> the pairs of that part, shuffled, none of them in another part."""
 
 
-# ---- sources ----------------------------------------------------------------------------------------------------------
+# ---- sources -----------------------------------------------------------------------------------------------------
 
 
 def open_source(train_data: str | None, *, columns: tuple[str, str] | None = None) -> Source:
     """The source that `--train-data` names.
 
-    None = the bundled emoji. `a-{000..9}.tar::b.tar` = web shards. `x.csv`, `x.tsv` = a table with columns `filepath` and
-    `title`. `x.parquet`, a folder of parquet files, or a Hub dataset id (`org/name` or `org/name:split`) = a table with
+    None = the bundled emoji. `a-{000..9}.tar::b.tar` = web shards. `x.csv`, `x.tsv` = a table with columns `filepath`
+    and `title`. `x.parquet`, a folder of parquet files, or a Hub dataset id (`org/name` or `org/name:split`) = a table with
     columns `image` and `caption`. `columns` renames the two.
 
     Raises: UserError for what cannot be found.
@@ -120,7 +120,9 @@ def table_source(name: str, image_column: str, caption_column: str) -> Source:
     if path.endswith(".parquet") or Path(path).is_dir():
         files = sorted(str(f) for f in ([Path(path)] if path.endswith(".parquet") else Path(path).rglob("*.parquet")))
         if not files or not Path(files[0]).is_file():
-            raise UserError(f"--train-data {path!r} holds no parquet file (shards are written as {path}/{{0000..9999}}.tar)")
+            raise UserError(
+                f"--train-data {path!r} holds no parquet file (shards are written as {path}/{{0000..9999}}.tar)"
+            )
         table = datasets.load_dataset("parquet", data_files=files, split="train")
     else:
         try:
@@ -250,25 +252,30 @@ def _shuffled(pairs: Iterator[RawPair], rng: random.Random) -> Iterator[RawPair]
     yield from buffer
 
 
-# ---- one pair ---------------------------------------------------------------------------------------------------------
+# ---- one pair ----------------------------------------------------------------------------------------------------
 
 
 class BrokenPair(Exception):
     """This pair cannot be used: its image does not decode or it has no caption."""
 
 
-def decode(pair: RawPair) -> tuple[Image.Image, tuple[str, ...]]:
-    """The RGB image and the captions that are not empty. Raises BrokenPair."""
-    captions = tuple(caption.strip() for caption in pair.captions if caption and caption.strip())
+def usable_captions(pair: RawPair) -> list[str]:
+    """The captions that are not empty. Raises BrokenPair when none is left."""
+    captions = [caption.strip() for caption in pair.captions if caption and caption.strip()]
     if not captions:
         raise BrokenPair("no caption")
+    return captions
+
+
+def decode(pair: RawPair) -> Image.Image:
+    """The image as RGB. Raises BrokenPair."""
     try:
         image = pair.image
         if image is None:
             raise ValueError("no image")
         if not isinstance(image, Image.Image):
             image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-        return image.convert("RGB"), captions
+        return image.convert("RGB")
     except Exception as error:  # PIL raises nearly anything on broken files, and all of it means the same
         raise BrokenPair(f"image: {error}") from error
 
@@ -285,7 +292,8 @@ def drawing_augmentation(size: int) -> Callable[[Image.Image], torch.Tensor]:
         [
             v2.RandomAffine(15, translate=(0.08, 0.08), scale=(0.75, 1.15), shear=10, fill=255,
                             interpolation=v2.InterpolationMode.BILINEAR),
-            v2.RandomResizedCrop(size, scale=(0.6, 1.0), ratio=(0.8, 1.25), interpolation=v2.InterpolationMode.BILINEAR),
+            v2.RandomResizedCrop(size, scale=(0.6, 1.0), ratio=(0.8, 1.25),
+                                 interpolation=v2.InterpolationMode.BILINEAR),
             v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.6, 0.08)], p=0.8),
             v2.RandomGrayscale(0.2),
             v2.PILToTensor(),
@@ -307,20 +315,7 @@ def apply_seeded(augment: Callable[[Image.Image], torch.Tensor], image: Image.Im
         torch.default_generator.set_state(before)
 
 
-# ---- batches ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Views:
-    """A fixed number of augmented views for each image, so that a teacher embeds every view once.
-
-    View v of row r is drawn by (v, r) alone, the same in every run and epoch.
-    """
-
-    num: int
-
-    def seed(self, row: int, view: int) -> int:
-        return number_of(f"view {view} of {row}")
+# ---- batches -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -335,7 +330,9 @@ class PairStream(IterableDataset):
     """Endless batches of one rank: {"image": uint8 [n, 3, r, r], "keys", "text", "text_ids", ...} as dicts.
 
     `tokenizers` maps the key that a batch gets to a tokenizer: {"text": student's, "teacher_text": teacher's}.
-    With `views`, a batch also has `view_rows` and `caption_rows` = (row in the set, number of the view or caption).
+    With `stored_views`, uint8 [pairs, views, 3, r, r], an image is one of its stored views, a new one each epoch, in
+    place of a fresh augmentation; a batch then also has `view_rows` and `caption_rows` = (row in the set, number of the
+    view or caption), by which stored teacher embeddings are found.
     """
 
     def __init__(
@@ -349,11 +346,11 @@ class PairStream(IterableDataset):
         rank: int,
         world_size: int,
         num_workers: int,
-        views: Views | None = None,
+        stored_views: torch.Tensor | None = None,
         start: Position | None = None,
     ):
         self.source, self.augment, self.tokenizers = source, augment, tokenizers
-        self.batch_size, self.seed, self.views = batch_size, seed, views
+        self.batch_size, self.seed, self.stored_views = batch_size, seed, stored_views
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
         parts = max(num_workers, 1)
         self.start = start or Position(0, (0,) * parts)
@@ -411,13 +408,16 @@ class PairStream(IterableDataset):
                 raise UserError(f"{self.source.name!r} holds no image-text pair for worker {part} of {num_parts}")
 
     def _sample(self, pair: RawPair, epoch: int) -> dict[str, Any]:
-        image, captions = decode(pair)
         rng = random.Random(f"{self.seed}/{epoch}/{pair.key}")
+        captions = usable_captions(pair)
         caption = rng.randrange(len(captions))
-        view = epoch % self.views.num if self.views else 0
-        seed = self.views.seed(pair.row, view) if self.views else rng.getrandbits(63)
+        if self.stored_views is None:
+            view, image = 0, apply_seeded(self.augment, decode(pair), rng.getrandbits(63))
+        else:
+            view = epoch % self.stored_views.shape[1]
+            image = self.stored_views[pair.row, view]
         return {
-            "image": apply_seeded(self.augment, image, seed),
+            "image": image,
             "caption": captions[caption],
             "key": pair.key,
             "view_row": (pair.row, view),
@@ -431,7 +431,7 @@ class PairStream(IterableDataset):
             "text_ids": torch.tensor([number_of(caption) for caption in captions]),
             "keys": [sample["key"] for sample in samples],
         }
-        if self.views:
+        if self.stored_views is not None:
             batch["view_rows"] = torch.tensor([sample["view_row"] for sample in samples])
             batch["caption_rows"] = torch.tensor([sample["caption_row"] for sample in samples])
         return batch | {name: tokenize(captions) for name, tokenize in self.tokenizers.items()}

@@ -45,12 +45,13 @@ def image_text_loss(
 
         loss = contrastive_weight * CE(target, softmax(s))
              + soft_ce_weight     * mean_i -sum_j softmax(t/T)_ij log softmax(s/T)_ij
-             + wmse_weight        * 1/2 sum_i W_i sum_j w_ij (d_ij - mu_i)^2 / sum_i W_i^2,   d = s - t, mu = the w-mean of d
+             + wmse_weight        * 1/2 sum_i W_i sum_j w_ij (d_ij - mu_i)^2 / sum_i W_i^2
              + kl_weight          * mean_i KL(softmax(t/T)_i || softmax(s/T)_i)
 
-    where w = softmax(t/T2)^gamma, W_i = sum_j w_ij. `soft_ce_weight` and `wmse_weight` are the two halves of GKL (paper:
-    beta and alpha; released code: ALPHA and BETA). Captions have no class, so the weight is the teacher's own
-    distribution over the row's candidates. The image-text form is this project's; the released code has none.
+    where d = s - t, w = softmax(t/T2)^gamma, W_i = sum_j w_ij, mu_i = sum_j w_ij d_ij / W_i. `soft_ce_weight` and
+    `wmse_weight` are the two halves of GKL (paper: beta and alpha; released code: ALPHA and BETA). Captions have no
+    class, so the weight is the teacher's own distribution over the row's candidates. The image-text form is this
+    project's; the released code has none.
 
     Args:
         image, text: the student's L2-normalised embeddings of my pairs; row i of both is one pair.
@@ -105,7 +106,7 @@ def image_text_loss(
 
     if not terms:
         raise ValueError("every weight of image_text_loss is 0, or there is no teacher: nothing to train on")
-    # Scale and bias belong to the graph even where no term feels them: DistributedDataParallel waits for every gradient.
+    # Scale and bias belong to the graph even where no term feels them: DDP waits for every parameter's gradient.
     zero = 0.0 * logit_scale if logit_bias is None else 0.0 * (logit_scale + logit_bias)
     loss = torch.stack([weight * term for _, weight, term in terms]).sum() + zero
     scalars |= {name: term for name, _, term in terms}

@@ -55,7 +55,7 @@ from gkl_vl.towers import BUNDLED_TEACHER, Clip, Student, clamp_scale, freeze, l
 BUNDLED_VIEWS = 8
 BUNDLED_STEPS = 900
 EVALUATION_SETS = ("emoji", "emoji_unseen")
-SHEET_IMAGES = 24
+SHEET_IMAGES = 12
 ACCELERATE_PRECISION = {"fp32": "no", "amp": "fp16", "fp16": "fp16", "amp_bf16": "bf16", "bf16": "bf16", None: None}
 
 
@@ -64,7 +64,7 @@ class Config:
     """Distil a CLIP teacher into a small student with GKL. Without flags: the bundled default."""
 
     teacher: str = "bundled"
-    """An open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, `bundled`, or `none` (no distillation)."""
+    """open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, `bundled`, or `none` (no distillation)."""
     teacher_pretrained: str | None = None
     """open_clip's tag or a file of weights, for a teacher given by an open_clip name."""
     student: str = "emoji-student"
@@ -132,6 +132,10 @@ def main(config: Config) -> None:
     set_seed(config.seed)  # the same initial weights on every rank
     teacher = load_teacher(config, accelerator)
     student = load_clip(config.student, allow_pickle=config.allow_pickle)
+    if student.model_cfg is None:
+        raise UserError(
+            f"--student {config.student} is a transformers model, which cannot be exported: take an open_clip one"
+        )
     student.towers.to(memory_format=torch.channels_last)
     source = open_source(config.train_data, columns=config.columns)
     steps = count_steps(config, source, accelerator.num_processes)
@@ -339,7 +343,7 @@ def finish(
     card = hub.ModelCard(
         student=config.student,
         teacher=None if teacher is None else config.teacher,
-        license="mit",
+        license="mit" if config.train_data is None else "other",  # whoever brings the data knows its licence
         datasets=[config.train_data or "bundled emoji (Noto, Twemoji)"],
         command=run.config()["command"],
         commit=run.config()["commit"],

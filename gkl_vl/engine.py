@@ -82,7 +82,7 @@ def fit(
     )
     plain = model
     model, optimizer = accelerator.prepare(model, optimizer)
-    ema = AveragedModel(plain, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)) if config.ema_decay else None
+    ema = moving_average(plain, config.ema_decay)
     step, position = 0, None
     if checkpoint is not None:
         load_checkpoint(accelerator, checkpoint, ema=ema)
@@ -147,6 +147,13 @@ def parameter_groups(model: nn.Module, wd: float) -> list[dict[str, Any]]:
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": wd},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+def moving_average(model: nn.Module, decay: float) -> AveragedModel | None:
+    """The average of weights and of buffers: BatchNorm statistics of today do not fit weights of yesterday."""
+    if not decay:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def learning_rate(step: int, config: FitConfig) -> float:

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from gkl_vl.checkpoint import RunFolder, load_checkpoint, read_loop_state, save_checkpoint
@@ -153,7 +153,14 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel | None:
     """The average of weights and of buffers: BatchNorm statistics of today do not fit weights of yesterday."""
     if not decay:
         return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    def average(ema: Tensor, now: Tensor, _: Any) -> Tensor:
+        if not now.is_floating_point():
+            return now
+        # What does not change stays as it is: an attention mask's -inf would become -inf - -inf = nan.
+        return torch.where(ema == now, now, torch.lerp(ema, now, 1 - decay))
+
+    return AveragedModel(model, avg_fn=average, use_buffers=True)
 
 
 def learning_rate(step: int, config: FitConfig) -> float:

@@ -85,7 +85,9 @@ class RunFolder:
             return Path(resume)
         whole = sorted(self.checkpoints.glob(f"{_PREFIX}*"))
         if not whole:
-            raise UserError(f"--resume latest: {str(self.checkpoints)!r} holds no checkpoint: start without --resume")
+            raise UserError(
+                f"--resume latest: {str(self.checkpoints)!r} holds no checkpoint: start in another --output-dir"
+            )
         return whole[-1]
 
 

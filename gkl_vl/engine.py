@@ -110,7 +110,7 @@ def fit(
             break
 
         # ---------------------------------------------------------------- one update
-        batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+        batch: Any = send_to_device(next(batches), accelerator.device, non_blocking=True)
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -190,15 +190,15 @@ def stop_unless_finite(
     accelerator: Accelerator, loss: Tensor, scalars: dict[str, Tensor], batch: Batch, step: int
 ) -> None:
     """Stop all ranks before the update when any rank's loss is not finite. All ranks take part."""
-    bad_ranks = accelerator.reduce((~torch.isfinite(loss.detach())).float(), reduction="sum")  # all ranks
+    value = loss.detach()
+    bad_ranks = accelerator.reduce((~torch.isfinite(value)).float(), reduction="sum")  # all ranks
     if bad_ranks.item() == 0:
         return
-    bad = not bool(torch.isfinite(loss))
-    keys = gather_object(batch["keys"][:4] if bad else [])  # all ranks
-    terms = ", ".join(f"{name} {float(value):.4g}" for name, value in scalars.items())
+    keys = gather_object([] if torch.isfinite(value) else batch["keys"][:4])  # all ranks
+    terms = ", ".join(f"{name} {float(scalar):.4g}" for name, scalar in scalars.items())
     raise UserError(
-        f"the loss is {float(loss)} at step {step} ({terms}); samples {', '.join(map(str, keys[:8]))} ...: lower --lr or "
-        "look at these samples; the last checkpoint is good"
+        f"the loss is {float(value)} at step {step} ({terms}); samples {', '.join(map(str, keys[:8]))} ...: "
+        "lower --lr or look at these samples; the last checkpoint is good"
     )
 
 

@@ -76,9 +76,9 @@ def gkl_loss(
     Source: arXiv 2503.08038; `dkl_loss` in `GKL_KD.py` (see the top of this file).
     """
     _check_logits(student, teacher)
-    _check_positive("temperature", temperature)
-    _check_positive("weight_temperature", weight_temperature)
-    _check_gamma(gamma)
+    check_positive("temperature", temperature)
+    check_positive("weight_temperature", weight_temperature)
+    check_gamma(gamma)
     _check_class_prior(class_prior, student)
     student, teacher = _lift(student), _lift(teacher)
     weight = smooth_weight(teacher=teacher, gamma=gamma, weight_temperature=weight_temperature, class_prior=class_prior)
@@ -139,8 +139,8 @@ def dkl_loss(
     Arguments and errors as in `gkl_loss`.
     """
     _check_logits(student, teacher)
-    _check_positive("temperature", temperature)
-    _check_positive("weight_temperature", weight_temperature)
+    check_positive("temperature", temperature)
+    check_positive("weight_temperature", weight_temperature)
     student, teacher = _lift(student), _lift(teacher)
     weight = smooth_weight(teacher=teacher, gamma=1.0, weight_temperature=weight_temperature)
     wmse = _ratio(*wmse_rows(student=student.detach(), teacher=teacher, weight=weight))
@@ -158,7 +158,7 @@ def kl_loss(
     Logits [n, C]; half precision is computed in float32. Errors as in `gkl_loss`.
     """
     _check_logits(student, teacher)
-    _check_positive("temperature", temperature)
+    check_positive("temperature", temperature)
     return kl_rows(student=_lift(student), teacher=_lift(teacher), temperature=temperature).mean()
 
 
@@ -246,7 +246,7 @@ class ClassPrior:
     def __init__(self, num_classes: int, temperature: Number) -> None:
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        _check_positive("temperature", temperature)
+        check_positive("temperature", temperature)
         self.num_classes = num_classes
         self.temperature = temperature
         self.prior = torch.full((num_classes, num_classes), 1 / num_classes)
@@ -319,11 +319,11 @@ def _check_class_prior(class_prior: Tensor | None, student: Tensor) -> None:
         )
 
 
-def _check_gamma(gamma: Number) -> None:
+def check_gamma(gamma: Number) -> None:
     if not 0 <= gamma < math.inf:  # refuses NaN as well
         raise ValueError(f"gamma must be a finite number >= 0, got {gamma}")
 
 
-def _check_positive(name: str, value: Number) -> None:
+def check_positive(name: str, value: Number) -> None:
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number > 0, got {value}")

@@ -8,17 +8,21 @@ averaging gives exactly the gradient of one process on the joined batch. The val
 every rank. All ranks must hold the same number of rows.
 """
 
+from typing import no_type_check
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from gkl_vl.gather import gather_rows, rank, sum_across_processes, world_size
-from gkl_vl.gkl import kl_rows, smooth_weight, soft_cross_entropy_rows, wmse_rows
+from gkl_vl.gkl import Number, check_gamma, check_positive, kl_rows, smooth_weight, soft_cross_entropy_rows, wmse_rows
 
 Scalars = dict[str, Tensor]
 
 
+# The public losses say in words what is wrong with a caller's shapes; the test suite's shape checker would speak first.
+@no_type_check
 def image_text_loss(
     *,
     image: Float[Tensor, "n d"],
@@ -29,13 +33,13 @@ def image_text_loss(
     teacher_logit_scale: Float[Tensor, ""] | None = None,
     logit_bias: Float[Tensor, ""] | None = None,
     teacher_logit_bias: Float[Tensor, ""] | None = None,
-    contrastive_weight: float = 1.0,
-    soft_ce_weight: float = 1.0,
-    wmse_weight: float = 0.05,
-    kl_weight: float = 0.0,
-    gamma: float = 0.0,
-    temperature: float = 1.0,
-    weight_temperature: float = 1.0,
+    contrastive_weight: Number = 1.0,
+    soft_ce_weight: Number = 1.0,
+    wmse_weight: Number = 0.05,
+    kl_weight: Number = 0.0,
+    gamma: Number = 0.0,
+    temperature: Number = 1.0,
+    weight_temperature: Number = 1.0,
     text_ids: Int[Tensor, " n"] | None = None,
 ) -> tuple[Float[Tensor, ""], Scalars]:
     """Contrastive loss of the student plus GKL between the image-text logits of teacher and student.
@@ -69,16 +73,20 @@ def image_text_loss(
         best caption is the same for both), entropies in nats, scales, accuracy of the batch's own pairing.
 
     Raises:
-        ValueError: teacher and student with different numbers of rows; part of the teacher missing; no term at all.
+        ValueError: teacher and student with different numbers of rows; part of the teacher missing; no term at all;
+            gamma < 0, a temperature <= 0.
 
     Source: Cui et al., arXiv 2305.13948 (NeurIPS 2024) and 2503.08038 (TPAMI 2026); Radford et al. 2021 for the
     contrastive loss.
     """
+    for name, value in (("temperature", temperature), ("weight_temperature", weight_temperature)):
+        check_positive(name, value)
+    check_gamma(gamma)
     has_teacher = _check(image, text, teacher_image, teacher_text, teacher_logit_scale, text_ids)
     student = _two_directions(image, text, logit_scale, logit_bias)
     positives = _positives(text_ids, n=image.shape[0], device=image.device)
     scalars: Scalars = {"logit_scale": logit_scale, "batch_acc1": _batch_accuracy(student[0], positives)}
-    terms: list[tuple[str, float, Tensor]] = []
+    terms: list[tuple[str, Number, Tensor]] = []
 
     if contrastive_weight:
         target = positives / positives.sum(dim=1, keepdim=True)
@@ -113,6 +121,7 @@ def image_text_loss(
     return global_value(loss), _scalars_of_all_ranks(scalars)
 
 
+@no_type_check
 def mimicry_loss(
     *,
     image: Float[Tensor, "n e"],

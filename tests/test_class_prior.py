@@ -151,6 +151,4 @@ def test_two_processes_equal_one_on_the_joined_data(tmp_path):
     for name in ("prior", "sums"):
         assert torch.equal(first[name], second[name])
     assert torch.equal(first["prior"], alone.prior)
-    assert not torch.equal(
-        alone.prior, prior_after(samples(13, seed=0)).prior
-    )  # one rank's data would not do
+    assert not torch.equal(alone.prior, prior_after(samples(13, seed=0)).prior)  # one rank's data would not do

@@ -32,9 +32,7 @@ TOLERANCE = {
 }
 
 
-def released(
-    *, student, teacher, wmse_weight, soft_ce_weight, gamma, temperature, weight_temperature, class_prior
-):
+def released(*, student, teacher, wmse_weight, soft_ce_weight, gamma, temperature, weight_temperature, class_prior):
     """The released formula over all pairs; weights without gradient (its KD teacher runs under no_grad)."""
     teacher_pairs = teacher[:, :, None] - teacher[:, None, :]
     student_pairs = student[:, :, None] - student[:, None, :]
@@ -80,9 +78,7 @@ def assert_equals_released(student, teacher, *, class_prior=None, gamma=1.0, **o
     """Against the reference in float64, to the tolerance of the student's precision."""
     options = SETTINGS | options | {"gamma": gamma}
     prior64 = None if class_prior is None else class_prior.double()
-    expected = loss_and_gradients(
-        partial(released, class_prior=prior64, **options), student.double(), teacher.double()
-    )
+    expected = loss_and_gradients(partial(released, class_prior=prior64, **options), student.double(), teacher.double())
     actual = loss_and_gradients(partial(gkl.gkl_loss, class_prior=class_prior, **options), student, teacher)
     assert_same(actual, expected, TOLERANCE[student.dtype])
 
@@ -124,9 +120,7 @@ def test_every_parameter_is_the_released_one_of_its_name(setting):
     weight_temperature=st.floats(0.2, 10),
 )
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-def test_gkl_is_the_released_formula_at_any_setting(
-    n, classes, seed, spread, gamma, temperature, weight_temperature
-):
+def test_gkl_is_the_released_formula_at_any_setting(n, classes, seed, spread, gamma, temperature, weight_temperature):
     student, teacher = random_logits(n, classes, seed=seed)
     assert_equals_released(
         spread * student,
@@ -141,9 +135,7 @@ def test_gkl_is_the_released_formula_at_any_setting(
 
 def test_defaults_are_ones_and_integers_will_do():
     student, teacher = random_logits(5, 7)
-    ones = dict(
-        wmse_weight=1, soft_ce_weight=1, gamma=1, temperature=1, weight_temperature=1, class_prior=None
-    )
+    ones = dict(wmse_weight=1, soft_ce_weight=1, gamma=1, temperature=1, weight_temperature=1, class_prior=None)
     loss = gkl.gkl_loss(student=student, teacher=teacher, **ones)
     assert_close(loss, released(student=student, teacher=teacher, **ones))
     assert loss == gkl.gkl_loss(student=student, teacher=teacher)
@@ -171,16 +163,12 @@ def test_gradients_pass_gradcheck_twice():
     prior = random_prior(3, 5)
 
     def wmse(student, teacher):
-        return gkl.gkl_loss(
-            student=student, teacher=teacher, soft_ce_weight=0.0, gamma=0.3, class_prior=prior
-        )
+        return gkl.gkl_loss(student=student, teacher=teacher, soft_ce_weight=0.0, gamma=0.3, class_prior=prior)
 
     assert torch.autograd.gradcheck(wmse, (student, teacher))
     assert torch.autograd.gradgradcheck(wmse, (student, teacher))
     assert torch.autograd.gradcheck(lambda s: gkl.gkl_loss(student=s, teacher=teacher, gamma=0.3), (student,))
-    assert torch.autograd.gradcheck(
-        lambda s, t: gkl.kl_loss(student=s, teacher=t, temperature=2.0), (student, teacher)
-    )
+    assert torch.autograd.gradcheck(lambda s, t: gkl.kl_loss(student=s, teacher=t, temperature=2.0), (student, teacher))
 
 
 @pytest.mark.parametrize("loss", PUBLIC, ids=lambda loss: loss.__name__)
@@ -208,9 +196,7 @@ def test_soft_cross_entropy_and_prior_send_the_teacher_nothing():
 def test_dkl_has_the_gradients_of_kl(temperature):
     """arXiv 2305.13948, Theorem 1, and its form at a temperature."""
     student, teacher = random_logits(5, 7)
-    dkl = partial(
-        gkl.dkl_loss, temperature=temperature, weight_temperature=temperature, wmse_weight=temperature**-2
-    )
+    dkl = partial(gkl.dkl_loss, temperature=temperature, weight_temperature=temperature, wmse_weight=temperature**-2)
 
     def torch_kl(*, student, teacher):
         logs = F.log_softmax(student / temperature, 1), F.log_softmax(teacher / temperature, 1)

@@ -120,9 +120,7 @@ def make_clip(folder: Path, name: str) -> Clip:
     torch.manual_seed(0)
     clip = load_clip(str(path))
     with torch.no_grad():
-        for (
-            parameter
-        ) in clip.towers.parameters():  # a fresh model's biases are zero and would hide a lost one
+        for parameter in clip.towers.parameters():  # a fresh model's biases are zero and would hide a lost one
             parameter.add_(0.05 * torch.randn_like(parameter))
     clip.towers.eval()
     if name == "openai_quickgelu":
@@ -320,13 +318,9 @@ class FakeHub(BaseHTTPRequestHandler):
             self._answer({"url": f"{self.server.address}/me/tiny"})
         elif self.path == "/api/models/me/tiny/preupload/main":
             files = [file["path"] for file in json.loads(body)["files"]]
-            self._answer(
-                {"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in files]}
-            )
+            self._answer({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in files]})
         elif self.path == "/api/models/me/tiny/commit/main":
-            self._answer(
-                {"commitUrl": f"{self.server.address}/me/tiny/commit/{'0' * 40}", "commitOid": "0" * 40}
-            )
+            self._answer({"commitUrl": f"{self.server.address}/me/tiny/commit/{'0' * 40}", "commitOid": "0" * 40})
         else:  # /api/validate-yaml
             self._answer({"errors": [], "warnings": []})
 
@@ -386,13 +380,9 @@ def test_a_push_sends_exactly_the_folder(tmp_path: Path, server: ThreadingHTTPSe
     sent = {file["path"]: base64.b64decode(file["content"]) for file in files}
     assert sent == {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {line["key"] for line in lines} == {"header", "file"}  # nothing is deleted
-    assert {"open_clip_config.json", "open_clip_model.safetensors", "README.md", "tokenizer.json"} <= set(
-        sent
-    )
+    assert {"open_clip_config.json", "open_clip_model.safetensors", "README.md", "tokenizer.json"} <= set(sent)
     # hf-hub:me/tiny will look for its tokenizer under this name.
-    assert (
-        json.loads(sent["open_clip_config.json"])["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == "me/tiny"
-    )
+    assert json.loads(sent["open_clip_config.json"])["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == "me/tiny"
 
 
 @pytest.mark.parametrize(
@@ -408,9 +398,7 @@ def test_a_refused_push_is_one_line_with_a_remedy(
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIGS["small_bpe"]}))
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     if status is None:
-        monkeypatch.setattr(
-            hub.constants, "ENDPOINT", "http://127.0.0.1:9"
-        )  # the discard port: nobody listens
+        monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
     else:
         monkeypatch.setattr(hub.constants, "ENDPOINT", server.address)
         server.status = status

@@ -25,9 +25,7 @@ TRAINING = [
     }
     for step in range(0, 100, 10)
 ]
-STUDENT = [
-    {"step": step, "model": "student", "dataset": "emoji", "acc1": step / 300} for step in (0, 50, 100)
-]
+STUDENT = [{"step": step, "model": "student", "dataset": "emoji", "acc1": step / 300} for step in (0, 50, 100)]
 TEACHER = [{"step": 0, "model": "teacher", "dataset": "emoji", "acc1": 0.5, "acc5": float("nan")}]
 RIGHT = SheetItem(RED, "grinning face", [("grinning face", 0.8), ("ghost", 0.1), ("alien", 0.05)])
 WRONG = SheetItem(RED, "grinning face", [("ghost", 0.8), ("alien", 0.1), ("robot", 0.05)])
@@ -57,9 +55,7 @@ def test_green_means_right(tmp_path: Path):
     assert count(draw(tmp_path, TRAINING, [WRONG]), GREEN_BAR) == 0
     second = SheetItem(RED, "alien", WRONG.top)
     assert (
-        0
-        < count(draw(tmp_path, TRAINING, [second]), GREEN_BAR)
-        < count(draw(tmp_path, TRAINING, [RIGHT]), GREEN_BAR)
+        0 < count(draw(tmp_path, TRAINING, [second]), GREEN_BAR) < count(draw(tmp_path, TRAINING, [RIGHT]), GREEN_BAR)
     )
 
 
@@ -111,9 +107,7 @@ def test_a_term_that_is_off_is_no_curve(tmp_path: Path):
 def test_names_of_any_kind_stay_in_their_place(tmp_path: Path):
     names = ["a_{very}$long$ name " * 5, "“ここ”ボタン", "grinning 😀 face\nsecond line", "", "W" * 60]
     sheet = [SheetItem(RED.convert("RGBA"), name, [(name, 1.0), ("x$", 0.0)]) for name in names]
-    pixels = draw(
-        tmp_path, [row | {"dataset": "set_$x$ " * 9} for row in STUDENT + TEACHER], sheet, title="$t_ " * 90
-    )
+    pixels = draw(tmp_path, [row | {"dataset": "set_$x$ " * 9} for row in STUDENT + TEACHER], sheet, title="$t_ " * 90)
     assert (pixels[:, -12:] == 255).all()
 
 

@@ -1,0 +1,258 @@
+"""fit() is a plain training loop, with everything else at its time: evaluations, checkpoints, averages, refusals."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from helpers import RankFailed, run_ranks
+
+from gkl_vl import engine
+from gkl_vl.checkpoint import RunFolder
+from gkl_vl.engine import FitConfig, fit, learning_rate, moving_average, parameter_groups
+from gkl_vl.errors import UserError
+from gkl_vl.image_text import image_text_loss
+
+CONFIG = FitConfig(steps=5, lr=0.1, wd=0.3, warmup_steps=2, log_every_steps=1, grad_clip_norm=0.5)
+
+
+class Loader:
+    """Endless random batches, the n-th always the same."""
+
+    def __init__(self, position, rows=slice(None)):
+        self.taken, self.rows = (position or {"batches": 0})["batches"], rows
+
+    def __iter__(self):
+        while True:
+            self.taken += 1
+            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(self.taken))[self.rows]
+            yield {"x": x, "keys": [f"sample-{self.taken}-{i}" for i in range(len(x))]}
+
+    def position(self):
+        return {"batches": self.taken}
+
+    def num_skipped(self):
+        return 2
+
+
+def net() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+
+
+def objective(model, batch):
+    y = model(batch["x"])
+    return y.square().mean() + y.mean(), {"size": y.detach().abs().mean()}
+
+
+def run_fit(folder, *, model=None, config=CONFIG, evaluate=lambda model: [], after_step=lambda: None, **options):
+    model = model or net()
+    options = {"objective": objective, "make_loader": Loader} | options
+    run = RunFolder(folder, is_main=True)
+    result = fit(
+        accelerator=Accelerator(cpu=True),
+        model=model,
+        run=run,
+        config=config,
+        evaluate=evaluate,
+        after_step=after_step,
+        **options,
+    )
+    return model, result, run
+
+
+def test_the_schedule_warms_up_and_falls_to_zero():
+    config = FitConfig(steps=10, lr=2.0, warmup_steps=4)
+    assert [learning_rate(step, config) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    assert learning_rate(4, config) == 2.0
+    assert learning_rate(7, config) == pytest.approx(1.0)
+    assert learning_rate(9, config) == pytest.approx(1 + math.cos(5 / 6 * math.pi))
+    assert learning_rate(10, config) == pytest.approx(0)
+
+
+def test_biases_norms_and_the_scale_do_not_decay():
+    model = net()
+    model.scale = torch.nn.Parameter(torch.tensor(1.0))
+    model[2].weight.requires_grad_(False)
+    decayed, plain = parameter_groups(model, 0.3)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert [p.shape for p in decayed["params"]] == [(4, 3)]
+    assert sorted(p.ndim for p in plain["params"]) == [0, 1, 1, 1, 1]
+
+
+def test_fit_is_a_plain_loop(tmp_path):
+    ours, _, run = run_fit(tmp_path)
+    model, loader = net(), iter(Loader(None))
+    weights = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": weights, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.98), eps=1e-6)
+    losses = []
+    for lr in (0.05, 0.1, 0.1, 0.1 * 0.75, 0.1 * 0.25):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss, _ = objective(model, next(loader))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-6, atol=1e-7)
+    records = run.records()
+    assert [record["train/loss"] for record in records] == pytest.approx(losses, rel=1e-5)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
+    assert {"train/size", "train/grad_norm", "train/lr", "train/images_per_second"} <= set(records[0])
+    assert records[0]["train/skipped"] == 2
+
+
+def test_evaluations_and_checkpoints_come_at_their_time_and_once(tmp_path):
+    config = FitConfig(steps=5, lr=0.1, eval_every_steps=2, checkpoint_every_steps=3)
+    steps = []
+
+    def evaluate(model):
+        steps.append(len(steps))
+        return [{"model": "student", "dataset": "toy", "acc1": float(len(steps))}]
+
+    clamped = []
+    _, _, run = run_fit(tmp_path, config=config, evaluate=evaluate, after_step=lambda: clamped.append(1))
+    evaluations = [record for record in run.records() if "model" in record]
+    assert [(record["step"], record["acc1"]) for record in evaluations] == [(2, 1.0), (4, 2.0), (5, 3.0)]
+    assert [path.name for path in sorted(run.checkpoints.iterdir())] == ["step_00000003", "step_00000005"]
+    assert len(clamped) == 5
+
+
+def test_the_moving_average_is_its_closed_form_and_leaves_constants_alone():
+    model = net()
+    model.register_buffer("mask", torch.full((2, 2), -math.inf).triu(1), persistent=False)
+    ema = moving_average(model, 0.9)
+    expected, statistics = None, None
+    for step in range(6):
+        with torch.no_grad():
+            model[0].weight.add_(step)
+            model[1].running_mean.add_(step)
+        ema.update_parameters(model)
+        weight, mean = model[0].weight.detach().clone(), model[1].running_mean.clone()
+        expected = weight if expected is None else 0.9 * expected + 0.1 * weight
+        statistics = mean if statistics is None else 0.9 * statistics + 0.1 * mean
+    torch.testing.assert_close(ema.module[0].weight.detach(), expected)
+    torch.testing.assert_close(ema.module[1].running_mean, statistics)
+    assert torch.equal(ema.module.mask, model.mask)
+    assert moving_average(model, 0.0) is None
+
+
+def test_the_average_is_what_comes_back_and_is_evaluated(tmp_path):
+    seen = []
+    config = FitConfig(steps=3, lr=0.1, ema_decay=0.5)
+    model, result, _ = run_fit(tmp_path, config=config, evaluate=lambda m: seen.append(m) or [])
+    assert result is seen[0] and result is not model
+    assert not torch.equal(result[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_accumulation_is_refused_with_the_reason(tmp_path, monkeypatch, by_environment):
+    if by_environment:
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=1 if by_environment else 4)
+    with pytest.raises(UserError, match="gradient_accumulation_steps = 4.*negatives"):
+        engine.refuse_accumulation(accelerator)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
+    model = net()
+
+    def poisoned(model, batch):
+        loss, scalars = objective(model, batch)
+        return (loss * math.nan if batch["keys"][0].startswith("sample-3") else loss), scalars
+
+    config = FitConfig(steps=5, lr=0.1, checkpoint_every_steps=2)
+    with pytest.raises(UserError, match=r"loss is nan at step 2 \(size .*samples sample-3-0, sample-3-1"):
+        run_fit(tmp_path, model=model, objective=poisoned, config=config)
+    kept = RunFolder(tmp_path, is_main=True).find_checkpoint("latest")
+    assert kept.name == "step_00000002"
+    _, at_two, _ = run_fit(tmp_path / "two", config=FitConfig(steps=5, lr=0.1))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def nan_on_one_rank(rank, world_size, folder):
+    model = net()
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def poisoned(model, batch):
+        loss, scalars = objective(model, batch)
+        return loss * (math.nan if rank == 1 else 1), scalars
+
+    try:
+        run_fit(folder, model=model, objective=poisoned, make_loader=lambda p: Loader(p, slice(2 * rank, 2 * rank + 2)))
+    except UserError as error:
+        return str(error), all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    return "went on", False
+
+
+def test_one_bad_rank_stops_all(tmp_path):
+    for message, unchanged in run_ranks(nan_on_one_rank, 2, tmp_path):
+        assert "at step 0" in message and "samples sample-1-0, sample-1-1" in message
+        assert unchanged
+
+
+class TwoTowers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
+        self.log_scale = torch.nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x):
+        image, text = F.normalize(self.image(x), dim=1), F.normalize(self.text(x.flip(1)), dim=1)
+        return {"image": image, "text": text, "logit_scale": self.log_scale.exp()}
+
+
+def distil(model, batch):
+    teacher = F.normalize(batch["x"], dim=1)
+    return image_text_loss(
+        **model(batch["x"]), teacher_image=teacher, teacher_text=teacher, teacher_logit_scale=torch.tensor(5.0)
+    )
+
+
+def three_steps(rank, world_size, folder):
+    rows = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size)
+    model, _, run = run_fit(
+        folder / f"{world_size}-{rank}",
+        model=TwoTowers(),
+        objective=distil,
+        make_loader=lambda position: Loader(position, rows),
+        config=FitConfig(steps=3, lr=0.1, log_every_steps=1),
+    )
+    losses = [record["train/loss"] for record in run.records()]
+    return losses, {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def test_two_processes_train_as_one(tmp_path):
+    one = three_steps(0, 1, tmp_path)
+    for losses, state in run_ranks(three_steps, 2, tmp_path):
+        assert losses == pytest.approx(one[0], rel=1e-5)
+        for name, tensor in one[1].items():
+            # Adam divides by the root of the gradient's square: where a gradient is almost 0, rounding decides
+            torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_a_line_of_results_that_a_kill_cut_is_left_out(tmp_path):
+    run = RunFolder(tmp_path, is_main=True)
+    for step in (1, 2, 3):
+        run.log({"step": step})
+    with open(run.results, "a") as file:
+        file.write('{"step": 4, "train/lo')
+    assert [record["step"] for record in run.records()] == [1, 2, 3]
+    run.rewind(2)
+    assert [json.loads(line)["step"] for line in run.results.read_text().splitlines()] == [1, 2]
+
+
+def test_a_rank_that_dies_is_reported():
+    with pytest.raises(RankFailed, match="went wrong"):
+        run_ranks(die, 2)
+
+
+def die(rank, world_size):
+    raise RuntimeError("went wrong")

@@ -1,0 +1,34 @@
+"""Rows come in the order of the ranks and carry everybody's gradient; alone, nothing happens."""
+
+import torch
+from helpers import run_ranks
+
+from gkl_vl.gather import gather_rows, rank, sum_across_processes, world_size
+
+
+def test_alone_a_tensor_is_itself():
+    x = torch.randn(3, 2, requires_grad=True)
+    assert (world_size(), rank()) == (1, 0)
+    assert gather_rows(x) is x
+    total = sum_across_processes(x)
+    assert torch.equal(total, x) and not total.requires_grad
+
+
+def gather_and_weigh(my_rank, ranks):
+    rows = (10 * my_rank + torch.arange(3.0)).reshape(3, 1).requires_grad_()
+    everybody = gather_rows(rows)
+    # rank r weighs row j of everybody's by (r + 1) * j, so that row j gets sum_r (r + 1) * j
+    weight = (my_rank + 1) * torch.arange(3.0 * ranks).reshape(-1, 1)
+    (weight * everybody).sum().backward()
+    ids = gather_rows(torch.tensor([my_rank, 7]))
+    x = torch.tensor([1.0, my_rank], requires_grad=True)
+    total = sum_across_processes(x)
+    return everybody.detach(), rows.grad, ids, total, x.detach(), total.requires_grad
+
+
+def test_rows_of_three_ranks_and_their_gradients():
+    for my_rank, (rows, gradient, ids, total, x, has_gradient) in enumerate(run_ranks(gather_and_weigh, 3)):
+        assert rows.flatten().tolist() == [0, 1, 2, 10, 11, 12, 20, 21, 22]
+        assert gradient.flatten().tolist() == [6 * j for j in range(3 * my_rank, 3 * my_rank + 3)]
+        assert ids.tolist() == [0, 7, 1, 7, 2, 7]
+        assert total.tolist() == [3, 3] and x.tolist() == [1, my_rank] and not has_gradient

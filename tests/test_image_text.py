@@ -1,0 +1,280 @@
+"""The image-text loss is its formula, and one process, two and four give the same number and the same gradients."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import run_ranks
+from torch.nn.parallel import DistributedDataParallel
+
+from gkl_vl import gather, image_text
+from gkl_vl.image_text import image_text_loss, mimicry_loss
+
+# Relative tolerances against the fp64 reference. fp32: logits of up to 20 carry 20 * 6e-8 each, and the soft targets
+# pass them on through an exponential; bf16 inputs are rounded to 8 bits before anything is computed, for both sides
+# alike (the reference gets the rounded numbers), so what is left is fp32's.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-5}
+EVERYTHING = {"contrastive_weight": 0.7, "soft_ce_weight": 1.3, "wmse_weight": 0.11, "kl_weight": 0.4}
+TEMPERATURES = {"temperature": 2.0, "weight_temperature": 3.0}
+
+
+def reference(
+    *, image, text, scale, teacher_image, teacher_text, teacher_scale, ids, gamma, bias=0.0, weights=EVERYTHING,
+    temperature=1.0, weight_temperature=1.0,
+):  # fmt: skip
+    """The formulas of the docstring, with the [n, n, n] tensor of the released code for wMSE."""
+    total = 0.0
+    for a, b, teacher_a, teacher_b in (
+        (image, text, teacher_image, teacher_text),
+        (text, image, teacher_text, teacher_image),
+    ):
+        s, t = scale * a @ b.T + bias, teacher_scale * teacher_a @ teacher_b.T
+        n = len(s)
+        contrastive = 0.0
+        for i in range(n):
+            same = [j for j in range(n) if ids[j] == ids[i]]
+            contrastive -= sum(torch.log_softmax(s[i], 0)[j] for j in same) / len(same) / n
+        soft = F.softmax(t / temperature, 1)
+        log_s = F.log_softmax(s / temperature, 1)
+        soft_ce = -(soft * log_s).sum() / n
+        kl = F.kl_div(log_s, soft, reduction="batchmean")
+        w = F.softmax(t / weight_temperature, 1) ** gamma
+        pairs = w[:, :, None] * w[:, None, :]
+        difference = (t[:, :, None] - t[:, None, :]) - (s[:, :, None] - s[:, None, :])
+        wmse = 0.25 * (pairs * difference**2).sum() / (w.sum(1) ** 2).sum()
+        parts = {"contrastive": contrastive, "soft_ce": soft_ce, "wmse": wmse, "kl": kl}
+        total = total + 0.5 * sum(weights[f"{name}_weight"] * part for name, part in parts.items())
+    return total
+
+
+def embeddings(n, d, seed, dtype=torch.float64):
+    return F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).to(dtype)
+
+
+def batch(n, dtype=torch.float64, d=5, e=7):
+    """Student embeddings that lean towards the teacher's pairs, so that the softmaxes are neither flat nor trivial."""
+    names = ("image", "text", "teacher_image", "teacher_text")
+    return {name: embeddings(n, d if i < 2 else e, seed=i, dtype=dtype) for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("gamma", [0, 0.5, 1])
+@pytest.mark.parametrize("n, duplicates", [(1, False), (5, True), (7, False)])
+def test_the_loss_is_its_formula_in_value_and_gradient(n, duplicates, gamma, dtype):
+    tensors = batch(n, dtype)
+    ids = [0, 1, 0, 2, 1][:n] if duplicates else list(range(n))
+    # scale and bias are parameters: at least fp32, whatever the embeddings were computed in
+    scalar_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    scale, bias = torch.tensor(9.0, dtype=scalar_dtype), torch.tensor(-3.0, dtype=scalar_dtype)
+    ours = [x.clone().requires_grad_() for x in (tensors["image"], tensors["text"], scale, bias)]
+    exact = [x.detach().double().requires_grad_() for x in ours]
+    loss, _ = image_text_loss(
+        image=ours[0],
+        text=ours[1],
+        logit_scale=ours[2],
+        logit_bias=ours[3],
+        teacher_image=tensors["teacher_image"],
+        teacher_text=tensors["teacher_text"],
+        teacher_logit_scale=torch.tensor(13.0, dtype=scalar_dtype),
+        teacher_logit_bias=torch.tensor(5.0, dtype=scalar_dtype),
+        text_ids=torch.tensor(ids),
+        gamma=gamma,
+        **EVERYTHING,
+        **TEMPERATURES,
+    )
+    expected = reference(
+        image=exact[0],
+        text=exact[1],
+        scale=exact[2],
+        bias=exact[3],
+        teacher_image=tensors["teacher_image"].double(),
+        teacher_text=tensors["teacher_text"].double(),
+        teacher_scale=13.0,
+        ids=ids,
+        gamma=gamma,
+        **TEMPERATURES,
+    )
+    # not the last operation: an upstream gradient of 3
+    (3 * loss).backward()
+    (3 * expected).backward()
+    rtol = TOLERANCE[dtype]
+    assert loss.item() == pytest.approx(expected.item(), rel=rtol, abs=rtol)
+    for got, want in zip(ours, exact, strict=True):
+        # bf16 embeddings get bf16 gradients: half a unit in the last place of 8 bits
+        allowed = 4e-3 if got.dtype == torch.bfloat16 else rtol
+        largest = max(want.grad.abs().max().item(), 1.0)
+        torch.testing.assert_close(got.grad.double(), want.grad, rtol=allowed, atol=allowed * largest)
+
+
+def test_without_ids_all_captions_differ():
+    tensors = batch(6)
+    arguments = tensors | {"logit_scale": torch.tensor(9.0), "teacher_logit_scale": torch.tensor(13.0)}
+    without, _ = image_text_loss(**arguments)
+    with_ids, _ = image_text_loss(**arguments, text_ids=torch.tensor([4, 9, 1, 7, 3, 2]))
+    assert without.item() == with_ids.item()
+
+
+def test_a_caption_is_not_its_twins_negative():
+    image, text = torch.eye(3), torch.eye(3)[[0, 0, 2]]
+    loss, _ = image_text_loss(image=image, text=text, logit_scale=torch.tensor(1.0), text_ids=torch.tensor([8, 8, 5]))
+    # images 0 and 1 want captions 0 and 1 half each: -(1 + 1) / 2 + log(2e + 1), -(0 + 0) / 2 + log 3, -1 + log(2 + e)
+    rows = [-1 + math.log(2 * math.e + 1), math.log(3), -1 + math.log(2 + math.e)]
+    # captions 0 and 1 want images 0 and 1 half each: -(1 + 0) / 2 + log(e + 2), twice; caption 2 wants image 2
+    columns = [-0.5 + math.log(math.e + 2)] * 2 + [-1 + math.log(math.e + 2)]
+    assert loss.item() == pytest.approx((sum(rows) / 3 + sum(columns) / 3) / 2, rel=1e-6)
+
+
+def test_a_bias_cancels_and_is_still_given_a_gradient():
+    tensors = batch(4)
+    scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor(-10.0, dtype=torch.float64, requires_grad=True)
+    arguments = tensors | {"teacher_logit_scale": torch.tensor(13.0)}
+    loss, _ = image_text_loss(**arguments, logit_scale=scale, logit_bias=bias)
+    plain, _ = image_text_loss(**arguments, logit_scale=scale)
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-12)
+    loss.backward()
+    assert bias.grad is not None and abs(bias.grad.item()) < 1e-12
+    assert scale.grad.abs() > 0
+
+
+def test_mimicry_is_the_mean_squared_error_of_both_towers():
+    a, b, c, d = (embeddings(3, 4, seed=i) for i in range(4))
+    expected = ((a - c) ** 2).sum() / 12 + ((b - d) ** 2).sum() / 12
+    loss = mimicry_loss(image=a, text=b, teacher_image=c, teacher_text=d)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_scalars_say_how_the_two_see_the_batch():
+    image = text = torch.eye(3)
+    teacher_text = torch.eye(3)[[1, 0, 2]]  # the teacher takes captions 0 and 1 for each other
+    _, scalars = image_text_loss(
+        image=image,
+        text=text,
+        logit_scale=torch.tensor(50.0),
+        teacher_image=image,
+        teacher_text=teacher_text,
+        teacher_logit_scale=torch.tensor(0.0),
+    )
+    assert scalars["batch_acc1"].item() == 1
+    assert scalars["student_entropy"].item() == pytest.approx(0, abs=1e-6)
+    assert scalars["teacher_entropy"].item() == pytest.approx(math.log(3))
+    assert scalars["logit_scale"].item() == 50 and scalars["teacher_logit_scale"].item() == 0
+    assert not any(value.requires_grad for value in scalars.values())
+    sharp = {"teacher_image": image, "teacher_text": teacher_text, "teacher_logit_scale": torch.tensor(20.0)}
+    _, scalars = image_text_loss(image=image, text=text, logit_scale=torch.tensor(50.0), **sharp)
+    assert scalars["agreement@1"].item() == pytest.approx(1 / 3)
+
+
+def test_a_term_without_weight_is_not_computed():
+    _, scalars = image_text_loss(
+        **batch(3), logit_scale=torch.tensor(1.0), teacher_logit_scale=torch.tensor(1.0), wmse_weight=0
+    )
+    assert {"contrastive", "soft_ce"} <= set(scalars) and not {"wmse", "kl", "mimicry"} & set(scalars)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"teacher_image": torch.eye(2)}, "teacher_image has 2 rows, image has 3"),
+        ({"text": torch.eye(3)[:2]}, "text has 2 rows"),
+        ({"text_ids": torch.arange(4)}, "text_ids has 4 rows"),
+        ({"teacher_text": None}, "come together or not at all"),
+        ({"contrastive_weight": 0, "soft_ce_weight": 0, "wmse_weight": 0}, "nothing to train on"),
+        ({"gamma": -1}, "gamma must be a finite number >= 0, got -1"),
+        ({"temperature": 0}, "temperature must be a finite number > 0, got 0"),
+    ],
+)
+def test_errors_name_what_is_wrong(change, message):
+    eye, scale = torch.eye(3), torch.tensor(1.0)
+    arguments = {"image": eye, "text": eye, "teacher_image": eye, "teacher_text": eye}
+    arguments |= {"logit_scale": scale, "teacher_logit_scale": scale}
+    with pytest.raises(ValueError, match=message):
+        image_text_loss(**(arguments | change))
+
+
+# Several processes. Each rank has other rows; a caption occurs on two ranks.
+
+ROWS, IDS = 8, [0, 1, 2, 3, 1, 4, 5, 0]
+
+
+class Encoder(torch.nn.Module):
+    """Two linear towers, a scale and a bias: everything that DistributedDataParallel has to average."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.text = torch.nn.Linear(6, 5), torch.nn.Linear(4, 5)
+        self.log_scale = torch.nn.Parameter(torch.tensor(2.0))
+        self.bias = torch.nn.Parameter(torch.tensor(-1.0))
+
+    def forward(self, pixels, tokens):
+        image, text = F.normalize(self.image(pixels), dim=1), F.normalize(self.text(tokens), dim=1)
+        return {"image": image, "text": text, "logit_scale": self.log_scale.exp(), "logit_bias": self.bias}
+
+
+def train_step(rank, world_size, dtype, breakage=None):
+    """Loss, scalars and averaged gradients of my rows of the same eight."""
+    if breakage == "mean of ratios":
+        image_text._ratio_of_sums = lambda numerator, denominator: numerator.sum() / denominator.sum()
+    if breakage == "wrong offset":
+        image_text.rank = lambda: 0
+    if breakage == "gather without gradient":
+        original = gather.gather_rows
+        image_text.gather_rows = lambda rows: original(rows.detach())
+    torch.manual_seed(0)
+    encoder = Encoder().to(dtype)
+    model = DistributedDataParallel(encoder) if world_size > 1 else encoder
+    draw = torch.Generator().manual_seed(1)
+    pixels, tokens, teacher_image, teacher_text = (
+        torch.randn(ROWS, width, generator=draw, dtype=torch.float64).to(dtype) for width in (6, 4, 7, 7)
+    )
+    mine = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
+    teacher = {
+        "teacher_image": F.normalize(teacher_image[mine]),
+        "teacher_text": F.normalize(teacher_text[mine]),
+        "teacher_logit_scale": torch.tensor(11.0, dtype=dtype),
+    }
+    output = model(pixels[mine], tokens[mine])
+    ids = None if breakage == "wrong offset" else torch.tensor(IDS)[mine]
+    loss, scalars = image_text_loss(**output, **teacher, text_ids=ids, gamma=0.5, **EVERYTHING)
+    loss = loss + 3 * mimicry_loss(
+        image=output["image"],
+        text=output["text"],
+        teacher_image=teacher["teacher_image"][:, :5],
+        teacher_text=teacher["teacher_text"][:, :5],
+    )
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in encoder.named_parameters()}
+    return loss.detach(), {name: value.item() for name, value in scalars.items()}, gradients
+
+
+def farthest(got, want) -> float:
+    """The largest difference of loss and gradients, relative to the largest number of each tensor."""
+    pairs = [(got[0], want[0]), *((got[2][name], want[2][name]) for name in want[2])]
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_several_processes_equal_one(world_size, dtype):
+    one = train_step(0, 1, dtype)
+    ranks = run_ranks(train_step, world_size, dtype)
+    for result in ranks:
+        assert farthest(result, one) < {torch.float64: 1e-10, torch.float32: 1e-5}[dtype]
+        assert result[1] == pytest.approx(one[1], rel=1e-4)
+    assert all(result[1] == ranks[0][1] for result in ranks)
+
+
+@pytest.mark.parametrize("breakage", ["mean of ratios", "wrong offset", "gather without gradient"])
+def test_the_comparison_of_processes_notices(breakage):
+    one = train_step(0, 1, torch.float64)
+    if breakage == "wrong offset":  # without ids the positives come from the rank
+        one = run_ranks(train_step_without_ids, 1)[0]
+    broken = run_ranks(train_step, 2, torch.float64, breakage)
+    assert max(farthest(result, one) for result in broken) > 1e-3
+
+
+def train_step_without_ids(rank, world_size):
+    global IDS
+    IDS = list(range(ROWS))
+    return train_step(rank, world_size, torch.float64)

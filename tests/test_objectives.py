@@ -1,0 +1,118 @@
+"""The objective of CLIP distillation is its pieces put together, and the teacher is furniture."""
+
+import dataclasses
+
+import pytest
+import torch
+from open_clip.transform import PreprocessCfg
+
+from gkl_vl.image_text import image_text_loss, mimicry_loss
+from gkl_vl.objectives import ClipKdWeights, clip_kd, online_teacher
+from gkl_vl.towers import Clip, Student, freeze, load_clip
+
+WEIGHTS = ClipKdWeights(
+    contrastive_weight=1.0,
+    soft_ce_weight=2.0,
+    wmse_weight=0.3,
+    mimicry_weight=7.0,
+    gamma=0.5,
+    temperature=2.0,
+    weight_temperature=3.0,
+)
+CAPTIONS = ["red car", "a very long flag", "red car"]
+
+
+@pytest.fixture(scope="module")
+def student() -> Clip:
+    torch.manual_seed(0)
+    return load_clip("emoji-student")
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Clip:
+    """Another architecture, another image size, other mean and std."""
+    torch.manual_seed(1)
+    clip = load_clip("emoji-teacher")
+    preprocess = PreprocessCfg(size=96, mean=(0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7))
+    return freeze(dataclasses.replace(clip, preprocess=preprocess))
+
+
+@pytest.fixture
+def batch(student, teacher) -> dict:
+    draw = torch.Generator().manual_seed(2)
+    return {
+        "image": torch.randint(0, 256, (3, 3, 96, 96), generator=draw, dtype=torch.uint8),
+        "text": student.tokenize(CAPTIONS),
+        "teacher_text": teacher.tokenize(CAPTIONS),
+        "text_ids": torch.tensor([5, 6, 5]),
+    }
+
+
+def model_for(student: Clip, mimicry_dim: int | None) -> Student:
+    torch.manual_seed(3)
+    return Student(student.towers, embed_dim=student.embed_dim, mimicry_dim=mimicry_dim).eval()
+
+
+def test_the_objective_is_its_pieces(student, teacher, batch):
+    model = model_for(student, teacher.embed_dim)
+    loss, scalars = clip_kd(model, batch, student=student, teacher=online_teacher(teacher), weights=WEIGHTS)
+    output = model(student.prepare(batch["image"]), batch["text"])
+    with torch.no_grad():
+        teacher_image = teacher.towers.encode_image(teacher.prepare(batch["image"]))
+        teacher_text = teacher.towers.encode_text(batch["teacher_text"])
+    logits, terms = image_text_loss(
+        image=output["image"],
+        text=output["text"],
+        logit_scale=output["logit_scale"],
+        teacher_image=teacher_image,
+        teacher_text=teacher_text,
+        teacher_logit_scale=teacher.towers.log_scale().exp(),
+        text_ids=batch["text_ids"],
+        contrastive_weight=1.0,
+        soft_ce_weight=2.0,
+        wmse_weight=0.3,
+        gamma=0.5,
+        temperature=2.0,
+        weight_temperature=3.0,
+    )
+    mimicry = mimicry_loss(
+        image=output["mimicry_image"],
+        text=output["mimicry_text"],
+        teacher_image=teacher_image,
+        teacher_text=teacher_text,
+    )
+    assert loss.item() == pytest.approx((logits + 7 * mimicry).item(), rel=1e-6)
+    assert scalars["mimicry"].item() == pytest.approx(mimicry.item(), rel=1e-6)
+    assert {k: v.item() for k, v in terms.items()}.items() <= {k: v.item() for k, v in scalars.items()}.items()
+
+
+def test_no_gradient_reaches_the_teacher_and_a_step_leaves_its_bits(student, teacher, batch):
+    before = {name: tensor.clone() for name, tensor in teacher.towers.state_dict().items()}
+    model = model_for(student, teacher.embed_dim)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    loss, _ = clip_kd(model, batch, student=student, teacher=online_teacher(teacher), weights=WEIGHTS)
+    loss.backward()
+    optimizer.step()
+    assert all(parameter.grad is None for parameter in teacher.towers.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.towers.state_dict().items())
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_without_a_teacher_the_contrastive_loss_is_left(student, batch):
+    model = model_for(student, None)
+    loss, scalars = clip_kd(model, batch, student=student, teacher=None, weights=WEIGHTS)
+    output = model(student.prepare(batch["image"]), batch["text"])
+    plain, _ = image_text_loss(
+        image=output["image"], text=output["text"], logit_scale=output["logit_scale"], text_ids=batch["text_ids"]
+    )
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    assert not {"soft_ce", "wmse", "mimicry"} & set(scalars)
+
+
+def test_the_maps_exist_only_where_dimensions_differ(student, teacher):
+    assert student.embed_dim != teacher.embed_dim
+    extra = {name for name, _ in model_for(student, teacher.embed_dim).named_parameters()} - {
+        name for name, _ in model_for(student, None).named_parameters()
+    }
+    assert extra == {"image_map.weight", "text_map.weight"}
+    assert not list(model_for(student, student.embed_dim).image_map.parameters())

@@ -1,0 +1,360 @@
+"""Pairs arrive whole and once, broken ones are counted, and a stream taken up again gives the same batches."""
+
+import io
+import json
+import random
+import tarfile
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from gkl_vl.data import pairs
+from gkl_vl.data.pairs import (
+    BrokenPair,
+    PairLoader,
+    PairStream,
+    Position,
+    RawPair,
+    apply_seeded,
+    bundled_pairs,
+    decode,
+    drawing_augmentation,
+    light_augmentation,
+    memory_source,
+    number_of,
+    open_source,
+    read_shard,
+    shard_source,
+    usable_captions,
+)
+from gkl_vl.errors import UserError
+
+
+def picture(index: int, format: str = "png") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 12), (index % 256, 50, 200)).save(file, format)
+    return file.getvalue()
+
+
+def write_shard(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for key, members in samples:
+            for suffix, body in members.items():
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(body)
+                tar.addfile(info, io.BytesIO(body))
+    return path
+
+
+def good(index: int) -> tuple[str, dict[str, bytes]]:
+    return f"k{index:03d}", {"png": picture(index), "txt": f"caption {index}".encode()}
+
+
+def write_shards(folder: Path, num_shards: int, each: int) -> str:
+    for shard in range(num_shards):
+        write_shard(folder / f"{shard:03d}.tar", [good(shard * each + i) for i in range(each)])
+    return f"{folder}/{{000..{num_shards - 1:03d}}}.tar"
+
+
+def toy_pairs(num: int) -> list[RawPair]:
+    return [RawPair(f"p{i}", picture(i), (f"caption {i}", f"other {i}"), i) for i in range(num)]
+
+
+def lengths(texts: list[str]) -> torch.Tensor:
+    """A tokenizer: characters as numbers."""
+    return torch.tensor([[ord(c) for c in text.ljust(14)[:14]] for text in texts])
+
+
+def stream(source, *, rank=0, world_size=1, num_workers=0, start=None, seed=0, batch_size=4, stored_views=None):
+    return PairStream(
+        source,
+        augment=light_augmentation(8),
+        tokenizers={"text": lengths},
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        num_workers=num_workers,
+        stored_views=stored_views,
+        start=start,
+    )
+
+
+def take(loader: PairLoader, num: int) -> list[dict]:
+    return list(islice(iter(loader), num))
+
+
+def same(a: dict, b: dict) -> bool:
+    return a["keys"] == b["keys"] and all(torch.equal(a[k], b[k]) for k in ("image", "text", "text_ids"))
+
+
+# ---- sources
+
+
+@pytest.mark.parametrize("parts", [1, 3, 6])
+@pytest.mark.parametrize("kind", ["shards", "memory"])
+def test_the_parts_of_an_epoch_are_the_whole_without_repeats(tmp_path, kind, parts):
+    if kind == "shards":
+        source = shard_source(write_shards(tmp_path, 6, 7))
+    else:
+        source = memory_source("toy", toy_pairs(42))
+    epochs = []
+    for epoch in (0, 1):
+        keys = [pair.key for part in range(parts) for pair in source.epoch(3, epoch, part, parts)]
+        assert len(keys) == 42 and len(set(keys)) == 42
+        epochs.append(keys)
+    assert epochs[0] != epochs[1]
+    again = [pair.key for part in range(parts) for pair in source.epoch(3, 0, part, parts)]
+    assert again == epochs[0]
+    other_seed = [pair.key for part in range(parts) for pair in source.epoch(4, 0, part, parts)]
+    assert other_seed != epochs[0]
+
+
+def test_a_buffer_smaller_than_the_shard_still_gives_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "SHUFFLE_BUFFER", 5)
+    source = shard_source(write_shards(tmp_path, 1, 23))
+    keys = [pair.key for pair in source.epoch(0, 0, 0, 1)]
+    assert sorted(keys) == [f"k{i:03d}" for i in range(23)] and keys != sorted(keys)
+
+
+def test_too_few_shards_are_refused_with_the_numbers(tmp_path):
+    source = shard_source(write_shards(tmp_path, 3, 2))
+    with pytest.raises(UserError, match=r"3 shards cannot be split over 2 processes x 2 workers = 4: lower --workers"):
+        stream(source, world_size=2, num_workers=2)
+
+
+def test_a_missing_shard_stops_at_once(tmp_path):
+    pattern = write_shards(tmp_path, 2, 2).replace("001", "004")
+    with pytest.raises(UserError, match=r"002.tar' does not exist \(3 of 5 are missing\)"):
+        shard_source(pattern)
+
+
+def test_a_truncated_shard_is_named(tmp_path):
+    path = write_shard(tmp_path / "a.tar", [good(i) for i in range(9)])
+    path.write_bytes(path.read_bytes()[:6000])
+    with pytest.raises(UserError, match="a.tar' cannot be read to its end"):
+        list(read_shard(str(path)))
+
+
+def test_sources_are_joined_and_sized(tmp_path):
+    for name, each in (("a", 3), ("b", 5)):
+        (tmp_path / name).mkdir()
+        write_shards(tmp_path / name, 2, each)
+    spec = f"{tmp_path}/a/{{000..001}}.tar::{tmp_path}/b/000.tar"
+    assert shard_source(spec).num_pairs is None
+    (tmp_path / "a" / "sizes.json").write_text(json.dumps({"000.tar": 3, "001.tar": 3}))
+    (tmp_path / "b" / "__len__").write_text("5")
+    source = open_source(spec)
+    assert source.num_pairs == 11 and source.num_parts == 3
+    assert len(list(source.epoch(0, 0, 0, 1))) == 11
+
+
+def test_a_pipe_is_a_shard(tmp_path):
+    path = write_shard(tmp_path / "a.tar", [good(1), good(2)])
+    source = open_source(f"pipe:cat {path}")
+    assert sorted(pair.key for pair in source.epoch(0, 0, 0, 1)) == ["k001", "k002"]
+
+
+def test_members_of_every_kind_make_pairs(tmp_path):
+    samples = [
+        ("a", {"jpg": picture(1, "jpeg"), "txt": b"one\n\ntwo\n", "json": b'{"caption": "not this"}'}),
+        ("dir/b", {"png": picture(2), "json": b'{"caption": "three"}'}),
+        ("dir2/b", {"webp": picture(3, "webp"), "json": b'{"caption": ["four", "five"]}'}),
+        ("c", {"PNG": picture(4), "txt": b"six"}),
+        ("d", {"png": picture(5), "json": b"not json"}),
+        ("readme", {"md": b"something else"}),
+    ]
+    found = list(read_shard(str(write_shard(tmp_path / "a.tar", samples))))
+    assert [pair.key for pair in found] == ["a", "dir/b", "dir2/b", "c", "d"]
+    assert [usable_captions(pair) for pair in found[:4]] == [["one", "two"], ["three"], ["four", "five"], ["six"]]
+    assert all(decode(pair).size == (16, 12) for pair in found)
+    with pytest.raises(BrokenPair, match="no caption"):
+        usable_captions(found[4])
+
+
+@pytest.mark.parametrize("name, delimiter", [("t.csv", ","), ("t.tsv", "\t"), ("open_clip.csv", "\t")])
+def test_tables_of_text_have_relative_paths_and_named_columns(tmp_path, name, delimiter):
+    (tmp_path / "images").mkdir()
+    for index in range(3):
+        (tmp_path / "images" / f"{index}.png").write_bytes(picture(index))
+    lines = [delimiter.join(["filepath", "title", "alt"])]
+    lines += [delimiter.join([f"images/{i}.png", f"title {i}", f"alt {i}"]) for i in range(3)]
+    (tmp_path / name).write_text("\n".join(lines) + "\n")
+    source = open_source(str(tmp_path / name))
+    found = sorted(source.epoch(0, 0, 0, 1), key=lambda pair: pair.key)
+    assert [usable_captions(pair) for pair in found] == [["title 0"], ["title 1"], ["title 2"]]
+    assert decode(found[1]).getpixel((0, 0)) == (1, 50, 200)
+    renamed = open_source(str(tmp_path / name), columns=("filepath", "alt"))
+    assert {pair.captions[0] for pair in renamed.epoch(0, 0, 0, 1)} == {"alt 0", "alt 1", "alt 2"}
+    with pytest.raises(UserError, match="no column 'url', only filepath, title, alt: name them with --columns"):
+        open_source(str(tmp_path / name), columns=("url", "title"))
+
+
+def test_parquet_of_the_hubs_layout(tmp_path):
+    for part in range(2):
+        rows = {
+            "img": [{"bytes": picture(10 * part + i), "path": None} for i in range(3)],
+            "text": [f"caption {part}{i}" for i in range(3)],
+        }
+        features = datasets.Features({"img": datasets.Image(), "text": datasets.Value("string")})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"train-{part}.parquet")
+    source = open_source(str(tmp_path), columns=("img", "text"))
+    assert source.num_pairs == 6
+    found = {pair.captions[0]: decode(pair).getpixel((0, 0))[0] for pair in source.epoch(0, 0, 0, 1)}
+    assert found == {f"caption {part}{i}": 10 * part + i for part in range(2) for i in range(3)}
+    one = open_source(str(tmp_path / "train-1.parquet"), columns=("img", "text"))
+    assert one.num_pairs == 3
+    with pytest.raises(UserError, match="no column 'image', only img, text"):
+        open_source(str(tmp_path))
+
+
+def test_what_cannot_be_found_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match=r"'.*nothing.csv' does not exist"):
+        open_source(str(tmp_path / "nothing.csv"))
+    with pytest.raises(UserError, match="could not be had from the Hub.*check the name and the connection") as caught:
+        open_source("org/surely-no-such-set")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="holds no parquet file"):
+        open_source(str(tmp_path))
+
+
+# ---- broken pairs
+
+
+def with_broken(num: int, every: int) -> list[RawPair]:
+    """A good list in which every so many-th pair is broken, in three ways."""
+    found = toy_pairs(num)
+    ways = [{"image": b"no image"}, {"captions": ("", "  ")}, {"image": None}]
+    for count, index in enumerate(range(0, num, every)):
+        pair = found[index]
+        change = {"image": pair.image, "captions": pair.captions} | ways[count % 3]
+        found[index] = RawPair(pair.key, change["image"], change["captions"], pair.row)
+    return found
+
+
+def test_broken_pairs_are_skipped_and_counted():
+    loader = PairLoader(stream(memory_source("toy", with_broken(60, 30))))
+    batches = take(loader, 14)
+    keys = [key for batch in batches for key in batch["keys"]]
+    assert "p0" not in keys and "p30" not in keys and len(set(keys)) == 56
+    assert loader.num_skipped() <= 2
+    take(loader, 2)
+    assert loader.num_skipped() >= 2
+
+
+def test_too_many_broken_pairs_stop_with_three_of_them():
+    loader = PairLoader(stream(memory_source("toy", with_broken(300, 5))))
+    with pytest.raises(UserError, match=r"51 of the first \d+ pairs of 'toy' are broken, among them p\d+ \(.*;.*;"):
+        take(loader, 1000)
+
+
+def test_a_workers_error_arrives_as_one_line():
+    loader = PairLoader(stream(memory_source("toy", with_broken(300, 2)), num_workers=1))
+    with pytest.raises(UserError, match="51 of the first") as caught:
+        take(loader, 1000)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_fewer_pairs_than_workers_are_refused():
+    with pytest.raises(UserError, match="has 1 pairs, fewer than 2"):
+        stream(memory_source("toy", toy_pairs(1)), world_size=2)
+
+
+# ---- streams
+
+
+@pytest.mark.parametrize("num_workers, stops", [(0, [1, 7]), (2, [1, 6, 7])])
+def test_a_stream_taken_up_again_gives_the_same_batches(num_workers, stops):
+    source = memory_source("toy", with_broken(50, 24))
+    whole = take(PairLoader(stream(source, num_workers=num_workers)), 16)
+    for stop in stops:
+        first = PairLoader(stream(source, num_workers=num_workers))
+        batches = take(first, stop)
+        position = json.loads(json.dumps(first.position()))  # as a checkpoint stores it
+        start = Position(position["batches"], tuple(position["pairs"]))
+        batches += take(PairLoader(stream(source, num_workers=num_workers, start=start)), 16 - stop)
+        assert all(same(a, b) for a, b in zip(batches, whole, strict=True))
+
+
+def test_another_number_of_workers_is_refused_on_resume():
+    with pytest.raises(UserError, match="--workers 2 gives 2 streams, the checkpoint has 1"):
+        stream(memory_source("toy", toy_pairs(9)), num_workers=2, start=Position(3, (12,)))
+
+
+def test_ranks_and_workers_share_an_epoch(tmp_path):
+    source = shard_source(write_shards(tmp_path, 4, 8))
+    counts: Counter = Counter()
+    for rank in range(2):
+        loader = PairLoader(stream(source, rank=rank, world_size=2, num_workers=2))
+        counts.update(key for batch in take(loader, 4) for key in batch["keys"])
+    assert len(counts) == 32 and set(counts.values()) == {1}
+
+
+def test_another_seed_is_another_stream():
+    source = memory_source("toy", toy_pairs(20))
+    a, b, c = (take(PairLoader(stream(source, seed=seed)), 2) for seed in (0, 0, 1))
+    assert all(same(x, y) for x, y in zip(a, b, strict=True))
+    assert not same(a[0], c[0])
+
+
+def test_text_ids_are_equal_where_captions_are():
+    source = memory_source("toy", [RawPair(f"p{i}", picture(i), (f"caption {i % 3}",)) for i in range(8)])
+    batch = take(PairLoader(stream(source, batch_size=8)), 1)[0]
+    captions = ["".join(map(chr, row)).strip() for row in batch["text"].tolist()]
+    for i in range(8):
+        for j in range(8):
+            assert (batch["text_ids"][i] == batch["text_ids"][j]) == (captions[i] == captions[j])
+    assert batch["text_ids"][0] == number_of(captions[0])
+
+
+def test_stored_views_come_by_epoch_and_row():
+    views = torch.arange(10 * 2, dtype=torch.uint8).reshape(10, 2, 1, 1, 1).expand(10, 2, 3, 8, 8)
+    batches = take(PairLoader(stream(memory_source("toy", toy_pairs(10)), batch_size=5, stored_views=views)), 4)
+    for number, batch in enumerate(batches):
+        rows, view = batch["view_rows"][:, 0], batch["view_rows"][:, 1]
+        assert view.tolist() == [number // 2 % 2] * 5  # two batches an epoch
+        assert batch["image"][:, 0, 0, 0].tolist() == (2 * rows + view).tolist()
+        assert batch["keys"] == [f"p{row}" for row in rows.tolist()]
+        captions = ["".join(map(chr, row)).strip() for row in batch["text"].tolist()]
+        names = ("caption", "other")
+        assert captions == [f"{names[c]} {row}" for row, c in batch["caption_rows"].tolist()]
+
+
+# ---- augmentation and the bundled set
+
+
+def test_an_augmentation_is_drawn_by_its_seed_alone():
+    image, augment = Image.effect_noise((64, 64), 90).convert("RGB"), drawing_augmentation(48)
+    before = torch.get_rng_state(), random.getstate()
+    a, b, c = (apply_seeded(augment, image, seed) for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert a.shape == (3, 48, 48) and a.dtype == torch.uint8
+
+
+def test_an_augmentation_that_fails_leaves_the_generator():
+    before = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError):
+        apply_seeded(lambda image: torch.rand(1) / (1 // 0), Image.new("RGB", (2, 2)), 1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_light_augmentation_keeps_nine_tenths():
+    image = Image.new("RGB", (100, 60), (9, 8, 7))
+    view = apply_seeded(light_augmentation(32), image, 0)
+    assert view.shape == (3, 32, 32) and torch.equal(view[:, 0, 0], torch.tensor([9, 8, 7], dtype=torch.uint8))
+    crop = light_augmentation(32).transforms[0]
+    assert isinstance(crop, v2.RandomResizedCrop) and tuple(crop.scale) == (0.9, 1.0)
+
+
+def test_the_bundled_pairs_know_their_rows():
+    found = bundled_pairs()
+    assert [pair.row for pair in found] == list(range(len(found)))
+    assert {pair.key.split("-")[0] for pair in found} == {"noto", "twemoji"}
+    assert open_source(None).num_pairs == len(found)

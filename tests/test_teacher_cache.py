@@ -1,0 +1,120 @@
+"""Stored views and embeddings are what the online teacher would say, and are found again only for the same question."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gkl_vl import teacher_cache
+from gkl_vl.data.pairs import PairLoader, PairStream, RawPair, bundled_pairs, drawing_augmentation, memory_source
+from gkl_vl.objectives import online_teacher
+from gkl_vl.teacher_cache import store_views, stored_teacher
+from gkl_vl.towers import Clip, freeze, load_clip
+
+SIZE, VIEWS = 64, 3
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Clip:
+    torch.manual_seed(0)
+    return freeze(load_clip("emoji-student"))
+
+
+@pytest.fixture(scope="module")
+def some_pairs() -> list[RawPair]:
+    return [dataclasses.replace(pair, row=row) for row, pair in enumerate(bundled_pairs()[:10])]
+
+
+def store(teacher, pairs, folder, **changes):
+    options = {"num_views": VIEWS, "augment": drawing_augmentation(SIZE), "size": SIZE, "num_workers": 0}
+    return store_views(clip=teacher, pairs=pairs, folder=folder, **(options | changes))
+
+
+def test_a_stored_teacher_says_what_an_online_one_says(teacher, some_pairs, tmp_path):
+    stored = store(teacher, some_pairs, tmp_path)
+    assert stored.pixels.shape == (10, VIEWS, 3, SIZE, SIZE) and stored.pixels.dtype == torch.uint8
+    stream = PairStream(
+        memory_source("emoji", some_pairs),
+        augment=drawing_augmentation(SIZE),
+        tokenizers={"teacher_text": teacher.tokenize},
+        batch_size=5,
+        seed=0,
+        rank=0,
+        world_size=1,
+        num_workers=0,
+        stored_views=stored.pixels,
+    )
+    batches = iter(PairLoader(stream))
+    lookup, online = stored_teacher(teacher, stored, torch.device("cpu")), online_teacher(teacher)
+    for _ in range(2 * VIEWS):  # every view of every pair
+        batch = next(batches)
+        found, said = lookup(batch), online(batch)
+        assert set(found) == set(said)
+        for name in found:
+            torch.testing.assert_close(found[name], said[name], rtol=1e-5, atol=1e-5)
+    views = stored.pixels.flatten(2).float()
+    assert (views[:, 0] != views[:, 1]).any(dim=1).all()
+
+
+def test_the_student_gets_the_same_view_in_its_own_size(teacher, some_pairs, tmp_path):
+    large, small = store(teacher, some_pairs, tmp_path), store(teacher, some_pairs, tmp_path, size=32)
+    assert small.pixels.shape[-1] == 32
+    assert torch.equal(large.image, small.image)  # the teacher's views are the same
+    shrunk = torch.nn.functional.avg_pool2d(large.pixels.flatten(0, 1).float(), 2)
+    assert (shrunk - small.pixels.flatten(0, 1).float()).abs().mean() < 4
+
+
+def test_workers_change_nothing(teacher, some_pairs, tmp_path):
+    alone = store(teacher, some_pairs, tmp_path / "a")
+    helped = store(teacher, some_pairs, tmp_path / "b", num_workers=1)
+    assert torch.equal(alone.pixels, helped.pixels) and torch.equal(alone.image, helped.image)
+
+
+def test_the_same_question_is_answered_from_disk(teacher, some_pairs, tmp_path, monkeypatch):
+    first = store(teacher, some_pairs, tmp_path)
+    monkeypatch.setattr(teacher_cache, "_embed_images", None)  # asking again would fail
+    second = store(teacher, some_pairs, tmp_path)
+    assert torch.equal(first.image, second.image) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_another_question_has_another_key(teacher, some_pairs):
+    def key(clip=teacher, pairs=some_pairs, views=VIEWS, augment=None, size=SIZE):
+        return teacher_cache._key(clip, pairs, views, augment or drawing_augmentation(SIZE), size)
+
+    torch.manual_seed(1)
+    changed = dataclasses.replace(some_pairs[3], captions=("another caption",))
+    keys = [
+        key(),
+        key(clip=load_clip("emoji-student")),
+        key(
+            clip=dataclasses.replace(teacher, preprocess=dataclasses.replace(teacher.preprocess, mean=(0.1, 0.2, 0.3)))
+        ),
+        key(pairs=[*some_pairs[:3], changed, *some_pairs[4:]]),
+        key(pairs=some_pairs[::-1]),
+        key(views=VIEWS + 1),
+        key(augment=drawing_augmentation(SIZE + 1)),
+        key(size=SIZE + 1),
+    ]
+    assert len(set(keys)) == len(keys) and key() == keys[0]
+
+
+def test_a_write_that_breaks_off_leaves_nothing_that_looks_whole(teacher, some_pairs, tmp_path, monkeypatch):
+    def broken(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(teacher_cache, "save_file", broken)
+    with pytest.raises(OSError):
+        store(teacher, some_pairs, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+    monkeypatch.undo()
+    store(teacher, some_pairs, tmp_path)
+    (whole,) = tmp_path.glob("*.safetensors")
+    assert set(load_file(whole)) == {"pixels", "image", "text"}
+
+
+def test_storing_leaves_the_generator_where_it_was(teacher, some_pairs, tmp_path):
+    before = torch.get_rng_state()
+    store(teacher, some_pairs, tmp_path, num_views=1)
+    assert torch.equal(before, torch.get_rng_state())

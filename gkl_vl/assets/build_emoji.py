@@ -24,6 +24,7 @@ import sys
 import tarfile
 import tempfile
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import PIL.features
@@ -185,7 +186,10 @@ def opaque(image):
 def webp(image):
     """Lossless where it takes no more tar blocks (512 bytes) than lossy, as flat drawings often do.
 
-    @SIZES@
+    With the flags the shards take 15 MiB, of which 10.5 are tar headers and captions that git and wheels
+    compress to little. Blocks of a picture by itself, as means over 200 drawings of each style in bytes
+    (Noto, Twemoji, Fluent): lossless 2793, 2099, 1155; quality 90 1459, 1295, 1288; quality 80 1132, 978,
+    1004; quality 70 937, 845, 904. Below 80 little is won, most of the error is WebP's halved colour.
     """
     lossy, lossless = io.BytesIO(), io.BytesIO()
     image.save(lossy, "WEBP", quality=QUALITY, method=6)
@@ -308,10 +312,14 @@ def write_shards(folder, concepts, styles, shards, with_label):
     for label, concept in enumerate(concepts):
         for style in styles:
             if style in concept:
-                files = {"webp": webp(concept[style]), "txt": "\n".join(concept["captions"]) + "\n"}
+                files = {"webp": concept[style], "txt": "\n".join(concept["captions"]) + "\n"}
                 if with_label:
                     files["cls"] = str(label)
                 samples.append((f"{style}-{concept['points']}", files))
+    with ThreadPoolExecutor() as pool:  # minutes otherwise; the encoder leaves Python's lock to others
+        encoded = pool.map(webp, [files["webp"] for _, files in samples])
+        for (_, files), data in zip(samples, encoded, strict=True):
+            files["webp"] = data
     # a shuffle that no random generator's version can change
     samples.sort(key=lambda sample: hashlib.sha256(sample[0].encode()).digest())
     sizes = {}

@@ -141,8 +141,8 @@ def mimicry_loss(
     for name, ours, theirs in (("image", image, teacher_image), ("text", text, teacher_text)):
         if ours.shape != theirs.shape:
             raise ValueError(f"{name} {tuple(ours.shape)} and teacher_{name} {tuple(theirs.shape)} differ in shape")
-    loss = F.mse_loss(image.float(), teacher_image.float()) + F.mse_loss(text.float(), teacher_text.float())
-    return global_value(loss)
+    pairs = ((image, teacher_image), (text, teacher_text))
+    return global_value(sum(F.mse_loss(_at_least_fp32(ours), _at_least_fp32(theirs)) for ours, theirs in pairs))
 
 
 def global_value(share: Float[Tensor, ""]) -> Float[Tensor, ""]:

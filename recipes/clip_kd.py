@@ -54,6 +54,7 @@ from gkl_vl.towers import BUNDLED_TEACHER, Clip, Student, clamp_scale, freeze, l
 # The bundled set is small: a fixed number of views lets the teacher embed each once (gkl_vl/teacher_cache.py).
 BUNDLED_VIEWS = 6
 BUNDLED_STEPS = 700
+BUNDLED_LR = 3e-3
 EVALUATION_SETS = ("emoji", "emoji_unseen")
 SHEET_IMAGES = 12
 ACCELERATE_PRECISION = {"fp32": "no", "amp": "fp16", "fp16": "fp16", "amp_bf16": "bf16", "bf16": "bf16", None: None}
@@ -64,11 +65,11 @@ class Config:
     """Distil a CLIP teacher into a small student with GKL. Without flags: the bundled default."""
 
     teacher: str = "bundled"
-    """open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, `bundled`, or `none` (no distillation)."""
+    """An open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, `bundled`, or `none` (no teacher)."""
     teacher_pretrained: str | None = None
     """open_clip's tag or a file of weights, for a teacher given by an open_clip name."""
     student: str = "emoji-student"
-    """As --teacher, or a shipped config: ViT-T-16, MobileNetV4-S, emoji-student; random weights for a plain name."""
+    """As --teacher, or a shipped config: ViT-T-16, FastViT-T8, emoji-student; random weights for a plain name."""
     train_data: str | None = None
     """Shards `a-{000..9}.tar::b.tar`, a .csv or .tsv, parquet, or a Hub dataset id. None = the bundled emoji."""
     columns: tuple[str, str] | None = None
@@ -81,8 +82,8 @@ class Config:
     """Passes over the data, in place of --steps; needs a data set that knows its size."""
     batch_size: int = 256
     """Pairs per process and step."""
-    lr: float = 1e-3
-    """Peak learning rate: linear warm-up, then cosine to 0."""
+    lr: float | None = None
+    """Peak learning rate: linear warm-up, then cosine to 0. None = 1e-3, or 3e-3 to distil the bundled default."""
     wd: float = 0.2
     """AdamW's weight decay; none on biases, norms and the scale."""
     warmup: int = 50
@@ -175,7 +176,7 @@ def main(config: Config) -> None:
         run=run,
         config=FitConfig(
             steps=steps,
-            lr=config.lr,
+            lr=config.lr or (1e-3 if stored is None else BUNDLED_LR),
             wd=config.wd,
             warmup_steps=min(config.warmup, steps),
             ema_decay=config.ema_decay,

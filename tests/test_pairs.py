@@ -240,12 +240,12 @@ def with_broken(num: int, every: int) -> list[RawPair]:
 
 def test_broken_pairs_are_skipped_and_counted():
     loader = PairLoader(stream(memory_source("toy", with_broken(60, 30))))
-    batches = take(loader, 14)
-    keys = [key for batch in batches for key in batch["keys"]]
+    batches = iter(loader)
+    keys = [key for batch in islice(batches, 14) for key in batch["keys"]]
     assert "p0" not in keys and "p30" not in keys and len(set(keys)) == 56
     assert loader.num_skipped() <= 2
-    take(loader, 2)
-    assert loader.num_skipped() >= 2
+    next(batches)  # into the second epoch: both of the first are behind
+    assert 2 <= loader.num_skipped() <= 4
 
 
 def test_too_many_broken_pairs_stop_with_three_of_them():

@@ -186,7 +186,7 @@ def opaque(image):
 def webp(image):
     """Lossless where it takes no more tar blocks (512 bytes) than lossy, as flat drawings often do.
 
-    With the flags the shards take 15 MiB, of which 10.5 are tar headers and captions that git and wheels
+    With the flags the shards take 15 MiB, of which 9.8 are tar headers, labels and captions that git and wheels
     compress to little. Blocks of a picture by itself, as means over 200 drawings of each style in bytes
     (Noto, Twemoji, Fluent): lossless 2793, 2099, 1155; quality 90 1459, 1295, 1288; quality 80 1132, 978,
     1004; quality 70 937, 845, 904. Below 80 little is won, most of the error is WebP's halved colour.

@@ -62,8 +62,8 @@ def open_source(train_data: str | None, *, columns: tuple[str, str] | None = Non
     """The source that `--train-data` names.
 
     None = the bundled emoji. `a-{000..9}.tar::b.tar` = web shards. `x.csv`, `x.tsv` = a table with columns `filepath`
-    and `title`. `x.parquet`, a folder of parquet files, or a Hub dataset id (`org/name` or `org/name:split`) = a table with
-    columns `image` and `caption`. `columns` renames the two.
+    and `title`. `x.parquet`, a folder of parquet files, or a Hub dataset id (`org/name` or `org/name:split`) = a table
+    with columns `image` and `caption`. `columns` renames the two.
 
     Raises: UserError for what cannot be found.
     """
@@ -457,6 +457,8 @@ class PairLoader:
             pin_memory=pin_memory,
             prefetch_factor=4 if stream.num_workers else None,
             persistent_workers=stream.num_workers > 0,
+            # It draws a seed when it starts: from its own generator, or a resumed run would be one draw ahead.
+            generator=torch.Generator(),
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

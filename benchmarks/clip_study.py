@@ -51,13 +51,14 @@ def main() -> None:
     # Seed by seed, so that a study cut short still has complete pairs.
     runs = [(arm, seed) for seed in range(options.seeds) for arm in arms]
     with ThreadPoolExecutor(options.jobs) as pool:
-        first = run_once(*runs[0], arms, options)  # alone: it stores the teacher's embeddings for all others
-        results = [first, *pool.map(lambda run: run_once(*run, arms, options), runs[1:])]
+        first = run_once(runs[0], arms, options)  # alone: it stores the teacher's embeddings for all others
+        results = [first, *pool.map(lambda run: run_once(run, arms, options), runs[1:])]
     print(table(dict(zip(runs, results, strict=True)), list(arms)))
 
 
-def run_once(arm: str, seed: int, arms: dict[str, list[str]], options: argparse.Namespace) -> dict[str, float]:
+def run_once(run: tuple[str, int], arms: dict[str, list[str]], options: argparse.Namespace) -> dict[str, float]:
     """Metrics of one finished run, run if need be: {"emoji acc1": ...}."""
+    arm, seed = run
     folder = options.output_dir / f"{options.steps}-{seed}" / "".join(c if c.isalnum() else "_" for c in arm)
     if not (folder / "report.png").is_file():
         flags = ["--steps", str(options.steps), "--seed", str(seed), "--output-dir", str(folder), "--workers", "0"]

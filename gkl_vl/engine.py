@@ -191,7 +191,7 @@ def stop_unless_finite(
 ) -> None:
     """Stop all ranks before the update when any rank's loss is not finite. All ranks take part."""
     value = loss.detach()
-    bad_ranks = accelerator.reduce((~torch.isfinite(value)).float(), reduction="sum")  # all ranks
+    bad_ranks: Any = accelerator.reduce((~torch.isfinite(value)).float(), reduction="sum")  # all ranks
     if bad_ranks.item() == 0:
         return
     keys = gather_object([] if torch.isfinite(value) else batch["keys"][:4])  # all ranks

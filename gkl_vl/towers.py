@@ -33,9 +33,9 @@ _INTERPOLATION_OF_PIL = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's enu
 class OpenClipTowers(nn.Module):
     """The towers of an open_clip model (`CLIP`, `CustomTextCLIP`); embeddings are L2-normalised."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):  # no common type: what is used of it is in the methods
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def encode_image(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
         return self.model.encode_image(pixels, normalize=True)
@@ -57,9 +57,9 @@ class OpenClipTowers(nn.Module):
 class TransformersTowers(nn.Module):
     """The towers of a transformers `CLIPModel` or `SiglipModel`; embeddings are L2-normalised."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):  # no common type: what is used of it is in the methods
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def encode_image(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
         return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
@@ -113,9 +113,10 @@ class Clip:
         config = self.towers.model.config
         return config.projection_dim if config.model_type == "clip" else config.vision_config.hidden_size
 
-    def image_transform(self) -> Callable[..., Float[Tensor, "3 h w"]]:
+    def image_transform(self) -> Callable[..., Any]:
         """The evaluation transform: PIL image -> pixels. open_clip's own, from `preprocess`."""
-        return image_transform_v2(self.preprocess, is_train=False)
+        transform: Any = image_transform_v2(self.preprocess, is_train=False)
+        return transform
 
     def prepare(self, images: UInt8[Tensor, "n 3 r r"]) -> Float[Tensor, "n 3 h w"]:
         """Square uint8 views -> pixels as this model wants them: resized with antialiasing, scaled, normalised.
@@ -148,9 +149,9 @@ class Student(nn.Module):
     def __init__(self, towers: Towers, *, embed_dim: int, mimicry_dim: int | None):
         super().__init__()
         self.towers = towers
-        needs_map = mimicry_dim is not None and mimicry_dim != embed_dim
-        self.image_map = nn.Linear(embed_dim, mimicry_dim, bias=False) if needs_map else nn.Identity()
-        self.text_map = nn.Linear(embed_dim, mimicry_dim, bias=False) if needs_map else nn.Identity()
+        width = embed_dim if mimicry_dim is None else mimicry_dim
+        self.image_map = nn.Identity() if width == embed_dim else nn.Linear(embed_dim, width, bias=False)
+        self.text_map = nn.Identity() if width == embed_dim else nn.Linear(embed_dim, width, bias=False)
 
     def forward(self, pixels: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "n length"]) -> dict[str, Tensor]:
         image, text = self.towers.encode_image(pixels), self.towers.encode_text(tokens)

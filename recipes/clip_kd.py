@@ -243,7 +243,8 @@ def load_teacher(config: Config, accelerator: Accelerator) -> Clip | None:
         return None
     name = BUNDLED_TEACHER if config.teacher == "bundled" else config.teacher
     teacher = freeze(load_clip(name, config.teacher_pretrained, allow_pickle=config.allow_pickle))
-    teacher.towers.to(accelerator.device, memory_format=torch.channels_last)
+    device: torch.device = accelerator.device
+    teacher.towers.to(device).to(memory_format=torch.channels_last)
     return teacher
 
 
@@ -383,7 +384,7 @@ def draw_sheet(student: Clip, device: torch.device) -> list[report.SheetItem]:
     dataset = load_benchmark_set(EVALUATION_SETS[0])
     names = dataset.classnames
     assert names is not None  # the bundled set has them
-    drawings = list(dataset)
+    drawings: list[Any] = list(dataset)
     chosen = drawings[:: max(len(drawings) // SHEET_IMAGES, 1)][:SHEET_IMAGES]
     best = top_names(clip=student, images=[image for image, _ in chosen], dataset=dataset, k=3, device=device)
     return [report.SheetItem(image, names[label], top) for (image, label), top in zip(chosen, best, strict=True)]

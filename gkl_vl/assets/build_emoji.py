@@ -161,14 +161,15 @@ def read_svg(data):
     draw larger than the frame, as far as the frame cuts off margin only."""
     for larger in (72, 68, SIDE):
         frame = draw_svg(data, larger)
-        inside = frame.crop(((larger - SIDE) // 2,) * 2 + ((larger + SIDE) // 2,) * 2)
+        low, high = (larger - SIDE) // 2, (larger + SIDE) // 2
+        inside = frame.crop((low, low, high, high))
         if opaque(inside) == opaque(frame):
             break
     return on_white(inside)
 
 
 def draw_svg(data, side):
-    import resvg_py  # here, so that the other functions can be used without it
+    import resvg_py  # pyright: ignore[reportMissingImports]  # here, so that the other functions can be used without it
 
     png = resvg_py.svg_to_bytes(svg_string=data.decode(), width=side, height=side, skip_system_fonts=True)
     drawing = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
@@ -392,7 +393,7 @@ def warn_of_other_versions():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the roots")
     parser.add_argument("--check", action="store_true", help="compare a rebuild with --out")
     parser.add_argument("--cache", type=Path, help="folder that keeps the downloads")

@@ -28,7 +28,7 @@ def build() -> CLIPTokenizer:
     tokens = characters + [c + "</w>" for c in characters] + ["".join(m.split()) for m in kept] + special
     return CLIPTokenizer(
         vocab={token: number for number, token in enumerate(tokens)},
-        merges=[tuple(merge.split()) for merge in kept],
+        merges=[tuple(merge.split()) for merge in kept],  # pyright: ignore[reportArgumentType]: the hint is too narrow
         pad_token="!",
         model_max_length=CONTEXT_LENGTH,
     )

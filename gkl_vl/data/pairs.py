@@ -201,7 +201,8 @@ def _num_pairs_in(urls: list[str]) -> int | None:
 def read_shard(url: str) -> Iterator[RawPair]:
     """The pairs of one tar file: members KEY.jpg|png|webp with KEY.txt (a caption a line) or KEY.json (`caption`)."""
     try:
-        with gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
+        stream: Any = gopen(url)  # a file or webdataset's Pipe
+        with stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
             members: dict[str, bytes] = {}
             current = None
             for info in tar:
@@ -290,7 +291,7 @@ def drawing_augmentation(size: int) -> Callable[[Image.Image], torch.Tensor]:
     """For the bundled emoji: what may change between two drawings of one thing, and no mirror (it swaps meanings)."""
     return v2.Compose(
         [
-            v2.RandomAffine(15, translate=(0.08, 0.08), scale=(0.75, 1.15), shear=10, fill=255,
+            v2.RandomAffine([-15, 15], translate=(0.08, 0.08), scale=(0.75, 1.15), shear=10, fill=255,
                             interpolation=v2.InterpolationMode.BILINEAR),
             v2.RandomResizedCrop(size, scale=(0.6, 1.0), ratio=(0.8, 1.25),
                                  interpolation=v2.InterpolationMode.BILINEAR),

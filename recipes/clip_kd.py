@@ -53,7 +53,7 @@ from gkl_vl.towers import BUNDLED_TEACHER, Clip, Student, clamp_scale, freeze, l
 
 # The bundled set is small: a fixed number of views lets the teacher embed each once (gkl_vl/teacher_cache.py).
 BUNDLED_VIEWS = 6
-BUNDLED_STEPS = 700
+BUNDLED_STEPS = 500
 BUNDLED_LR = 3e-3
 EVALUATION_SETS = ("emoji", "emoji_unseen")
 SHEET_IMAGES = 12
@@ -77,7 +77,7 @@ class Config:
     output_dir: Path | None = None
     """The run folder. None = runs/clip_kd-<time>."""
     steps: int | None = None
-    """Optimizer updates. None = --epochs, or 700 for the bundled default."""
+    """Optimizer updates. None = --epochs, or 500 for the bundled default."""
     epochs: int | None = None
     """Passes over the data, in place of --steps; needs a data set that knows its size."""
     batch_size: int = 256
@@ -94,9 +94,9 @@ class Config:
     """Data-loading processes per training process."""
     seed: int = 0
     """Of initial weights, order, captions and augmentations."""
-    eval_every_steps: int = 300
+    eval_every_steps: int = 250
     """Evaluate every so many steps on the bundled sets and at the end; 0 = at the end only."""
-    checkpoint_every_steps: int = 300
+    checkpoint_every_steps: int = 250
     """Save every so many steps and at the end; 0 = at the end only."""
     resume: str | None = None
     """`latest`, or a checkpoint folder; with the flags of the run that is taken up."""
@@ -356,7 +356,9 @@ def finish(
     )
     hub.export_clip(clip=student, folder=run.path / "model", card=card)
     sheet = [] if config.train_data is not None else draw_sheet(student, device)
-    report.draw_report(path=run.path / "report.png", records=run.records(), sheet=sheet, title=f"{config.student}")
+    origin = "" if teacher is None else f" distilled from {config.teacher}"
+    title = f"{config.student}{origin} · {steps:,} steps of {config.batch_size} · seed {config.seed}"
+    report.draw_report(path=run.path / "report.png", records=run.records(), sheet=sheet, title=title)
     rows = [table_row("teacher", teacher, final, device)] if teacher else []
     print(report.results_table([*rows, table_row("student", student, final, device)]))
     print(f"\nLoad the student:\n\n    import open_clip\n    model, _, preprocess = "

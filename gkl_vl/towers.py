@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import open_clip
@@ -267,7 +268,7 @@ def _load_open_clip(name: str, pretrained: str | None, *, allow_pickle: bool) ->
     with _quiet_open_clip():
         try:
             model = open_clip.create_model(model_name, pretrained=pretrained)
-        except RuntimeError as error:  # open_clip wraps a failed load_state_dict as well
+        except (RuntimeError, UnpicklingError) as error:  # open_clip wraps a failed load_state_dict as well
             raise UserError(f"weights {pretrained!r} do not fit model {name!r}: {_first_line(error)}") from error
         if model_cfg["text_cfg"].get("hf_tokenizer_name") == BUNDLED_TOKENIZER_NAME:
             length = model_cfg["text_cfg"]["context_length"]
@@ -312,7 +313,7 @@ def _load_open_clip_folder(name: str, prefix: str, rest: str, *, allow_pickle: b
             # A repository may name its tokenizer by its Hub id; a folder holds it.
             holds_tokenizer = prefix == "local-dir" or (folder / "tokenizer_config.json").is_file()
             tokenizer = open_clip.get_tokenizer(local if holds_tokenizer else name)
-        except (RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OSError, UnpicklingError) as error:
             raise UserError(f"{name!r} could not be loaded: {_first_line(error)}") from error
     return _open_clip_clip(name, model, tokenizer, json.loads(config_path.read_text())["model_cfg"])
 
@@ -346,14 +347,17 @@ def _load_transformers(name: str, source: str, *, allow_pickle: bool) -> Clip:
         if not pickles:
             raise UserError(f"{name!r} holds no weights: expected model.safetensors")
         _refuse_pickle(pickles[0], allow_pickle=allow_pickle)
-    model = AutoModel.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        model = AutoModel.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        processor = AutoImageProcessor.from_pretrained(folder)
+    except (RuntimeError, ValueError, OSError, UnpicklingError) as error:
+        raise UserError(f"{name!r} could not be loaded: {_first_line(error)}") from error
     length = config.text_config.max_position_embeddings
 
     def tokenize(texts: list[str]) -> Int[Tensor, "n length"]:
         return tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
 
-    processor = AutoImageProcessor.from_pretrained(folder)
     crops = "crop_size" in processor.to_dict() and processor.to_dict()["crop_size"] is not None
     preprocess = PreprocessCfg(
         size=config.vision_config.image_size,

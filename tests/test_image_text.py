@@ -193,9 +193,10 @@ def test_errors_name_what_is_wrong(change, message):
         image_text_loss(**(arguments | change))
 
 
-# Several processes. Each rank has other rows; a caption occurs on two ranks.
+# Several processes. Each rank has other rows; captions 0 and 1 occur on two ranks.
 
 ROWS, IDS = 8, [0, 1, 2, 3, 1, 4, 5, 0]
+ACROSS_PROCESSES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 class Encoder(torch.nn.Module):
@@ -212,70 +213,134 @@ class Encoder(torch.nn.Module):
         return {"image": image, "text": text, "logit_scale": self.log_scale.exp(), "logit_bias": self.bias}
 
 
-def train_step(rank, world_size, dtype, breakage=None):
-    """Loss, scalars and averaged gradients of my rows of the same eight."""
-    if breakage == "mean of ratios":
-        image_text._ratio_of_sums = lambda numerator, denominator: numerator.sum() / denominator.sum()
-    if breakage == "wrong offset":
-        image_text.rank = lambda: 0
-    if breakage == "gather without gradient":
-        original = gather.gather_rows
-        image_text.gather_rows = lambda rows: original(rows.detach())
+def train_step(rank, world_size, dtype, with_ids):
+    """Loss, scalars and averaged gradients, from my share of the same eight pairs."""
     torch.manual_seed(0)
     encoder = Encoder().to(dtype)
     model = DistributedDataParallel(encoder) if world_size > 1 else encoder
     draw = torch.Generator().manual_seed(1)
-    pixels, tokens, teacher_image, teacher_text = (
-        torch.randn(ROWS, width, generator=draw, dtype=torch.float64).to(dtype) for width in (6, 4, 7, 7)
-    )
     mine = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
-    teacher = {
-        "teacher_image": F.normalize(teacher_image[mine]),
-        "teacher_text": F.normalize(teacher_text[mine]),
-        "teacher_logit_scale": torch.tensor(11.0, dtype=dtype),
-    }
-    output = model(pixels[mine], tokens[mine])
-    ids = None if breakage == "wrong offset" else torch.tensor(IDS)[mine]
-    loss, scalars = image_text_loss(**output, **teacher, text_ids=ids, gamma=0.5, **EVERYTHING)
+    pixels, tokens, teacher_image, teacher_text = (
+        torch.randn(ROWS, width, generator=draw, dtype=torch.float64).to(dtype)[mine] for width in (6, 4, 7, 7)
+    )
+    teacher_image, teacher_text = F.normalize(teacher_image), F.normalize(teacher_text)
+    output = model(pixels, tokens)
+    loss, scalars = image_text_loss(
+        **output,
+        teacher_image=teacher_image,
+        teacher_text=teacher_text,
+        teacher_logit_scale=torch.tensor(11.0, dtype=dtype),
+        text_ids=torch.tensor(IDS)[mine] if with_ids else None,
+        gamma=0.5,
+        **EVERYTHING,
+        **TEMPERATURES,
+    )
     loss = loss + 3 * mimicry_loss(
         image=output["image"],
         text=output["text"],
-        teacher_image=teacher["teacher_image"][:, :5],
-        teacher_text=teacher["teacher_text"][:, :5],
+        teacher_image=teacher_image[:, :5],
+        teacher_text=teacher_text[:, :5],
     )
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in encoder.named_parameters()}
     return loss.detach(), {name: value.item() for name, value in scalars.items()}, gradients
 
 
+CASES = [(dtype, with_ids) for dtype in ACROSS_PROCESSES for with_ids in (True, False)]
+
+
+def train_steps(rank, world_size):
+    return [train_step(rank, world_size, *case) for case in CASES]
+
+
 def farthest(got, want) -> float:
-    """The largest difference of loss and gradients, relative to the largest gradient (the bias's is 0 on paper)."""
-    largest = max(gradient.abs().max() for gradient in want[2].values())
+    """The largest difference of loss and gradients, relative to the largest of each, or to 1 where that is smaller:
+    the bias's gradient is 0 on paper and rounding noise here."""
     pairs = [(got[0], want[0]), *((got[2][name], want[2][name]) for name in want[2])]
-    return max(((a - b).abs().max() / largest).item() for a, b in pairs)
+    return max(((a - b).abs().max() / b.abs().max().clamp_min(1)).item() for a, b in pairs)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_several_processes_equal_one(world_size, dtype):
-    one = train_step(0, 1, dtype)
-    ranks = run_ranks(train_step, world_size, dtype)
-    for result in ranks:
-        assert farthest(result, one) < {torch.float64: 1e-10, torch.float32: 1e-5}[dtype]
-        assert result[1] == pytest.approx(one[1], rel=1e-4)
-    assert all(result[1] == ranks[0][1] for result in ranks)
+def test_several_processes_equal_one(world_size):
+    by_rank = run_ranks(train_steps, world_size)
+    for case, one, *ranks in zip(CASES, train_steps(0, 1), *by_rank, strict=True):
+        for loss, scalars, gradients in ranks:
+            assert farthest((loss, scalars, gradients), one) < ACROSS_PROCESSES[case[0]], case
+            assert scalars == pytest.approx(one[1], rel=1e-5), case  # logged in fp32
+            assert scalars == ranks[0][1], case
+            assert all(torch.equal(gradients[name], ranks[0][2][name]) for name in gradients), case
 
 
-@pytest.mark.parametrize("breakage", ["mean of ratios", "wrong offset", "gather without gradient"])
+def ratio_of_my_rank(numerator, denominator):
+    return numerator.sum() / denominator.sum()
+
+
+def always_rank_0():
+    return 0
+
+
+def gather_without_gradient(rows):
+    return gather.gather_rows(rows.detach())
+
+
+def gather_with_my_own_gradient(rows):
+    """open_clip's default: my rows keep their gradient, what the other ranks make of them is lost."""
+    parts = list(gather.gather_rows(rows.detach()).chunk(gather.world_size()))
+    parts[gather.rank()] = rows
+    return torch.cat(parts)
+
+
+def my_own_value(share):
+    return share
+
+
+# What is put in the place of which function of image_text.py, with captions' ids or not, and whether the loss itself
+# (and not its gradient alone) becomes another.
+BREAKAGES = {
+    "mean of ratios": ("_ratio_of_sums", ratio_of_my_rank, True, True),
+    "wrong offset of the positives": ("rank", always_rank_0, False, True),
+    "gather without gradient": ("gather_rows", gather_without_gradient, True, False),
+    "gather with my own gradient": ("gather_rows", gather_with_my_own_gradient, True, False),
+    "my own value": ("global_value", my_own_value, True, True),
+}
+
+
+def broken_train_step(rank, world_size, breakage):
+    name, replacement, with_ids, _ = BREAKAGES[breakage]
+    assert callable(vars(image_text)[name])
+    setattr(image_text, name, replacement)
+    return train_step(rank, world_size, torch.float64, with_ids)
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
 def test_the_comparison_of_processes_notices(breakage):
-    one = train_step(0, 1, torch.float64)
-    if breakage == "wrong offset":  # without ids the positives come from the rank
-        one = run_ranks(train_step_without_ids, 1)[0]
-    broken = run_ranks(train_step, 2, torch.float64, breakage)
+    _, _, with_ids, changes_the_loss = BREAKAGES[breakage]
+    one = train_step(0, 1, torch.float64, with_ids)
+    broken = run_ranks(broken_train_step, 2, breakage)
     assert max(farthest(result, one) for result in broken) > 1e-3
+    assert any(abs(result[0] - one[0]) > 1e-4 for result in broken) == changes_the_loss
 
 
-def train_step_without_ids(rank, world_size):
-    global IDS
-    IDS = list(range(ROWS))
-    return train_step(rank, world_size, torch.float64)
+def scalars_of_four_pairs(rank, world_size):
+    """Student: images 0, 1, 2 find their captions, caption 2 stands twice, image 3 has none. Teacher: takes 0 for 1."""
+    mine = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size)
+    image, text, teacher_text = torch.eye(4), torch.eye(4)[[0, 1, 2, 2]], torch.eye(4)[[1, 0, 2, 3]]
+    _, scalars = image_text_loss(
+        image=image[mine],
+        text=text[mine],
+        logit_scale=torch.tensor(50.0),
+        teacher_image=image[mine],
+        teacher_text=teacher_text[mine],
+        teacher_logit_scale=torch.tensor(100.0),
+    )
+    return {name: value.item() for name, value in scalars.items()}
+
+
+def test_scalars_of_two_ranks_are_those_of_the_whole_batch():
+    for scalars in [scalars_of_four_pairs(0, 1), *run_ranks(scalars_of_four_pairs, 2)]:
+        assert scalars["batch_acc1"] == 0.75
+        assert scalars["agreement@1"] == 0.25  # image 2 alone
+        # image 2 hesitates between two captions, image 3 between four
+        assert scalars["student_entropy"] == pytest.approx((math.log(2) + math.log(4)) / 4, rel=1e-5)
+        assert scalars["teacher_entropy"] == pytest.approx(0, abs=1e-6)
+        assert (scalars["logit_scale"], scalars["teacher_logit_scale"]) == (50, 100)

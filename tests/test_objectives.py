@@ -7,7 +7,7 @@ import torch
 from open_clip.transform import PreprocessCfg
 
 from gkl_vl.image_text import image_text_loss, mimicry_loss
-from gkl_vl.objectives import ClipKdWeights, clip_kd, online_teacher
+from gkl_vl.objectives import ClipKdWeights, clip_kd, online_teacher, teacher_scales
 from gkl_vl.towers import Clip, Student, freeze, load_clip
 
 WEIGHTS = ClipKdWeights(
@@ -43,7 +43,8 @@ def batch(student, teacher) -> dict:
     return {
         "image": torch.randint(0, 256, (3, 3, 96, 96), generator=draw, dtype=torch.uint8),
         "text": student.tokenize(CAPTIONS),
-        "teacher_text": teacher.tokenize(CAPTIONS),
+        # the two share a tokenizer here: other words, so that it shows who reads which tokens
+        "teacher_text": teacher.tokenize([f"drawing of a {caption}" for caption in CAPTIONS]),
         "text_ids": torch.tensor([5, 6, 5]),
     }
 
@@ -96,6 +97,19 @@ def test_no_gradient_reaches_the_teacher_and_a_step_leaves_its_bits(student, tea
     assert all(parameter.grad is None for parameter in teacher.towers.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.towers.state_dict().items())
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_bias_of_the_teacher_or_the_student_is_passed_on(teacher, batch):
+    biased = load_clip("emoji-student")
+    biased.towers.model.logit_bias = torch.nn.Parameter(torch.tensor(-4.0))
+    scales = teacher_scales(biased)
+    assert scales["teacher_logit_bias"] == -4 and not scales["teacher_logit_bias"].requires_grad
+    assert set(teacher_scales(teacher)) == {"teacher_logit_scale"}
+    model = model_for(biased, teacher.embed_dim)
+    loss, _ = clip_kd(model, batch, student=biased, teacher=online_teacher(teacher), weights=WEIGHTS)
+    loss.backward()
+    # a softmax does not feel it, and DistributedDataParallel waits for its gradient all the same
+    assert biased.towers.bias().grad.abs() < 1e-5
 
 
 def test_without_a_teacher_the_contrastive_loss_is_left(student, batch):

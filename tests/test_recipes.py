@@ -15,7 +15,8 @@ from gkl_vl.towers import load_clip
 
 HOUSE = Path(__file__).parents[1]
 RECIPE = HOUSE / "recipes" / "clip_kd.py"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+# As accelerate_configs/cpu.yaml says: two processes on CPUs are torchrun's, and Accelerate has to be told.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 def python(*arguments, cwd: Path) -> subprocess.CompletedProcess:
@@ -28,7 +29,10 @@ def place(tmp_path_factory) -> Path:
     """A teacher of another size of embedding, and a shard."""
     folder = tmp_path_factory.mktemp("recipes")
     write_shard(folder / "pairs.tar", [good(i) for i in range(24)])
-    config = {"embed_dim": 20, "vision_cfg": {"image_size": 48, "layers": 1, "width": 32, "patch_size": 16}}
+    config = {
+        "embed_dim": 20,
+        "vision_cfg": {"image_size": 48, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    }
     text = {"context_length": 24, "vocab_size": 4096, "hf_tokenizer_name": "gkl-vl/clip-bpe-4096"}
     config["text_cfg"] = text | {"width": 16, "heads": 2, "layers": 1}
     (folder / "tiny.json").write_text(json.dumps(config))
@@ -113,7 +117,6 @@ def test_help_explains_at_most_thirty_flags(place):
         (["--epochs", "2", "--train-data", "{place}/pairs.tar"], "--epochs needs the size of"),
         (["--train-data", "{place}/pairs.tar"], "--train-data needs --steps or --epochs"),
         (["--train-data", "{place}/missing.tar", "--steps", "1"], "does not exist"),
-        (["--resume", "latest"], "there is no runs/clip_kd-* folder here"),
         (["--push-to-hub", "nobody"], "has no owner: write org/name"),
     ],
 )
@@ -122,6 +125,12 @@ def test_a_mistake_is_one_line_and_code_2(place, flags, message):
     done = python(RECIPE, "--teacher", "none", *flags, "--workers", "0", cwd=place)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_nothing_to_resume_is_one_line_and_code_2(tmp_path):
+    done = python(RECIPE, "--teacher", "none", "--resume", "latest", cwd=tmp_path)
+    assert done.returncode == 2 and "there is no runs/clip_kd-* folder here" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_debug_shows_where(place):

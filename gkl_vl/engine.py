@@ -85,10 +85,10 @@ def fit(
     ema = moving_average(plain, config.ema_decay)
     step, position = 0, None
     if checkpoint is not None:
-        load_checkpoint(accelerator, checkpoint, ema=ema)
         step, position = read_loop_state(
             checkpoint, rank=accelerator.process_index, world_size=accelerator.num_processes
         )
+        load_checkpoint(accelerator, checkpoint, ema=ema)
         run.rewind(step)
     started_at = step
     loader = make_loader(position)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from helpers import RankFailed, run_ranks
+from safetensors.torch import load_file
 
 from gkl_vl import engine
 from gkl_vl.checkpoint import RunFolder
@@ -100,9 +101,9 @@ def test_fit_is_a_plain_loop(tmp_path):
         optimizer.zero_grad()
         losses.append(loss.item())
     for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-6, atol=1e-7)
+        assert torch.equal(ours.state_dict()[name], tensor), name
     records = run.records()
-    assert [record["train/loss"] for record in records] == pytest.approx(losses, rel=1e-5)
+    assert [record["train/loss"] for record in records] == losses
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
     assert {"train/size", "train/grad_norm", "train/lr", "train/images_per_second"} <= set(records[0])
     assert records[0]["train/skipped"] == 2
@@ -172,8 +173,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
         run_fit(tmp_path, model=model, objective=poisoned, config=config)
     kept = RunFolder(tmp_path, is_main=True).find_checkpoint("latest")
     assert kept.name == "step_00000002"
-    _, at_two, _ = run_fit(tmp_path / "two", config=FitConfig(steps=5, lr=0.1))
-    assert all(p.isfinite().all() for p in model.parameters())
+    saved = load_file(kept / "model.safetensors")
+    assert all(torch.equal(parameter, saved[name]) for name, parameter in model.named_parameters())
 
 
 def nan_on_one_rank(rank, world_size, folder):

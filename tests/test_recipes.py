@@ -1,15 +1,20 @@
 """The documented commands run, and every mistake at a flag ends in one line and exit code 2."""
 
+import importlib.util
 import json
 import os
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tyro
 from test_pairs import good, write_shard
 
+from gkl_vl.data import pairs
 from gkl_vl.hub import ModelCard, export_clip
 from gkl_vl.towers import load_clip
 
@@ -24,6 +29,45 @@ def python(*arguments, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, timeout=300)
 
 
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """call(*flags) -> (exit code, stdout, stderr) of the recipe in this process, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["clip_kd.py", *map(str, flags)])
+        code = 0
+        try:
+            runpy.run_path(str(RECIPE), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def module(script: Path):
+    """A script as a module, without running it."""
+    spec = importlib.util.spec_from_file_location(f"the_script_{script.stem}", script)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def documented_commands() -> list[str]:
+    """`recipes/x.py --flag ...` of each command in a docstring or a README, continuation lines joined."""
+    files = [
+        *HOUSE.glob("recipes/*.py"),
+        *HOUSE.glob("eval/*.py"),
+        HOUSE / "README.md",
+        HOUSE / "recipes" / "README.md",
+    ]
+    texts = [re.sub(r"\\\n\s*", "", file.read_text()) for file in sorted(files)]
+    command = re.compile(r"(?:python|accelerate launch)\b[^\n`|]*?((?:recipes|eval)/\w+\.py[^\n`|]*)")
+    return sorted({found.strip() for text in texts for found in command.findall(text)} - {"recipes/clip_kd.py --help"})
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A teacher of another size of embedding, and a shard."""
@@ -35,11 +79,12 @@ def place(tmp_path_factory) -> Path:
     }
     text = {"context_length": 24, "vocab_size": 4096, "hf_tokenizer_name": "gkl-vl/clip-bpe-4096"}
     config["text_cfg"] = text | {"width": 16, "heads": 2, "layers": 1}
+    (folder / "pairs.csv").write_text("filepath,title\nnone.png,a cat\n")
     (folder / "tiny.json").write_text(json.dumps(config))
     card = ModelCard(
         student="tiny", teacher=None, license="mit", datasets=[], command="none", commit=None, steps=0, seed=0
     )
-    export_clip(clip=load_clip(str(folder / "tiny.json")), folder=folder / "teacher", card=card, transformers=False)
+    export_clip(clip=load_clip(str(folder / "tiny.json")), folder=folder / "teacher", card=card)
     return folder
 
 
@@ -107,6 +152,58 @@ def test_help_explains_at_most_thirty_flags(place):
     assert fields == every and len(fields) <= 30  # each has its explanation
 
 
+def test_the_documentation_has_commands_of_every_script():
+    scripts = {command.split()[0] for command in documented_commands()}
+    assert scripts == {
+        str(p.relative_to(HOUSE)) for folder in ("recipes", "eval") for p in HOUSE.glob(f"{folder}/*.py")
+    }
+    assert any("--train-data" in command and "--precision bf16" in command for command in documented_commands())
+
+
+@pytest.mark.parametrize("command", documented_commands())
+def test_a_documented_command_is_understood(command):
+    script, *flags = shlex.split(command, comments=True)
+    tyro.cli(module(HOUSE / script).Config, args=flags)
+
+
+def test_the_default_command_distils_the_bundled_teacher(tmp_path, monkeypatch, capsys):
+    """Two steps of the default flags, with 32 drawings to store in place of all."""
+    monkeypatch.chdir(tmp_path)
+    recipe = module(RECIPE)
+    few = recipe.bundled_pairs()[:32]
+    monkeypatch.setattr(recipe, "bundled_pairs", lambda: few)
+    monkeypatch.setattr(recipe, "open_source", lambda *args, **kwargs: pairs.memory_source("few", few))
+    recipe.main(recipe.Config(steps=2, batch_size=8, workers=0))
+    (folder,) = (tmp_path / "runs").iterdir()
+    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert "train/wmse" in records[0] and records[0]["train/agreement@1"] <= 1
+    evaluated = {(record["model"], record["dataset"]) for record in records if "model" in record}
+    assert evaluated == {(m, d) for m in ("student", "teacher") for d in ("emoji", "emoji_unseen")}
+    assert "teacher" in capsys.readouterr().out and (folder / "report.png").stat().st_size > 10_000
+
+
+def test_another_number_of_processes_cannot_resume(run, place, call):
+    flags = json.loads((run / "config.json").read_text())["command"]
+    flags = shlex.split(flags)[3:]
+    code, _, told = call(*flags, "--output-dir", run, "--resume", "latest")
+    assert code == 2 and "was written by 2 processes, now there are 1: resume with the same number" in told
+
+
+def test_a_wrong_teacher_is_one_line_and_code_2(call, place):
+    for flags, message in [
+        (["--teacher", "ViT-B-32", "--teacher-pretrained", "no-such-tag"], "no-such-tag"),
+        (["--teacher", "ViT-Q"], "unknown model 'ViT-Q'"),
+        (["--teacher", f"local-dir:{place}"], str(place)),
+    ]:
+        code, _, told = call(*flags, "--steps", "1", "--workers", "0")
+        assert code == 2 and message in told and len(told.strip().splitlines()) == 1
+
+
+def test_a_transformers_model_cannot_be_the_student(call, place):
+    code, _, told = call("--teacher", "none", "--student", f"transformers:{place}/teacher", "--steps", "1")
+    assert code == 2 and "is a transformers model, which cannot be exported" in told
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -120,19 +217,12 @@ def test_help_explains_at_most_thirty_flags(place):
         (["--push-to-hub", "nobody"], "has no owner: write org/name"),
     ],
 )
-def test_a_mistake_is_one_line_and_code_2(place, flags, message):
+def test_a_mistake_is_one_line_and_code_2(place, call, flags, message):
     flags = [flag.format(place=place) for flag in flags]
-    done = python(RECIPE, "--teacher", "none", *flags, "--workers", "0", cwd=place)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    code, _, told = call("--teacher", "none", *flags, "--workers", "0")
+    assert code == 2 and message in told and len(told.strip().splitlines()) == 1
 
 
-def test_nothing_to_resume_is_one_line_and_code_2(tmp_path):
-    done = python(RECIPE, "--teacher", "none", "--resume", "latest", cwd=tmp_path)
-    assert done.returncode == 2 and "there is no runs/clip_kd-* folder here" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_debug_shows_where(place):
-    done = python(RECIPE, "--teacher", "none", "--student", "ViT-Q", "--debug", cwd=place)
-    assert done.returncode == 2 and "Traceback" in done.stderr
+def test_debug_shows_where(call):
+    code, _, told = call("--teacher", "none", "--student", "ViT-Q", "--debug")
+    assert code == 2 and "Traceback" in told

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_recipes
 import torch
 from safetensors.torch import load_file
 from test_pairs import good, write_shard
 
 HOUSE = Path(__file__).parents[1]
 RECIPE = HOUSE / "recipes" / "clip_kd.py"
+call = test_recipes.call  # the fixture
 # patch_dropout draws from torch's generator at every step: a resume that forgot the RNG would show
 MODEL = {
     "embed_dim": 16,
@@ -28,34 +30,37 @@ MODEL = {
 COMMON = ["--teacher", "none", "--steps", "6", "--warmup", "2", "--batch-size", "8", "--ema-decay", "0.5"]
 COMMON += ["--checkpoint-every-steps", "3"]
 
-# The recipe, with a SIGKILL of its own process where a test wants it.
-DRIVER = """
-import os, runpy, signal, sys
+# The recipe, with a SIGKILL of its own process, or a full disk, where a test wants it.
+DRIVER = '''
+import errno, itertools, os, runpy, signal, sys
 import accelerate
-from gkl_vl import checkpoint, objectives
+from gkl_vl import objectives
 
 where, recipe = sys.argv[1], sys.argv[2]
 sys.argv = sys.argv[2:]
 kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
-calls = {"save": 0, "step": 0}
 
-def counted(name, limit, function, before):
+def full_disk():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "step_00000006/optimizer.bin")
+
+def after(call, function, action):
+    """`function`, with `action` at the end of its so-many-th call."""
+    calls = itertools.count(1)
     def wrapped(*args, **kwargs):
-        calls[name] += 1
-        if before and calls[name] == limit:
-            kill()
         result = function(*args, **kwargs)
-        if calls[name] == limit:
-            kill()
+        if next(calls) == call:
+            action()
         return result
     return wrapped
 
 if where == "in the middle of a write":  # the second checkpoint has its model, and no loop.json yet
-    accelerate.Accelerator.save_state = counted("save", 2, accelerate.Accelerator.save_state, before=False)
+    accelerate.Accelerator.save_state = after(2, accelerate.Accelerator.save_state, kill)
+if where == "on a full disk":
+    accelerate.Accelerator.save_state = after(2, accelerate.Accelerator.save_state, full_disk)
 if where == "in the middle of a step":
-    objectives.image_text_loss = counted("step", 5, objectives.image_text_loss, before=False)
+    objectives.image_text_loss = after(5, objectives.image_text_loss, kill)
 runpy.run_path(recipe, run_name="__main__")
-"""
+'''
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +73,15 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def recipe(place: Path, output: str, *flags: str, kill: str = "never") -> subprocess.CompletedProcess:
-    command = [sys.executable, place / "driver.py", kill, RECIPE, *COMMON, "--student", place / "tiny.json"]
-    command += ["--train-data", f"{place}/{{0..1}}.tar", "--output-dir", place / output, *flags]
+def flags_of(place: Path, output: str, *flags: str) -> list[str]:
+    own = ["--student", f"{place}/tiny.json", "--train-data", f"{place}/{{0..1}}.tar"]
+    return [*COMMON, *own, "--output-dir", f"{place}/{output}", *flags]
+
+
+def recipe(place: Path, output: str, *flags: str, at: str = "never") -> subprocess.CompletedProcess:
+    command = [sys.executable, str(place / "driver.py"), at, str(RECIPE), *flags_of(place, output, *flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
 def state(folder: Path) -> dict:
@@ -99,56 +108,80 @@ def assert_bitwise(got, want, path=""):
         assert got == want, path
 
 
-@pytest.fixture(scope="module", params=["0", "2"], ids=["no worker", "two workers"])
-def whole(place, request):
-    """The run that was never stopped, and its --workers."""
-    done = recipe(place, f"whole-{request.param}", "--workers", request.param)
-    assert done.returncode == 0, done.stderr
-    return state(place / f"whole-{request.param}"), request.param
+@pytest.fixture(scope="module")
+def whole(place):
+    """whole(workers): the run that was never stopped."""
+    states = {}
+
+    def whole(workers: str) -> dict:
+        if workers not in states:
+            done = recipe(place, f"whole-{workers}", "--workers", workers)
+            assert done.returncode == 0, done.stderr
+            states[workers] = state(place / f"whole-{workers}")
+        return states[workers]
+
+    return whole
 
 
-@pytest.mark.parametrize("moment", ["in the middle of a write", "in the middle of a step"])
-def test_a_killed_run_goes_on_as_if_nothing_had_been(place, whole, moment):
-    expected, workers = whole
+def names_of_checkpoints(folder: Path, pattern: str) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob(pattern))
+
+
+@pytest.mark.parametrize(
+    "moment, workers",
+    [
+        ("in the middle of a write", "0"),
+        ("in the middle of a step", "0"),
+        ("in the middle of a step", "1"),
+        ("on a full disk", "0"),
+    ],
+)
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(place, whole, moment, workers):
     name = f"{moment}-{workers}".replace(" ", "-")
-    done = recipe(place, name, "--workers", workers, kill=moment)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    kept = sorted(path.name for path in (place / name / "checkpoints").glob("step_*"))
-    assert kept == ["step_00000003"]
+    done = recipe(place, name, "--workers", workers, at=moment)
+    if moment == "on a full disk":
+        assert done.returncode == 2 and "no space left on the disk at step_00000006/optimizer.bin" in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    else:
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    assert names_of_checkpoints(place / name, "step_*") == ["step_00000003"]
+    assert (moment == "in the middle of a step") == (not names_of_checkpoints(place / name, "writing_*"))
     done = recipe(place, name, "--workers", workers, "--resume", "latest")
     assert done.returncode == 0, done.stderr
-    assert_bitwise(state(place / name), expected)
+    assert_bitwise(state(place / name), whole(workers))
+    assert names_of_checkpoints(place / name, "*") == ["step_00000003", "step_00000006"]
 
 
 def test_the_comparison_notices_another_seed(place, whole):
-    expected, workers = whole
-    done = recipe(place, f"seed-{workers}", "--workers", workers, "--seed", "1")
+    done = recipe(place, "seed", "--workers", "0", "--seed", "1")
     assert done.returncode == 0, done.stderr
     with pytest.raises(AssertionError):
-        assert_bitwise(state(place / f"seed-{workers}"), expected)
+        assert_bitwise(state(place / "seed"), whole("0"))
 
 
-def test_what_cannot_be_resumed_is_one_line_and_harms_nothing(place):
-    done = recipe(place, "refusals", "--workers", "0")
-    assert done.returncode == 0, done.stderr
-    before = state(place / "refusals")
-    for flags, message in [
+@pytest.mark.parametrize(
+    "flags, message",
+    [
         ([], "already holds a run: add --resume latest"),
         (["--resume", "latest", "--lr", "0.5"], "--lr 0.5 (was None): use the same flags"),
         (["--resume", "nowhere"], "--resume 'nowhere' is not a checkpoint folder"),
-    ]:
-        done = recipe(place, "refusals", "--workers", "0", *flags)
-        assert done.returncode == 2 and message in done.stderr, done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
-    loop = place / "refusals" / "checkpoints" / "step_00000006" / "loop.json"
-    loop.write_text(json.dumps(before["loop"] | {"positions": before["loop"]["positions"] * 2}))
-    done = recipe(place, "refusals", "--workers", "0", "--resume", "latest")
-    assert done.returncode == 2 and "was written by 2 processes, now there are 1" in done.stderr
-    loop.write_text(json.dumps(before["loop"]))
-    assert_bitwise(state(place / "refusals"), before)
+    ],
+)
+def test_what_cannot_be_resumed_is_one_line_and_harms_nothing(place, whole, call, flags, message):
+    before = whole("0")
+    code, _, told = call(*flags_of(place, "whole-0", "--workers", "0", *flags))
+    assert code == 2 and message in told and len(told.strip().splitlines()) == 1
+    assert_bitwise(state(place / "whole-0"), before)
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_training(place):
+def test_a_run_without_a_checkpoint_cannot_be_resumed(place, whole, call, tmp_path):
+    whole("0")
+    (tmp_path / "config.json").write_bytes((place / "whole-0" / "config.json").read_bytes())
+    code, _, told = call(*flags_of(place, "whole-0", "--workers", "0", "--resume", "latest"), "--output-dir", tmp_path)
+    assert code == 2 and "holds no checkpoint: start in another --output-dir" in told
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_training(place, call):
     (place / "a-file").write_text("")
-    done = recipe(place, "a-file/run", "--workers", "0")
-    assert done.returncode == 2 and "cannot be made" in done.stderr and "name another" in done.stderr
+    code, _, told = call(*flags_of(place, "a-file/run", "--workers", "0"))
+    assert code == 2 and "cannot be made" in told and "name another" in told

@@ -1,4 +1,5 @@
-"""The bundled emoji are whole: pictures of one size, labels that fit the captions, nothing held out in training."""
+"""The bundled emoji are whole: pictures of one size, labels that fit the captions, nothing held out in training;
+the bundled tokenizer is the one that its script builds."""
 
 import io
 import json
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import AutoTokenizer
 
 import gkl_vl
+from gkl_vl.assets.build_tokenizer import CONTEXT_LENGTH, VOCAB_SIZE, build
 
 ASSETS = Path(gkl_vl.__file__).parent / "assets"
 SPLITS = {
@@ -59,9 +62,13 @@ def test_every_picture_is_64_by_64_in_rgb(splits, split):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_sizes_and_styles_are_as_listed(splits, split):
-    sizes = json.loads((ASSETS / split / "sizes.json").read_text())
+    sizes = {}
+    for path in (ASSETS / split).glob("*.tar"):
+        with tarfile.open(path) as archive:
+            sizes[path.name] = sum(name.endswith(".webp") for name in archive.getnames())
+    assert json.loads((ASSETS / split / "sizes.json").read_text()) == sizes
+    assert int((ASSETS / split / "nshards.txt").read_text()) == len(sizes)
     assert sum(sizes.values()) == len(splits[split])
-    assert sorted(sizes) == sorted(path.name for path in (ASSETS / split).glob("*.tar"))
     assert {key.partition("-")[0] for key in splits[split]} == SPLITS[split]
 
 
@@ -108,6 +115,19 @@ def test_no_caption_belongs_to_two_emoji(splits):
             for line in lines:
                 owners[line].update(points([key]))
     assert {line: both for line, both in owners.items() if len(both) > 1} == {}
+
+
+@pytest.mark.parametrize("folder", ["tokenizer", "teacher"])
+def test_the_tokenizer_is_the_one_its_script_builds(folder):
+    shipped, built = AutoTokenizer.from_pretrained(ASSETS / folder), build()
+    assert shipped.get_vocab() == built.get_vocab()
+    lines = ["flag of togo", "An emoji of a RED apple", "piñata, fête & keycap #", "", "🍎"]
+    lines += class_names("emoji_unseen/test")
+    assert shipped(lines).input_ids == built(lines).input_ids
+    assert shipped.pad_token_id == built.pad_token_id == 0
+    assert shipped.eos_token_id == max(shipped.get_vocab().values()) == VOCAB_SIZE - 1
+    assert shipped.model_max_length == CONTEXT_LENGTH
+    assert shipped("a cat").input_ids[-1] == shipped.eos_token_id
 
 
 def test_the_assets_are_small():

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 
 from gkl_vl.cli import run
 from gkl_vl.data.benchmark_sets import BUNDLED, load_benchmark_sets
-from gkl_vl.evaluate import append_result, format_metrics, refuse_random_weights, result_path, zero_shot
+from gkl_vl.evaluate import append_result, evaluate_clip, format_metrics, refuse_random_weights, result_path
 from gkl_vl.towers import BUNDLED_TEACHER, load_clip
 
 TASK = "zeroshot_classification"
@@ -59,9 +59,10 @@ def main(config: Config) -> None:
     clip.towers.to(device)
     rows = {}
     for asked, dataset, path in zip(config.dataset, sets, paths, strict=True):
-        rows[dataset.name] = zero_shot(
+        rows[dataset.name] = evaluate_clip(
             clip=clip,
             dataset=dataset,
+            tasks=["zero_shot"],
             batch_size=config.batch_size,
             num_workers=config.num_workers,
             device=device,

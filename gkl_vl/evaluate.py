@@ -1,7 +1,7 @@
 """Zero-shot classification and retrieval, embeddings to metrics, with CLIP_benchmark's names and values.
 
-The first half knows tensors only. The second half, `zero_shot` and `retrieval`, embeds a whole evaluation set
-with a `Clip`, and is what recipes and eval scripts call.
+The first half knows tensors only. The second half, `evaluate_clip`, embeds a whole evaluation set with a `Clip`, and is
+what recipes and eval scripts call.
 
 Axis letters: n = images, m = texts, C = classes, d = embedding.
 """
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ from gkl_vl.errors import UserError
 from gkl_vl.towers import Clip, Towers
 
 Templates = Sequence[str] | dict[str, list[str]]
+Task = Literal["zero_shot", "retrieval"]
+TARGETS: dict[Task, Target] = {"zero_shot": "cls", "retrieval": "txt"}
 
 
 def top_k_accuracy(*, logits: Float[Tensor, "n C"], labels: Int[Tensor, " n"], k: int) -> float:
@@ -189,29 +191,29 @@ def embed_images(
     encode_image: Callable[[Tensor], Tensor],
     transform: Callable[[Any], Tensor],
     dataset: BenchmarkSet,
-    target: Target,
+    targets: Sequence[Target],
     batch_size: int,
     num_workers: int,
     progress: bool = False,
-) -> tuple[Float[Tensor, "n d"], list]:
-    """Unit embeddings of a set's images, on the CPU, fp32 or wider, and their labels or captions (`target`).
+) -> tuple[Float[Tensor, "n d"], dict[Target, list]]:
+    """Unit embeddings of a set's images, on the CPU, fp32 or wider, and their labels ("cls") or captions ("txt").
 
     Rows are in the order of the set, whatever batch_size and num_workers.
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be 1 or more")
-    batches = _Batches(dataset, target, transform, batch_size)
+    batches = _Batches(dataset, targets, transform, batch_size)
     # Its own generator: a DataLoader draws a seed, and evaluation must not move training's RNG.
     loader = DataLoader(batches, batch_size=None, num_workers=num_workers, generator=torch.Generator())
-    rows, targets = [], []
+    rows, records = [], []
     with _bar("image", progress, total=None) as bar:
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
             rows.append(F.normalize(_lift(encode_image(batch[0])), dim=-1).cpu())
-            targets.extend(batch[1])
+            records.extend(batch[1])
             bar.update(len(batch[1]))
-    return torch.cat(rows), targets
+    return torch.cat(rows), {target: [of_record[target] for of_record in records] for target in targets}
 
 
 def _bar(unit: str, progress: bool, *, total: int | None) -> tqdm:
@@ -227,7 +229,7 @@ class _Batches(IterableDataset):
     """
 
     dataset: BenchmarkSet
-    target: Target
+    targets: Sequence[Target]
     transform: Callable[[Any], Tensor]
     batch_size: int
 
@@ -235,10 +237,10 @@ class _Batches(IterableDataset):
         worker = get_worker_info()
         mine, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         try:
-            for index, records in enumerate(_batched(self.dataset.records(self.target), self.batch_size)):
+            for index, records in enumerate(_batched(self.dataset.records(*self.targets), self.batch_size)):
                 if index % workers == mine:
                     pixels = torch.stack([self.transform(record.decode()) for record in records])
-                    yield pixels, [record.target for record in records]
+                    yield pixels, [record.targets for record in records]
         except UserError as error:
             yield error  # raised here, it would reach the user as a worker's traceback
 
@@ -249,22 +251,67 @@ def _batched(records: Iterable[Record], batch_size: int) -> Iterator[list[Record
         yield batch
 
 
-def zero_shot(
+def evaluate_clip(
     *,
     clip: Clip,
     dataset: BenchmarkSet,
+    tasks: Sequence[Task],
+    recall_k: Sequence[int] = (1, 5, 10),
     batch_size: int = 64,
     num_workers: int = 0,
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> dict[str, float]:
-    """Zero-shot classification of a set: acc1, acc5, mean_per_class_recall (`classification_metrics`).
+    """The metrics of one task or both on a set whose images are embedded once.
 
     The towers are on `device`; they run in eval mode and come back in the mode they were in; no RNG moves.
 
+    Args:
+        tasks: "zero_shot" (`classification_metrics`) for a set with labels, class names and templates; "retrieval"
+            (`retrieval_metrics`) for one whose images have captions, one or several.
+        recall_k: K of retrieval's recall@K.
+
     Raises:
-        UserError: a set without class names or templates or with an unusable sample; embeddings not finite.
+        UserError: a set without what a task needs or with an unusable sample; embeddings not finite.
+        ValueError: no K, or one below 1.
     """
+    if "zero_shot" in tasks:
+        _require_classes(dataset)
+    if "retrieval" in tasks:
+        _check_recall_k(recall_k)
+    text_tower = {
+        "encode_text": lambda tokens: clip.towers.encode_text(tokens.to(device)),
+        "tokenize": clip.tokenize,
+        "batch_size": batch_size,
+        "progress": progress,
+    }
+    metrics = {}
+    with _evaluating(clip.towers):
+        image, targets = embed_images(
+            encode_image=lambda pixels: clip.towers.encode_image(pixels.to(device)),
+            transform=clip.image_transform(),
+            dataset=dataset,
+            targets=[TARGETS[task] for task in tasks],
+            batch_size=batch_size,
+            num_workers=num_workers,
+            progress=progress,
+        )
+        if "zero_shot" in tasks:
+            assert dataset.classnames is not None and dataset.templates is not None  # asked above
+            classifier = zero_shot_classifier(classnames=dataset.classnames, templates=dataset.templates, **text_tower)
+            _require_finite(clip, image=image, text=classifier)
+            labels = torch.tensor(targets["cls"])
+            metrics |= classification_metrics(logits=image @ classifier.T, labels=labels)
+        if "retrieval" in tasks:
+            captions = targets["txt"]
+            text = embed_texts(texts=[caption for of_image in captions for caption in of_image], **text_tower)
+            _require_finite(clip, image=image, text=text)
+            owners = torch.tensor([index for index, of_image in enumerate(captions) for _ in of_image])
+            metrics |= retrieval_metrics(image=image, text=text, owners=owners, recall_k=recall_k)
+    return metrics
+
+
+def _require_classes(dataset: BenchmarkSet) -> None:
     if dataset.kind == "retrieval":
         raise UserError(f"{dataset.name} is a retrieval set: use eval/retrieval.py")
     if not dataset.classnames:
@@ -272,66 +319,6 @@ def zero_shot(
     if not dataset.templates:
         file = "zeroshot_classification_templates.txt"
         raise UserError(f"{dataset.name} has no {file}: write one prompt a line, {{c}} for the class name")
-    with _evaluating(clip.towers):
-        image, labels = embed_images(
-            encode_image=lambda pixels: clip.towers.encode_image(pixels.to(device)),
-            transform=clip.image_transform(),
-            dataset=dataset,
-            target="cls",
-            batch_size=batch_size,
-            num_workers=num_workers,
-            progress=progress,
-        )
-        classifier = zero_shot_classifier(
-            encode_text=lambda tokens: clip.towers.encode_text(tokens.to(device)),
-            tokenize=clip.tokenize,
-            classnames=dataset.classnames,
-            templates=dataset.templates,
-            batch_size=batch_size,
-            progress=progress,
-        )
-        _require_finite(clip, image=image, text=classifier)
-        return classification_metrics(logits=image @ classifier.T, labels=torch.tensor(labels))
-
-
-def retrieval(
-    *,
-    clip: Clip,
-    dataset: BenchmarkSet,
-    recall_k: Sequence[int] = (1, 5, 10),
-    batch_size: int = 64,
-    num_workers: int = 0,
-    device: torch.device | str = "cpu",
-    progress: bool = False,
-) -> dict[str, float]:
-    """Retrieval on a set whose images have one or several captions: `retrieval_metrics`.
-
-    The towers are on `device`; they run in eval mode and come back in the mode they were in; no RNG moves.
-
-    Raises:
-        UserError: a set without captions or with an unusable sample; embeddings not finite.
-    """
-    _check_recall_k(recall_k)
-    with _evaluating(clip.towers):
-        image, captions = embed_images(
-            encode_image=lambda pixels: clip.towers.encode_image(pixels.to(device)),
-            transform=clip.image_transform(),
-            dataset=dataset,
-            target="txt",
-            batch_size=batch_size,
-            num_workers=num_workers,
-            progress=progress,
-        )
-        text = embed_texts(
-            encode_text=lambda tokens: clip.towers.encode_text(tokens.to(device)),
-            tokenize=clip.tokenize,
-            texts=[caption for of_image in captions for caption in of_image],
-            batch_size=batch_size,
-            progress=progress,
-        )
-        owners = torch.tensor([index for index, of_image in enumerate(captions) for _ in of_image])
-        _require_finite(clip, image=image, text=text)
-        return retrieval_metrics(image=image, text=text, owners=owners, recall_k=recall_k)
 
 
 @contextmanager

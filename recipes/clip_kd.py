@@ -46,7 +46,7 @@ from gkl_vl.data.pairs import (
 )
 from gkl_vl.engine import FitConfig, fit
 from gkl_vl.errors import UserError
-from gkl_vl.evaluate import milliseconds_per_image, retrieval, top_names, zero_shot
+from gkl_vl.evaluate import evaluate_clip, milliseconds_per_image, top_names
 from gkl_vl.objectives import ClipKdWeights, Teacher, clip_kd, online_teacher
 from gkl_vl.teacher_cache import StoredViews, store_views, stored_teacher
 from gkl_vl.towers import BUNDLED_TEACHER, Clip, Student, clamp_scale, freeze, load_clip
@@ -318,14 +318,15 @@ def count_steps(config: Config, source: Source, num_processes: int) -> int:
 def evaluate(config: Config, student: Clip, accelerator: Accelerator, model: nn.Module) -> Iterator[dict[str, Any]]:
     """Records of the student on the bundled sets; your own data has evaluation scripts in eval/."""
     if config.train_data is None:
-        yield from evaluate_clip(replace(student, towers=model.towers), "student", accelerator.device)
+        yield from evaluate_bundled(replace(student, towers=model.towers), "student", accelerator.device)
 
 
-def evaluate_clip(clip: Clip, role: str, device: torch.device) -> Iterator[dict[str, Any]]:
+def evaluate_bundled(clip: Clip, role: str, device: torch.device) -> Iterator[dict[str, Any]]:
     for name in EVALUATION_SETS:
         dataset = load_benchmark_set(name)
-        metrics = zero_shot(clip=clip, dataset=dataset, batch_size=256, device=device)
-        metrics |= retrieval(clip=clip, dataset=dataset, batch_size=256, device=device)
+        metrics = evaluate_clip(
+            clip=clip, dataset=dataset, tasks=["zero_shot", "retrieval"], batch_size=256, device=device
+        )
         yield {"model": role, "dataset": name} | metrics
 
 
@@ -338,7 +339,7 @@ def finish(
         and config.train_data is None
         and not any(r.get("model") == "teacher" for r in run.records())
     ):
-        for record in evaluate_clip(teacher, "teacher", device):
+        for record in evaluate_bundled(teacher, "teacher", device):
             run.log({"step": steps} | record)
     final = [r for r in run.records() if "model" in r and r["step"] == steps]
     student.towers.eval()

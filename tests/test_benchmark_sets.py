@@ -42,7 +42,7 @@ def test_samples_come_in_order_with_their_labels(tmp_path):
 
 def test_captions_of_a_classification_set_can_be_asked_for(tmp_path):
     dataset = folder_set(colour_set(tmp_path / "set", ["red", "blue"]))
-    captions = [record.target for record in dataset.records("txt")]
+    captions = [record.targets["txt"] for record in dataset.records("txt")]
     assert captions == [["something red", "a red square"], ["something blue", "a blue square"]]
 
 

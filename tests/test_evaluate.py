@@ -2,6 +2,7 @@
 transcribed; evaluating leaves model and random states as they were; no cost setting changes a number."""
 
 import json
+from functools import partial
 
 import numpy as np
 import open_clip
@@ -19,17 +20,19 @@ from gkl_vl.evaluate import (
     append_result,
     classification_metrics,
     embed_images,
+    evaluate_clip,
     format_metrics,
     mean_per_class_recall,
     refuse_random_weights,
     result_path,
-    retrieval,
     retrieval_metrics,
     top_k_accuracy,
-    zero_shot,
     zero_shot_classifier,
 )
 from gkl_vl.towers import Clip, OpenClipTowers, load_clip
+
+zero_shot = partial(evaluate_clip, tasks=["zero_shot"])
+retrieval = partial(evaluate_clip, tasks=["retrieval"])
 
 # ---- CLIP_benchmark 1.6.2, transcribed: metrics/zeroshot_classification.py and metrics/zeroshot_retrieval.py
 
@@ -324,7 +327,7 @@ def test_zero_shot_and_retrieval_are_clip_benchmarks_on_a_real_model(tmp_path, t
     colours = load_benchmark_set(str(colour_set(tmp_path / "set", ["red", "green", "blue"])))
     pixels = torch.stack([tiny.image_transform()(image) for image, _ in colours])
     labels = torch.tensor([label for _, label in colours])
-    captions = [record.target for record in colours.records("txt")]
+    captions = [record.targets["txt"] for record in colours.records("txt")]
     texts = [text for of_image in captions for text in of_image]
     owners = torch.tensor([index for index, of_image in enumerate(captions) for _ in of_image])
     tiny.towers.eval()
@@ -342,19 +345,30 @@ def test_zero_shot_and_retrieval_are_clip_benchmarks_on_a_real_model(tmp_path, t
     assert metrics == pytest.approx(clip_benchmark_retrieval(image, text, owners, (1, 2)))
 
 
+def test_both_tasks_together_are_each_alone_and_embed_an_image_once(tmp_path, tiny):
+    colours = load_benchmark_set(str(colour_set(tmp_path / "set", ["red", "green", "blue", "green", "red"])))
+    alone = zero_shot(clip=tiny, dataset=colours, batch_size=2) | retrieval(clip=tiny, dataset=colours, batch_size=2)
+    seen = []
+    handle = tiny.towers.model.visual.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    both = evaluate_clip(clip=tiny, dataset=colours, tasks=["zero_shot", "retrieval"], batch_size=2)
+    handle.remove()
+    assert both == pytest.approx(alone, nan_ok=True) and {"acc1", "text_retrieval_recall@1"} <= both.keys()
+    assert seen == [2, 2, 1]
+
+
 @pytest.mark.filterwarnings("default:.*fork:DeprecationWarning")
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (3, 0), (100, 0), (2, 1), (1, 2), (3, 2)])
 def test_rows_keep_the_order_of_the_set(colour_blind, colours, batch_size, num_workers):
-    image, labels = embed_images(
+    image, targets = embed_images(
         encode_image=lambda pixels: pixels.mean(dim=(2, 3)),
         transform=colour_blind.image_transform(),
         dataset=colours,
-        target="cls",
+        targets=["cls"],
         batch_size=batch_size,
         num_workers=num_workers,
     )
-    assert labels == [0, 1, 2, 2, 0, 0, 1]
-    assert image.argmax(dim=1).tolist() == labels
+    assert targets == {"cls": [0, 1, 2, 2, 0, 0, 1]}
+    assert image.argmax(dim=1).tolist() == targets["cls"]
 
 
 def test_evaluating_leaves_no_trace(colour_blind, colours):

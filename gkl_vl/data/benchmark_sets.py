@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from PIL import Image
@@ -38,8 +38,8 @@ class Record:
     where: str
     """Shard and key, for messages."""
     image: bytes
-    target: int | list[str]
-    """The label, or the captions."""
+    targets: dict[Target, Any]
+    """What was asked for: "cls" an integer, "txt" a list of captions."""
 
     def decode(self) -> Image.Image:
         """The image as RGB, the first frame of an animated one."""
@@ -62,11 +62,12 @@ class BenchmarkSet:
     shards: list[Path]
 
     def __iter__(self) -> Iterator[tuple[Image.Image, int | list[str]]]:
-        for record in self.records("cls" if self.kind == "classification" else "txt"):
-            yield record.decode(), record.target
+        target: Target = "cls" if self.kind == "classification" else "txt"
+        for record in self.records(target):
+            yield record.decode(), record.targets[target]
 
-    def records(self, target: Target) -> Iterator[Record]:
-        """Undecoded samples with their label ("cls") or their captions ("txt").
+    def records(self, *targets: Target) -> Iterator[Record]:
+        """Undecoded samples with their label ("cls"), their captions ("txt"), or both.
 
         A classification set may carry captions too (the bundled ones do), so the caller says which.
 
@@ -82,10 +83,11 @@ class BenchmarkSet:
                 image = next((members[ending] for ending in IMAGE_ENDINGS if ending in members), None)
                 if image is None:
                     raise UserError(f"{where} has no image: expected one of .{', .'.join(IMAGE_ENDINGS)}")
-                if target not in members:
-                    other = "eval/zero_shot.py" if target == "txt" else "eval/retrieval.py"
-                    raise UserError(f"{where} has no .{target} member, this set may be one for {other}")
-                yield Record(where, image, self._parse(members[target], target, where))
+                for target in targets:
+                    if target not in members:
+                        other = "eval/zero_shot.py" if target == "txt" else "eval/retrieval.py"
+                        raise UserError(f"{where} has no .{target} member, this set may be one for {other}")
+                yield Record(where, image, {name: self._parse(members[name], name, where) for name in targets})
         if not found:
             raise UserError(f"{self.name}: no samples in its {len(self.shards)} shards")
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from jaxtyping import Float, UInt8
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -95,14 +96,35 @@ def cache_folder() -> Path:
 
 
 def _key(clip: Clip, pairs: Sequence[RawPair], num_views: int, augment: Callable[..., Tensor], size: int) -> str:
-    digest = hashlib.sha256(f"{clip.preprocess} {num_views} {augment} {size}".encode())
+    """Of all that decides what is stored. Equal weights do not make equal models: QuickGELU and heads are no weights."""
+    config = clip.model_cfg if clip.model_cfg is not None else clip.towers.model.config
+    said = (
+        f"{clip.towers} {config} {clip.preprocess} {num_views} {_description(augment)} {torchvision.__version__} {size}"
+    )
+    digest = hashlib.sha256(said.encode())
     for name, tensor in clip.towers.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     for pair in pairs:
         digest.update(repr((pair.key, pair.captions)).encode())
         digest.update(pair.image)
+    digest.update(clip.tokenize(_distinct_captions(pairs)).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _description(transform: Any) -> str:
+    """All settings of a torchvision transform, which its repr does not show: RandomApply's leaves `p` out."""
+    if isinstance(transform, list | tuple):
+        return f"[{', '.join(map(_description, transform))}]"
+    if not isinstance(transform, nn.Module):
+        return repr(transform)
+    settings = {name: value for name, value in vars(transform).items() if not name.startswith("_")}
+    told = ", ".join(f"{name}={_description(value)}" for name, value in sorted(settings.items()))
+    return f"{type(transform).__qualname__}({told})"
+
+
+def _distinct_captions(pairs: Sequence[RawPair]) -> list[str]:
+    return list(dict.fromkeys(caption for pair in pairs for caption in usable_captions(pair)))
 
 
 class _ViewSet(Dataset):
@@ -137,7 +159,7 @@ def _embed_images(
 def _embed_texts(clip: Clip, pairs: Sequence[RawPair]) -> Float[Tensor, "p c e"]:
     device = next(clip.towers.parameters()).device
     captions = [usable_captions(pair) for pair in pairs]
-    distinct = list(dict.fromkeys(caption for row in captions for caption in row))
+    distinct = _distinct_captions(pairs)
     batches = [distinct[start : start + BATCH] for start in range(0, len(distinct), BATCH)]
     embeddings = torch.cat([clip.towers.encode_text(clip.tokenize(b).to(device)).float().cpu() for b in batches])
     number = {caption: index for index, caption in enumerate(distinct)}

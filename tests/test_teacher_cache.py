@@ -1,10 +1,13 @@
 """Stored views and embeddings are what the online teacher would say, and are found again only for the same question."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
+from open_clip.transformer import QuickGELU
 from safetensors.torch import load_file
+from torchvision.transforms import v2
 
 from gkl_vl import teacher_cache
 from gkl_vl.data.pairs import PairLoader, PairStream, RawPair, bundled_pairs, drawing_augmentation, memory_source
@@ -82,6 +85,15 @@ def test_another_question_has_another_key(teacher, some_pairs):
     def key(clip=teacher, pairs=some_pairs, views=VIEWS, augment=None, size=SIZE):
         return teacher_cache._key(clip, pairs, views, augment or drawing_augmentation(SIZE), size)
 
+    def with_cfg(**changes):
+        return dataclasses.replace(teacher, model_cfg=teacher.model_cfg | changes)
+
+    def applied(p):
+        return v2.Compose([v2.RandomApply([v2.ColorJitter(0.5)], p=p), v2.PILToTensor()])
+
+    quick = copy.deepcopy(teacher)
+    for block in quick.towers.model.transformer.resblocks:
+        block.mlp.gelu = QuickGELU()
     torch.manual_seed(1)
     changed = dataclasses.replace(some_pairs[3], captions=("another caption",))
     keys = [
@@ -95,6 +107,11 @@ def test_another_question_has_another_key(teacher, some_pairs):
         key(views=VIEWS + 1),
         key(augment=drawing_augmentation(SIZE + 1)),
         key(size=SIZE + 1),
+        key(augment=applied(0.8)),
+        key(augment=applied(0.2)),
+        key(clip=with_cfg(text_cfg=teacher.model_cfg["text_cfg"] | {"heads": 6})),
+        key(clip=dataclasses.replace(teacher, tokenize=lambda texts: teacher.tokenize(texts).flip(1))),
+        key(clip=quick),
     ]
     assert len(set(keys)) == len(keys) and key() == keys[0]
 

@@ -96,12 +96,10 @@ def cache_folder() -> Path:
 
 
 def _key(clip: Clip, pairs: Sequence[RawPair], num_views: int, augment: Callable[..., Tensor], size: int) -> str:
-    """Of all that decides what is stored. Equal weights do not make equal models: QuickGELU and heads are no weights."""
+    """Of all that decides what is stored; also of what is no weight, such as QuickGELU and the number of heads."""
     config = clip.model_cfg if clip.model_cfg is not None else clip.towers.model.config
-    said = (
-        f"{clip.towers} {config} {clip.preprocess} {num_views} {_description(augment)} {torchvision.__version__} {size}"
-    )
-    digest = hashlib.sha256(said.encode())
+    views = f"{num_views} {size} {_description(augment)} {torchvision.__version__}"
+    digest = hashlib.sha256(f"{clip.towers} {config} {clip.preprocess} {views}".encode())
     for name, tensor in clip.towers.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

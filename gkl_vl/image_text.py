@@ -70,11 +70,12 @@ def image_text_loss(
 
     Returns:
         The loss, equal on all ranks, and detached scalars for the log: each term, agreement@1 (share of images whose
-        best caption is the same for both), entropies in nats, scales, accuracy of the batch's own pairing.
+        best caption is the same for both), entropies in nats, scales, accuracy of the batch's own pairing. With all
+        weights 0, as for `mimicry_loss` alone, the loss is 0 and the scalars are what the call is for.
 
     Raises:
-        ValueError: teacher and student with different numbers of rows; part of the teacher missing; no term at all;
-            gamma < 0, a temperature <= 0.
+        ValueError: teacher and student with different numbers of rows; part of the teacher missing; gamma < 0, a
+            temperature <= 0.
 
     Source: Cui et al., arXiv 2305.13948 (NeurIPS 2024) and 2503.08038 (TPAMI 2026); Radford et al. 2021 for the
     contrastive loss.
@@ -112,11 +113,10 @@ def image_text_loss(
             terms.append(("kl", kl_weight, _mean_of_rows(rows)))
         scalars |= _teacher_scalars(student[0], teacher[0], teacher_logit_scale)
 
-    if not terms:
-        raise ValueError("every weight of image_text_loss is 0, or there is no teacher: nothing to train on")
-    # Scale and bias belong to the graph even where no term feels them: DDP waits for every parameter's gradient.
-    zero = 0.0 * logit_scale if logit_bias is None else 0.0 * (logit_scale + logit_bias)
-    loss = torch.stack([weight * term for _, weight, term in terms]).sum() + zero
+    # Mimicry alone leaves no term here. Scale and bias stay in the graph: DDP waits for every parameter's gradient.
+    loss = 0.0 * logit_scale if logit_bias is None else 0.0 * (logit_scale + logit_bias)
+    for _, weight, term in terms:
+        loss = loss + weight * term
     scalars |= {name: term for name, _, term in terms}
     return global_value(loss), _scalars_of_all_ranks(scalars)
 

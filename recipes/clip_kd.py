@@ -129,6 +129,7 @@ class Config:
 def main(config: Config) -> None:
     if config.push_to_hub:
         hub.check_repo_id(config.push_to_hub)
+    terms = weights(config)
     run, accelerator = start(config)
     set_seed(config.seed)  # the same initial weights on every rank
     teacher = load_teacher(config, accelerator)
@@ -170,7 +171,7 @@ def main(config: Config) -> None:
             clip_kd,
             student=student,
             teacher=make_teacher(teacher, stored, accelerator.device),
-            weights=weights(config),
+            weights=terms,
         ),
         make_loader=make_loader,
         run=run,
@@ -281,6 +282,10 @@ def make_teacher(teacher: Clip | None, stored: StoredViews | None, device: torch
 
 
 def weights(config: Config) -> ClipKdWeights:
+    of_teacher = (config.soft_ce_weight, config.wmse_weight, config.mimicry_weight)
+    if not config.contrastive_weight and (config.teacher == "none" or not any(of_teacher)):
+        with_teacher = "" if config.teacher == "none" else ", --soft-ce-weight, --wmse-weight or --mimicry-weight"
+        raise UserError(f"every weight is 0, so there is nothing to train on: set --contrastive-weight{with_teacher}")
     return ClipKdWeights(
         contrastive_weight=config.contrastive_weight,
         soft_ce_weight=config.soft_ce_weight,

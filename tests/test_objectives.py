@@ -1,6 +1,7 @@
 """The objective of CLIP distillation is its pieces put together, and the teacher is furniture."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from open_clip.transform import PreprocessCfg
 
 from gkl_vl.image_text import image_text_loss, mimicry_loss
 from gkl_vl.objectives import ClipKdWeights, clip_kd, online_teacher, teacher_scales
-from gkl_vl.towers import Clip, Student, freeze, load_clip
+from gkl_vl.towers import MODEL_CONFIGS, Clip, Student, freeze, load_clip
 
 WEIGHTS = ClipKdWeights(
     contrastive_weight=1.0,
@@ -23,9 +24,18 @@ CAPTIONS = ["red car", "a very long flag", "red car"]
 
 
 @pytest.fixture(scope="module")
-def student() -> Clip:
+def student_config(tmp_path_factory) -> str:
+    """The demo's student with embeddings of another length than the teacher's."""
+    config = json.loads((MODEL_CONFIGS / "emoji-student.json").read_text())
+    path = tmp_path_factory.mktemp("student") / "narrow.json"
+    path.write_text(json.dumps(config | {"embed_dim": 128}))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def student(student_config) -> Clip:
     torch.manual_seed(0)
-    return load_clip("emoji-student")
+    return load_clip(student_config)
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +109,8 @@ def test_no_gradient_reaches_the_teacher_and_a_step_leaves_its_bits(student, tea
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_a_bias_of_the_teacher_or_the_student_is_passed_on(teacher, batch):
-    biased = load_clip("emoji-student")
+def test_a_bias_of_the_teacher_or_the_student_is_passed_on(student_config, teacher, batch):
+    biased = load_clip(student_config)
     biased.towers.model.logit_bias = torch.nn.Parameter(torch.tensor(-4.0))
     scales = teacher_scales(biased)
     assert scales["teacher_logit_bias"] == -4 and not scales["teacher_logit_bias"].requires_grad
@@ -121,6 +131,15 @@ def test_without_a_teacher_the_contrastive_loss_is_left(student, batch):
     )
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
     assert not {"soft_ce", "wmse", "mimicry"} & set(scalars)
+
+
+def test_mimicry_alone_is_the_mimicry_loss(student, teacher, batch):
+    alone = dataclasses.replace(WEIGHTS, contrastive_weight=0.0, soft_ce_weight=0.0, wmse_weight=0.0)
+    model = model_for(student, teacher.embed_dim)
+    loss, scalars = clip_kd(model, batch, student=student, teacher=online_teacher(teacher), weights=alone)
+    loss.backward()
+    assert loss.item() == pytest.approx(7 * scalars["mimicry"].item()) and loss.item() > 0
+    assert all(parameter.grad is not None for parameter in model.parameters())  # the scale's too, for DDP
 
 
 def test_the_maps_exist_only_where_dimensions_differ(student, teacher):

@@ -118,7 +118,7 @@ def test_the_exported_student_needs_nothing_of_this_project(run):
 import sys, open_clip, torch
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:model")
 tokens = open_clip.get_tokenizer("local-dir:model")(["a cat"])
-assert model.encode_text(tokens).shape == (1, 128) and not any(name.startswith("gkl_vl") for name in sys.modules)
+assert model.encode_text(tokens).shape == (1, 256) and not any(name.startswith("gkl_vl") for name in sys.modules)
 """
     done = python("-c", script, cwd=run)
     assert done.returncode == 0, done.stderr
@@ -214,6 +214,7 @@ def test_a_transformers_model_cannot_be_the_student(call, place):
         (["--epochs", "2", "--train-data", "{place}/pairs.tar"], "--epochs needs the size of"),
         (["--train-data", "{place}/pairs.tar"], "--train-data needs --steps or --epochs"),
         (["--train-data", "{place}/missing.tar", "--steps", "1"], "does not exist"),
+        (["--contrastive-weight", "0"], "nothing to train on: set --contrastive-weight"),
         (["--push-to-hub", "nobody"], "has no owner: write org/name"),
     ],
 )

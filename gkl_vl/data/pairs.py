@@ -288,19 +288,52 @@ def light_augmentation(size: int) -> Callable[[Image.Image], torch.Tensor]:
 
 
 def drawing_augmentation(size: int) -> Callable[[Image.Image], torch.Tensor]:
-    """For the bundled emoji: what may change between two drawings of one thing, and no mirror (it swaps meanings)."""
+    """To learn the bundled emoji from scratch, as their teacher did. PIL -> uint8 [3, size, size]."""
+    return _drawing_views(
+        size, turn=15, shift=0.08, zoom=(0.75, 1.15), shear=10, crop=(0.6, 1.0), ratio=(0.8, 1.25),
+        colour=(0.5, 0.5, 0.6, 0.08), colour_p=0.8, grey_p=0.2, erase_p=0.3,
+    )  # fmt: skip
+
+
+def mild_drawing_augmentation(size: int) -> Callable[[Image.Image], torch.Tensor]:
+    """To distil them: a small student in a short run, whose targets are the teacher's word on each view.
+
+    Over `drawing_augmentation` it won 6 points of top-1 (recipes/README.md). PIL -> uint8 [3, size, size].
+    """
+    return _drawing_views(
+        size, turn=8, shift=0.05, zoom=(0.85, 1.1), shear=5, crop=(0.8, 1.0), ratio=(0.9, 1.11),
+        colour=(0.4, 0.4, 0.5, 0.06), colour_p=0.7, grey_p=0.1, erase_p=0.1,
+    )  # fmt: skip
+
+
+def _drawing_views(
+    size: int,
+    *,
+    turn: float,
+    shift: float,
+    zoom: tuple[float, float],
+    shear: float,
+    crop: tuple[float, float],
+    ratio: tuple[float, float],
+    colour: tuple[float, float, float, float],
+    colour_p: float,
+    grey_p: float,
+    erase_p: float,
+) -> Callable[[Image.Image], torch.Tensor]:
+    """What may change between two drawings of one thing, and no mirror: it swaps meanings."""
+    bilinear = v2.InterpolationMode.BILINEAR
     return v2.Compose(
         [
-            v2.RandomAffine([-15, 15], translate=(0.08, 0.08), scale=(0.75, 1.15), shear=10, fill=255,
-                            interpolation=v2.InterpolationMode.BILINEAR),
-            v2.RandomResizedCrop(size, scale=(0.6, 1.0), ratio=(0.8, 1.25),
-                                 interpolation=v2.InterpolationMode.BILINEAR),
-            v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.6, 0.08)], p=0.8),
-            v2.RandomGrayscale(0.2),
+            v2.RandomAffine(
+                [-turn, turn], translate=(shift, shift), scale=zoom, shear=shear, fill=255, interpolation=bilinear
+            ),
+            v2.RandomResizedCrop(size, scale=crop, ratio=ratio, interpolation=bilinear),
+            v2.RandomApply([v2.ColorJitter(*colour)], p=colour_p),
+            v2.RandomGrayscale(grey_p),
             v2.PILToTensor(),
-            v2.RandomErasing(p=0.3, scale=(0.02, 0.2), value=255),
+            v2.RandomErasing(p=erase_p, scale=(0.02, 0.2), value=255),
         ]
-    )  # fmt: skip
+    )
 
 
 def apply_seeded(augment: Callable[[Image.Image], torch.Tensor], image: Image.Image, seed: int) -> torch.Tensor:

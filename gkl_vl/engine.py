@@ -1,6 +1,7 @@
 """fit(): the training loop, one page, on Accelerate. It receives callables and knows no loss, model or data set."""
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -174,6 +175,19 @@ def learning_rate(step: int, config: FitConfig) -> float:
 def is_time(step: int, every: int) -> bool:
     """Whether something that happens every so many steps (0 = never) is due."""
     return every > 0 and step % every == 0
+
+
+def refuse_strangers(accelerator: Accelerator) -> None:
+    """Processes that were launched together and do not know of each other would all train and write as the main one.
+
+    Accelerate joins torchrun's processes on a CPU only when told to.
+    """
+    launched = int(os.environ["WORLD_SIZE"]) if {"LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
+    if launched > accelerator.num_processes:
+        raise UserError(
+            f"{launched} processes were launched, but Accelerate joined {accelerator.num_processes}: on a CPU set "
+            "ACCELERATE_USE_CPU=true, on GPUs use `accelerate launch`"
+        )
 
 
 def refuse_accumulation(accelerator: Accelerator) -> None:

@@ -192,6 +192,8 @@ def export_clip(
             write_transformers(clip=clip, folder=scratch, tensors=tensors)
         (scratch / CONFIG_NAME).write_text(json.dumps(_open_clip_config(clip, card.repo_id), indent=2) + "\n")
         (scratch / CARD_NAME).write_text(card.render(transformers=as_transformers), encoding="utf-8")
+        for weights in scratch.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
+            weights.chmod((scratch / CARD_NAME).stat().st_mode)
         _replace_folder(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -169,7 +169,8 @@ def _two_directions(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | N
     everybody = gather_rows(torch.cat([image, text], dim=1))  # one collective instead of two
     all_images, all_texts = everybody.split([image.shape[1], text.shape[1]], dim=1)
     shift = 0.0 if bias is None else bias
-    return scale * image @ all_texts.T + shift, scale * text @ all_images.T + shift
+    with torch.autocast(image.device.type, enabled=False):  # a caller's would multiply in half precision
+        return scale * image @ all_texts.T + shift, scale * text @ all_images.T + shift
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

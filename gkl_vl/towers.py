@@ -348,11 +348,13 @@ def _load_transformers(name: str, source: str, *, allow_pickle: bool) -> Clip:
             raise UserError(f"{name!r} holds no weights: expected model.safetensors")
         _refuse_pickle(pickles[0], allow_pickle=allow_pickle)
     try:
-        model = AutoModel.from_pretrained(folder)
+        model, loading = AutoModel.from_pretrained(folder, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         processor = AutoImageProcessor.from_pretrained(folder)
     except (RuntimeError, ValueError, OSError, UnpicklingError) as error:
         raise UserError(f"{name!r} could not be loaded: {_first_line(error)}") from error
+    if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers and goes on
+        raise UserError(f"the weights of {name!r} lack {len(missing)} tensors, such as {missing[0]}: fetch them again")
     length = config.text_config.max_position_embeddings
 
     def tokenize(texts: list[str]) -> Int[Tensor, "n length"]:

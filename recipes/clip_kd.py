@@ -45,7 +45,7 @@ from gkl_vl.data.pairs import (
     mild_drawing_augmentation,
     open_source,
 )
-from gkl_vl.engine import FitConfig, fit
+from gkl_vl.engine import FitConfig, fit, refuse_strangers
 from gkl_vl.errors import UserError
 from gkl_vl.evaluate import evaluate_clip, milliseconds_per_image, top_names
 from gkl_vl.objectives import ClipKdWeights, Teacher, clip_kd, online_teacher
@@ -204,6 +204,7 @@ def start(config: Config) -> tuple[RunFolder, Accelerator]:
         log_with=list(config.report_to) or None,
         project_dir=str(config.output_dir or "runs"),
     )
+    refuse_strangers(accelerator)
     folder = [config.output_dir or default_folder(config.resume)]
     broadcast_object_list(folder)  # all ranks: clocks differ
     run = RunFolder(folder[0], is_main=accelerator.is_main_process)

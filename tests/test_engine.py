@@ -2,6 +2,7 @@
 
 import json
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -159,6 +160,17 @@ def test_accumulation_is_refused_with_the_reason(tmp_path, monkeypatch, by_envir
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=1 if by_environment else 4)
     with pytest.raises(UserError, match="gradient_accumulation_steps = 4.*negatives"):
         engine.refuse_accumulation(accelerator)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    alone, both = (Mock(spec=Accelerator, num_processes=n) for n in (1, 2))
+    engine.refuse_strangers(alone)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a scheduler may say so to a script that is no rank
+    engine.refuse_strangers(alone)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    engine.refuse_strangers(both)
+    with pytest.raises(UserError, match="2 processes were launched, but Accelerate joined 1: .*ACCELERATE_USE_CPU"):
+        engine.refuse_strangers(alone)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):

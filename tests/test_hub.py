@@ -199,6 +199,12 @@ def test_renaming_keeps_every_number(tmp_path: Path):
     assert again == pytest.approx(total)
 
 
+def test_who_reads_the_card_reads_the_weights(tmp_path: Path):
+    export_clip(clip=make_clip(tmp_path, "small_bpe"), folder=tmp_path / "model", card=CARD)
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert len(modes) > 3 and set(modes.values()) == {modes["README.md"]}
+
+
 def test_half_precision_halves_the_weights(tmp_path: Path):
     clip = make_clip(tmp_path, "small_bpe")
     export_clip(clip=clip, folder=tmp_path / "model", card=CARD, dtype=torch.float16, transformers=False)

@@ -166,6 +166,14 @@ def test_scalars_say_how_the_two_see_the_batch():
     assert scalars["agreement@1"].item() == pytest.approx(1 / 3)
 
 
+def test_a_callers_autocast_changes_no_logit():
+    scales = {"logit_scale": torch.tensor(50.0), "teacher_logit_scale": torch.tensor(80.0)}
+    plain, _ = image_text_loss(**batch(5, torch.float32), **scales)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under, _ = image_text_loss(**batch(5, torch.float32), **scales)
+    assert under.dtype == torch.float32 and under.item() == pytest.approx(plain.item(), rel=1e-6)
+
+
 def test_a_term_without_weight_is_not_computed():
     _, scalars = image_text_loss(
         **batch(3), logit_scale=torch.tensor(1.0), teacher_logit_scale=torch.tensor(1.0), wmse_weight=0

@@ -296,6 +296,14 @@ def test_ranks_and_workers_share_an_epoch(tmp_path):
     assert len(counts) == 32 and set(counts.values()) == {1}
 
 
+def test_a_loader_that_is_read_again_starts_over_with_its_position():
+    loader = PairLoader(stream(memory_source("toy", toy_pairs(20))))
+    first, position = take(loader, 3), loader.position()
+    again = take(loader, 3)
+    assert all(same(x, y) for x, y in zip(first, again, strict=True))
+    assert loader.position() == position
+
+
 def test_another_seed_is_another_stream():
     source = memory_source("toy", toy_pairs(20))
     a, b, c = (take(PairLoader(stream(source, seed=seed)), 2) for seed in (0, 0, 1))

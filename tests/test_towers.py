@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from gkl_vl.assets.build_tokenizer import build
 from gkl_vl.errors import UserError
@@ -266,6 +266,15 @@ def test_a_transformers_folder_without_weights_or_with_a_pickle(tmp_path):
         load_clip(f"transformers:{folder}")
     (folder / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match="is a pickle"):
+        load_clip(f"transformers:{folder}")
+
+
+def test_a_transformers_folder_that_lacks_a_tensor_is_refused(tmp_path):
+    folder = clip_folder(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["visual_projection.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lack 1 tensors, such as visual_projection.weight"):
         load_clip(f"transformers:{folder}")
 
 

@@ -481,9 +481,7 @@ class PairLoader:
 
     def __init__(self, stream: PairStream, *, pin_memory: bool = False):
         self.stream = stream
-        self._pairs = list(stream.start.pairs)
-        self._taken = stream.start.batches
-        self._skipped: dict[int, int] = {}
+        self._rewind()
         self.loader = DataLoader(
             stream,
             batch_size=None,
@@ -495,7 +493,13 @@ class PairLoader:
             generator=torch.Generator(),
         )
 
+    def _rewind(self) -> None:
+        self._pairs = list(self.stream.start.pairs)
+        self._taken = self.stream.start.batches
+        self._skipped: dict[int, int] = {}
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._rewind()  # the stream starts over as well
         for batch in self.loader:
             if "error" in batch:
                 raise UserError(batch["error"])

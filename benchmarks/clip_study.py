@@ -5,7 +5,8 @@
 Every arm is `recipes/clip_kd.py` on the bundled default with other weights; runs that are done already are not run
 again, so the study can be stopped and taken up. It prints a Markdown table: mean and standard deviation over seeds, and
 the paired difference to the arm that has a term less (same seed = same initial weights, same batches) with its standard
-error. `--search` compares other weights and gammas with the recipe's own.
+error. `--search` compares other weights, gammas and rates with the recipe's own; give it other seeds than the study, so
+that what it picks is judged on runs that had no part in the picking.
 """
 
 import argparse
@@ -41,7 +42,10 @@ SEARCH = {
     "wMSE 2, gamma 1": (["--wmse-weight", "2", "--gamma", "1"], DEFAULT),
     "no contrastive": (["--contrastive-weight", "0"], DEFAULT),
     "mimicry 6000": (["--mimicry-weight", "6000"], DEFAULT),
+    "mimicry 20000": (["--mimicry-weight", "20000"], DEFAULT),
     "mimicry alone": (["--contrastive-weight", "0", *NO_GKL], DEFAULT),
+    "no mimicry": (NO_MIMICRY, DEFAULT),
+    "no mimicry, rate halved": ([*NO_MIMICRY, "--lr", "3e-3"], "no mimicry"),
 }
 Arms = dict[str, tuple[list[str], str | None]]
 SETS = {"emoji": ("acc1", "acc5"), "emoji_unseen": ("acc1",)}
@@ -49,7 +53,7 @@ SETS = {"emoji": ("acc1", "acc5"), "emoji_unseen": ("acc1",)}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to n-1 for every arm")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="every arm runs on each")
     parser.add_argument("--steps", type=int, default=300, help="updates of every run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--search", action="store_true", help="the arms of the search over weights and gamma instead")
@@ -57,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     arms = SEARCH if options.search else ARMS
     # Seed by seed, so that a study cut short still has complete pairs.
-    runs = [(arm, seed) for seed in range(options.seeds) for arm in arms]
+    runs = [(arm, seed) for seed in options.seeds for arm in arms]
     with ThreadPoolExecutor(options.jobs) as pool:
         results = list(pool.map(lambda run: run_once(run, arms, options), runs))
     print(table(dict(zip(runs, results, strict=True)), arms))

@@ -290,7 +290,7 @@ def light_augmentation(size: int) -> Callable[[Image.Image], torch.Tensor]:
 def drawing_augmentation(size: int) -> Callable[[Image.Image], torch.Tensor]:
     """To learn the bundled emoji from scratch, as their teacher did. PIL -> uint8 [3, size, size]."""
     return _drawing_views(
-        size, turn=15, shift=0.08, zoom=(0.75, 1.15), shear=10, crop=(0.6, 1.0), ratio=(0.8, 1.25),
+        size, turn=15.0, shift=0.08, zoom=(0.75, 1.15), shear=10.0, crop=(0.6, 1.0), ratio=(0.8, 1.25),
         colour=(0.5, 0.5, 0.6, 0.08), colour_p=0.8, grey_p=0.2, erase_p=0.3,
     )  # fmt: skip
 
@@ -301,7 +301,7 @@ def mild_drawing_augmentation(size: int) -> Callable[[Image.Image], torch.Tensor
     Over `drawing_augmentation` it won 6 points of top-1 (recipes/README.md). PIL -> uint8 [3, size, size].
     """
     return _drawing_views(
-        size, turn=8, shift=0.05, zoom=(0.85, 1.1), shear=5, crop=(0.8, 1.0), ratio=(0.9, 1.11),
+        size, turn=8.0, shift=0.05, zoom=(0.85, 1.1), shear=5.0, crop=(0.8, 1.0), ratio=(0.9, 1.11),
         colour=(0.4, 0.4, 0.5, 0.06), colour_p=0.7, grey_p=0.1, erase_p=0.1,
     )  # fmt: skip
 

@@ -116,7 +116,8 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = lr
         model.train()
-        loss, scalars = objective(model, batch)
+        with accelerator.autocast():  # for what the objective holds beside the model: a frozen teacher
+            loss, scalars = objective(model, batch)
         stop_unless_finite(accelerator, loss, scalars, batch, step)  # all ranks
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.grad_clip_norm)

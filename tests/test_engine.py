@@ -49,12 +49,21 @@ def objective(model, batch):
     return y.square().mean() + y.mean(), {"size": y.detach().abs().mean()}
 
 
-def run_fit(folder, *, model=None, config=CONFIG, evaluate=lambda model: [], after_step=lambda: None, **options):
+def run_fit(
+    folder,
+    *,
+    model=None,
+    config=CONFIG,
+    evaluate=lambda model: [],
+    after_step=lambda: None,
+    accelerator=None,
+    **options,
+):
     model = model or net()
     options = {"objective": objective, "make_loader": Loader} | options
     run = RunFolder(folder, is_main=True)
     result = fit(
-        accelerator=Accelerator(cpu=True),
+        accelerator=accelerator or Accelerator(cpu=True),
         model=model,
         run=run,
         config=config,
@@ -171,6 +180,18 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     engine.refuse_strangers(both)
     with pytest.raises(UserError, match="2 processes were launched, but Accelerate joined 1: .*ACCELERATE_USE_CPU"):
         engine.refuse_strangers(alone)
+
+
+@pytest.mark.parametrize("precision, dtype", [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_frozen_teacher_computes_in_the_precision_of_the_run(tmp_path, precision, dtype):
+    teacher, seen = net().requires_grad_(False), []
+
+    def distil(model, batch):
+        seen.append(teacher(batch["x"]).dtype)
+        return objective(model, batch)
+
+    run_fit(tmp_path, objective=distil, accelerator=Accelerator(cpu=True, mixed_precision=precision))
+    assert seen == [dtype] * CONFIG.steps
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):

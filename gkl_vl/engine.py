@@ -105,6 +105,8 @@ def fit(
         if fresh and (last or is_time(step, config.eval_every_steps)):
             for record in evaluate(result):  # all ranks
                 log_evaluation(accelerator, run, record, step)
+                if not quiet:
+                    bar.write(evaluation_line(record, step))
         if fresh and (last or is_time(step, config.checkpoint_every_steps)):
             save_checkpoint(accelerator, run, step=step, position=loader.position(), ema=ema)  # all ranks
         if last:
@@ -215,6 +217,12 @@ def stop_unless_finite(
         f"the loss is {float(value)} at step {step} ({terms}); samples {', '.join(map(str, keys[:8]))} ...: "
         "lower --lr or look at these samples; the last checkpoint is good"
     )
+
+
+def evaluation_line(record: Record, step: int) -> str:
+    """What a person wants to see of an evaluation while the bar goes on: its first two metrics."""
+    metrics = [f"{key} {value:.3f}" for key, value in record.items() if isinstance(value, float)]
+    return f"step {step:,}: {record['model']} on {record['dataset']}: {', '.join(metrics[:2])}"
 
 
 def log_evaluation(accelerator: Accelerator, run: RunFolder, record: Record, step: int) -> None:

@@ -142,6 +142,7 @@ def main(config: Config) -> None:
     student.towers.to(memory_format=torch.channels_last)
     source = open_source(config.train_data, columns=config.columns)
     steps = count_steps(config, source, accelerator.num_processes)
+    accelerator.print(f"{title(config, steps)} · {accelerator.num_processes} x {accelerator.device.type} · {run.path}")
     augment = augmentation(config, student, teacher)
     stored = None
     if teacher is not None and config.train_data is None:
@@ -321,6 +322,12 @@ def count_steps(config: Config, source: Source, num_processes: int) -> int:
     return max(config.epochs * source.num_pairs // (config.batch_size * num_processes), 1)
 
 
+def title(config: Config, steps: int) -> str:
+    """The run in a line."""
+    origin = "" if config.teacher == "none" else f" distilled from {config.teacher}"
+    return f"{config.student}{origin} · {steps:,} steps of {config.batch_size} · seed {config.seed}"
+
+
 # ---- during and after -------------------------------------------------------------------------------------------
 
 
@@ -366,9 +373,7 @@ def finish(
     )
     hub.export_clip(clip=student, folder=run.path / "model", card=card)
     sheet = [] if config.train_data is not None else draw_sheet(student, device)
-    origin = "" if teacher is None else f" distilled from {config.teacher}"
-    title = f"{config.student}{origin} · {steps:,} steps of {config.batch_size} · seed {config.seed}"
-    report.draw_report(path=run.path / "report.png", records=run.records(), sheet=sheet, title=title)
+    report.draw_report(path=run.path / "report.png", records=run.records(), sheet=sheet, title=title(config, steps))
     rows = [table_row("teacher", teacher, final, device)] if teacher else []
     print(report.results_table([*rows, table_row("student", student, final, device)]))
     print(f"\nLoad the student:\n\n    import open_clip\n    model, _, preprocess = "

@@ -135,6 +135,20 @@ def test_evaluations_and_checkpoints_come_at_their_time_and_once(tmp_path):
     assert len(clamped) == 5
 
 
+def test_an_evaluation_is_told_above_the_bar_and_nothing_where_nobody_looks(tmp_path, monkeypatch, capsys):
+    def evaluate(model):
+        return [{"model": "student", "dataset": "toy", "acc1": 0.25, "acc5": 0.5, "recall": 1.0}]
+
+    config = FitConfig(steps=2, lr=0.1)
+    run_fit(tmp_path / "file", config=config, evaluate=evaluate)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(engine.sys.stderr, "isatty", lambda: True)
+    run_fit(tmp_path / "terminal", config=config, evaluate=evaluate)
+    told = capsys.readouterr()
+    assert "step 2: student on toy: acc1 0.250, acc5 0.500\n" in told.out + told.err
+    assert "loss" in told.err and "images/s" in told.err and "2/2" in told.err
+
+
 def test_the_moving_average_is_its_closed_form_and_leaves_constants_alone():
     model = net()
     model.register_buffer("mask", torch.full((2, 2), -math.inf).triu(1), persistent=False)

@@ -162,7 +162,7 @@ def main(config: Config) -> None:
             world_size=accelerator.num_processes,
             num_workers=config.workers,
             stored_views=None if stored is None else stored.pixels,
-            start=None if position is None else Position(position["batches"], tuple(position["pairs"])),
+            start=None if position is None else Position.of(position),
         )
         return PairLoader(stream, pin_memory=accelerator.device.type == "cuda")
 

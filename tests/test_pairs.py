@@ -19,8 +19,10 @@ from gkl_vl.data.pairs import (
     BrokenPair,
     PairLoader,
     PairStream,
+    Place,
     Position,
     RawPair,
+    Source,
     apply_seeded,
     bundled_pairs,
     decode,
@@ -272,19 +274,50 @@ def test_fewer_pairs_than_workers_are_refused():
 @pytest.mark.parametrize("num_workers, stops", [(0, [1, 7]), (2, [1, 6, 7])])
 def test_a_stream_taken_up_again_gives_the_same_batches(num_workers, stops):
     source = memory_source("toy", with_broken(50, 24))
-    whole = take(PairLoader(stream(source, num_workers=num_workers)), 16)
+    uninterrupted = PairLoader(stream(source, num_workers=num_workers))
+    whole = take(uninterrupted, 16)
     for stop in stops:
         first = PairLoader(stream(source, num_workers=num_workers))
         batches = take(first, stop)
         position = json.loads(json.dumps(first.position()))  # as a checkpoint stores it
-        start = Position(position["batches"], tuple(position["pairs"]))
-        batches += take(PairLoader(stream(source, num_workers=num_workers, start=start)), 16 - stop)
+        second = PairLoader(stream(source, num_workers=num_workers, start=Position.of(position)))
+        batches += take(second, 16 - stop)
         assert all(same(a, b) for a, b in zip(batches, whole, strict=True))
+        assert second.position() == uninterrupted.position()
+        assert second.num_skipped() == uninterrupted.num_skipped() > 0
+
+
+def test_a_stream_taken_up_again_reads_no_earlier_epoch():
+    pairs, read = toy_pairs(8), []
+
+    def epoch(seed, number, part, parts):
+        read.append(number)
+        return iter(pairs)
+
+    source = Source("toy", len(pairs), None, epoch)
+    first = PairLoader(stream(source))
+    batches = take(first, 5)  # of four: the fifth ends in the third epoch
+    start = Position.of(first.position())
+    read.clear()
+    (again,) = take(PairLoader(stream(source, start=start)), 1)
+    assert read == [2] and same(again, take(PairLoader(stream(source)), 6)[5]) and not same(again, batches[4])
+
+
+def test_broken_pairs_before_a_stop_count_after_it():
+    source = memory_source("toy", with_broken(300, 5))
+    first = PairLoader(stream(source))
+    take(first, 40)
+    assert 0 < first.num_skipped() < 51
+    with pytest.raises(UserError, match=r"51 of the first \d+ pairs") as stopped:
+        take(PairLoader(stream(source, start=Position.of(first.position()))), 1000)
+    with pytest.raises(UserError) as straight:
+        take(PairLoader(stream(source)), 1000)
+    assert str(stopped.value).split(" are")[0] == str(straight.value).split(" are")[0]
 
 
 def test_another_number_of_workers_is_refused_on_resume():
     with pytest.raises(UserError, match="--workers 2 gives 2 streams, the checkpoint has 1"):
-        stream(memory_source("toy", toy_pairs(9)), num_workers=2, start=Position(3, (12,)))
+        stream(memory_source("toy", toy_pairs(9)), num_workers=2, start=Position(3, (Place(),)))
 
 
 def test_ranks_and_workers_share_an_epoch(tmp_path):

@@ -12,7 +12,7 @@ import json
 import random
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -352,12 +352,30 @@ def apply_seeded(augment: Callable[[Image.Image], torch.Tensor], image: Image.Im
 # ---- batches -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Place:
+    """How far one worker has come."""
+
+    epoch: int = 0
+    used: int = 0
+    """Pairs of this epoch that are behind, usable or not; an earlier epoch need not be read again."""
+    seen: int = 0
+    """Pairs of all epochs."""
+    skipped: int = 0
+    """Broken ones among them."""
+
+
+@dataclass(frozen=True, slots=True)
 class Position:
-    """How far a rank's stream has come: batches taken, and undecoded pairs used by each worker."""
+    """How far a rank's stream has come: batches taken, and the place of each worker. JSON keeps it as lists."""
 
     batches: int
-    pairs: tuple[int, ...]
+    places: tuple[Place, ...]
+
+    @staticmethod
+    def of(stored: dict[str, Any]) -> "Position":
+        """The position that `PairLoader.position()` gave, also after a way through JSON."""
+        return Position(stored["batches"], tuple(Place(*place) for place in stored["places"]))
 
 
 class PairStream(IterableDataset):
@@ -387,10 +405,10 @@ class PairStream(IterableDataset):
         self.batch_size, self.seed, self.stored_views = batch_size, seed, stored_views
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
         parts = max(num_workers, 1)
-        self.start = start or Position(0, (0,) * parts)
-        if len(self.start.pairs) != parts:
+        self.start = start or Position(0, (Place(),) * parts)
+        if len(self.start.places) != parts:
             raise UserError(
-                f"--workers {num_workers} gives {parts} streams, the checkpoint has {len(self.start.pairs)}: "
+                f"--workers {num_workers} gives {parts} streams, the checkpoint has {len(self.start.places)}: "
                 f"resume with the same --workers"
             )
         num_parts = world_size * parts
@@ -414,31 +432,35 @@ class PairStream(IterableDataset):
         # The loader asks its workers in turn, from 0: after k batches it is the turn of worker k mod parts.
         worker = ((info.id if info else 0) + self.start.batches) % parts
         part, num_parts = self.rank * parts + worker, self.world_size * parts
-        used = self.start.pairs[worker]
-        broken: list[str] = []
+        start = self.start.places[worker]
+        seen, skipped = start.seen, start.skipped
+        named: list[str] = []
         samples: list[dict[str, Any]] = []
-        for epoch, pair in islice(self._pairs(part, num_parts), used, None):
-            used += 1
+        for epoch, used, pair in self._pairs(part, num_parts, start):
+            seen += 1
             try:
                 samples.append(self._sample(pair, epoch))
             except BrokenPair as error:
-                broken.append(f"{pair.key} ({error})")
-                if len(broken) > BROKEN_SHARE * BROKEN_WINDOW and used <= BROKEN_WINDOW:
+                skipped += 1
+                named = [*named, f"{pair.key} ({error})"][:3]
+                if skipped > BROKEN_SHARE * BROKEN_WINDOW and seen <= BROKEN_WINDOW:
                     raise UserError(
-                        f"{len(broken)} of the first {used} pairs of {self.source.name!r} are broken, "
-                        f"among them {'; '.join(broken[:3])}: mend the data"
+                        f"{skipped} of the first {seen} pairs of {self.source.name!r} are broken, "
+                        f"among them {'; '.join(named)}: mend the data"
                     ) from error
             if len(samples) == self.batch_size:
-                yield self._collate(samples) | {"worker": worker, "used": used, "skipped": len(broken)}
+                yield self._collate(samples) | {"worker": worker, "place": Place(epoch, used, seen, skipped)}
                 samples = []
 
-    def _pairs(self, part: int, num_parts: int) -> Iterator[tuple[int, RawPair]]:
-        for epoch in count():
-            found = False
-            for pair in self.source.epoch(self.seed, epoch, part, num_parts):
-                found = True
-                yield epoch, pair
-            if not found:
+    def _pairs(self, part: int, num_parts: int, start: Place) -> Iterator[tuple[int, int, RawPair]]:
+        """(epoch, how many of the epoch are used with this one, pair) from `start` on, without end."""
+        for epoch in count(start.epoch):
+            behind = start.used if epoch == start.epoch else 0
+            used = behind
+            pairs = self.source.epoch(self.seed, epoch, part, num_parts)
+            for used, pair in enumerate(islice(pairs, behind, None), behind + 1):
+                yield epoch, used, pair
+            if not used:
                 raise UserError(f"{self.source.name!r} holds no image-text pair for worker {part} of {num_parts}")
 
     def _sample(self, pair: RawPair, epoch: int) -> dict[str, Any]:
@@ -494,9 +516,8 @@ class PairLoader:
         )
 
     def _rewind(self) -> None:
-        self._pairs = list(self.stream.start.pairs)
+        self._places = list(self.stream.start.places)
         self._taken = self.stream.start.batches
-        self._skipped: dict[int, int] = {}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._rewind()  # the stream starts over as well
@@ -504,15 +525,13 @@ class PairLoader:
             if "error" in batch:
                 raise UserError(batch["error"])
             self._taken += 1
-            worker = batch.pop("worker")
-            self._pairs[worker] = batch.pop("used")
-            self._skipped[worker] = batch.pop("skipped")
+            self._places[batch.pop("worker")] = batch.pop("place")
             yield batch
 
     def position(self) -> dict[str, Any]:
-        """Where the stream stands after the last batch taken; `Position(**...)` starts another one there."""
-        return {"batches": self._taken, "pairs": tuple(self._pairs)}
+        """Where the stream stands after the last batch taken; `Position.of` starts another one there."""
+        return {"batches": self._taken, "places": [astuple(place) for place in self._places]}
 
     def num_skipped(self) -> int:
         """Broken pairs passed over by this rank so far."""
-        return sum(self._skipped.values())
+        return sum(place.skipped for place in self._places)

@@ -46,6 +46,15 @@ def gather_rows(rows: Shaped[Tensor, " n *rest"]) -> Shaped[Tensor, " N *rest"]:
     return rows if world_size() == 1 else _GatherRows.apply(rows)
 
 
+def max_across_processes(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """Maximum over ranks, without gradient; a new tensor when there are several processes."""
+    if world_size() == 1:
+        return x.detach()
+    highest = x.detach().clone()
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)  # all ranks
+    return highest
+
+
 def sum_across_processes(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """Sum over ranks, without gradient; a new tensor when there are several processes."""
     if world_size() == 1:

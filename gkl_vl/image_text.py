@@ -8,7 +8,7 @@ averaging gives exactly the gradient of one process on the joined batch. The val
 every rank. All ranks must hold the same number of rows.
 """
 
-from typing import no_type_check
+from typing import Literal, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from gkl_vl.gather import gather_rows, rank, sum_across_processes, world_size
 from gkl_vl.gkl import Number, check_gamma, check_positive, kl_rows, smooth_weight, soft_cross_entropy_rows, wmse_rows
+from gkl_vl.tiles import Terms, TiledLoss
 
 Scalars = dict[str, Tensor]
+TILE, DENSE_ENTRIES = 512, 1024 * 1024
 
 
 # The public losses say in words what is wrong with a caller's shapes; the test suite's shape checker would speak first.
@@ -41,6 +43,7 @@ def image_text_loss(
     temperature: Number = 1.0,
     weight_temperature: Number = 1.0,
     text_ids: Int[Tensor, " n"] | None = None,
+    tile_size: int | Literal["auto"] | None = "auto",
 ) -> tuple[Float[Tensor, ""], Scalars]:
     """Contrastive loss of the student plus GKL between the image-text logits of teacher and student.
 
@@ -67,6 +70,9 @@ def image_text_loss(
         weight_temperature: T2, of the weights.
         text_ids: equal numbers mark equal captions; the contrastive target is spread evenly over them, so that a
             caption is not its twin's negative. None = all captions differ.
+        tile_size: side of the tiles that the logits are computed in, twice and never as a whole (`gkl_vl/tiles.py`):
+            memory O(N) in place of O(nN), the same number. None = the [n, N] matrices, which have second derivatives;
+            "auto" = them for small batches, tiles where those are smaller and faster.
 
     Returns:
         The loss, equal on all ranks, and detached scalars for the log: each term, agreement@1 (share of images whose
@@ -75,7 +81,8 @@ def image_text_loss(
 
     Raises:
         ValueError: teacher and student with different numbers of rows; part of the teacher missing; gamma < 0, a
-            temperature <= 0.
+            temperature <= 0, a tile size below 1.
+        RuntimeError: a second derivative of the tiled form.
 
     Source: Cui et al., arXiv 2305.13948 (NeurIPS 2024) and 2503.08038 (TPAMI 2026); Radford et al. 2021 for the
     contrastive loss.
@@ -84,40 +91,32 @@ def image_text_loss(
         check_positive(name, value)
     check_gamma(gamma)
     has_teacher = _check(image, text, teacher_image, teacher_text, teacher_logit_scale, text_ids)
-    student = _two_directions(image, text, logit_scale, logit_bias)
-    positives = _positives(text_ids, n=image.shape[0], device=image.device)
-    scalars: Scalars = {"logit_scale": logit_scale, "batch_acc1": _batch_accuracy(student[0], positives)}
-    terms: list[tuple[str, Number, Tensor]] = []
-
-    if contrastive_weight:
-        target = positives / positives.sum(dim=1, keepdim=True)
-        rows = [F.cross_entropy(logits, target.to(logits.dtype), reduction="none") for logits in student]
-        terms.append(("contrastive", contrastive_weight, _mean_of_rows(rows)))
-
+    terms = Terms(
+        contrastive_weight=contrastive_weight,
+        soft_ce_weight=soft_ce_weight if has_teacher else 0,
+        wmse_weight=wmse_weight if has_teacher else 0,
+        kl_weight=kl_weight if has_teacher else 0,
+        gamma=gamma,
+        temperature=temperature,
+        weight_temperature=weight_temperature,
+    )
+    student = _Side(image, text, logit_scale)
+    teacher = None
     if has_teacher:
         assert teacher_image is not None and teacher_text is not None and teacher_logit_scale is not None
-        with torch.no_grad():
-            teacher = _two_directions(teacher_image, teacher_text, teacher_logit_scale, teacher_logit_bias)
-        pairs = list(zip(student, teacher, strict=True))
-        if soft_ce_weight:
-            rows = [soft_cross_entropy_rows(student=s, teacher=t, temperature=temperature) for s, t in pairs]
-            terms.append(("soft_ce", soft_ce_weight, _mean_of_rows(rows)))
-        if wmse_weight:
-            ratios = []
-            for s, t in pairs:
-                weight = smooth_weight(teacher=t, gamma=gamma, weight_temperature=weight_temperature)
-                ratios.append(_ratio_of_sums(*wmse_rows(student=s, teacher=t, weight=weight)))
-            terms.append(("wmse", wmse_weight, torch.stack(ratios).mean()))
-        if kl_weight:
-            rows = [kl_rows(student=s, teacher=t, temperature=temperature) for s, t in pairs]
-            terms.append(("kl", kl_weight, _mean_of_rows(rows)))
-        scalars |= _teacher_scalars(student[0], teacher[0], teacher_logit_scale)
-
-    # Mimicry alone leaves no term here. Scale and bias stay in the graph: DDP waits for every parameter's gradient.
-    loss = 0.0 * logit_scale if logit_bias is None else 0.0 * (logit_scale + logit_bias)
-    for _, weight, term in terms:
-        loss = loss + weight * term
-    scalars |= {name: term for name, _, term in terms}
+        teacher = _Side(teacher_image.detach(), teacher_text.detach(), teacher_logit_scale.detach())
+    if text_ids is None:
+        text_ids = torch.arange(rank() * len(image), (rank() + 1) * len(image), device=image.device)
+    size = _tile_size(tile_size, rows=len(image))
+    with torch.autocast(image.device.type, enabled=False):  # a caller's would multiply in half precision
+        if size is None:
+            share, scalars = _dense_loss(student, teacher, text_ids, terms)
+        else:
+            share, scalars = _tiled_loss(student, teacher, text_ids, terms, size)
+    # Mimicry alone leaves no term here, and no term feels a bias: a softmax is blind to it. Both stay in the graph, as
+    # DDP waits for every parameter's gradient.
+    loss = share + 0.0 * logit_scale if logit_bias is None else share + 0.0 * (logit_scale + logit_bias)
+    scalars |= {"logit_scale": logit_scale} | ({} if teacher is None else {"teacher_logit_scale": teacher.scale})
     return global_value(loss), _scalars_of_all_ranks(scalars)
 
 
@@ -163,25 +162,72 @@ def _check(image, text, teacher_image, teacher_text, teacher_logit_scale, text_i
     return all(given)
 
 
-def _two_directions(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """My images against everybody's texts and my texts against everybody's images, [n, N] each, at least fp32."""
-    image, text = _at_least_fp32(image), _at_least_fp32(text)
-    everybody = gather_rows(torch.cat([image, text], dim=1))  # one collective instead of two
-    all_images, all_texts = everybody.split([image.shape[1], text.shape[1]], dim=1)
-    shift = 0.0 if bias is None else bias
-    with torch.autocast(image.device.type, enabled=False):  # a caller's would multiply in half precision
-        return scale * image @ all_texts.T + shift, scale * text @ all_images.T + shift
+class _Side:
+    """One model's embeddings in at least fp32, and its scale."""
+
+    def __init__(self, image: Tensor, text: Tensor, scale: Tensor):
+        self.image, self.text, self.scale = _at_least_fp32(image), _at_least_fp32(text), scale
+
+    def two_directions(self) -> tuple[Tensor, Tensor]:
+        """My images against everybody's texts and my texts against everybody's images, [n, N] each.
+
+        Without the bias, which no term feels: the difference of teacher and student would lose digits to it.
+        """
+        everybody = gather_rows(torch.cat([self.image, self.text], dim=1))  # one collective instead of two
+        all_images, all_texts = everybody.split([self.image.shape[1], self.text.shape[1]], dim=1)
+        return self.scale * self.image @ all_texts.T, self.scale * self.text @ all_images.T
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _positives(text_ids: Tensor | None, *, n: int, device: torch.device) -> Tensor:
-    """[n, N], 1 where column j carries the caption of my row i."""
-    if text_ids is None:
-        text_ids = torch.arange(rank() * n, (rank() + 1) * n, device=device)
-    return (text_ids[:, None] == gather_rows(text_ids)[None, :]).float()
+def _tile_size(asked: int | Literal["auto"] | None, *, rows: int) -> int | None:
+    if asked == "auto":
+        return TILE if rows * rows * world_size() > DENSE_ENTRIES else None
+    if asked is not None and asked < 1:
+        raise ValueError(f"tile_size must be at least 1, 'auto' or None, got {asked}")
+    return asked
+
+
+def _dense_loss(student: _Side, teacher: _Side | None, text_ids: Tensor, terms: Terms) -> tuple[Tensor, Scalars]:
+    """My share of the loss times the number of ranks, and the scalars of my rows; the tiled form's oracle."""
+    student_logits = student.two_directions()
+    same = text_ids[:, None] == gather_rows(text_ids)
+    found: dict[str, tuple[Number, Tensor]] = {}
+    if terms.contrastive_weight:
+        target = same.to(student_logits[0].dtype)
+        target = target / target.sum(dim=1, keepdim=True)
+        rows = [F.cross_entropy(logits, target, reduction="none") for logits in student_logits]
+        found["contrastive"] = terms.contrastive_weight, _mean_of_rows(rows)
+    teacher_logits = None if teacher is None else teacher.two_directions()
+    if teacher_logits is not None:
+        pairs = list(zip(student_logits, teacher_logits, strict=True))
+        for name, weight, term in (
+            ("soft_ce", terms.soft_ce_weight, soft_cross_entropy_rows),
+            ("kl", terms.kl_weight, kl_rows),
+        ):
+            if weight:
+                rows = [term(student=s, teacher=t, temperature=terms.temperature) for s, t in pairs]
+                found[name] = weight, _mean_of_rows(rows)
+        if terms.wmse_weight:
+            ratios = []
+            for s, t in pairs:
+                weight = smooth_weight(teacher=t, gamma=terms.gamma, weight_temperature=terms.weight_temperature)
+                ratios.append(_ratio_of_sums(*wmse_rows(student=s, teacher=t, weight=weight)))
+            found["wmse"] = terms.wmse_weight, torch.stack(ratios).mean()
+    loss = sum((weight * term for weight, term in found.values()), student_logits[0].new_zeros(()))
+    of_images = student_logits[0], None if teacher_logits is None else teacher_logits[0]
+    return loss, {name: term for name, (_, term) in found.items()} | _watched(*of_images, same)
+
+
+def _tiled_loss(
+    student: _Side, teacher: _Side | None, text_ids: Tensor, terms: Terms, tile_size: int
+) -> tuple[Tensor, Scalars]:
+    """What `_dense_loss` gives, in tiles."""
+    of_teacher = None if teacher is None else (teacher.scale * teacher.image, gather_rows(teacher.text))
+    ids = text_ids, gather_rows(text_ids)
+    return TiledLoss.apply(student.image, gather_rows(student.text), student.scale, of_teacher, ids, terms, tile_size)
 
 
 def _mean_of_rows(directions: list[Tensor]) -> Tensor:
@@ -206,21 +252,16 @@ def _scalars_of_all_ranks(scalars: Scalars) -> Scalars:
 
 
 @torch.no_grad()
-def _batch_accuracy(logits: Tensor, positives: Tensor) -> Tensor:
-    return positives.gather(1, logits.argmax(dim=1, keepdim=True)).mean()
-
-
-@torch.no_grad()
-def _teacher_scalars(student: Tensor, teacher: Tensor, teacher_logit_scale: Tensor) -> Scalars:
-    """How the two see the rows of images."""
+def _watched(student: Tensor, teacher: Tensor | None, same: Tensor) -> Scalars:
+    """How the models see the rows of images."""
 
     def entropy(logits: Tensor) -> Tensor:
         log_p = logits.log_softmax(dim=1)
         return -(log_p.exp() * log_p).sum(dim=1).mean()
 
-    return {
-        "agreement@1": (student.argmax(dim=1) == teacher.argmax(dim=1)).float().mean(),
-        "student_entropy": entropy(student),
-        "teacher_entropy": entropy(teacher),
-        "teacher_logit_scale": teacher_logit_scale,
-    }
+    best = student.argmax(dim=1)
+    found = {"batch_acc1": same.gather(1, best[:, None]).float().mean(), "student_entropy": entropy(student)}
+    if teacher is None:
+        return found
+    agreement = (best == teacher.argmax(dim=1)).float().mean()
+    return found | {"agreement@1": agreement, "teacher_entropy": entropy(teacher)}

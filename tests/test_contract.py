@@ -1,0 +1,292 @@
+"""The contract of the image-text loss: world size, tile size and precision change the cost, never the number.
+
+Whatever the form, loss and gradients are those of the dense form in float64 in one process on the joined batch, which
+test_image_text.py compares with the formula.
+"""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import run_ranks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.parallel import DistributedDataParallel
+
+from gkl_vl import gather, image_text, tiles
+from gkl_vl.image_text import image_text_loss, mimicry_loss
+
+EVERYTHING = {"contrastive_weight": 0.7, "soft_ce_weight": 1.3, "wmse_weight": 0.11, "kl_weight": 0.4}
+TEMPERATURES = {"temperature": 2.0, "weight_temperature": 3.0}
+# Relative to the largest entry. fp64: a few hundred roundings of 1e-16. fp32: logits of up to 13 carry 13 * 6e-8, which
+# an exponential passes on. bf16 inputs are the same rounded numbers for the oracle, so the loss is fp32's; the
+# gradient of a bf16 embedding is bf16, half a unit in the last place of 8 bits.
+LOSS_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-5}
+GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4e-3}
+
+ROWS = 24  # divides by 4 ranks; tiles of 7 end in odd ones
+IDS = [0, 1, 2, 3, 1, 4, 5, 0, *range(6, 20), 2, 19]  # captions that stand twice: on one rank, and on two
+TILES = (None, 1, 7, 64)
+CASES = list(itertools.product(LOSS_TOLERANCE, TILES, (0, 0.5, 1), (True, False)))
+
+
+def embeddings(dtype, rows=ROWS) -> dict[str, torch.Tensor]:
+    """Student and teacher have other dimensions; all are rounded to the precision of the case first."""
+    draw = torch.Generator().manual_seed(1)
+    widths = {"image": 5, "text": 5, "teacher_image": 7, "teacher_text": 7}
+    drawn = {k: torch.randn(rows, width, generator=draw, dtype=torch.float64) for k, width in widths.items()}
+    return {name: F.normalize(tensor).to(dtype) for name, tensor in drawn.items()}
+
+
+def loss_and_gradients(tensors, *, ids, tile_size, gamma, scale=9.0, teacher_scale=13.0, bias=-3.0, **weights):
+    """(loss, {"image", "text", "scale", "bias"}), with an operation after the loss."""
+    precision = torch.float64 if tensors["image"].dtype == torch.float64 else torch.float32
+    leaves = {name: tensors[name].clone().requires_grad_() for name in ("image", "text")}
+    leaves |= {"scale": torch.tensor(scale, dtype=precision, requires_grad=True)}
+    leaves |= {"bias": torch.tensor(bias, dtype=precision, requires_grad=True)}
+    loss, _ = image_text_loss(
+        image=leaves["image"],
+        text=leaves["text"],
+        logit_scale=leaves["scale"],
+        logit_bias=leaves["bias"],
+        teacher_image=tensors["teacher_image"],
+        teacher_text=tensors["teacher_text"],
+        teacher_logit_scale=torch.tensor(teacher_scale, dtype=precision),
+        teacher_logit_bias=torch.tensor(5.0, dtype=precision),
+        text_ids=None if ids is None else torch.tensor(ids),
+        tile_size=tile_size,
+        gamma=gamma,
+        **(EVERYTHING | TEMPERATURES | weights),
+    )
+    (3 * loss).backward()
+    return loss.detach(), {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def oracle(dtype, *, ids, gamma):
+    tensors = {name: tensor.double() for name, tensor in embeddings(dtype).items()}
+    return loss_and_gradients(tensors, ids=ids, tile_size=None, gamma=gamma)
+
+
+def my_share(rank, world_size, dtype, tile_size, gamma, with_ids):
+    mine = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
+    tensors = {name: tensor[mine] for name, tensor in embeddings(dtype).items()}
+    return loss_and_gradients(tensors, ids=IDS[mine] if with_ids else None, tile_size=tile_size, gamma=gamma)
+
+
+def all_shares(rank, world_size):
+    return [my_share(rank, world_size, *case) for case in CASES]
+
+
+def joined(ranks):
+    """The gradients as DistributedDataParallel would leave them: averaged over ranks."""
+    averaged = {name: torch.stack([g[name] for _, g in ranks]).mean(0) for name in ("scale", "bias")}
+    return averaged | {name: torch.cat([g[name] for _, g in ranks]).double() / len(ranks) for name in ("image", "text")}
+
+
+def farthest(got: dict, want: dict) -> float:
+    """The largest difference, relative to the largest entry, or to 1 where that is smaller: the bias's gradient is 0
+    on paper and rounding noise here."""
+    return max(((got[k] - want[k]).abs().max() / want[k].abs().max().clamp_min(1)).item() for k in want)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_form_gives_the_one_number(world_size):
+    by_rank = [all_shares(0, 1)] if world_size == 1 else run_ranks(all_shares, world_size)
+    for case, *ranks in zip(CASES, *by_rank, strict=True):
+        dtype, _, gamma, with_ids = case
+        loss, gradients = oracle(dtype, ids=IDS if with_ids else None, gamma=gamma)
+        for value, _ in ranks:
+            assert value.item() == pytest.approx(loss.item(), rel=LOSS_TOLERANCE[dtype]), case
+        assert farthest(joined(ranks), gradients) < GRADIENT_TOLERANCE[dtype], case
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 41),
+    tile=st.integers(1, 50),
+    gamma=st.sampled_from([0, 0.05, 1]),
+    num_ids=st.integers(1, 41),
+    off=st.sampled_from([None, "contrastive_weight", "soft_ce_weight", "wmse_weight", "kl_weight"]),
+)
+def test_odd_sizes_tiles_and_missing_terms(rows, tile, gamma, num_ids, off):
+    tensors = embeddings(torch.float64, rows)
+    options = {"ids": [i % num_ids for i in range(rows)], "gamma": gamma} | ({off: 0} if off else {})
+    loss, gradients = loss_and_gradients(tensors, tile_size=tile, **options)
+    exact, exact_gradients = loss_and_gradients(tensors, tile_size=None, **options)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-10)
+    assert farthest(gradients, exact_gradients) < 1e-10
+
+
+@pytest.mark.parametrize("tile_size", [None, 16])
+@pytest.mark.parametrize("gamma", [0, 0.5, 1])
+@pytest.mark.parametrize("bias", [0.0, -50.0])
+def test_sharp_logits_keep_their_digits_in_fp32(tile_size, gamma, bias):
+    """Scale 100, and an offset of 50 between student and teacher."""
+    tensors = embeddings(torch.float32, 100)
+    exact = {name: tensor.double() for name, tensor in tensors.items()}
+    options = {"ids": None, "gamma": gamma, "scale": 100.0, "teacher_scale": 100.0, "bias": bias}
+    loss, gradients = loss_and_gradients(tensors, tile_size=tile_size, **options)
+    want, exact_gradients = loss_and_gradients(exact, tile_size=None, **options)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    # An exponential passes on the absolute rounding of its logit, 100 * 6e-8.
+    assert farthest({k: v.double() for k, v in gradients.items()}, exact_gradients) < 1e-5
+
+
+def test_scalars_for_the_log_are_the_same():
+    draw = embeddings(torch.float64)
+    arguments = draw | {"logit_scale": torch.tensor(9.0), "teacher_logit_scale": torch.tensor(13.0)}
+    for with_teacher in (True, False):
+        given = arguments if with_teacher else {k: v for k, v in arguments.items() if not k.startswith("teacher")}
+        (_, dense), (_, tiled) = (image_text_loss(**given, text_ids=torch.tensor(IDS), tile_size=t) for t in (None, 5))
+        assert list(dense) == list(tiled)
+        for name, value in dense.items():
+            assert tiled[name].item() == pytest.approx(value.item(), rel=1e-6), name
+
+
+def test_auto_is_dense_for_small_batches_and_tiled_for_large_ones(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        image_text, "_tiled_loss", lambda *arguments: seen.append(arguments[-1]) or (torch.zeros(()), {})
+    )
+    image = F.normalize(torch.randn(1025, 3))
+    for rows in (1024, 1025):
+        image_text_loss(image=image[:rows], text=image[:rows], logit_scale=torch.tensor(9.0))
+    assert seen == [image_text.TILE]
+
+
+def test_a_tile_size_below_1_and_a_second_derivative_are_refused():
+    image = torch.eye(3).requires_grad_()
+    with pytest.raises(ValueError, match="tile_size must be at least 1, 'auto' or None, got 0"):
+        image_text_loss(image=image, text=image, logit_scale=torch.tensor(9.0), tile_size=0)
+    loss, _ = image_text_loss(image=image, text=image, logit_scale=torch.tensor(9.0), tile_size=2)
+    with pytest.raises(RuntimeError, match="no second derivative: pass tile_size=None"):
+        torch.autograd.grad(loss, image, create_graph=True)
+
+
+# In training: each rank has other rows, and DistributedDataParallel averages.
+
+
+class Encoder(torch.nn.Module):
+    """Two linear towers, a scale and a bias: everything that DistributedDataParallel has to average."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.text = torch.nn.Linear(6, 5), torch.nn.Linear(4, 5)
+        self.log_scale = torch.nn.Parameter(torch.tensor(2.0))
+        self.bias = torch.nn.Parameter(torch.tensor(-1.0))
+
+    def forward(self, pixels, tokens):
+        image, text = F.normalize(self.image(pixels), dim=1), F.normalize(self.text(tokens), dim=1)
+        return {"image": image, "text": text, "logit_scale": self.log_scale.exp(), "logit_bias": self.bias}
+
+
+def train_step(rank, world_size, dtype, with_ids, tile_size):
+    """Loss, averaged gradients and scalars, from my share of the same pairs."""
+    torch.manual_seed(0)
+    encoder = Encoder().to(dtype)
+    model = DistributedDataParallel(encoder) if world_size > 1 else encoder
+    draw = torch.Generator().manual_seed(1)
+    mine = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
+    pixels, tokens, teacher_image, teacher_text = (
+        torch.randn(ROWS, width, generator=draw, dtype=torch.float64).to(dtype)[mine] for width in (6, 4, 7, 7)
+    )
+    teacher_image, teacher_text = F.normalize(teacher_image), F.normalize(teacher_text)
+    output = model(pixels, tokens)
+    loss, scalars = image_text_loss(
+        **output,
+        teacher_image=teacher_image,
+        teacher_text=teacher_text,
+        teacher_logit_scale=torch.tensor(11.0, dtype=dtype),
+        text_ids=torch.tensor(IDS)[mine] if with_ids else None,
+        gamma=0.5,
+        tile_size=tile_size,
+        **EVERYTHING,
+        **TEMPERATURES,
+    )
+    loss = loss + 3 * mimicry_loss(
+        image=output["image"],
+        text=output["text"],
+        teacher_image=teacher_image[:, :5],
+        teacher_text=teacher_text[:, :5],
+    )
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in encoder.named_parameters()}
+    return {"loss": loss.detach()} | gradients, {name: value.item() for name, value in scalars.items()}
+
+
+STEPS = list(itertools.product((torch.float64, torch.float32), (True, False), (None, 5)))
+
+
+def train_steps(rank, world_size):
+    return [train_step(rank, world_size, *step) for step in STEPS]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_several_processes_train_as_one(world_size):
+    by_rank = run_ranks(train_steps, world_size)
+    for step, (one, scalars_of_one), *ranks in zip(STEPS, train_steps(0, 1), *by_rank, strict=True):
+        for got, scalars in ranks:
+            assert farthest(got, one) < LOSS_TOLERANCE[step[0]], step
+            assert scalars == pytest.approx(scalars_of_one, rel=1e-5), step  # logged in fp32
+            assert scalars == ranks[0][1], step
+            assert all(torch.equal(got[name], ranks[0][0][name]) for name in got), step
+
+
+# The contract can fail: what is put in the place of which function, in which form, with captions' ids or not, and
+# whether the loss itself (and not its gradient alone) becomes another.
+
+
+def ratio_of_my_rank(numerator, denominator):
+    return numerator.sum() / denominator.sum()
+
+
+def always_rank_0():
+    return 0
+
+
+def nothing_joins(x):
+    return x
+
+
+def gather_without_gradient(rows):
+    return gather.gather_rows(rows.detach())
+
+
+def gather_with_my_own_gradient(rows):
+    """open_clip's default: my rows keep their gradient, what the other ranks make of them is lost."""
+    parts = list(gather.gather_rows(rows.detach()).chunk(gather.world_size()))
+    parts[gather.rank()] = rows
+    return torch.cat(parts)
+
+
+def my_own_value(share):
+    return share
+
+
+BREAKAGES = {
+    "mean of ratios": (image_text, "_ratio_of_sums", ratio_of_my_rank, None, True, True),
+    "wrong offset of the positives": (image_text, "rank", always_rank_0, None, False, True),
+    "gather without gradient": (image_text, "gather_rows", gather_without_gradient, None, True, False),
+    "gather with my own gradient": (image_text, "gather_rows", gather_with_my_own_gradient, None, True, False),
+    "my own value": (image_text, "global_value", my_own_value, None, True, True),
+    "tiled, wrong offset of my texts": (tiles, "rank", always_rank_0, 5, True, True),
+    "tiled, sums of my rank": (tiles, "sum_across_processes", nothing_joins, 5, True, True),
+    "tiled, gather without gradient": (image_text, "gather_rows", gather_without_gradient, 5, True, False),
+}
+
+
+def broken_train_step(rank, world_size, breakage):
+    module, name, replacement, tile_size, with_ids, _ = BREAKAGES[breakage]
+    assert callable(vars(module)[name])
+    setattr(module, name, replacement)
+    return train_step(rank, world_size, torch.float64, with_ids, tile_size)[0]
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_the_contract_can_fail(breakage):
+    _, _, _, tile_size, with_ids, changes_the_loss = BREAKAGES[breakage]
+    one, _ = train_step(0, 1, torch.float64, with_ids, tile_size)
+    broken = run_ranks(broken_train_step, 2, breakage)
+    assert max(farthest(result, one) for result in broken) > 1e-3
+    assert any(abs(result["loss"] - one["loss"]) > 1e-4 for result in broken) == changes_the_loss

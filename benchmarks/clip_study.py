@@ -37,15 +37,9 @@ DEFAULT = "+ mimicry + GKL"
 SEARCH = {
     DEFAULT: ([], None),
     "wMSE .2": (["--wmse-weight", "0.2"], DEFAULT),
-    "wMSE .5": (["--wmse-weight", "0.5"], DEFAULT),
     "wMSE .5, gamma .5": (["--wmse-weight", "0.5", "--gamma", "0.5"], DEFAULT),
     "wMSE 2, gamma 1": (["--wmse-weight", "2", "--gamma", "1"], DEFAULT),
     "no contrastive": (["--contrastive-weight", "0"], DEFAULT),
-    "mimicry 6000": (["--mimicry-weight", "6000"], DEFAULT),
-    "mimicry 20000": (["--mimicry-weight", "20000"], DEFAULT),
-    "mimicry alone": (["--contrastive-weight", "0", *NO_GKL], DEFAULT),
-    "no mimicry": (NO_MIMICRY, DEFAULT),
-    "no mimicry, rate halved": ([*NO_MIMICRY, "--lr", "3e-3"], "no mimicry"),
 }
 Arms = dict[str, tuple[list[str], str | None]]
 SETS = {"emoji": ("acc1", "acc5"), "emoji_unseen": ("acc1",)}

@@ -5,9 +5,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +22,7 @@ from gkl_vl.errors import UserError
 
 Batch = dict[str, Any]
 Record = dict[str, Any]
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class FitConfig:
     beta2: float = 0.98
     eps: float = 1e-6
     grad_clip_norm: float = 1.0
+    accum_steps: int = 1
+    """Batches of one update; the loss is that of all of them as one, and memory that of one."""
     ema_decay: float = 0.0
     """Per step; 0 = no moving average."""
     log_every_steps: int = 10
@@ -43,6 +47,26 @@ class FitConfig:
     """0 = at the end only."""
     checkpoint_every_steps: int = 0
     """0 = at the end only."""
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What is trained on, in three parts: a loss over several batches can then be had from one batch at a time.
+
+    Tensors have a row per sample, or no axis at all (a scale, the same for every batch).
+    """
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensors:
+        """What the model says of a batch, with gradient; calls it once."""
+        ...
+
+    def targets(self, batch: Batch) -> Tensors:
+        """What else the loss needs of the batch: what a teacher says, ids, labels. No gradient, no randomness."""
+        ...
+
+    def loss(self, outputs: Tensors, targets: Tensors) -> tuple[Tensor, Tensors]:
+        """The loss, and detached scalars for the log. It is equal on all ranks, or its mean is meant."""
+        ...
 
 
 class Loader(Protocol):
@@ -57,7 +81,7 @@ def fit(
     *,
     accelerator: Accelerator,
     model: nn.Module,
-    objective: Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]],
+    objective: Objective,
     make_loader: Callable[[dict[str, Any] | None], Loader],
     run: RunFolder,
     config: FitConfig,
@@ -68,7 +92,7 @@ def fit(
     """Train `model` for `config.steps` updates and return what is to be exported: the model, or its moving average.
 
     Args:
-        objective: (model, batch) -> (loss, scalars for the log). The loss is equal on all ranks, or its mean is meant.
+        objective: outputs of the model, targets, and the loss between them.
         make_loader: a position of a checkpoint, or None for the start -> this rank's loader.
         evaluate: the model to evaluate -> records with `model`, `dataset` and metrics; called on every rank.
         after_step: called after each update, for constraints on parameters.
@@ -113,15 +137,19 @@ def fit(
             break
 
         # ---------------------------------------------------------------- one update
-        batch: Any = send_to_device(next(batches), accelerator.device, non_blocking=True)
+        parts: list[Any] = [
+            send_to_device(next(batches), accelerator.device, non_blocking=True) for _ in range(config.accum_steps)
+        ]
+        keys = [key for part in parts for key in part["keys"]]
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
         model.train()
-        with accelerator.autocast():  # for what the objective holds beside the model: a frozen teacher
-            loss, scalars = objective(model, batch)
-        stop_unless_finite(accelerator, loss, scalars, batch, step)  # all ranks
-        accelerator.backward(loss)
+        embedded = embed(accelerator, model, objective, parts)
+        loss, scalars = objective.loss(embedded.leaves, embedded.targets)
+        stop_unless_finite(accelerator, loss, scalars, keys, step)  # all ranks
+        accelerator.backward(loss)  # to the leaves
+        pull(accelerator, model, objective, parts, embedded)  # all ranks: from the leaves to the parameters
         norm = accelerator.clip_grad_norm_(model.parameters(), config.grad_clip_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -131,7 +159,7 @@ def fit(
         step += 1
         # ----------------------------------------------------------------
 
-        speed.count(len(batch["keys"]))
+        speed.count(len(keys))
         bar.update()
         bar.set_postfix_str(f"loss {loss.item():.3f}, {speed.per_second():.0f} images/s", refresh=False)
         if is_time(step, config.log_every_steps) or step == config.steps:
@@ -142,6 +170,79 @@ def fit(
             accelerator.log(record, step=step)
     bar.close()
     return result
+
+
+@dataclass
+class Embedded:
+    """Several batches as one: what the loss is computed on, and what is needed to go on from its gradient."""
+
+    leaves: Tensors
+    """The model's outputs, rows of all batches below each other, cut off from the model."""
+    targets: Tensors
+    first: Tensors
+    """The first batch's outputs, still tied to the model."""
+    random_states: list[Any]
+    """Of the generators, before each batch's outputs."""
+
+
+def embed(accelerator: Accelerator, model: nn.Module, objective: Objective, batches: list[Batch]) -> Embedded:
+    """Outputs and targets of all batches. Only the first keeps its graph: the others' are made again by `pull`."""
+    outputs, targets, random_states = [], [], []
+    statistics: list[Tensor] = []
+    for number, batch in enumerate(batches):
+        last = number == len(batches) - 1
+        if number == 1:
+            statistics = [buffer.clone() for buffer in model.buffers()]
+        with accelerator.autocast():
+            targets.append(objective.targets(batch))
+        random_states.append(random_state(accelerator.device))
+        # One context for both: DDP gets ready to average where the last batch's graph is made.
+        with nullcontext() if last and number == 0 else accelerator.no_sync(model), torch.set_grad_enabled(number == 0):
+            outputs.append(objective.outputs(model, batch))
+    # BatchNorm's statistics count each batch once: when it is embedded again. Through `data`, since autograd would take
+    # a change for one of something that the first batch's graph needs; in training it does not.
+    for buffer, before in zip(model.buffers() if statistics else (), statistics, strict=True):
+        buffer.data.copy_(before)
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in joined(outputs).items()}
+    return Embedded(leaves, joined(targets), outputs[0], random_states)
+
+
+def pull(
+    accelerator: Accelerator, model: nn.Module, objective: Objective, batches: list[Batch], embedded: Embedded
+) -> None:
+    """From the gradient of the leaves to that of the parameters, batch by batch. All ranks, with the last batch."""
+    start = 0
+    for number, batch in enumerate(batches):
+        last = number == len(batches) - 1
+        rows = slice(start, start := start + len(batch["keys"]))
+        with nullcontext() if last else accelerator.no_sync(model):
+            outputs = embedded.first
+            if number > 0:
+                set_random_state(embedded.random_states[number], accelerator.device)  # the same dropout
+                outputs = objective.outputs(model, batch)
+            pairs = []
+            for name, output in outputs.items():
+                gradient = embedded.leaves[name].grad
+                # What has no rows is one and the same for all batches: its gradient is given once.
+                if gradient is not None and output.requires_grad and (output.ndim > 0 or last):
+                    pairs.append((output, gradient[rows] if output.ndim > 0 else gradient))
+            torch.autograd.backward(*zip(*pairs, strict=True))
+
+
+def joined(parts: list[Tensors]) -> Tensors:
+    """Rows below each other; of what has no axis, the first."""
+    return {name: torch.cat([p[name] for p in parts]) if x.ndim else x for name, x in parts[0].items()}
+
+
+def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Of the generators that a model's forward pass draws from."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
 
 
 def parameter_groups(model: nn.Module, wd: float) -> list[dict[str, Any]]:
@@ -199,19 +300,17 @@ def refuse_accumulation(accelerator: Accelerator) -> None:
     if accelerator.gradient_accumulation_steps > 1:
         raise UserError(
             f"gradient_accumulation_steps = {accelerator.gradient_accumulation_steps}: micro-batches would shrink the "
-            "set of negatives and change the loss; use 1, with a larger --batch-size or more processes"
+            "set of negatives and change the loss; use 1 and --accum-steps, which gives the loss of them all as one"
         )
 
 
-def stop_unless_finite(
-    accelerator: Accelerator, loss: Tensor, scalars: dict[str, Tensor], batch: Batch, step: int
-) -> None:
+def stop_unless_finite(accelerator: Accelerator, loss: Tensor, scalars: Tensors, keys: list[str], step: int) -> None:
     """Stop all ranks before the update when any rank's loss is not finite. All ranks take part."""
     value = loss.detach()
     bad_ranks: Any = accelerator.reduce((~torch.isfinite(value)).float(), reduction="sum")  # all ranks
     if bad_ranks.item() == 0:
         return
-    keys = gather_object([] if torch.isfinite(value) else batch["keys"][:4])  # all ranks
+    keys = gather_object([] if torch.isfinite(value) else keys[:4])  # all ranks
     terms = ", ".join(f"{name} {float(scalar):.4g}" for name, scalar in scalars.items())
     raise UserError(
         f"the loss is {float(value)} at step {step} ({terms}); samples {', '.join(map(str, keys[:8]))} ...: "

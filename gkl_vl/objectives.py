@@ -1,6 +1,6 @@
-"""(model, batch) -> (loss, scalars): which loss sees which part of a batch. One function per recipe family.
+"""Which loss sees which part of a batch: outputs of the model, targets, loss. One class per recipe family.
 
-No maths of its own, no optimizer, no Accelerate.
+No maths of its own, no optimizer, no Accelerate. `engine.Objective` says what the three parts are.
 """
 
 from collections.abc import Callable
@@ -31,35 +31,41 @@ class ClipKdWeights:
     weight_temperature: float
 
 
-def clip_kd(
-    model: nn.Module, batch: Batch, *, student: Clip, teacher: Teacher | None, weights: ClipKdWeights
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Distillation of a CLIP on image-text logits, and without a teacher the contrastive loss alone.
+@dataclass(frozen=True, kw_only=True)
+class ClipKd:
+    """Distillation of a CLIP on image-text logits, and without a teacher the contrastive loss alone."""
 
-    Args:
-        model: a `towers.Student`, possibly wrapped; called once.
-        batch: of a `PairStream`.
-        student: whose preparation of images is used; its towers are inside `model`.
-    """
-    output = model(student.prepare(batch["image"]), batch["text"])
-    mimicry = {"image": output.pop("mimicry_image"), "text": output.pop("mimicry_text")}
-    teacher_output = {} if teacher is None else teacher(batch)
-    loss, scalars = image_text_loss(
-        **output,
-        **teacher_output,
-        text_ids=batch["text_ids"],
-        contrastive_weight=weights.contrastive_weight,
-        soft_ce_weight=weights.soft_ce_weight,
-        wmse_weight=weights.wmse_weight,
-        gamma=weights.gamma,
-        temperature=weights.temperature,
-        weight_temperature=weights.weight_temperature,
-    )
-    if teacher is not None and weights.mimicry_weight:
-        targets = {name: teacher_output[name] for name in ("teacher_image", "teacher_text")}
-        term = mimicry_loss(**mimicry, **targets)
-        loss, scalars = loss + weights.mimicry_weight * term, scalars | {"mimicry": term.detach()}
-    return loss, scalars
+    student: Clip
+    """Whose preparation of images is used; its towers are inside the model."""
+    teacher: Teacher | None
+    weights: ClipKdWeights
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """`model` is a `towers.Student`, possibly wrapped; `batch` one of a `PairStream`."""
+        return model(self.student.prepare(batch["image"]), batch["text"])
+
+    def targets(self, batch: Batch) -> dict[str, Tensor]:
+        """The captions' ids, and what the teacher says."""
+        return {"text_ids": batch["text_ids"]} | ({} if self.teacher is None else self.teacher(batch))
+
+    def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """`image_text_loss` and mimicry, weighted."""
+        weights = self.weights
+        mimicry = {name: outputs[f"mimicry_{name}"] for name in ("image", "text")}
+        loss, scalars = image_text_loss(
+            **{name: tensor for name, tensor in outputs.items() if not name.startswith("mimicry_")},
+            **targets,
+            contrastive_weight=weights.contrastive_weight,
+            soft_ce_weight=weights.soft_ce_weight,
+            wmse_weight=weights.wmse_weight,
+            gamma=weights.gamma,
+            temperature=weights.temperature,
+            weight_temperature=weights.weight_temperature,
+        )
+        if self.teacher is not None and weights.mimicry_weight:
+            term = mimicry_loss(**mimicry, **{name: targets[name] for name in ("teacher_image", "teacher_text")})
+            loss, scalars = loss + weights.mimicry_weight * term, scalars | {"mimicry": term.detach()}
+        return loss, scalars
 
 
 def online_teacher(clip: Clip) -> Teacher:

@@ -48,7 +48,7 @@ from gkl_vl.data.pairs import (
 from gkl_vl.engine import FitConfig, fit, refuse_strangers
 from gkl_vl.errors import UserError
 from gkl_vl.evaluate import evaluate_clip, milliseconds_per_image, top_names
-from gkl_vl.objectives import ClipKdWeights, Teacher, clip_kd, online_teacher
+from gkl_vl.objectives import ClipKd, ClipKdWeights, Teacher, online_teacher
 from gkl_vl.teacher_cache import StoredViews, store_views, stored_teacher
 from gkl_vl.towers import BUNDLED_TEACHER, Clip, Student, clamp_scale, freeze, load_clip
 
@@ -56,6 +56,7 @@ from gkl_vl.towers import BUNDLED_TEACHER, Clip, Student, clamp_scale, freeze, l
 BUNDLED_VIEWS = 6
 BUNDLED_STEPS = 300
 BUNDLED_LR = 6e-3
+BUNDLED_MIMICRY_WEIGHT, MIMICRY_WEIGHT = 10_000.0, 2000.0
 EVALUATION_SETS = ("emoji", "emoji_unseen")
 SHEET_IMAGES = 12
 ACCELERATE_PRECISION = {"fp32": "no", "amp": "fp16", "fp16": "fp16", "amp_bf16": "bf16", "bf16": "bf16", None: None}
@@ -82,7 +83,9 @@ class Config:
     epochs: int | None = None
     """Passes over the data, in place of --steps; needs a data set that knows its size."""
     batch_size: int = 256
-    """Pairs per process and step."""
+    """Pairs per process and forward pass."""
+    accum_steps: int = 1
+    """Batches in an update: exactly the loss of one that is so many times as large, in the memory of --batch-size."""
     lr: float | None = None
     """Peak learning rate: linear warm-up, then cosine to 0. None = 1e-3, or 6e-3 to distil the bundled default."""
     wd: float = 0.2
@@ -107,8 +110,8 @@ class Config:
     """Weight of GKL's soft cross entropy (paper: beta)."""
     wmse_weight: float = 0.05
     """Weight of GKL's weighted MSE of logit differences (paper: alpha)."""
-    mimicry_weight: float = 2000.0
-    """Weight of feature mimicry, the MSE of normalised embeddings (2000 is CLIP-KD's)."""
+    mimicry_weight: float | None = None
+    """Weight of feature mimicry, the MSE of normalised embeddings. None = CLIP-KD's 2000, 10000 on bundled data."""
     gamma: float = 0.0
     """Exponent of the wMSE's weights: 0 = all candidates alike, 1 = the teacher's softmax (IKL)."""
     temperature: float = 1.0
@@ -147,7 +150,7 @@ def main(config: Config) -> None:
     stored = None
     if teacher is not None and config.train_data is None:
         stored = store_bundled_views(config, teacher, student, augment, accelerator)
-    mimicry_dim = teacher.embed_dim if teacher is not None and config.mimicry_weight else None
+    mimicry_dim = teacher.embed_dim if teacher is not None and terms.mimicry_weight else None
     model = Student(student.towers, embed_dim=student.embed_dim, mimicry_dim=mimicry_dim)
     set_seed(config.seed, device_specific=True)  # from here on each rank draws its own
 
@@ -169,12 +172,7 @@ def main(config: Config) -> None:
     exported = fit(
         accelerator=accelerator,
         model=model,
-        objective=partial(
-            clip_kd,
-            student=student,
-            teacher=make_teacher(teacher, stored, accelerator.device),
-            weights=terms,
-        ),
+        objective=ClipKd(student=student, teacher=make_teacher(teacher, stored, accelerator.device), weights=terms),
         make_loader=make_loader,
         run=run,
         config=FitConfig(
@@ -182,6 +180,7 @@ def main(config: Config) -> None:
             lr=config.lr or (1e-3 if stored is None else BUNDLED_LR),
             wd=config.wd,
             warmup_steps=min(config.warmup, steps),
+            accum_steps=config.accum_steps,
             ema_decay=config.ema_decay,
             eval_every_steps=config.eval_every_steps,
             checkpoint_every_steps=config.checkpoint_every_steps,
@@ -287,7 +286,10 @@ def make_teacher(teacher: Clip | None, stored: StoredViews | None, device: torch
 
 
 def weights(config: Config) -> ClipKdWeights:
-    of_teacher = (config.soft_ce_weight, config.wmse_weight, config.mimicry_weight)
+    mimicry_weight = config.mimicry_weight
+    if mimicry_weight is None:
+        mimicry_weight = BUNDLED_MIMICRY_WEIGHT if config.train_data is None else MIMICRY_WEIGHT
+    of_teacher = (config.soft_ce_weight, config.wmse_weight, mimicry_weight)
     if not config.contrastive_weight and (config.teacher == "none" or not any(of_teacher)):
         with_teacher = "" if config.teacher == "none" else ", --soft-ce-weight, --wmse-weight or --mimicry-weight"
         raise UserError(f"every weight is 0, so there is nothing to train on: set --contrastive-weight{with_teacher}")
@@ -295,7 +297,7 @@ def weights(config: Config) -> ClipKdWeights:
         contrastive_weight=config.contrastive_weight,
         soft_ce_weight=config.soft_ce_weight,
         wmse_weight=config.wmse_weight,
-        mimicry_weight=config.mimicry_weight,
+        mimicry_weight=mimicry_weight,
         gamma=config.gamma,
         temperature=config.temperature,
         weight_temperature=config.weight_temperature,
@@ -304,9 +306,11 @@ def weights(config: Config) -> ClipKdWeights:
 
 def count_steps(config: Config, source: Source, num_processes: int) -> int:
     """Updates of the run, from --steps or --epochs."""
-    for flag, value in (("--steps", config.steps), ("--epochs", config.epochs), ("--batch-size", config.batch_size)):
+    counts = {"steps": config.steps, "epochs": config.epochs}
+    counts |= {"batch-size": config.batch_size, "accum-steps": config.accum_steps}
+    for name, value in counts.items():
         if value is not None and value < 1:
-            raise UserError(f"{flag} {value} must be at least 1")
+            raise UserError(f"--{name} {value} must be at least 1")
     if config.steps is not None and config.epochs is not None:
         raise UserError(f"--steps {config.steps} and --epochs {config.epochs} say the same twice: give one")
     if config.steps is not None:
@@ -319,13 +323,16 @@ def count_steps(config: Config, source: Source, num_processes: int) -> int:
         raise UserError(
             f"--epochs needs the size of {source.name!r}: put sizes.json beside the shards, or give --steps"
         )
-    return max(config.epochs * source.num_pairs // (config.batch_size * num_processes), 1)
+    global_batch = config.batch_size * config.accum_steps * num_processes
+    return max(config.epochs * source.num_pairs // global_batch, 1)
 
 
 def title(config: Config, steps: int) -> str:
     """The run in a line."""
     origin = "" if config.teacher == "none" else f" distilled from {config.teacher}"
-    return f"{config.student}{origin} · {steps:,} steps of {config.batch_size} · seed {config.seed}"
+    return (
+        f"{config.student}{origin} · {steps:,} steps of {config.batch_size * config.accum_steps:,} · seed {config.seed}"
+    )
 
 
 # ---- during and after -------------------------------------------------------------------------------------------

@@ -44,9 +44,25 @@ def net() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
 
 
-def objective(model, batch):
-    y = model(batch["x"])
-    return y.square().mean() + y.mean(), {"size": y.detach().abs().mean()}
+class Objective:
+    """A toy loss, times what `factor` says of a batch."""
+
+    def __init__(self, factor=lambda batch: 1.0):
+        self.factor = factor
+
+    def outputs(self, model, batch):
+        return {"y": model(batch["x"])}
+
+    def targets(self, batch):
+        return {"factor": torch.tensor(self.factor(batch))}
+
+    def loss(self, outputs, targets):
+        y = outputs["y"]
+        return (y.square().mean() + y.mean()) * targets["factor"], {"size": y.detach().abs().mean()}
+
+
+def toy_loss(model, batch):
+    return Objective().loss(Objective().outputs(model, batch), Objective().targets(batch))[0]
 
 
 def run_fit(
@@ -60,7 +76,7 @@ def run_fit(
     **options,
 ):
     model = model or net()
-    options = {"objective": objective, "make_loader": Loader} | options
+    options = {"objective": Objective(), "make_loader": Loader} | options
     run = RunFolder(folder, is_main=True)
     result = fit(
         accelerator=accelerator or Accelerator(cpu=True),
@@ -104,7 +120,7 @@ def test_fit_is_a_plain_loop(tmp_path):
     for lr in (0.05, 0.1, 0.1, 0.1 * 0.75, 0.1 * 0.25):
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss, _ = objective(model, next(loader))
+        loss = toy_loss(model, next(loader))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
@@ -200,21 +216,18 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
 def test_a_frozen_teacher_computes_in_the_precision_of_the_run(tmp_path, precision, dtype):
     teacher, seen = net().requires_grad_(False), []
 
-    def distil(model, batch):
+    def factor(batch):
         seen.append(teacher(batch["x"]).dtype)
-        return objective(model, batch)
+        return 1.0
 
-    run_fit(tmp_path, objective=distil, accelerator=Accelerator(cpu=True, mixed_precision=precision))
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    run_fit(tmp_path, objective=Objective(factor), accelerator=accelerator)
     assert seen == [dtype] * CONFIG.steps
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     model = net()
-
-    def poisoned(model, batch):
-        loss, scalars = objective(model, batch)
-        return (loss * math.nan if batch["keys"][0].startswith("sample-3") else loss), scalars
-
+    poisoned = Objective(lambda batch: math.nan if batch["keys"][0].startswith("sample-3") else 1.0)
     config = FitConfig(steps=5, lr=0.1, checkpoint_every_steps=2)
     with pytest.raises(UserError, match=r"loss is nan at step 2 \(size .*samples sample-3-0, sample-3-1"):
         run_fit(tmp_path, model=model, objective=poisoned, config=config)
@@ -228,10 +241,7 @@ def nan_on_one_rank(rank, world_size, folder):
     model = net()
     before = [p.detach().clone() for p in model.parameters()]
 
-    def poisoned(model, batch):
-        loss, scalars = objective(model, batch)
-        return loss * (math.nan if rank == 1 else 1), scalars
-
+    poisoned = Objective(lambda batch: math.nan if rank == 1 else 1.0)
     try:
         run_fit(folder, model=model, objective=poisoned, make_loader=lambda p: Loader(p, slice(2 * rank, 2 * rank + 2)))
     except UserError as error:
@@ -257,11 +267,16 @@ class TwoTowers(torch.nn.Module):
         return {"image": image, "text": text, "logit_scale": self.log_scale.exp()}
 
 
-def distil(model, batch):
-    teacher = F.normalize(batch["x"], dim=1)
-    return image_text_loss(
-        **model(batch["x"]), teacher_image=teacher, teacher_text=teacher, teacher_logit_scale=torch.tensor(5.0)
-    )
+class Distil:
+    def outputs(self, model, batch):
+        return model(batch["x"])
+
+    def targets(self, batch):
+        teacher = F.normalize(batch["x"], dim=1)
+        return {"teacher_image": teacher, "teacher_text": teacher, "teacher_logit_scale": torch.tensor(5.0)}
+
+    def loss(self, outputs, targets):
+        return image_text_loss(**outputs, **targets)
 
 
 def three_steps(rank, world_size, folder):
@@ -269,7 +284,7 @@ def three_steps(rank, world_size, folder):
     model, _, run = run_fit(
         folder / f"{world_size}-{rank}",
         model=TwoTowers(),
-        objective=distil,
+        objective=Distil(),
         make_loader=lambda position: Loader(position, rows),
         config=FitConfig(steps=3, lr=0.1, log_every_steps=1),
     )

@@ -8,7 +8,7 @@ import torch
 from open_clip.transform import PreprocessCfg
 
 from gkl_vl.image_text import image_text_loss, mimicry_loss
-from gkl_vl.objectives import ClipKdWeights, clip_kd, online_teacher, teacher_scales
+from gkl_vl.objectives import ClipKd, ClipKdWeights, online_teacher, teacher_scales
 from gkl_vl.towers import MODEL_CONFIGS, Clip, Student, freeze, load_clip
 
 WEIGHTS = ClipKdWeights(
@@ -62,6 +62,11 @@ def batch(student, teacher) -> dict:
 def model_for(student: Clip, mimicry_dim: int | None) -> Student:
     torch.manual_seed(3)
     return Student(student.towers, embed_dim=student.embed_dim, mimicry_dim=mimicry_dim).eval()
+
+
+def clip_kd(model, batch, *, student, teacher, weights):
+    objective = ClipKd(student=student, teacher=teacher, weights=weights)
+    return objective.loss(objective.outputs(model, batch), objective.targets(batch))
 
 
 def test_the_objective_is_its_pieces(student, teacher, batch):

@@ -62,3 +62,19 @@ def sum_across_processes(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"
     total = x.detach().clone()
     dist.all_reduce(total)  # all ranks
     return total
+
+
+def pass_on_ring(tensors: list[Tensor]) -> list[Tensor]:
+    """Mine to the previous rank, the next rank's to me; shapes are the same on all ranks. Without gradient.
+
+    After as many calls as there are ranks everybody has had everybody's, and one's own are back.
+    """
+    if world_size() == 1:
+        return tensors
+    previous, following = (rank() - 1) % world_size(), (rank() + 1) % world_size()
+    received = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+    sends = [dist.P2POp(dist.isend, tensor.contiguous(), previous) for tensor in tensors]
+    receives = [dist.P2POp(dist.irecv, tensor, following) for tensor in received]
+    for request in dist.batch_isend_irecv([*sends, *receives]):  # all ranks
+        request.wait()
+    return received

@@ -44,6 +44,7 @@ def image_text_loss(
     weight_temperature: Number = 1.0,
     text_ids: Int[Tensor, " n"] | None = None,
     tile_size: int | Literal["auto"] | None = "auto",
+    ring: bool = False,
 ) -> tuple[Float[Tensor, ""], Scalars]:
     """Contrastive loss of the student plus GKL between the image-text logits of teacher and student.
 
@@ -73,6 +74,8 @@ def image_text_loss(
         tile_size: side of the tiles that the logits are computed in, twice and never as a whole (`gkl_vl/tiles.py`):
             memory O(N) in place of O(nN), the same number. None = the [n, N] matrices, which have second derivatives;
             "auto" = them for small batches, tiles where those are smaller and faster.
+        ring: texts travel from rank to rank in place of being gathered: memory O(n) in place of O(N) for more and
+            smaller messages, the same number. In tiles only.
 
     Returns:
         The loss, equal on all ranks, and detached scalars for the log: each term, agreement@1 (share of images whose
@@ -107,12 +110,12 @@ def image_text_loss(
         teacher = _Side(teacher_image.detach(), teacher_text.detach(), teacher_logit_scale.detach())
     if text_ids is None:
         text_ids = torch.arange(rank() * len(image), (rank() + 1) * len(image), device=image.device)
-    size = _tile_size(tile_size, rows=len(image))
+    size = _tile_size(tile_size, rows=len(image), ring=ring)
     with torch.autocast(image.device.type, enabled=False):  # a caller's would multiply in half precision
         if size is None:
             share, scalars = _dense_loss(student, teacher, text_ids, terms)
         else:
-            share, scalars = _tiled_loss(student, teacher, text_ids, terms, size)
+            share, scalars = _tiled_loss(student, teacher, text_ids, terms, size, ring)
     # Mimicry alone leaves no term here, and no term feels a bias: a softmax is blind to it. Both stay in the graph, as
     # DDP waits for every parameter's gradient.
     loss = share + 0.0 * logit_scale if logit_bias is None else share + 0.0 * (logit_scale + logit_bias)
@@ -182,9 +185,11 @@ def _at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _tile_size(asked: int | Literal["auto"] | None, *, rows: int) -> int | None:
+def _tile_size(asked: int | Literal["auto"] | None, *, rows: int, ring: bool) -> int | None:
     if asked == "auto":
-        return TILE if rows * rows * world_size() > DENSE_ENTRIES else None
+        return TILE if ring or rows * rows * world_size() > DENSE_ENTRIES else None
+    if asked is None and ring:
+        raise ValueError("ring=True needs tiles: tile_size must not be None")
     if asked is not None and asked < 1:
         raise ValueError(f"tile_size must be at least 1, 'auto' or None, got {asked}")
     return asked
@@ -222,12 +227,16 @@ def _dense_loss(student: _Side, teacher: _Side | None, text_ids: Tensor, terms: 
 
 
 def _tiled_loss(
-    student: _Side, teacher: _Side | None, text_ids: Tensor, terms: Terms, tile_size: int
+    student: _Side, teacher: _Side | None, text_ids: Tensor, terms: Terms, tile_size: int, ring: bool
 ) -> tuple[Tensor, Scalars]:
     """What `_dense_loss` gives, in tiles."""
-    of_teacher = None if teacher is None else (teacher.scale * teacher.image, gather_rows(teacher.text))
-    ids = text_ids, gather_rows(text_ids)
-    return TiledLoss.apply(student.image, gather_rows(student.text), student.scale, of_teacher, ids, terms, tile_size)
+
+    def columns(rows: Tensor) -> Tensor:
+        return rows if ring else gather_rows(rows)
+
+    of_teacher = None if teacher is None else (teacher.scale * teacher.image, columns(teacher.text))
+    ids = text_ids, columns(text_ids)
+    return TiledLoss.apply(student.image, columns(student.text), student.scale, of_teacher, ids, terms, tile_size, ring)
 
 
 def _mean_of_rows(directions: list[Tensor]) -> Tensor:

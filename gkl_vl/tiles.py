@@ -17,6 +17,7 @@ loss with hard targets. The soft targets and GKL's weighted variance in this for
 """
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gkl_vl.gather import max_across_processes, rank, sum_across_processes, world_size
+from gkl_vl.gather import max_across_processes, pass_on_ring, rank, sum_across_processes, world_size
 from gkl_vl.gkl import Number
 
 Logits = dict[str, Float[Tensor, "r c"]]
@@ -44,27 +45,6 @@ class Terms:
     gamma: Number
     temperature: Number
     weight_temperature: Number
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sides:
-    """Embeddings of both directions. The images carry the scale already."""
-
-    student: tuple[Float[Tensor, "n d"], Float[Tensor, "N d"]]
-    teacher: tuple[Float[Tensor, "n e"], Float[Tensor, "N e"]] | None
-    ids: tuple[Int[Tensor, " n"], Int[Tensor, " N"]]
-    """Equal numbers mark equal captions."""
-
-    def tiles(self, size: int) -> Iterator[tuple[slice, slice, Logits, Bool[Tensor, "r c"]]]:
-        """(rows, columns, logits, whether the captions are the same) of each tile."""
-        for row in range(0, len(self.ids[0]), size):
-            for column in range(0, len(self.ids[1]), size):
-                rows, columns = slice(row, row + size), slice(column, column + size)
-                logits = {"student": self.student[0][rows] @ self.student[1][columns].T}
-                if self.teacher is not None:
-                    logits["teacher"] = self.teacher[0][rows] @ self.teacher[1][columns].T
-                    logits["difference"] = logits["teacher"] - logits["student"]
-                yield rows, columns, logits, self.ids[0][rows, None] == self.ids[1][columns]
 
 
 class Softmax:
@@ -132,10 +112,16 @@ class Direction:
         }
         self.positive, self.num_positive = torch.zeros_like(like), torch.zeros_like(like)
         """Sum and number of the logits of a row's own captions."""
-        nowhere = torch.zeros_like(like, dtype=torch.long)
         sides = (("student", "teacher") if has_teacher else ("student",)) if watched else ()
-        self.best = {side: (torch.full_like(like, -torch.inf), nowhere.clone()) for side in sides}
-        """The largest logit of a row, and its column."""
+        self.best = {
+            side: (
+                torch.full_like(like, -torch.inf),
+                torch.zeros_like(like, dtype=torch.long),
+                torch.zeros_like(like, dtype=torch.bool),
+            )
+            for side in sides
+        }
+        """The largest logit of a row, its column, and whether that carries the row's caption."""
 
     def _wanted(self, has_teacher: bool) -> dict[Key, dict[str, None]]:
         """The softmaxes, and the values whose mean under each is asked for (an ordered set)."""
@@ -165,10 +151,28 @@ class Direction:
         if self.terms.contrastive_weight:
             self.positive[rows] += logits["student"].where(same, 0).sum(dim=1)
             self.num_positive[rows] += same.sum(dim=1)
-        for side, (best, column) in self.best.items():
+        for side, (best, column, is_same) in self.best.items():
             value, index = logits[side].max(dim=1)
-            column[rows] = torch.where(value > best[rows], index + first_column, column[rows])
-            best[rows] = torch.maximum(value, best[rows])
+            better = value > best[rows]
+            is_same[rows] = torch.where(better, same.gather(1, index[:, None])[:, 0], is_same[rows])
+            column[rows] = torch.where(better, index + first_column, column[rows])
+            best[rows] = torch.where(better, value, best[rows])
+
+    def state(self) -> list[Tensor]:
+        """What was seen so far, to travel with the rows; without what is watched."""
+        of_softmaxes = [t for s in self.softmaxes.values() for t in (s.high, s.total, s.mean, s.variance)]
+        return [*of_softmaxes, self.positive, self.num_positive]
+
+    def with_state(self, state: list[Tensor]) -> "Direction":
+        """The same of other rows."""
+        other = copy(self)
+        other.softmaxes = {}
+        for number, (key, softmax) in enumerate(self.softmaxes.items()):
+            other.softmaxes[key] = copy(softmax)
+            moved = other.softmaxes[key]
+            moved.high, moved.total, moved.mean, moved.variance = state[4 * number : 4 * number + 4]
+        other.positive, other.num_positive = state[-2:]
+        return other
 
     def join_processes(self) -> None:
         """All ranks."""
@@ -231,61 +235,128 @@ class Direction:
         return total
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """My images, with the scale in them."""
+
+    student: Float[Tensor, "n d"]
+    teacher: Float[Tensor, "n e"] | None
+    ids: Int[Tensor, " n"]
+    """Equal numbers mark equal captions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Texts: everybody's, or in a ring those of one rank at a time; what is known of them travels with them."""
+
+    student: Float[Tensor, "m d"]
+    teacher: Float[Tensor, "m e"] | None
+    ids: Int[Tensor, " m"]
+    first: int
+    """Number of the first among everybody's."""
+    direction: Direction
+
+    def tiles(self, rows: Rows, size: int) -> Iterator[tuple[slice, slice, Logits, Bool[Tensor, "r c"]]]:
+        """(rows, columns, logits, whether the captions are the same) of each tile."""
+        for start in range(0, len(rows.ids), size):
+            for first in range(0, len(self.ids), size):
+                r, c = slice(start, start + size), slice(first, first + size)
+                logits = {"student": rows.student[r] @ self.student[c].T}
+                if self.teacher is not None:
+                    assert rows.teacher is not None
+                    logits["teacher"] = rows.teacher[r] @ self.teacher[c].T
+                    logits["difference"] = logits["teacher"] - logits["student"]
+                yield r, c, logits, rows.ids[r, None] == self.ids[c]
+
+    def pass_on(self, *more: Tensor) -> tuple["Columns", list[Tensor]]:
+        """Mine and `more` to the previous rank, the next rank's to me. All ranks."""
+        tensors = [self.student, *([] if self.teacher is None else [self.teacher]), self.ids]
+        ours = [*tensors, *more]
+        received = pass_on_ring([*ours, *self.direction.state()])  # all ranks
+        student, *teacher, ids = received[: len(tensors)]
+        following = Columns(
+            student=student,
+            teacher=teacher[0] if teacher else None,
+            ids=ids,
+            first=(self.first + len(ids)) % (world_size() * len(ids)),
+            direction=self.direction.with_state(received[len(ours) :]),
+        )
+        return following, received[len(tensors) : len(ours)]
+
+
 class TiledLoss(torch.autograd.Function):
-    """(my images, everybody's texts, scale) -> (my share of the loss times the number of ranks, scalars of my rows)."""
+    """(my images, texts, scale) -> (my share of the loss times the number of ranks, scalars of my rows).
+
+    The texts are everybody's, gathered with gradient; or with `ring` mine, and everybody's come by one rank at a time.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         image: Float[Tensor, "n d"],
-        all_text: Float[Tensor, "N d"],
+        text: Float[Tensor, "m d"],
         scale: Float[Tensor, ""],
-        teacher: tuple[Float[Tensor, "n e"], Float[Tensor, "N e"]] | None,
-        ids: tuple[Int[Tensor, " n"], Int[Tensor, " N"]],
+        teacher: tuple[Float[Tensor, "n e"], Float[Tensor, "m e"]] | None,
+        ids: tuple[Int[Tensor, " n"], Int[Tensor, " m"]],
         terms: Terms,
         tile_size: int,
+        ring: bool,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        sides = Sides(student=(scale * image, all_text), teacher=teacher, ids=ids)
-        common = {"num_columns": len(all_text), "has_teacher": teacher is not None}
-        images = Direction(terms, **common, watched=True, like=sides.student[0][:, 0])
-        texts = Direction(terms, **common, watched=False, like=all_text[:, 0])
-        for rows, columns, logits, same in sides.tiles(tile_size):
-            images.add(rows, columns.start, logits, same)
-            texts.add(columns, rows.start, {name: tile.T for name, tile in logits.items()}, same.T)
-        texts.join_processes()  # all ranks
-        ctx.save_for_backward(image, all_text, scale)
-        ctx.sides, ctx.images, ctx.texts, ctx.tile_size = sides, images, texts, tile_size
+        teacher_image, teacher_text = (None, None) if teacher is None else teacher
+        rows = Rows(student=scale * image, teacher=teacher_image, ids=ids[0])
+        common = {"num_columns": world_size() * len(image), "has_teacher": teacher is not None}
+        images = Direction(terms, **common, watched=True, like=rows.student[:, 0])
+        texts = Direction(terms, **common, watched=False, like=text[:, 0])
+        first = rank() * len(text) if ring else 0
+        columns = Columns(student=text, teacher=teacher_text, ids=ids[1], first=first, direction=texts)
+        for _ in range(world_size() if ring else 1):
+            for r, c, logits, same in columns.tiles(rows, tile_size):
+                images.add(r, columns.first + c.start, logits, same)
+                columns.direction.add(c, r.start, {name: tile.T for name, tile in logits.items()}, same.T)
+            if ring:
+                columns, _ = columns.pass_on()  # all ranks; after the last round mine are at home
+        if not ring:
+            columns.direction.join_processes()  # all ranks
 
-        mine = slice(rank() * len(image), (rank() + 1) * len(image))
-        found = [images.terms_by_row(), {name: rows[mine] for name, rows in texts.terms_by_row().items()}]
-        scalars = {name: torch.stack([rows[name].mean() for rows in found]).mean() for name in found[0]}
-        ctx.wmse_denominators = (None, None)
+        mine = slice(None) if ring else slice(rank() * len(image), (rank() + 1) * len(image))
+        of_texts = {name: by_row[mine] for name, by_row in columns.direction.terms_by_row().items()}
+        found = [images.terms_by_row(), of_texts]
+        scalars = {name: torch.stack([by_row[name].mean() for by_row in found]).mean() for name in found[0]}
+        denominators = (None, None)
         if "wmse" in scalars:
-            sums = torch.stack([rows["wmse_denominator"].sum() for rows in found])
-            ctx.wmse_denominators = sum_across_processes(sums).unbind()  # all ranks
-            ratios = [rows["wmse"].sum() / sum for rows, sum in zip(found, ctx.wmse_denominators, strict=True)]
+            sums = torch.stack([by_row["wmse_denominator"].sum() for by_row in found])
+            denominators = sum_across_processes(sums).unbind()  # all ranks
+            ratios = [by_row["wmse"].sum() / whole for by_row, whole in zip(found, denominators, strict=True)]
             scalars["wmse"] = world_size() * torch.stack(ratios).mean()
-        return _loss_and_scalars(terms, scalars, images, ids)
+        ctx.save_for_backward(image, scale)
+        ctx.rows, ctx.images, ctx.columns, ctx.denominators = rows, images, columns, denominators
+        ctx.tile_size, ctx.ring = tile_size, ring
+        return _loss_and_scalars(terms, scalars, images)
 
     @staticmethod
     def backward(ctx: Any, grad: Float[Tensor, ""], _: None):
         if torch.is_grad_enabled():
             raise RuntimeError("the tiled image_text_loss has no second derivative: pass tile_size=None")
-        image, all_text, scale = ctx.saved_tensors
-        for direction, denominator in zip((ctx.images, ctx.texts), ctx.wmse_denominators, strict=True):
-            direction.prepare_gradient(row_share=0.5 / len(image), wmse_denominator=denominator)
-        to_image, to_text = torch.zeros_like(ctx.sides.student[0]), torch.zeros_like(all_text)
-        for rows, columns, logits, same in ctx.sides.tiles(ctx.tile_size):
-            tile = ctx.images.gradient(rows, logits, same)
-            tile += ctx.texts.gradient(columns, {name: part.T for name, part in logits.items()}, same.T).T
-            to_image[rows] += tile @ all_text[columns]
-            to_text[columns] += tile.T @ ctx.sides.student[0][rows]
+        image, scale = ctx.saved_tensors
+        rows, images, columns = ctx.rows, ctx.images, ctx.columns
+        of_images, of_texts = ({"row_share": 0.5 / len(image), "wmse_denominator": d} for d in ctx.denominators)
+        images.prepare_gradient(**of_images)
+        to_image, to_text = torch.zeros_like(rows.student), torch.zeros_like(columns.student)
+        for _ in range(world_size() if ctx.ring else 1):
+            columns.direction.prepare_gradient(**of_texts)
+            for r, c, logits, same in columns.tiles(rows, ctx.tile_size):
+                tile = images.gradient(r, logits, same)
+                tile += columns.direction.gradient(c, {name: part.T for name, part in logits.items()}, same.T).T
+                to_image[r] += tile @ columns.student[c]
+                to_text[c] += tile.T @ rows.student[r]
+            if ctx.ring:
+                columns, (to_text,) = columns.pass_on(to_text)  # all ranks
         to_scale = (image * to_image).sum()
-        return grad * scale * to_image, grad * to_text, grad * to_scale, None, None, None, None
+        return grad * scale * to_image, grad * to_text, grad * to_scale, *[None] * 5
 
 
 def _loss_and_scalars(
-    terms: Terms, scalars: dict[str, Tensor], images: Direction, ids: tuple[Tensor, Tensor]
+    terms: Terms, scalars: dict[str, Tensor], images: Direction
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     weights = {
         "contrastive": terms.contrastive_weight,
@@ -295,8 +366,8 @@ def _loss_and_scalars(
     }
     named = {name: scalars[name] for name, weight in weights.items() if weight and name in scalars}
     loss = sum((weights[name] * term for name, term in named.items()), torch.zeros_like(images.positive[0]))
-    _, column = images.best["student"]
-    named["batch_acc1"] = (ids[1][column] == ids[0]).float().mean()
+    _, column, is_same = images.best["student"]
+    named["batch_acc1"] = is_same.float().mean()
     named["student_entropy"] = images.entropy("student").mean()
     if "teacher" in images.best:
         named["agreement@1"] = (column == images.best["teacher"][1]).float().mean()

@@ -27,8 +27,8 @@ GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16:
 
 ROWS = 24  # divides by 4 ranks; tiles of 7 end in odd ones
 IDS = [0, 1, 2, 3, 1, 4, 5, 0, *range(6, 20), 2, 19]  # captions that stand twice: on one rank, and on two
-TILES = (None, 1, 7, 64)
-CASES = list(itertools.product(LOSS_TOLERANCE, TILES, (0, 0.5, 1), (True, False)))
+FORMS = [{"tile_size": None}, *({"tile_size": size, "ring": ring} for size in (1, 7, 64) for ring in (False, True))]
+CASES = list(itertools.product(LOSS_TOLERANCE, FORMS, (0, 0.5, 1), (True, False)))
 
 
 def embeddings(dtype, rows=ROWS) -> dict[str, torch.Tensor]:
@@ -39,7 +39,9 @@ def embeddings(dtype, rows=ROWS) -> dict[str, torch.Tensor]:
     return {name: F.normalize(tensor).to(dtype) for name, tensor in drawn.items()}
 
 
-def loss_and_gradients(tensors, *, ids, tile_size, gamma, scale=9.0, teacher_scale=13.0, bias=-3.0, **weights):
+def loss_and_gradients(
+    tensors, *, ids, tile_size, gamma, ring=False, scale=9.0, teacher_scale=13.0, bias=-3.0, **weights
+):
     """(loss, {"image", "text", "scale", "bias"}), with an operation after the loss."""
     precision = torch.float64 if tensors["image"].dtype == torch.float64 else torch.float32
     leaves = {name: tensors[name].clone().requires_grad_() for name in ("image", "text")}
@@ -56,6 +58,7 @@ def loss_and_gradients(tensors, *, ids, tile_size, gamma, scale=9.0, teacher_sca
         teacher_logit_bias=torch.tensor(5.0, dtype=precision),
         text_ids=None if ids is None else torch.tensor(ids),
         tile_size=tile_size,
+        ring=ring,
         gamma=gamma,
         **(EVERYTHING | TEMPERATURES | weights),
     )
@@ -68,10 +71,10 @@ def oracle(dtype, *, ids, gamma):
     return loss_and_gradients(tensors, ids=ids, tile_size=None, gamma=gamma)
 
 
-def my_share(rank, world_size, dtype, tile_size, gamma, with_ids):
+def my_share(rank, world_size, dtype, form, gamma, with_ids):
     mine = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
     tensors = {name: tensor[mine] for name, tensor in embeddings(dtype).items()}
-    return loss_and_gradients(tensors, ids=IDS[mine] if with_ids else None, tile_size=tile_size, gamma=gamma)
+    return loss_and_gradients(tensors, ids=IDS[mine] if with_ids else None, gamma=gamma, **form)
 
 
 def all_shares(rank, world_size):
@@ -147,7 +150,7 @@ def test_scalars_for_the_log_are_the_same():
 def test_auto_is_dense_for_small_batches_and_tiled_for_large_ones(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        image_text, "_tiled_loss", lambda *arguments: seen.append(arguments[-1]) or (torch.zeros(()), {})
+        image_text, "_tiled_loss", lambda *arguments: seen.append(arguments[-2]) or (torch.zeros(()), {})
     )
     image = F.normalize(torch.randn(1025, 3))
     for rows in (1024, 1025):
@@ -157,8 +160,12 @@ def test_auto_is_dense_for_small_batches_and_tiled_for_large_ones(monkeypatch):
 
 def test_a_tile_size_below_1_and_a_second_derivative_are_refused():
     image = torch.eye(3).requires_grad_()
-    with pytest.raises(ValueError, match="tile_size must be at least 1, 'auto' or None, got 0"):
-        image_text_loss(image=image, text=image, logit_scale=torch.tensor(9.0), tile_size=0)
+    for form, message in (
+        ({"tile_size": 0}, "tile_size must be at least 1, 'auto' or None, got 0"),
+        ({"tile_size": None, "ring": True}, "ring=True needs tiles"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            image_text_loss(image=image, text=image, logit_scale=torch.tensor(9.0), **form)
     loss, _ = image_text_loss(image=image, text=image, logit_scale=torch.tensor(9.0), tile_size=2)
     with pytest.raises(RuntimeError, match="no second derivative: pass tile_size=None"):
         torch.autograd.grad(loss, image, create_graph=True)
@@ -181,7 +188,7 @@ class Encoder(torch.nn.Module):
         return {"image": image, "text": text, "logit_scale": self.log_scale.exp(), "logit_bias": self.bias}
 
 
-def train_step(rank, world_size, dtype, with_ids, tile_size):
+def train_step(rank, world_size, dtype, with_ids, form):
     """Loss, averaged gradients and scalars, from my share of the same pairs."""
     torch.manual_seed(0)
     encoder = Encoder().to(dtype)
@@ -200,7 +207,7 @@ def train_step(rank, world_size, dtype, with_ids, tile_size):
         teacher_logit_scale=torch.tensor(11.0, dtype=dtype),
         text_ids=torch.tensor(IDS)[mine] if with_ids else None,
         gamma=0.5,
-        tile_size=tile_size,
+        **form,
         **EVERYTHING,
         **TEMPERATURES,
     )
@@ -215,7 +222,8 @@ def train_step(rank, world_size, dtype, with_ids, tile_size):
     return {"loss": loss.detach()} | gradients, {name: value.item() for name, value in scalars.items()}
 
 
-STEPS = list(itertools.product((torch.float64, torch.float32), (True, False), (None, 5)))
+DENSE, TILED, RING = FORMS[0], {"tile_size": 5}, {"tile_size": 5, "ring": True}
+STEPS = list(itertools.product((torch.float64, torch.float32), (True, False), (DENSE, TILED, RING)))
 
 
 def train_steps(rank, world_size):
@@ -265,28 +273,30 @@ def my_own_value(share):
 
 
 BREAKAGES = {
-    "mean of ratios": (image_text, "_ratio_of_sums", ratio_of_my_rank, None, True, True),
-    "wrong offset of the positives": (image_text, "rank", always_rank_0, None, False, True),
-    "gather without gradient": (image_text, "gather_rows", gather_without_gradient, None, True, False),
-    "gather with my own gradient": (image_text, "gather_rows", gather_with_my_own_gradient, None, True, False),
-    "my own value": (image_text, "global_value", my_own_value, None, True, True),
-    "tiled, wrong offset of my texts": (tiles, "rank", always_rank_0, 5, True, True),
-    "tiled, sums of my rank": (tiles, "sum_across_processes", nothing_joins, 5, True, True),
-    "tiled, gather without gradient": (image_text, "gather_rows", gather_without_gradient, 5, True, False),
+    "mean of ratios": (image_text, "_ratio_of_sums", ratio_of_my_rank, DENSE, True, True),
+    "wrong offset of the positives": (image_text, "rank", always_rank_0, DENSE, False, True),
+    "gather without gradient": (image_text, "gather_rows", gather_without_gradient, DENSE, True, False),
+    "gather with my own gradient": (image_text, "gather_rows", gather_with_my_own_gradient, DENSE, True, False),
+    "my own value": (image_text, "global_value", my_own_value, DENSE, True, True),
+    "tiled, wrong offset of my texts": (tiles, "rank", always_rank_0, TILED, True, True),
+    "tiled, sums of my rank": (tiles, "sum_across_processes", nothing_joins, TILED, True, True),
+    "ring, nothing moves": (tiles, "pass_on_ring", nothing_joins, RING, True, True),
+    "ring, ratio of my rank": (tiles, "sum_across_processes", nothing_joins, RING, True, True),
+    "tiled, gather without gradient": (image_text, "gather_rows", gather_without_gradient, TILED, True, False),
 }
 
 
 def broken_train_step(rank, world_size, breakage):
-    module, name, replacement, tile_size, with_ids, _ = BREAKAGES[breakage]
+    module, name, replacement, form, with_ids, _ = BREAKAGES[breakage]
     assert callable(vars(module)[name])
     setattr(module, name, replacement)
-    return train_step(rank, world_size, torch.float64, with_ids, tile_size)[0]
+    return train_step(rank, world_size, torch.float64, with_ids, form)[0]
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_the_contract_can_fail(breakage):
-    _, _, _, tile_size, with_ids, changes_the_loss = BREAKAGES[breakage]
-    one, _ = train_step(0, 1, torch.float64, with_ids, tile_size)
+    _, _, _, form, with_ids, changes_the_loss = BREAKAGES[breakage]
+    one, _ = train_step(0, 1, torch.float64, with_ids, form)
     broken = run_ranks(broken_train_step, 2, breakage)
     assert max(farthest(result, one) for result in broken) > 1e-3
     assert any(abs(result["loss"] - one["loss"]) > 1e-4 for result in broken) == changes_the_loss

@@ -3,15 +3,16 @@
 import torch
 from helpers import run_ranks
 
-from gkl_vl.gather import gather_rows, rank, sum_across_processes, world_size
+from gkl_vl.gather import gather_rows, max_across_processes, pass_on_ring, rank, sum_across_processes, world_size
 
 
 def test_alone_a_tensor_is_itself():
     x = torch.randn(3, 2, requires_grad=True)
     assert (world_size(), rank()) == (1, 0)
     assert gather_rows(x) is x
-    total = sum_across_processes(x)
-    assert torch.equal(total, x) and not total.requires_grad
+    for alone in (sum_across_processes(x), max_across_processes(x)):
+        assert torch.equal(alone, x) and not alone.requires_grad
+    assert pass_on_ring([x])[0] is x
 
 
 def gather_and_weigh(my_rank, ranks):
@@ -32,3 +33,16 @@ def test_rows_of_three_ranks_and_their_gradients():
         assert gradient.flatten().tolist() == [6 * j for j in range(3 * my_rank, 3 * my_rank + 3)]
         assert ids.tolist() == [0, 7, 1, 7, 2, 7]
         assert total.tolist() == [3, 3] and x.tolist() == [1, my_rank] and not has_gradient
+
+
+def pass_on_twice(my_rank, ranks):
+    tensors = [torch.full((2, 3), float(my_rank)).T, torch.tensor([my_rank])]  # one of them not contiguous
+    once = pass_on_ring(tensors)
+    return once, pass_on_ring(once), max_across_processes(torch.tensor([my_rank, -my_rank]))
+
+
+def test_a_ring_turns_by_one_and_the_maximum_is_everybodys():
+    for my_rank, (once, twice, highest) in enumerate(run_ranks(pass_on_twice, 3)):
+        for tensors, owner in ((once, (my_rank + 1) % 3), (twice, (my_rank + 2) % 3)):
+            assert torch.equal(tensors[0], torch.full((3, 2), float(owner))) and tensors[1].tolist() == [owner]
+        assert highest.tolist() == [2, 0]

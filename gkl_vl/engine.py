@@ -220,13 +220,14 @@ def pull(
             if number > 0:
                 set_random_state(embedded.random_states[number], accelerator.device)  # the same dropout
                 outputs = objective.outputs(model, batch)
-            pairs = []
+            ends, gradients = [], []
             for name, output in outputs.items():
                 gradient = embedded.leaves[name].grad
                 # What has no rows is one and the same for all batches: its gradient is given once.
                 if gradient is not None and output.requires_grad and (output.ndim > 0 or last):
-                    pairs.append((output, gradient[rows] if output.ndim > 0 else gradient))
-            torch.autograd.backward(*zip(*pairs, strict=True))
+                    ends.append(output)
+                    gradients.append(gradient[rows] if output.ndim > 0 else gradient)
+            torch.autograd.backward(ends, gradients)
 
 
 def joined(parts: list[Tensors]) -> Tensors:

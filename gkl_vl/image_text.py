@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gkl_vl.gather import gather_rows, rank, sum_across_processes, world_size
 from gkl_vl.gkl import Number, check_gamma, check_positive, kl_rows, smooth_weight, soft_cross_entropy_rows, wmse_rows
-from gkl_vl.tiles import Terms, TiledLoss
+from gkl_vl.tiles import Terms, TiledLoss, sigmoid_contrastive, sigmoid_cross_entropy
 
 Scalars = dict[str, Tensor]
 TILE, DENSE_ENTRIES = 512, 1024 * 1024
@@ -45,6 +45,8 @@ def image_text_loss(
     text_ids: Int[Tensor, " n"] | None = None,
     tile_size: int | Literal["auto"] | None = "auto",
     ring: bool = False,
+    sigmoid: bool = False,
+    teacher_sigmoid: bool = False,
 ) -> tuple[Float[Tensor, ""], Scalars]:
     """Contrastive loss of the student plus GKL between the image-text logits of teacher and student.
 
@@ -66,7 +68,7 @@ def image_text_loss(
         logit_scale, teacher_logit_scale: the scales that multiply, already exponentiated.
         teacher_image, teacher_text: the teacher's L2-normalised embeddings; their length may differ from the
             student's. None = no teacher: contrastive loss only.
-        logit_bias, teacher_logit_bias: SigLIP's bias. A softmax does not feel it; it is here so that such models work.
+        logit_bias, teacher_logit_bias: SigLIP's bias. A softmax does not feel it: without `sigmoid` it changes nothing.
         temperature: T, of the soft cross entropy and of KL. No factor T^2.
         weight_temperature: T2, of the weights.
         text_ids: equal numbers mark equal captions; the contrastive target is spread evenly over them, so that a
@@ -76,6 +78,12 @@ def image_text_loss(
             "auto" = them for small batches, tiles where those are smaller and faster.
         ring: texts travel from rank to rank in place of being gathered: memory O(n) in place of O(N) for more and
             smaller messages, the same number. In tiles only.
+        sigmoid: the student is a SigLIP: each pair is a yes or no of its own. With z = 1 for equal captions, else -1,
+            the contrastive term is sum_ij -log sigmoid(z_ij s_ij) / N, and soft CE the binary cross entropy
+            sum_ij -p_ij log sigmoid(s_ij / T) - (1 - p_ij) log sigmoid(-s_ij / T), / N. Its target p is
+            sigmoid(t / T) with `teacher_sigmoid`, otherwise the mean of the two directions' softmax(t / T).
+            wMSE is the same. A softmax student takes a SigLIP teacher as any other, by the softmax of its logits.
+        teacher_sigmoid: the teacher is a SigLIP too; its bias counts.
 
     Returns:
         The loss, equal on all ranks, and detached scalars for the log: each term, agreement@1 (share of images whose
@@ -87,13 +95,14 @@ def image_text_loss(
             temperature <= 0, a tile size below 1.
         RuntimeError: a second derivative of the tiled form.
 
-    Source: Cui et al., arXiv 2305.13948 (NeurIPS 2024) and 2503.08038 (TPAMI 2026); Radford et al. 2021 for the
-    contrastive loss.
+    Source: Cui et al., arXiv 2305.13948 (NeurIPS 2024) and 2503.08038 (TPAMI 2026); Radford et al. 2021 and, for the
+    sigmoid, Zhai et al. 2023 (arXiv 2303.15343) for the contrastive losses.
     """
     for name, value in (("temperature", temperature), ("weight_temperature", weight_temperature)):
         check_positive(name, value)
     check_gamma(gamma)
     has_teacher = _check(image, text, teacher_image, teacher_text, teacher_logit_scale, text_ids)
+    _check_forms(sigmoid=sigmoid, teacher_sigmoid=teacher_sigmoid, kl_weight=kl_weight)
     terms = Terms(
         contrastive_weight=contrastive_weight,
         soft_ce_weight=soft_ce_weight if has_teacher else 0,
@@ -102,12 +111,19 @@ def image_text_loss(
         gamma=gamma,
         temperature=temperature,
         weight_temperature=weight_temperature,
+        sigmoid=sigmoid,
+        teacher_sigmoid=teacher_sigmoid,
     )
-    student = _Side(image, text, logit_scale)
+    student = _Side(image, text, logit_scale, logit_bias if sigmoid else None)
     teacher = None
     if has_teacher:
         assert teacher_image is not None and teacher_text is not None and teacher_logit_scale is not None
-        teacher = _Side(teacher_image.detach(), teacher_text.detach(), teacher_logit_scale.detach())
+        teacher = _Side(
+            teacher_image.detach(),
+            teacher_text.detach(),
+            teacher_logit_scale.detach(),
+            teacher_logit_bias.detach() if teacher_sigmoid and teacher_logit_bias is not None else None,
+        )
     if text_ids is None:
         text_ids = torch.arange(rank() * len(image), (rank() + 1) * len(image), device=image.device)
     size = _tile_size(tile_size, rows=len(image), ring=ring)
@@ -116,8 +132,8 @@ def image_text_loss(
             share, scalars = _dense_loss(student, teacher, text_ids, terms)
         else:
             share, scalars = _tiled_loss(student, teacher, text_ids, terms, size, ring)
-    # Mimicry alone leaves no term here, and no term feels a bias: a softmax is blind to it. Both stay in the graph, as
-    # DDP waits for every parameter's gradient.
+    # Mimicry alone leaves no term here, and a softmax does not feel a bias. Both stay in the graph, as DDP waits for
+    # every parameter's gradient.
     loss = share + 0.0 * logit_scale if logit_bias is None else share + 0.0 * (logit_scale + logit_bias)
     scalars |= {"logit_scale": logit_scale} | ({} if teacher is None else {"teacher_logit_scale": teacher.scale})
     return global_value(loss), _scalars_of_all_ranks(scalars)
@@ -152,6 +168,15 @@ def global_value(share: Float[Tensor, ""]) -> Float[Tensor, ""]:
     return share + (_mean_over_ranks(share) - share.detach())
 
 
+def _check_forms(*, sigmoid: bool, teacher_sigmoid: bool, kl_weight: Number) -> None:
+    if teacher_sigmoid and not sigmoid:
+        raise ValueError("teacher_sigmoid=True needs sigmoid=True: a softmax student takes the teacher's softmax")
+    if sigmoid and kl_weight:
+        raise ValueError(
+            f"kl_weight={kl_weight} has no meaning with sigmoid=True: use soft_ce_weight, whose gradient is KL's"
+        )
+
+
 def _check(image, text, teacher_image, teacher_text, teacher_logit_scale, text_ids) -> bool:
     given = [x is not None for x in (teacher_image, teacher_text, teacher_logit_scale)]
     if any(given) and not all(given):
@@ -166,16 +191,16 @@ def _check(image, text, teacher_image, teacher_text, teacher_logit_scale, text_i
 
 
 class _Side:
-    """One model's embeddings in at least fp32, and its scale."""
+    """One model's embeddings in at least fp32, its scale, and its bias where a sigmoid feels it."""
 
-    def __init__(self, image: Tensor, text: Tensor, scale: Tensor):
-        self.image, self.text, self.scale = _at_least_fp32(image), _at_least_fp32(text), scale
+    def __init__(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None):
+        self.image, self.text, self.scale, self.bias = _at_least_fp32(image), _at_least_fp32(text), scale, bias
+
+    def shift(self) -> Tensor | float:
+        return 0.0 if self.bias is None else self.bias
 
     def two_directions(self) -> tuple[Tensor, Tensor]:
-        """My images against everybody's texts and my texts against everybody's images, [n, N] each.
-
-        Without the bias, which no term feels: the difference of teacher and student would lose digits to it.
-        """
+        """My images against everybody's texts, my texts against everybody's images: [n, N] each, without the bias."""
         everybody = gather_rows(torch.cat([self.image, self.text], dim=1))  # one collective instead of two
         all_images, all_texts = everybody.split([self.image.shape[1], self.text.shape[1]], dim=1)
         return self.scale * self.image @ all_texts.T, self.scale * self.text @ all_images.T
@@ -201,20 +226,21 @@ def _dense_loss(student: _Side, teacher: _Side | None, text_ids: Tensor, terms: 
     same = text_ids[:, None] == gather_rows(text_ids)
     found: dict[str, tuple[Number, Tensor]] = {}
     if terms.contrastive_weight:
-        target = same.to(student_logits[0].dtype)
-        target = target / target.sum(dim=1, keepdim=True)
-        rows = [F.cross_entropy(logits, target, reduction="none") for logits in student_logits]
+        rows = [_contrastive_rows(logits + student.shift(), same, terms) for logits in student_logits]
         found["contrastive"] = terms.contrastive_weight, _mean_of_rows(rows)
-    teacher_logits = None if teacher is None else teacher.two_directions()
-    if teacher_logits is not None:
+    teacher_logits = None
+    if teacher is not None:
+        teacher_logits = teacher.two_directions()
         pairs = list(zip(student_logits, teacher_logits, strict=True))
-        for name, weight, term in (
-            ("soft_ce", terms.soft_ce_weight, soft_cross_entropy_rows),
-            ("kl", terms.kl_weight, kl_rows),
-        ):
-            if weight:
-                rows = [term(student=s, teacher=t, temperature=terms.temperature) for s, t in pairs]
-                found[name] = weight, _mean_of_rows(rows)
+        if terms.soft_ce_weight and terms.sigmoid:
+            rows = [_sigmoid_soft_rows(s + student.shift(), t + teacher.shift(), terms) for s, t in pairs]
+            found["soft_ce"] = terms.soft_ce_weight, _mean_of_rows(rows)
+        elif terms.soft_ce_weight:
+            rows = [soft_cross_entropy_rows(student=s, teacher=t, temperature=terms.temperature) for s, t in pairs]
+            found["soft_ce"] = terms.soft_ce_weight, _mean_of_rows(rows)
+        if terms.kl_weight:
+            rows = [kl_rows(student=s, teacher=t, temperature=terms.temperature) for s, t in pairs]
+            found["kl"] = terms.kl_weight, _mean_of_rows(rows)
         if terms.wmse_weight:
             ratios = []
             for s, t in pairs:
@@ -226,6 +252,20 @@ def _dense_loss(student: _Side, teacher: _Side | None, text_ids: Tensor, terms: 
     return loss, {name: term for name, (_, term) in found.items()} | _watched(*of_images, same)
 
 
+def _contrastive_rows(student: Tensor, same: Tensor, terms: Terms) -> Tensor:
+    if terms.sigmoid:
+        return sigmoid_contrastive(student, same).sum(dim=1)
+    target = same.to(student.dtype)
+    return F.cross_entropy(student, target / target.sum(dim=1, keepdim=True), reduction="none")
+
+
+def _sigmoid_soft_rows(student: Tensor, teacher: Tensor, terms: Terms) -> Tensor:
+    student, teacher = student / terms.temperature, teacher / terms.temperature
+    if terms.teacher_sigmoid:
+        return sigmoid_cross_entropy(student, teacher).sum(dim=1)
+    return (F.softplus(student) - teacher.softmax(dim=1) * student).sum(dim=1)
+
+
 def _tiled_loss(
     student: _Side, teacher: _Side | None, text_ids: Tensor, terms: Terms, tile_size: int, ring: bool
 ) -> tuple[Tensor, Scalars]:
@@ -234,9 +274,9 @@ def _tiled_loss(
     def columns(rows: Tensor) -> Tensor:
         return rows if ring else gather_rows(rows)
 
-    of_teacher = None if teacher is None else (teacher.scale * teacher.image, columns(teacher.text))
-    ids = text_ids, columns(text_ids)
-    return TiledLoss.apply(student.image, columns(student.text), student.scale, of_teacher, ids, terms, tile_size, ring)
+    of_teacher = None if teacher is None else (teacher.scale * teacher.image, columns(teacher.text), teacher.bias)
+    of_student = student.image, columns(student.text), student.scale, student.bias
+    return TiledLoss.apply(*of_student, of_teacher, (text_ids, columns(text_ids)), terms, tile_size, ring)
 
 
 def _mean_of_rows(directions: list[Tensor]) -> Tensor:

@@ -49,8 +49,8 @@ class ClipKd:
         return {"text_ids": batch["text_ids"]} | ({} if self.teacher is None else self.teacher(batch))
 
     def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """`image_text_loss` and mimicry, weighted."""
-        weights = self.weights
+        """`image_text_loss` and mimicry, weighted. A model with a bias is a SigLIP."""
+        weights, sigmoid = self.weights, "logit_bias" in outputs
         mimicry = {name: outputs[f"mimicry_{name}"] for name in ("image", "text")}
         loss, scalars = image_text_loss(
             **{name: tensor for name, tensor in outputs.items() if not name.startswith("mimicry_")},
@@ -61,6 +61,8 @@ class ClipKd:
             gamma=weights.gamma,
             temperature=weights.temperature,
             weight_temperature=weights.weight_temperature,
+            sigmoid=sigmoid,
+            teacher_sigmoid=sigmoid and "teacher_logit_bias" in targets,
         )
         if self.teacher is not None and weights.mimicry_weight:
             term = mimicry_loss(**mimicry, **{name: targets[name] for name in ("teacher_image", "teacher_text")})

@@ -10,7 +10,7 @@ d = the student's embedding, e = the teacher's.
 
 Stability: a running softmax is shifted by its largest exponent so far; a mean moves by a share of the difference of two
 means, and a variance grows by that difference squared (Chan et al. 1979): no large sums are subtracted. Biases are left
-out: no term feels a number added to a row, and the difference of teacher and student would lose digits to it.
+out where no term feels them, in all softmaxes: the difference of teacher and student would lose digits to them.
 
 Source: online softmax (Milakov and Gimelshein, arXiv 1805.02867), used by Inf-CL (arXiv 2410.17243) for the contrastive
 loss with hard targets. The soft targets and GKL's weighted variance in this form are this project's.
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -45,6 +46,8 @@ class Terms:
     gamma: Number
     temperature: Number
     weight_temperature: Number
+    sigmoid: bool
+    teacher_sigmoid: bool
 
 
 class Softmax:
@@ -104,6 +107,8 @@ class Direction:
         self.distil_weight = terms.soft_ce_weight + terms.kl_weight if has_teacher else 0
         self.wmse_weight = terms.wmse_weight if has_teacher else 0
         self.cold = 1 / terms.temperature
+        self.contrastive_weight = 0 if terms.sigmoid else terms.contrastive_weight
+        self.softmax_targets = self.distil_weight if not terms.teacher_sigmoid else 0
         self.of_wmse: Key = ("teacher", terms.gamma / terms.weight_temperature)
         """softmax(t / T2)^gamma, normalised, is this softmax."""
         self.of_base: Key = ("teacher", 1 / terms.weight_temperature)
@@ -130,14 +135,15 @@ class Direction:
         def want(key: Key, *values: str) -> None:
             wanted.setdefault(key, {}).update(dict.fromkeys(values))
 
-        if self.terms.contrastive_weight:
+        if self.contrastive_weight:
             want(("student", 1.0))
         if self.watched:  # entropies, for the log
             want(("student", 1.0), "student")
             if has_teacher:
                 want(("teacher", 1.0), "teacher")
-        if self.distil_weight:
+        if self.distil_weight and not self.terms.sigmoid:
             want(("student", self.cold))
+        if self.softmax_targets:
             want(("teacher", self.cold), "student", "teacher")
         if self.wmse_weight:
             want(self.of_wmse, "difference")
@@ -148,7 +154,7 @@ class Direction:
         """Another tile of these rows."""
         for softmax in self.softmaxes.values():
             softmax.add(rows, logits)
-        if self.terms.contrastive_weight:
+        if self.contrastive_weight:
             self.positive[rows] += logits["student"].where(same, 0).sum(dim=1)
             self.num_positive[rows] += same.sum(dim=1)
         for side, (best, column, is_same) in self.best.items():
@@ -182,11 +188,16 @@ class Direction:
         self.num_positive = sum_across_processes(self.num_positive)  # all ranks
 
     def terms_by_row(self) -> dict[str, Float[Tensor, " q"]]:
-        """Each term of each row, without its weight; wMSE as a numerator and a denominator."""
+        """Each term of each row, without its weight; wMSE as a numerator and a denominator.
+
+        Of a sigmoid student's terms only what depends on the row: `Pairs` has the rest.
+        """
         found = {}
-        if self.terms.contrastive_weight:
+        if self.contrastive_weight:
             found["contrastive"] = self.softmaxes["student", 1.0].log_sum_exp() - self.positive / self.num_positive
-        if self.distil_weight:
+        if self.softmax_targets and self.terms.sigmoid:
+            found["soft_ce"] = -self.cold * self.softmaxes["teacher", self.cold].mean_of("student")
+        elif self.softmax_targets:
             student, teacher = self.softmaxes["student", self.cold], self.softmaxes["teacher", self.cold]
             soft_ce = student.log_sum_exp() - self.cold * teacher.mean_of("student")
             entropy = teacher.log_sum_exp() - self.cold * teacher.mean_of("teacher")
@@ -208,14 +219,18 @@ class Direction:
 
     def prepare_gradient(self, *, row_share: float, wmse_denominator: Float[Tensor, ""] | None) -> None:
         """A mean over rows counts each `row_share`; `wmse_denominator` is the sum over everybody's rows."""
+        terms, pulls = self.terms, dict.fromkeys(self.softmaxes, 0.0)
         pull = self.cold * row_share * self.distil_weight
-        self.pulls: dict[Key, float] = {}
-        for key, more in (("student", 1.0), row_share * self.terms.contrastive_weight), (("student", self.cold), pull):
-            self.pulls[key] = self.pulls.get(key, 0.0) + more
-        self.pulls["teacher", self.cold] = -pull
-        self.pulls = {key: pull for key, pull in self.pulls.items() if pull}
+        if self.contrastive_weight:
+            pulls["student", 1.0] += row_share * self.contrastive_weight
+        if not terms.sigmoid and self.distil_weight:
+            pulls["student", self.cold] += pull
+        if self.softmax_targets:
+            pulls["teacher", self.cold] -= pull
+        self.pulls = {key: pull for key, pull in pulls.items() if pull}
+        """The gradient is the sum of pull * softmax, less the positives', wMSE's and that of `Pairs`."""
         self.shift = {key: softmax.log_sum_exp() for key, softmax in self.softmaxes.items()}
-        self.positive_pull = row_share * self.terms.contrastive_weight / self.num_positive
+        self.positive_pull = row_share * self.contrastive_weight / self.num_positive
         if wmse_denominator is not None:
             scale = row_share * self.num_columns * self.wmse_weight
             self.wmse_pull = scale * self._total_weight().square() / wmse_denominator
@@ -226,13 +241,65 @@ class Direction:
         for (side, factor), pull in self.pulls.items():
             exponents = factor * logits[side] - self.shift[side, factor][rows, None]
             total.add_(exponents.exp_(), alpha=pull)
-        if self.terms.contrastive_weight:
+        if self.contrastive_weight:
             total -= same * self.positive_pull[rows, None]
         if self.wmse_weight:
             weight = (self.of_wmse[1] * logits["teacher"] - self.shift[self.of_wmse][rows, None]).exp_()
             centred = logits["difference"] - self.softmaxes[self.of_wmse].mean_of("difference")[rows, None]
             total -= centred.mul_(weight).mul_(self.wmse_pull[rows, None])
         return total
+
+
+class Pairs:
+    """What a sigmoid student's terms have of each pair, whatever else its row and its column hold.
+
+    The contrastive term is softplus(-s) of a caption's own images and softplus(s) of all others. A cross entropy with a
+    sigmoid target p is p softplus(-s) + (1 - p) softplus(s); with a softmax target it is softplus(s) - p s, of which
+    `Direction` has the second half. Sums are float64: they go over all pairs.
+    """
+
+    def __init__(self, terms: Terms, *, has_teacher: bool, device: torch.device):
+        self.terms, self.cold = terms, 1 / terms.temperature
+        self.soft_ce_weight = terms.soft_ce_weight if has_teacher else 0
+        self.sums = {
+            name: torch.zeros((), dtype=torch.float64, device=device)
+            for name, weight in (("contrastive", terms.contrastive_weight), ("soft_ce", self.soft_ce_weight))
+            if weight and terms.sigmoid
+        }
+
+    def add(self, logits: Logits, same: Bool[Tensor, "r c"]) -> None:
+        """Another tile."""
+        if "contrastive" in self.sums:
+            self.sums["contrastive"] += sigmoid_contrastive(logits["student"], same).sum()
+        if "soft_ce" in self.sums and self.terms.teacher_sigmoid:
+            student, teacher = self.cold * logits["student"], self.cold * logits["teacher"]
+            self.sums["soft_ce"] += sigmoid_cross_entropy(student, teacher).sum()
+        elif "soft_ce" in self.sums:
+            self.sums["soft_ce"] += F.softplus(self.cold * logits["student"]).sum()
+
+    def add_gradient(
+        self, tile: Float[Tensor, "r c"], logits: Logits, same: Bool[Tensor, "r c"], *, row_share: float
+    ) -> None:
+        """To the gradient of a tile; a mean over rows counts each `row_share`."""
+        if "contrastive" in self.sums:
+            pull = row_share * self.terms.contrastive_weight
+            wrong = torch.sigmoid(torch.where(same, -logits["student"], logits["student"]))
+            tile.add_(torch.where(same, -wrong, wrong), alpha=pull)
+        if "soft_ce" in self.sums:
+            pull = row_share * self.cold * self.soft_ce_weight
+            tile.add_(torch.sigmoid(self.cold * logits["student"]), alpha=pull)
+            if self.terms.teacher_sigmoid:
+                tile.sub_(torch.sigmoid(self.cold * logits["teacher"]), alpha=pull)
+
+
+def sigmoid_contrastive(student: Float[Tensor, "r c"], same: Bool[Tensor, "r c"]) -> Float[Tensor, "r c"]:
+    """-log sigmoid(s) of pairs that belong together, -log sigmoid(-s) of all others (SigLIP, arXiv 2303.15343)."""
+    return F.softplus(torch.where(same, -student, student))
+
+
+def sigmoid_cross_entropy(student: Float[Tensor, "r c"], teacher: Float[Tensor, "r c"]) -> Float[Tensor, "r c"]:
+    """-p log sigmoid(s) - (1 - p) log sigmoid(-s) with p = sigmoid(t), which keeps its digits at both ends."""
+    return torch.sigmoid(teacher) * F.softplus(-student) + torch.sigmoid(-teacher) * F.softplus(student)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +310,9 @@ class Rows:
     teacher: Float[Tensor, "n e"] | None
     ids: Int[Tensor, " n"]
     """Equal numbers mark equal captions."""
+    bias: Float[Tensor, ""] | None
+    teacher_bias: Float[Tensor, ""] | None
+    """For sigmoids; a softmax does not feel them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +336,9 @@ class Columns:
                     assert rows.teacher is not None
                     logits["teacher"] = rows.teacher[r] @ self.teacher[c].T
                     logits["difference"] = logits["teacher"] - logits["student"]
+                for side, bias in (("student", rows.bias), ("teacher", rows.teacher_bias)):
+                    if bias is not None:
+                        logits[side] += bias
                 yield r, c, logits, rows.ids[r, None] == self.ids[c]
 
     def pass_on(self, *more: Tensor) -> tuple["Columns", list[Tensor]]:
@@ -285,7 +358,7 @@ class Columns:
 
 
 class TiledLoss(torch.autograd.Function):
-    """(my images, texts, scale) -> (my share of the loss times the number of ranks, scalars of my rows).
+    """(my images, texts, scale, bias) -> (my share of the loss times the number of ranks, scalars of my rows).
 
     The texts are everybody's, gathered with gradient; or with `ring` mine, and everybody's come by one rank at a time.
     """
@@ -296,14 +369,16 @@ class TiledLoss(torch.autograd.Function):
         image: Float[Tensor, "n d"],
         text: Float[Tensor, "m d"],
         scale: Float[Tensor, ""],
-        teacher: tuple[Float[Tensor, "n e"], Float[Tensor, "m e"]] | None,
+        bias: Float[Tensor, ""] | None,
+        teacher: tuple[Float[Tensor, "n e"], Float[Tensor, "m e"], Float[Tensor, ""] | None] | None,
         ids: tuple[Int[Tensor, " n"], Int[Tensor, " m"]],
         terms: Terms,
         tile_size: int,
         ring: bool,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        teacher_image, teacher_text = (None, None) if teacher is None else teacher
-        rows = Rows(student=scale * image, teacher=teacher_image, ids=ids[0])
+        teacher_image, teacher_text, teacher_bias = (None, None, None) if teacher is None else teacher
+        rows = Rows(student=scale * image, teacher=teacher_image, ids=ids[0], bias=bias, teacher_bias=teacher_bias)
+        pairs = Pairs(terms, has_teacher=teacher is not None, device=image.device)
         common = {"num_columns": world_size() * len(image), "has_teacher": teacher is not None}
         images = Direction(terms, **common, watched=True, like=rows.student[:, 0])
         texts = Direction(terms, **common, watched=False, like=text[:, 0])
@@ -311,6 +386,7 @@ class TiledLoss(torch.autograd.Function):
         columns = Columns(student=text, teacher=teacher_text, ids=ids[1], first=first, direction=texts)
         for _ in range(world_size() if ring else 1):
             for r, c, logits, same in columns.tiles(rows, tile_size):
+                pairs.add(logits, same)
                 images.add(r, columns.first + c.start, logits, same)
                 columns.direction.add(c, r.start, {name: tile.T for name, tile in logits.items()}, same.T)
             if ring:
@@ -318,10 +394,13 @@ class TiledLoss(torch.autograd.Function):
         if not ring:
             columns.direction.join_processes()  # all ranks
 
-        mine = slice(None) if ring else slice(rank() * len(image), (rank() + 1) * len(image))
+        start = 0 if ring else rank() * len(image)
+        mine = slice(start, start + len(image))
         of_texts = {name: by_row[mine] for name, by_row in columns.direction.terms_by_row().items()}
         found = [images.terms_by_row(), of_texts]
         scalars = {name: torch.stack([by_row[name].mean() for by_row in found]).mean() for name in found[0]}
+        for name, total in pairs.sums.items():
+            scalars[name] = scalars.get(name, 0.0) + (total / len(image)).to(image.dtype)
         denominators = (None, None)
         if "wmse" in scalars:
             sums = torch.stack([by_row["wmse_denominator"].sum() for by_row in found])
@@ -329,7 +408,7 @@ class TiledLoss(torch.autograd.Function):
             ratios = [by_row["wmse"].sum() / whole for by_row, whole in zip(found, denominators, strict=True)]
             scalars["wmse"] = world_size() * torch.stack(ratios).mean()
         ctx.save_for_backward(image, scale)
-        ctx.rows, ctx.images, ctx.columns, ctx.denominators = rows, images, columns, denominators
+        ctx.rows, ctx.images, ctx.columns, ctx.pairs, ctx.denominators = rows, images, columns, pairs, denominators
         ctx.tile_size, ctx.ring = tile_size, ring
         return _loss_and_scalars(terms, scalars, images)
 
@@ -342,17 +421,22 @@ class TiledLoss(torch.autograd.Function):
         of_images, of_texts = ({"row_share": 0.5 / len(image), "wmse_denominator": d} for d in ctx.denominators)
         images.prepare_gradient(**of_images)
         to_image, to_text = torch.zeros_like(rows.student), torch.zeros_like(columns.student)
-        for _ in range(world_size() if ctx.ring else 1):
+        to_bias = torch.zeros_like(scale)
+        for _turn in range(world_size() if ctx.ring else 1):
             columns.direction.prepare_gradient(**of_texts)
             for r, c, logits, same in columns.tiles(rows, ctx.tile_size):
                 tile = images.gradient(r, logits, same)
                 tile += columns.direction.gradient(c, {name: part.T for name, part in logits.items()}, same.T).T
+                ctx.pairs.add_gradient(tile, logits, same, row_share=1 / len(image))
+                if rows.bias is not None:
+                    to_bias += tile.sum()
                 to_image[r] += tile @ columns.student[c]
                 to_text[c] += tile.T @ rows.student[r]
             if ctx.ring:
                 columns, (to_text,) = columns.pass_on(to_text)  # all ranks
         to_scale = (image * to_image).sum()
-        return grad * scale * to_image, grad * to_text, grad * to_scale, *[None] * 5
+        of_bias = None if rows.bias is None else grad * to_bias
+        return grad * scale * to_image, grad * to_text, grad * to_scale, of_bias, None, None, None, None, None
 
 
 def _loss_and_scalars(

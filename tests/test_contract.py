@@ -28,7 +28,14 @@ GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16:
 ROWS = 24  # divides by 4 ranks; tiles of 7 end in odd ones
 IDS = [0, 1, 2, 3, 1, 4, 5, 0, *range(6, 20), 2, 19]  # captions that stand twice: on one rank, and on two
 FORMS = [{"tile_size": None}, *({"tile_size": size, "ring": ring} for size in (1, 7, 64) for ring in (False, True))]
-CASES = list(itertools.product(LOSS_TOLERANCE, FORMS, (0, 0.5, 1), (True, False)))
+SOFTMAX = {}
+SIGMOID = {"sigmoid": True, "kl_weight": 0}
+KINDS = [SOFTMAX, SIGMOID, SIGMOID | {"teacher_sigmoid": True}]
+CASES = [
+    case
+    for case in itertools.product(LOSS_TOLERANCE, FORMS, (0, 0.5, 1), (True, False), KINDS)
+    if case[0] == torch.float64 or case[1]["tile_size"] != 1  # slow, and nothing more about rounding than tiles of 7
+]
 
 
 def embeddings(dtype, rows=ROWS) -> dict[str, torch.Tensor]:
@@ -66,15 +73,15 @@ def loss_and_gradients(
     return loss.detach(), {name: leaf.grad for name, leaf in leaves.items()}
 
 
-def oracle(dtype, *, ids, gamma):
+def oracle(dtype, *, ids, gamma, kind):
     tensors = {name: tensor.double() for name, tensor in embeddings(dtype).items()}
-    return loss_and_gradients(tensors, ids=ids, tile_size=None, gamma=gamma)
+    return loss_and_gradients(tensors, ids=ids, tile_size=None, gamma=gamma, **kind)
 
 
-def my_share(rank, world_size, dtype, form, gamma, with_ids):
+def my_share(rank, world_size, dtype, form, gamma, with_ids, kind):
     mine = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
     tensors = {name: tensor[mine] for name, tensor in embeddings(dtype).items()}
-    return loss_and_gradients(tensors, ids=IDS[mine] if with_ids else None, gamma=gamma, **form)
+    return loss_and_gradients(tensors, ids=IDS[mine] if with_ids else None, gamma=gamma, **form, **kind)
 
 
 def all_shares(rank, world_size):
@@ -97,8 +104,8 @@ def farthest(got: dict, want: dict) -> float:
 def test_every_form_gives_the_one_number(world_size):
     by_rank = [all_shares(0, 1)] if world_size == 1 else run_ranks(all_shares, world_size)
     for case, *ranks in zip(CASES, *by_rank, strict=True):
-        dtype, _, gamma, with_ids = case
-        loss, gradients = oracle(dtype, ids=IDS if with_ids else None, gamma=gamma)
+        dtype, _, gamma, with_ids, kind = case
+        loss, gradients = oracle(dtype, ids=IDS if with_ids else None, gamma=gamma, kind=kind)
         for value, _ in ranks:
             assert value.item() == pytest.approx(loss.item(), rel=LOSS_TOLERANCE[dtype]), case
         assert farthest(joined(ranks), gradients) < GRADIENT_TOLERANCE[dtype], case
@@ -111,10 +118,11 @@ def test_every_form_gives_the_one_number(world_size):
     gamma=st.sampled_from([0, 0.05, 1]),
     num_ids=st.integers(1, 41),
     off=st.sampled_from([None, "contrastive_weight", "soft_ce_weight", "wmse_weight", "kl_weight"]),
+    kind=st.sampled_from(KINDS),
 )
-def test_odd_sizes_tiles_and_missing_terms(rows, tile, gamma, num_ids, off):
+def test_odd_sizes_tiles_and_missing_terms(rows, tile, gamma, num_ids, off, kind):
     tensors = embeddings(torch.float64, rows)
-    options = {"ids": [i % num_ids for i in range(rows)], "gamma": gamma} | ({off: 0} if off else {})
+    options = {"ids": [i % num_ids for i in range(rows)], "gamma": gamma} | kind | ({off: 0} if off else {})
     loss, gradients = loss_and_gradients(tensors, tile_size=tile, **options)
     exact, exact_gradients = loss_and_gradients(tensors, tile_size=None, **options)
     assert loss.item() == pytest.approx(exact.item(), rel=1e-10)
@@ -124,11 +132,12 @@ def test_odd_sizes_tiles_and_missing_terms(rows, tile, gamma, num_ids, off):
 @pytest.mark.parametrize("tile_size", [None, 16])
 @pytest.mark.parametrize("gamma", [0, 0.5, 1])
 @pytest.mark.parametrize("bias", [0.0, -50.0])
-def test_sharp_logits_keep_their_digits_in_fp32(tile_size, gamma, bias):
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharp_logits_keep_their_digits_in_fp32(tile_size, gamma, bias, kind):
     """Scale 100, and an offset of 50 between student and teacher."""
     tensors = embeddings(torch.float32, 100)
     exact = {name: tensor.double() for name, tensor in tensors.items()}
-    options = {"ids": None, "gamma": gamma, "scale": 100.0, "teacher_scale": 100.0, "bias": bias}
+    options = {"ids": None, "gamma": gamma, "scale": 100.0, "teacher_scale": 100.0, "bias": bias} | kind
     loss, gradients = loss_and_gradients(tensors, tile_size=tile_size, **options)
     want, exact_gradients = loss_and_gradients(exact, tile_size=None, **options)
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)

@@ -105,6 +105,35 @@ def test_the_loss_is_its_formula_in_value_and_gradient(n, duplicates, gamma, dty
         torch.testing.assert_close(got.grad.double(), want.grad, rtol=allowed, atol=allowed * largest)
 
 
+@pytest.mark.parametrize("teacher_sigmoid", [True, False])
+def test_the_sigmoid_form_is_its_formula(teacher_sigmoid):
+    tensors, ids, n, temperature = batch(5), [0, 1, 0, 2, 1], 5, 2.0
+    scale, bias = torch.tensor(9.0, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
+    s = scale * tensors["image"] @ tensors["text"].T + bias
+    t = 13.0 * tensors["teacher_image"] @ tensors["teacher_text"].T + (5.0 if teacher_sigmoid else 0.0)
+    contrastive = soft_ce = 0.0
+    for i in range(n):
+        for j in range(n):
+            contrastive -= F.logsigmoid(s[i, j] if ids[i] == ids[j] else -s[i, j]) / n
+            by_row, by_column = F.softmax(t[i] / temperature, 0)[j], F.softmax(t[:, j] / temperature, 0)[i]
+            p = torch.sigmoid(t[i, j] / temperature) if teacher_sigmoid else (by_row + by_column) / 2
+            yes, no = F.logsigmoid(s[i, j] / temperature), F.logsigmoid(-s[i, j] / temperature)
+            soft_ce -= (p * yes + (1 - p) * no) / n
+    _, scalars = image_text_loss(
+        **tensors,
+        logit_scale=scale,
+        logit_bias=bias,
+        teacher_logit_scale=torch.tensor(13.0, dtype=torch.float64),
+        teacher_logit_bias=torch.tensor(5.0, dtype=torch.float64),
+        text_ids=torch.tensor(ids),
+        temperature=temperature,
+        sigmoid=True,
+        teacher_sigmoid=teacher_sigmoid,
+    )
+    assert scalars["contrastive"].item() == pytest.approx(contrastive.item(), rel=1e-6)
+    assert scalars["soft_ce"].item() == pytest.approx(soft_ce.item(), rel=1e-6)
+
+
 def test_without_ids_all_captions_differ():
     tensors = batch(6)
     arguments = tensors | {"logit_scale": torch.tensor(9.0), "teacher_logit_scale": torch.tensor(13.0)}
@@ -197,6 +226,8 @@ def test_with_all_weights_0_the_scalars_are_left_and_every_parameter_is_in_the_g
         ({"text": torch.eye(3)[:2]}, "text has 2 rows"),
         ({"text_ids": torch.arange(4)}, "text_ids has 4 rows"),
         ({"teacher_text": None}, "come together or not at all"),
+        ({"teacher_sigmoid": True}, "teacher_sigmoid=True needs sigmoid=True"),
+        ({"sigmoid": True, "kl_weight": 0.5}, "kl_weight=0.5 has no meaning with sigmoid=True"),
         ({"gamma": -1}, "gamma must be a finite number >= 0, got -1"),
         ({"temperature": 0}, "temperature must be a finite number > 0, got 0"),
     ],

@@ -114,17 +114,30 @@ def test_no_gradient_reaches_the_teacher_and_a_step_leaves_its_bits(student, tea
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_a_bias_of_the_teacher_or_the_student_is_passed_on(student_config, teacher, batch):
+def test_a_model_with_a_bias_is_a_siglip(student_config, student, teacher, batch):
     biased = load_clip(student_config)
     biased.towers.model.logit_bias = torch.nn.Parameter(torch.tensor(-4.0))
     scales = teacher_scales(biased)
     assert scales["teacher_logit_bias"] == -4 and not scales["teacher_logit_bias"].requires_grad
     assert set(teacher_scales(teacher)) == {"teacher_logit_scale"}
-    model = model_for(biased, teacher.embed_dim)
-    loss, _ = clip_kd(model, batch, student=biased, teacher=online_teacher(teacher), weights=WEIGHTS)
-    loss.backward()
-    # a softmax does not feel it, and DistributedDataParallel waits for its gradient all the same
-    assert biased.towers.bias().grad.abs() < 1e-5
+    siglip_teacher = freeze(load_clip("emoji-teacher"))
+    siglip_teacher.towers.model.logit_bias = torch.nn.Parameter(torch.tensor(-2.0), requires_grad=False)
+    for who, by_whom in ((biased, teacher), (biased, siglip_teacher), (student, siglip_teacher)):
+        model = model_for(who, by_whom.embed_dim)
+        loss, scalars = clip_kd(model, batch, student=who, teacher=online_teacher(by_whom), weights=WEIGHTS)
+        output, targets = model(who.prepare(batch["image"]), batch["text"]), online_teacher(by_whom)(batch)
+        forms = {"sigmoid": who is biased, "teacher_sigmoid": who is biased and by_whom is siglip_teacher}
+        logits, _ = image_text_loss(
+            **{name: tensor for name, tensor in output.items() if not name.startswith("mimicry")},
+            **targets,
+            text_ids=batch["text_ids"],
+            **{name: weight for name, weight in dataclasses.asdict(WEIGHTS).items() if name != "mimicry_weight"},
+            **forms,
+        )
+        assert loss.item() == pytest.approx((logits + 7 * scalars["mimicry"]).item(), rel=1e-5)
+        loss.backward()
+        if who is biased:
+            assert biased.towers.bias().grad.abs() > 1e-3
 
 
 def test_without_a_teacher_the_contrastive_loss_is_left(student, batch):

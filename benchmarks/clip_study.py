@@ -36,10 +36,13 @@ ARMS = {
 DEFAULT = "+ mimicry + GKL"
 SEARCH = {
     DEFAULT: ([], None),
-    "wMSE .2": (["--wmse-weight", "0.2"], DEFAULT),
     "wMSE .5, gamma .5": (["--wmse-weight", "0.5", "--gamma", "0.5"], DEFAULT),
-    "wMSE 2, gamma 1": (["--wmse-weight", "2", "--gamma", "1"], DEFAULT),
-    "no contrastive": (["--contrastive-weight", "0"], DEFAULT),
+    "wMSE .05, gamma 0": (["--wmse-weight", "0.05", "--gamma", "0"], DEFAULT),
+    "wMSE .2, gamma 0": (["--wmse-weight", "0.2", "--gamma", "0"], DEFAULT),
+    "no contrastive, wMSE .05, gamma 0": (
+        ["--contrastive-weight", "0", "--wmse-weight", "0.05", "--gamma", "0"],
+        "wMSE .05, gamma 0",
+    ),
 }
 Arms = dict[str, tuple[list[str], str | None]]
 SETS = {"emoji": ("acc1", "acc5"), "emoji_unseen": ("acc1",)}

@@ -1,0 +1,215 @@
+"""The image-text loss at scale: the dense form, the tiled one, and open_clip's DistillClipLoss, in time and memory.
+
+    python benchmarks/loss_scale.py                          # n = 8,192, then the growth up to 32,768: about 20 minutes
+    python benchmarks/loss_scale.py --n 2048 --growth 1024 2048 4096
+    python benchmarks/loss_scale.py --output docs/loss_scale.png
+
+Forward and backward in float32, student embeddings of 512 and teacher embeddings of 768 dimensions, gradient to the
+student's embeddings and scale. "All terms": contrastive, soft CE, KL and wMSE at gamma 0.5. Every figure comes from a
+fresh process: the extra memory is the peak (VmHWM of /proc/self/status, Linux) above what the process held before the
+first call; the time is the smallest of `--repeats` calls, which other load on the machine disturbs least. Report the
+ratios: seconds depend on the machine.
+
+The floor is the time of the matrix products alone, on the same tiles: three of the student's (logits, and its gradient
+to either side) and one of the teacher's per sweep and tile, 2 n^2 (4 d + 2 e) multiplications and additions in all.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gkl_vl.image_text import TILE, image_text_loss
+
+STUDENT_DIM, TEACHER_DIM = 512, 768
+ALL_TERMS = {"kl_weight": 1.0, "gamma": 0.5}
+SHARED_WITH_OPEN_CLIP = {"wmse_weight": 0.0}
+
+
+def embeddings(n: int) -> dict[str, Tensor]:
+    """Pairs that the models tell apart, but not all: texts lean a little towards their images."""
+    draw = torch.Generator().manual_seed(0)
+    found = {}
+    for prefix, dim in (("", STUDENT_DIM), ("teacher_", TEACHER_DIM)):
+        image = F.normalize(torch.randn(n, dim, generator=draw))
+        found[f"{prefix}image"] = image
+        found[f"{prefix}text"] = F.normalize(image + 6 * F.normalize(torch.randn(n, dim, generator=draw)))
+    return found
+
+
+def ours(tile_size: int | None, options: dict) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:
+    def loss(tensors: dict[str, Tensor], scale: Tensor, teacher_scale: Tensor) -> Tensor:
+        return image_text_loss(
+            **tensors, logit_scale=scale, teacher_logit_scale=teacher_scale, tile_size=tile_size, **options
+        )[0]
+
+    return loss
+
+
+def open_clip_loss(tensors: dict[str, Tensor], scale: Tensor, teacher_scale: Tensor) -> Tensor:
+    from open_clip.loss import DistillClipLoss
+
+    contrastive, distil = DistillClipLoss()(
+        tensors["image"], tensors["text"], scale, tensors["teacher_image"], tensors["teacher_text"], teacher_scale
+    )
+    return contrastive + distil
+
+
+FORMS = {
+    "dense": ours(None, ALL_TERMS),
+    "tiled": ours(TILE, ALL_TERMS),
+    "open_clip": open_clip_loss,
+    "dense, open_clip's terms": ours(None, SHARED_WITH_OPEN_CLIP),
+    "tiled, open_clip's terms": ours(TILE, SHARED_WITH_OPEN_CLIP),
+}
+
+
+def products(tensors: dict[str, Tensor]) -> None:
+    """The matrix products of the two sweeps, and nothing else."""
+    image, text, teacher_image, teacher_text = tensors.values()
+    to_image, to_text = torch.zeros_like(image), torch.zeros_like(text)
+    tile = torch.empty(0)
+    for sweep in range(2):
+        for row in range(0, len(image), TILE):
+            for column in range(0, len(text), TILE):
+                r, c = slice(row, row + TILE), slice(column, column + TILE)
+                tile = image[r] @ text[c].T
+                tile = teacher_image[r] @ teacher_text[c].T
+                if sweep:
+                    to_image[r] += tile @ text[c]
+                    to_text[c] += tile.T @ image[r]
+
+
+def peak_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status[status.index("VmHWM:") :].split()[1])
+
+
+def measure(form: str, n: int, repeats: int) -> dict[str, float]:
+    """In this process: loss, gradient norm, seconds, extra bytes."""
+    if form == "products":
+        tensors = embeddings(n)
+        started = time.perf_counter()
+        products(tensors)
+        return {"seconds": time.perf_counter() - started}
+    run = FORMS[form]
+    scale, teacher_scale = torch.tensor(50.0, requires_grad=True), torch.tensor(70.0)
+
+    def call(tensors: dict[str, Tensor]) -> tuple[float, float]:
+        leaves = tensors | {name: tensors[name].requires_grad_() for name in ("image", "text")}
+        loss = run(leaves, scale, teacher_scale)
+        gradients = torch.autograd.grad(loss, [leaves["image"], leaves["text"], scale])
+        return loss.item(), math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+
+    call(embeddings(64))  # libraries are loaded, threads started
+    tensors = embeddings(n)
+    before, seconds, found = peak_bytes(), [], (0.0, 0.0)
+    for _ in range(repeats):
+        started = time.perf_counter()
+        found = call(tensors)
+        seconds.append(time.perf_counter() - started)
+    extra = peak_bytes() - before
+    return {"loss": found[0], "gradient": found[1], "seconds": min(seconds), "extra": extra}
+
+
+def measured(form: str, n: int, repeats: int = 1) -> dict[str, float]:
+    """`measure` in a fresh process."""
+    command = [sys.executable, __file__, "--one", form, "--n", str(n), "--repeats", str(repeats)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{form} at n = {n}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout)
+
+
+def compare(n: int, repeats: int) -> None:
+    """The forms side by side, and the floor."""
+    found = {form: measured(form, n, repeats) for form in FORMS}
+    floor = measured("products", n)["seconds"]
+    for form, baseline in (
+        ("tiled", "dense"),
+        ("dense, open_clip's terms", "open_clip"),
+        ("tiled, open_clip's terms", "open_clip"),
+    ):
+        a, b = found[form], found[baseline]
+        for what in ("loss", "gradient"):
+            if not math.isclose(a[what], b[what], rel_tol=1e-4):
+                sys.exit(f"{form} and {baseline} differ in {what}: {a[what]} and {b[what]}")
+        ratios = f"{a['seconds'] / b['seconds']:.2f} of the time and {a['extra'] / b['extra']:.3f} of the extra memory"
+        print(f"n = {n:,}: {form} takes {ratios} of {baseline}")
+    print(f"n = {n:,}: tiled takes {found['tiled']['seconds'] / floor:.2f} times its matrix products alone")
+
+
+def growth(sizes: list[int], output: Path | None) -> None:
+    """How time and memory of the tiled form grow, and of the dense one while it fits."""
+    curves: dict[str, list[tuple[int, dict[str, float]]]] = {"tiled": [(n, measured("tiled", n)) for n in sizes]}
+    curves["dense"] = [(n, measured("dense", n)) for n in sizes if n <= 8192]
+    for form, points in curves.items():
+        for n, found in points:
+            print(f"{form}, n = {n:,}: {found['extra'] / 2**20:,.0f} MiB extra")
+        if len(points) > 1:
+            grows = {what: exponent([(n, found[what]) for n, found in points]) for what in ("extra", "seconds")}
+            print(f"{form}: memory grows as n^{grows['extra']:.2f}, time as n^{grows['seconds']:.2f}")
+    if output is not None:
+        draw(curves, output)
+        print(output)
+
+
+def exponent(points: list[tuple[int, float]]) -> float:
+    """Of a power law through the points: least squares in logarithms."""
+    logs = [(math.log(n), math.log(value)) for n, value in points]
+    x, y = (sum(column) / len(logs) for column in zip(*logs, strict=True))
+    return sum((a - x) * (b - y) for a, b in logs) / sum((a - x) ** 2 for a, _ in logs)
+
+
+def draw(curves: dict[str, list[tuple[int, dict[str, float]]]], output: Path) -> None:
+    """Memory and time against the batch, time relative to the smallest tiled one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    unit = curves["tiled"][0][1]["seconds"]
+    panels = (
+        ("extra", 2**20, "Extra memory, MiB"),
+        ("seconds", unit, f"Time, n = {curves['tiled'][0][0]:,} tiled is 1"),
+    )
+    for axes, (what, scale, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        for (form, points), colour in zip(curves.items(), ("#0072b2", "#d55e00"), strict=True):
+            axes.loglog(
+                [n for n, _ in points], [found[what] / scale for _, found in points], "o-", color=colour, label=form
+            )
+        axes.set_title(title, loc="left", fontsize=11, weight="bold")
+        axes.set_xlabel("batch n")
+        ticks = [n for n, _ in curves["tiled"]]
+        axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+        axes.minorticks_off()
+        axes.grid(color="#d8dee4", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.savefig(output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=8192, help="batch of the comparison")
+    parser.add_argument("--repeats", type=int, default=3, help="calls, of which the fastest counts")
+    parser.add_argument("--growth", type=int, nargs="*", default=[2048, 4096, 8192, 16384, 32768], help="batches")
+    parser.add_argument("--output", type=Path, help="draw the growth into this PNG")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(options.one, options.n, options.repeats)))
+        return
+    compare(options.n, options.repeats)
+    if options.growth:
+        growth(options.growth, options.output)
+
+
+if __name__ == "__main__":
+    main()

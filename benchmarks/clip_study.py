@@ -36,7 +36,7 @@ ARMS = {
 DEFAULT = "+ mimicry + GKL"
 SEARCH = {
     DEFAULT: ([], None),
-    "wMSE .5, gamma .5": (["--wmse-weight", "0.5", "--gamma", "0.5"], DEFAULT),
+    "wMSE 2, gamma 1": (["--wmse-weight", "2", "--gamma", "1"], DEFAULT),
     "wMSE .05, gamma 0": (["--wmse-weight", "0.05", "--gamma", "0"], DEFAULT),
     "wMSE .2, gamma 0": (["--wmse-weight", "0.2", "--gamma", "0"], DEFAULT),
     "no contrastive, wMSE .05, gamma 0": (

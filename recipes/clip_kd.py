@@ -108,11 +108,11 @@ class Config:
     """Weight of the student's own contrastive loss."""
     soft_ce_weight: float = 1.0
     """Weight of GKL's soft cross entropy (paper: beta)."""
-    wmse_weight: float = 2.0
+    wmse_weight: float = 0.5
     """Weight of GKL's weighted MSE of logit differences (paper: alpha)."""
     mimicry_weight: float | None = None
     """Weight of feature mimicry, the MSE of normalised embeddings. None = CLIP-KD's 2000, 10000 on bundled data."""
-    gamma: float = 1.0
+    gamma: float = 0.5
     """Exponent of the wMSE's weights: 0 = all candidates alike, 1 = the teacher's softmax (IKL)."""
     temperature: float = 1.0
     """Of the soft cross entropy."""

@@ -223,7 +223,7 @@ def _tile_size(asked: int | Literal["auto"] | None, *, rows: int, ring: bool) ->
 def _dense_loss(student: _Side, teacher: _Side | None, text_ids: Tensor, terms: Terms) -> tuple[Tensor, Scalars]:
     """My share of the loss times the number of ranks, and the scalars of my rows; the tiled form's oracle."""
     student_logits = student.two_directions()
-    same = text_ids[:, None] == gather_rows(text_ids)
+    same = (text_ids[:, None] == gather_rows(text_ids)).to(student.image.dtype)
     found: dict[str, tuple[Number, Tensor]] = {}
     if terms.contrastive_weight:
         rows = [_contrastive_rows(logits + student.shift(), same, terms) for logits in student_logits]
@@ -255,8 +255,7 @@ def _dense_loss(student: _Side, teacher: _Side | None, text_ids: Tensor, terms: 
 def _contrastive_rows(student: Tensor, same: Tensor, terms: Terms) -> Tensor:
     if terms.sigmoid:
         return sigmoid_contrastive(student, same).sum(dim=1)
-    target = same.to(student.dtype)
-    return F.cross_entropy(student, target / target.sum(dim=1, keepdim=True), reduction="none")
+    return F.cross_entropy(student, same / same.sum(dim=1, keepdim=True), reduction="none")
 
 
 def _sigmoid_soft_rows(student: Tensor, teacher: Tensor, terms: Terms) -> Tensor:
@@ -309,7 +308,7 @@ def _watched(student: Tensor, teacher: Tensor | None, same: Tensor) -> Scalars:
         return -(log_p.exp() * log_p).sum(dim=1).mean()
 
     best = student.argmax(dim=1)
-    found = {"batch_acc1": same.gather(1, best[:, None]).float().mean(), "student_entropy": entropy(student)}
+    found = {"batch_acc1": same.gather(1, best[:, None]).mean(), "student_entropy": entropy(student)}
     if teacher is None:
         return found
     agreement = (best == teacher.argmax(dim=1)).float().mean()

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gkl_vl.gather import max_across_processes, pass_on_ring, rank, sum_across_processes, world_size
@@ -64,20 +64,19 @@ class Softmax:
 
     def add(self, rows: slice, logits: Logits) -> None:
         """Another tile of these rows."""
-        exponents = self.factor * logits[self.side]
-        high = exponents.amax(dim=1)
-        weight = exponents.sub_(high[:, None]).exp_()
+        high = self.factor * logits[self.side].amax(dim=1)
+        weight = torch.add(-high[:, None], logits[self.side], alpha=self.factor).exp_()
         total = weight.sum(dim=1)
         top = torch.maximum(self.high[rows], high)
         before, now = self.total[rows] * (self.high[rows] - top).exp(), total * (high - top).exp()
         self.high[rows], self.total[rows] = top, before + now
         share = now / (before + now)
         for index, value in enumerate(self.values):
-            mean = (weight * logits[value]).sum(dim=1) / total
+            mean = torch.linalg.vecdot(weight, logits[value], dim=1) / total
             step = mean - self.mean[index, rows]
             self.mean[index, rows] += share * step
             if value == "difference":
-                spread = (logits[value] - mean[:, None]).square_().mul_(weight).sum(dim=1) / total
+                spread = torch.linalg.vecdot((logits[value] - mean[:, None]).square_(), weight, dim=1) / total
                 self.variance[rows] += share * (spread - self.variance[rows] + (1 - share) * step.square())
 
     def join_processes(self) -> None:
@@ -122,7 +121,7 @@ class Direction:
             side: (
                 torch.full_like(like, -torch.inf),
                 torch.zeros_like(like, dtype=torch.long),
-                torch.zeros_like(like, dtype=torch.bool),
+                torch.zeros_like(like),
             )
             for side in sides
         }
@@ -150,12 +149,12 @@ class Direction:
             want(self.of_base)
         return wanted
 
-    def add(self, rows: slice, first_column: int, logits: Logits, same: Bool[Tensor, "r c"]) -> None:
+    def add(self, rows: slice, first_column: int, logits: Logits, same: Float[Tensor, "r c"]) -> None:
         """Another tile of these rows."""
         for softmax in self.softmaxes.values():
             softmax.add(rows, logits)
         if self.contrastive_weight:
-            self.positive[rows] += logits["student"].where(same, 0).sum(dim=1)
+            self.positive[rows] += torch.linalg.vecdot(same, logits["student"], dim=1)
             self.num_positive[rows] += same.sum(dim=1)
         for side, (best, column, is_same) in self.best.items():
             value, index = logits[side].max(dim=1)
@@ -233,20 +232,21 @@ class Direction:
         self.positive_pull = row_share * self.contrastive_weight / self.num_positive
         if wmse_denominator is not None:
             scale = row_share * self.num_columns * self.wmse_weight
-            self.wmse_pull = scale * self._total_weight().square() / wmse_denominator
+            pull = scale * self._total_weight().square() / wmse_denominator
+            self.wmse_shift = self.shift[self.of_wmse] - pull.log()  # exp(x - shift) carries the pull
 
-    def gradient(self, rows: slice, logits: Logits, same: Bool[Tensor, "r c"]) -> Float[Tensor, "r c"]:
+    def gradient(self, rows: slice, logits: Logits, same: Float[Tensor, "r c"]) -> Float[Tensor, "r c"]:
         """Of this direction's loss with respect to the student's logits of a tile."""
         total = torch.zeros_like(logits["student"])
         for (side, factor), pull in self.pulls.items():
-            exponents = factor * logits[side] - self.shift[side, factor][rows, None]
-            total.add_(exponents.exp_(), alpha=pull)
+            softmax = torch.add(-self.shift[side, factor][rows, None], logits[side], alpha=factor).exp_()
+            total.add_(softmax, alpha=pull)
         if self.contrastive_weight:
-            total -= same * self.positive_pull[rows, None]
+            total.addcmul_(same, self.positive_pull[rows, None], value=-1)
         if self.wmse_weight:
-            weight = (self.of_wmse[1] * logits["teacher"] - self.shift[self.of_wmse][rows, None]).exp_()
-            centred = logits["difference"] - self.softmaxes[self.of_wmse].mean_of("difference")[rows, None]
-            total -= centred.mul_(weight).mul_(self.wmse_pull[rows, None])
+            weight = torch.add(-self.wmse_shift[rows, None], logits["teacher"], alpha=self.of_wmse[1]).exp_()
+            mean = self.softmaxes[self.of_wmse].mean_of("difference")
+            total.addcmul_(logits["difference"] - mean[rows, None], weight, value=-1)
         return total
 
 
@@ -267,7 +267,7 @@ class Pairs:
             if weight and terms.sigmoid
         }
 
-    def add(self, logits: Logits, same: Bool[Tensor, "r c"]) -> None:
+    def add(self, logits: Logits, same: Float[Tensor, "r c"]) -> None:
         """Another tile."""
         if "contrastive" in self.sums:
             self.sums["contrastive"] += sigmoid_contrastive(logits["student"], same).sum()
@@ -278,13 +278,13 @@ class Pairs:
             self.sums["soft_ce"] += F.softplus(self.cold * logits["student"]).sum()
 
     def add_gradient(
-        self, tile: Float[Tensor, "r c"], logits: Logits, same: Bool[Tensor, "r c"], *, row_share: float
+        self, tile: Float[Tensor, "r c"], logits: Logits, same: Float[Tensor, "r c"], *, row_share: float
     ) -> None:
         """To the gradient of a tile; a mean over rows counts each `row_share`."""
         if "contrastive" in self.sums:
             pull = row_share * self.terms.contrastive_weight
-            wrong = torch.sigmoid(torch.where(same, -logits["student"], logits["student"]))
-            tile.add_(torch.where(same, -wrong, wrong), alpha=pull)
+            sign = 1 - 2 * same
+            tile.addcmul_(torch.sigmoid(sign * logits["student"]), sign, value=pull)
         if "soft_ce" in self.sums:
             pull = row_share * self.cold * self.soft_ce_weight
             tile.add_(torch.sigmoid(self.cold * logits["student"]), alpha=pull)
@@ -292,9 +292,9 @@ class Pairs:
                 tile.sub_(torch.sigmoid(self.cold * logits["teacher"]), alpha=pull)
 
 
-def sigmoid_contrastive(student: Float[Tensor, "r c"], same: Bool[Tensor, "r c"]) -> Float[Tensor, "r c"]:
+def sigmoid_contrastive(student: Float[Tensor, "r c"], same: Float[Tensor, "r c"]) -> Float[Tensor, "r c"]:
     """-log sigmoid(s) of pairs that belong together, -log sigmoid(-s) of all others (SigLIP, arXiv 2303.15343)."""
-    return F.softplus(torch.where(same, -student, student))
+    return F.softplus((1 - 2 * same) * student)
 
 
 def sigmoid_cross_entropy(student: Float[Tensor, "r c"], teacher: Float[Tensor, "r c"]) -> Float[Tensor, "r c"]:
@@ -326,8 +326,8 @@ class Columns:
     """Number of the first among everybody's."""
     direction: Direction
 
-    def tiles(self, rows: Rows, size: int) -> Iterator[tuple[slice, slice, Logits, Bool[Tensor, "r c"]]]:
-        """(rows, columns, logits, whether the captions are the same) of each tile."""
+    def tiles(self, rows: Rows, size: int) -> Iterator[tuple[slice, slice, Logits, Float[Tensor, "r c"]]]:
+        """(rows, columns, logits, 1 where the captions are the same) of each tile."""
         for start in range(0, len(rows.ids), size):
             for first in range(0, len(self.ids), size):
                 r, c = slice(start, start + size), slice(first, first + size)
@@ -339,7 +339,13 @@ class Columns:
                 for side, bias in (("student", rows.bias), ("teacher", rows.teacher_bias)):
                     if bias is not None:
                         logits[side] += bias
-                yield r, c, logits, rows.ids[r, None] == self.ids[c]
+                same = rows.ids[r, None] == self.ids[c]
+                yield (
+                    r,
+                    c,
+                    logits,
+                    same.to(rows.student.dtype),
+                )  # to multiply by: a choice by a mask costs ten times that
 
     def pass_on(self, *more: Tensor) -> tuple["Columns", list[Tensor]]:
         """Mine and `more` to the previous rank, the next rank's to me. All ranks."""
@@ -451,7 +457,7 @@ def _loss_and_scalars(
     named = {name: scalars[name] for name, weight in weights.items() if weight and name in scalars}
     loss = sum((weights[name] * term for name, term in named.items()), torch.zeros_like(images.positive[0]))
     _, column, is_same = images.best["student"]
-    named["batch_acc1"] = is_same.float().mean()
+    named["batch_acc1"] = is_same.mean()
     named["student_entropy"] = images.entropy("student").mean()
     if "teacher" in images.best:
         named["agreement@1"] = (column == images.best["teacher"][1]).float().mean()

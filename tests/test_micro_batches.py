@@ -38,6 +38,9 @@ class Towers(torch.nn.Module):
 
 
 class Distil:
+    def __init__(self, **form):
+        self.form = form
+
     def outputs(self, model, batch):
         return model(batch["pixels"], batch["tokens"])
 
@@ -46,7 +49,7 @@ class Distil:
         return teacher | {"teacher_logit_scale": torch.tensor(11.0), "text_ids": batch["text_ids"]}
 
     def loss(self, outputs, targets):
-        return image_text_loss(**outputs, **targets, gamma=0.5)
+        return image_text_loss(**outputs, **targets, gamma=0.5, **self.form)
 
 
 def whole_batch(rows=ROWS, seed=1) -> dict:
@@ -61,19 +64,19 @@ def split(batch: dict, sizes: list[int]) -> list[dict]:
     return [{name: x[a : a + n] for name, x in batch.items()} for a, n in zip(starts, sizes, strict=True)]
 
 
-def gradients(model: Towers, batches: list[dict], accelerator=None):
+def gradients(model: Towers, batches: list[dict], **form):
     """Loss and gradients of one update on these batches."""
-    accelerator = accelerator or Accelerator(cpu=True)
+    accelerator, objective = Accelerator(cpu=True), Distil(**form)
     wrapped = accelerator.prepare(model)
-    embedded = embed(accelerator, wrapped, Distil(), batches)
-    loss, _ = Distil().loss(embedded.leaves, embedded.targets)
+    embedded = embed(accelerator, wrapped, objective, batches)
+    loss, _ = objective.loss(embedded.leaves, embedded.targets)
     accelerator.backward(loss)
-    pull(accelerator, wrapped, Distil(), batches, embedded)
+    pull(accelerator, wrapped, objective, batches, embedded)
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def plain_gradients(model: Towers, batch: dict):
-    objective = Distil()
+def plain_gradients(model: Towers, batch: dict, **form):
+    objective = Distil(**form)
     loss, _ = objective.loss(objective.outputs(model, batch), objective.targets(batch))
     loss.backward()
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -139,17 +142,26 @@ def test_batchnorm_counts_each_batch_once():
         torch.testing.assert_close(dict(model.named_buffers())[name], buffer, msg=name)
 
 
-def ranks_and_parts(rank, world_size, sizes):
-    whole = whole_batch()
-    mine = split(whole, [ROWS // world_size] * world_size)[rank]
-    return gradients(Towers(), split(mine, sizes))
+CASES = [
+    (sizes, form | kind)
+    for sizes in ([6], [2, 4], [2, 2, 2])
+    for form in ({"tile_size": None}, {"tile_size": 5}, {"tile_size": 5, "ring": True})
+    for kind in ({}, {"sigmoid": True}, {"kl_weight": 0.3, "temperature": 2.0})
+]
 
 
-@pytest.mark.parametrize("sizes", [[6], [2, 4], [2, 2, 2]])
-def test_two_processes_with_micro_batches_are_one_with_all(sizes):
-    want = plain_gradients(Towers(), whole_batch())
-    for got in run_ranks(ranks_and_parts, 2, sizes):
-        assert_same(got, want)
+def ranks_and_parts(rank, world_size):
+    mine = split(whole_batch(), [ROWS // world_size] * world_size)[rank]
+    return [gradients(Towers(), split(mine, sizes), **form) for sizes, form in CASES]
+
+
+def test_two_processes_with_micro_batches_are_one_with_all():
+    """Micro-batches and processes at once, in every form of the loss, against the dense form in one process."""
+    for (_, form), *ranks in zip(CASES, *run_ranks(ranks_and_parts, 2), strict=True):
+        kind = {name: value for name, value in form.items() if name not in ("tile_size", "ring")}
+        want = plain_gradients(Towers(), whole_batch(), tile_size=None, **kind)
+        for got in ranks:
+            assert_same(got, want)
 
 
 class Parts:

@@ -25,24 +25,23 @@ _PREFIX, _ASIDE = "step_", "writing_"
 
 
 class RunFolder:
-    """Where a run writes. All processes hold one; only the main process writes to it."""
+    """Where a run writes. All processes hold one; only the main process writes to it.
+
+    It is made when there is something to write, so a mistake that ends a run before leaves no folder behind.
+    """
 
     def __init__(self, path: Path, *, is_main: bool):
         self.path, self._is_main = path, is_main
         self.results, self.checkpoints = path / "results.jsonl", path / "checkpoints"
-        if is_main:
-            try:
-                self.checkpoints.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(
-                    f"--output-dir {str(path)!r} cannot be made ({error.strerror}): name another"
-                ) from error
-            if not os.access(path, os.W_OK):
-                raise UserError(f"--output-dir {str(path)!r} is not writable: name another")
+        there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        if is_main and not (there.is_dir() and os.access(there, os.W_OK)):
+            what = "is not writable" if there.is_dir() else "is a file"
+            raise UserError(f"--output-dir {str(path)!r} cannot be made, {str(there)!r} {what}: name another")
 
     def write_json(self, name: str, content: Any) -> None:
         """A JSON file, written aside and renamed."""
         if self._is_main:
+            self.path.mkdir(parents=True, exist_ok=True)
             aside = self.path / (name + ".writing")
             aside.write_text(json.dumps(content, indent=2) + "\n")
             aside.replace(self.path / name)
@@ -57,6 +56,7 @@ class RunFolder:
     def log(self, record: dict[str, Any]) -> None:
         """One line of results.jsonl."""
         if self._is_main:
+            self.path.mkdir(parents=True, exist_ok=True)
             with open(self.results, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
@@ -102,6 +102,7 @@ def save_checkpoint(
     final = run.checkpoints / f"{_PREFIX}{step:08d}"
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)  # left by a kill
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()  # all ranks
     accelerator.save_state(str(aside))  # all ranks: model, optimizer, scaler, RNG of every rank
     positions = gather_object([position])  # all ranks

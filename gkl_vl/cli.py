@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import logging
 import os
 import re
 import select
@@ -63,6 +64,7 @@ def run(main: Callable[[ConfigT], None], config: Callable[..., ConfigT], argv: S
     Ranks other than 0 sign their line.
     """
     settings = parse(config, argv)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it warns of on its way, our line says
     try:
         main(settings)
         sys.stdout.flush()  # here, where a reader that left can still be noticed

@@ -300,8 +300,9 @@ def _load_open_clip_folder(name: str, prefix: str, rest: str, *, allow_pickle: b
         raise UserError(f"folder {rest!r} of {name!r} does not exist")
     config_path = folder / "open_clip_config.json"
     if not config_path.is_file():
-        hint = f": try transformers:{rest}" if (folder / "config.json").is_file() else ""
-        raise UserError(f"{rest!r} holds no open_clip_config.json{hint}")
+        is_transformers = (folder / "config.json").is_file()
+        remedy = f"try transformers:{rest}" if is_transformers else "name a folder in open_clip's Hub format"
+        raise UserError(f"{rest!r} holds no open_clip_config.json: {remedy}")
     weights = open_clip.factory._find_checkpoint_in_dir(folder)
     if weights is None:  # open_clip would go on with random weights
         raise UserError(f"{rest!r} holds no weights: expected open_clip_model.safetensors")

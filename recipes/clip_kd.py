@@ -134,7 +134,7 @@ def main(config: Config) -> None:
     if config.push_to_hub:
         hub.check_repo_id(config.push_to_hub)
     terms = weights(config)
-    run, accelerator = start(config)
+    run, accelerator, asked = start(config)
     set_seed(config.seed)  # the same initial weights on every rank
     teacher = load_teacher(config, accelerator)
     student = load_clip(config.student, allow_pickle=config.allow_pickle)
@@ -145,6 +145,8 @@ def main(config: Config) -> None:
     student.towers.to(memory_format=torch.channels_last)
     source = open_source(config.train_data, columns=config.columns)
     steps = count_steps(config, source, accelerator.num_processes)
+    if not config.resume:  # from here on there is a run
+        run.write_json("config.json", asked)
     accelerator.print(f"{title(config, steps)} · {accelerator.num_processes} x {accelerator.device.type} · {run.path}")
     augment = augmentation(config, student, teacher)
     stored = None
@@ -197,8 +199,8 @@ def main(config: Config) -> None:
 # ---- before -----------------------------------------------------------------------------------------------------
 
 
-def start(config: Config) -> tuple[RunFolder, Accelerator]:
-    """The run folder, the same on all ranks, and Accelerate."""
+def start(config: Config) -> tuple[RunFolder, Accelerator, dict[str, Any]]:
+    """The run folder, the same on all ranks; Accelerate; and what a new run's config.json is to say."""
     accelerator = Accelerator(
         mixed_precision=ACCELERATE_PRECISION[config.precision],
         log_with=list(config.report_to) or None,
@@ -219,13 +221,12 @@ def start(config: Config) -> tuple[RunFolder, Accelerator]:
     elif run.results.is_file():
         raise UserError(f"{str(run.path)!r} already holds a run: add --resume latest, or name another --output-dir")
     accelerator.wait_for_everyone()  # all ranks: nobody looks for results after the main process wrote some
-    if not config.resume:  # the commit that a run starts from, whatever is checked out when it ends
-        run.write_json("config.json", wanted | {"command": command_line(), "commit": git_commit()})
     if config.report_to:
         accelerator.init_trackers(
             "gkl_vl", config={k: v for k, v in wanted.items() if isinstance(v, int | float | str)}
         )
-    return run, accelerator
+    # The commit that a run starts from, whatever is checked out when it ends.
+    return run, accelerator, wanted | {"command": command_line(), "commit": git_commit()}
 
 
 def default_folder(resume: str | None) -> Path:
@@ -234,9 +235,11 @@ def default_folder(resume: str | None) -> Path:
         return Path("runs") / f"clip_kd-{time.strftime('%Y%m%d-%H%M%S')}"
     if resume != "latest":
         return Path(resume).parent.parent
-    folders = sorted(Path("runs").glob("clip_kd-*"))
+    folders = sorted(path.parents[1] for path in Path("runs").glob("clip_kd-*/checkpoints/step_*"))
     if not folders:
-        raise UserError("--resume latest: there is no runs/clip_kd-* folder here: name the run with --output-dir")
+        raise UserError(
+            "--resume latest: no runs/clip_kd-* folder here has a checkpoint: name the run with --output-dir"
+        )
     return folders[-1]
 
 

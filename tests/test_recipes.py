@@ -15,6 +15,7 @@ import tyro
 from test_pairs import good, write_shard
 
 from gkl_vl.data import pairs
+from gkl_vl.errors import UserError
 from gkl_vl.hub import ModelCard, export_clip
 from gkl_vl.towers import load_clip
 
@@ -223,6 +224,17 @@ def test_a_mistake_is_one_line_and_code_2(place, call, flags, message):
     flags = [flag.format(place=place) for flag in flags]
     code, _, told = call("--teacher", "none", *flags, "--workers", "0")
     assert code == 2 and message in told and len(told.strip().splitlines()) == 1
+    assert not Path("runs").exists()  # what never started leaves no folder
+
+
+def test_resume_latest_takes_the_newest_run_that_has_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = module(RECIPE)
+    with pytest.raises(UserError, match="no runs/clip_kd-. folder here has a checkpoint"):
+        recipe.default_folder("latest")
+    for name in ("clip_kd-1/checkpoints/step_00000002", "clip_kd-2/checkpoints/step_00000001", "clip_kd-3/checkpoints"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert recipe.default_folder("latest") == Path("runs/clip_kd-2")
 
 
 def test_debug_shows_where(call):

@@ -184,4 +184,4 @@ def test_a_run_without_a_checkpoint_cannot_be_resumed(place, whole, call, tmp_pa
 def test_a_place_that_cannot_be_written_is_refused_before_training(place, call):
     (place / "a-file").write_text("")
     code, _, told = call(*flags_of(place, "a-file/run", "--workers", "0"))
-    assert code == 2 and "cannot be made" in told and "name another" in told
+    assert code == 2 and "a-file' is a file: name another" in told and "cannot be made" in told

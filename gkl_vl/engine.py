@@ -182,7 +182,7 @@ class Embedded:
     first: Tensors
     """The first batch's outputs, still tied to the model."""
     random_states: list[Any]
-    """Of the generators, before each batch's outputs."""
+    """Of the generators, before the outputs of each batch but the first."""
 
 
 def embed(accelerator: Accelerator, model: nn.Module, objective: Objective, batches: list[Batch]) -> Embedded:
@@ -195,7 +195,7 @@ def embed(accelerator: Accelerator, model: nn.Module, objective: Objective, batc
             statistics = [buffer.clone() for buffer in model.buffers()]
         with accelerator.autocast():
             targets.append(objective.targets(batch))
-        random_states.append(random_state(accelerator.device))
+        random_states.append(random_state(accelerator.device) if number > 0 else None)
         # One context for both: DDP gets ready to average where the last batch's graph is made.
         with nullcontext() if last and number == 0 else accelerator.no_sync(model), torch.set_grad_enabled(number == 0):
             outputs.append(objective.outputs(model, batch))

@@ -261,7 +261,7 @@ def test_a_broken_pipe_that_is_not_stdout_is_told(capfd):
 
 
 SCRIPT = """
-    import sys, time
+    import signal, sys, time
     from dataclasses import dataclass
     from gkl_vl import cli
 
@@ -272,6 +272,8 @@ SCRIPT = """
 
     def main(config):
         if config.mode == "wait":
+            # a shell lets what it starts in the background ignore SIGINT, and with it what that starts
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             print("ready", flush=True)
             time.sleep(60)
         for line in range(1 if config.mode == "one line" else 200_000):

@@ -37,7 +37,7 @@ Key = tuple[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """Weights, temperatures and gamma, as `image_text_loss` documents them."""
+    """Weights, temperatures and gamma, as `image_text_loss` documents them; without a teacher its weights are 0."""
 
     contrastive_weight: Number
     soft_ce_weight: Number
@@ -103,8 +103,7 @@ class Direction:
 
     def __init__(self, terms: Terms, *, num_columns: int, has_teacher: bool, watched: bool, like: Float[Tensor, " q"]):
         self.terms, self.num_columns, self.watched = terms, num_columns, watched
-        self.distil_weight = terms.soft_ce_weight + terms.kl_weight if has_teacher else 0
-        self.wmse_weight = terms.wmse_weight if has_teacher else 0
+        self.distil_weight, self.wmse_weight = terms.soft_ce_weight + terms.kl_weight, terms.wmse_weight
         self.cold = 1 / terms.temperature
         self.contrastive_weight = 0 if terms.sigmoid else terms.contrastive_weight
         self.softmax_targets = self.distil_weight if not terms.teacher_sigmoid else 0
@@ -258,12 +257,11 @@ class Pairs:
     `Direction` has the second half. Sums are float64: they go over all pairs.
     """
 
-    def __init__(self, terms: Terms, *, has_teacher: bool, device: torch.device):
+    def __init__(self, terms: Terms, *, device: torch.device):
         self.terms, self.cold = terms, 1 / terms.temperature
-        self.soft_ce_weight = terms.soft_ce_weight if has_teacher else 0
         self.sums = {
             name: torch.zeros((), dtype=torch.float64, device=device)
-            for name, weight in (("contrastive", terms.contrastive_weight), ("soft_ce", self.soft_ce_weight))
+            for name, weight in (("contrastive", terms.contrastive_weight), ("soft_ce", terms.soft_ce_weight))
             if weight and terms.sigmoid
         }
 
@@ -286,7 +284,7 @@ class Pairs:
             sign = 1 - 2 * same
             tile.addcmul_(torch.sigmoid(sign * logits["student"]), sign, value=pull)
         if "soft_ce" in self.sums:
-            pull = row_share * self.cold * self.soft_ce_weight
+            pull = row_share * self.cold * self.terms.soft_ce_weight
             tile.add_(torch.sigmoid(self.cold * logits["student"]), alpha=pull)
             if self.terms.teacher_sigmoid:
                 tile.sub_(torch.sigmoid(self.cold * logits["teacher"]), alpha=pull)
@@ -339,13 +337,9 @@ class Columns:
                 for side, bias in (("student", rows.bias), ("teacher", rows.teacher_bias)):
                     if bias is not None:
                         logits[side] += bias
-                same = rows.ids[r, None] == self.ids[c]
-                yield (
-                    r,
-                    c,
-                    logits,
-                    same.to(rows.student.dtype),
-                )  # to multiply by: a choice by a mask costs ten times that
+                # Numbers to multiply by: a choice by a mask costs ten times that.
+                same = (rows.ids[r, None] == self.ids[c]).to(rows.student.dtype)
+                yield r, c, logits, same
 
     def pass_on(self, *more: Tensor) -> tuple["Columns", list[Tensor]]:
         """Mine and `more` to the previous rank, the next rank's to me. All ranks."""
@@ -384,7 +378,7 @@ class TiledLoss(torch.autograd.Function):
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         teacher_image, teacher_text, teacher_bias = (None, None, None) if teacher is None else teacher
         rows = Rows(student=scale * image, teacher=teacher_image, ids=ids[0], bias=bias, teacher_bias=teacher_bias)
-        pairs = Pairs(terms, has_teacher=teacher is not None, device=image.device)
+        pairs = Pairs(terms, device=image.device)
         common = {"num_columns": world_size() * len(image), "has_teacher": teacher is not None}
         images = Direction(terms, **common, watched=True, like=rows.student[:, 0])
         texts = Direction(terms, **common, watched=False, like=text[:, 0])

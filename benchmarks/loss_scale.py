@@ -3,6 +3,8 @@
     python benchmarks/loss_scale.py                          # n = 8,192, then the growth up to 32,768: about 20 minutes
     python benchmarks/loss_scale.py --n 2048 --growth 1024 2048 4096
     python benchmarks/loss_scale.py --output docs/loss_scale.png
+    python benchmarks/loss_scale.py --errors                 # float32 against float64, a minute
+    python benchmarks/loss_scale.py --edge                   # small batches, where `auto` changes over: a minute
 
 Forward and backward in float32, student embeddings of 512 and teacher embeddings of 768 dimensions, gradient to the
 student's embeddings and scale. "All terms": contrastive, soft CE, KL and wMSE at gamma 0.5. Every figure comes from a
@@ -61,6 +63,68 @@ def open_clip_loss(tensors: dict[str, Tensor], scale: Tensor, teacher_scale: Ten
         tensors["image"], tensors["text"], scale, tensors["teacher_image"], tensors["teacher_text"], teacher_scale
     )
     return contrastive + distil
+
+
+def leaning(tensors: dict[str, Tensor], offset: float) -> dict[str, Tensor]:
+    """A direction that all of the student's embeddings share, and no teacher's: it adds about `offset` to all cosines."""
+    common = (offset / (1 - offset)) ** 0.5 * F.normalize(torch.ones(STUDENT_DIM), dim=0)
+    return tensors | {name: F.normalize(tensors[name] + common) for name in ("image", "text")}
+
+
+def errors(n: int) -> None:
+    """The errors of float32 against the dense form in float64, with sharp logits and offsets of 50.
+
+    Of the loss, and of the gradients to embeddings and scale; the largest difference relative to the largest entry.
+    """
+    sigmoid = {"sigmoid": True, "kl_weight": 0.0}
+    settings = {
+        "softmax": ({}, 0.0),
+        "softmax, student's logits 50 higher": ({}, 0.5),
+        "sigmoid, bias -50": (sigmoid, 0.0),
+        "sigmoid, bias -50, logits 50 higher": (sigmoid, 0.5),
+    }
+    print(f"n = {n:,}, scales of 100, all terms: relative error of float32 against float64")
+    print("| logits | gamma | dense: loss | embeddings | scale | tiled: loss | embeddings | scale |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, (options, offset) in settings.items():
+        tensors = leaning(embeddings(n), offset)
+        for gamma in (0.0, 0.5, 1.0):
+            exact = value_and_gradients(tensors, torch.float64, None, options | {"gamma": gamma})
+            cells = []
+            for tile_size in (None, TILE):
+                got = value_and_gradients(tensors, torch.float32, tile_size, options | {"gamma": gamma})
+                loss, image, text, scale = (
+                    ((ours.double() - right).abs().max() / right.abs().max()).item()
+                    for ours, right in zip(got, exact, strict=True)
+                )
+                cells += [loss, max(image, text), scale]
+            print(f"| {name} | {gamma:g} | " + " | ".join(f"{cell:.1e}" for cell in cells) + " |")
+
+
+def value_and_gradients(
+    tensors: dict[str, Tensor], dtype: torch.dtype, tile_size: int | None, options: dict
+) -> tuple[Tensor, ...]:
+    """Of the same float32 numbers, computed in `dtype`: the loss, its gradient to images, texts and scale."""
+    leaves = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    scale, bias = torch.tensor(100.0, dtype=dtype, requires_grad=True), torch.tensor(-50.0, dtype=dtype)
+    trained = [leaves[name].requires_grad_() for name in ("image", "text")]
+    loss, _ = image_text_loss(
+        **leaves,
+        logit_scale=scale,
+        logit_bias=bias,
+        teacher_logit_scale=torch.tensor(100.0, dtype=dtype),
+        tile_size=tile_size,
+        **(ALL_TERMS | options),
+    )
+    return loss.detach(), *torch.autograd.grad(loss, [*trained, scale])
+
+
+def edge(sizes: list[int], repeats: int) -> None:
+    """Where tiles begin to be faster or smaller than the dense form."""
+    for n in sizes:
+        tiled, dense = (measured(form, n, repeats) for form in ("tiled", "dense"))
+        memory = f"{tiled['extra'] / 2**20:,.0f} MiB against {dense['extra'] / 2**20:,.0f}"
+        print(f"n = {n:,}: tiled takes {tiled['seconds'] / dense['seconds']:.2f} of the dense form's time; {memory}")
 
 
 FORMS = {
@@ -201,11 +265,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="calls, of which the fastest counts")
     parser.add_argument("--growth", type=int, nargs="*", default=[2048, 4096, 8192, 16384, 32768], help="batches")
     parser.add_argument("--output", type=Path, help="draw the growth into this PNG")
+    parser.add_argument("--errors", action="store_true", help="only the errors of float32, at n = 1,024")
+    parser.add_argument("--edge", action="store_true", help="only small batches")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(options.one, options.n, options.repeats)))
         return
+    if options.errors:
+        return errors(1024)
+    if options.edge:
+        return edge([128, 256, 512, 768, 1024, 2048], 10 * options.repeats)
     compare(options.n, options.repeats)
     if options.growth:
         growth(options.growth, options.output)

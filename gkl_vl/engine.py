@@ -1,5 +1,6 @@
 """fit(): the training loop, one page, on Accelerate. It receives callables and knows no loss, model or data set."""
 
+import copy
 import math
 import os
 import sys
@@ -12,8 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import DistributedType, broadcast, gather_object, send_to_device
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -102,6 +104,8 @@ def fit(
         UserError: gradient accumulation is on; a loss that is not finite.
     """
     refuse_accumulation(accelerator)
+    refuse_of_fsdp(accelerator, config)
+    whole = before_sharding(accelerator, model)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.wd), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
     )
@@ -118,20 +122,24 @@ def fit(
     started_at = step
     loader = make_loader(position)
     batches = iter(loader)
-    result = plain if ema is None else ema.module
+    result = whole if ema is None else ema.module
     speed = Speed(accelerator.num_processes)
     quiet = not accelerator.is_main_process or not sys.stderr.isatty()
     bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True, disable=quiet)
 
     while True:
         last = step == config.steps
+        evaluating = last or is_time(step, config.eval_every_steps)
+        saving = last or is_time(step, config.checkpoint_every_steps)
+        if evaluating or saving:
+            gather_shards(accelerator, model, whole)  # all ranks
         fresh = step > started_at  # what a checkpoint holds was evaluated and saved before
-        if fresh and (last or is_time(step, config.eval_every_steps)):
+        if fresh and evaluating:
             for record in evaluate(result):  # all ranks
                 log_evaluation(accelerator, run, record, step)
                 if not quiet:
                     bar.write(evaluation_line(record, step))
-        if fresh and (last or is_time(step, config.checkpoint_every_steps)):
+        if fresh and saving:
             save_checkpoint(accelerator, run, step=step, position=loader.position(), ema=ema)  # all ranks
         if last:
             break
@@ -303,6 +311,45 @@ def refuse_accumulation(accelerator: Accelerator) -> None:
             f"gradient_accumulation_steps = {accelerator.gradient_accumulation_steps}: micro-batches would shrink the "
             "set of negatives and change the loss; use 1 and --accum-steps, which gives the loss of them all as one"
         )
+
+
+def refuse_of_fsdp(accelerator: Accelerator, config: FitConfig) -> None:
+    """What shards of a model cannot do."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    if not accelerator.is_fsdp2:
+        raise UserError(
+            "fsdp_version 1 flattens parameters, which the checkpoints here do not know: set fsdp_version: 2"
+        )
+    if config.ema_decay:
+        raise UserError(f"ema_decay {config.ema_decay} averages whole models, and FSDP has shards: set it to 0")
+
+
+def before_sharding(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The model to evaluate and to export: itself, or with FSDP a copy that `gather_shards` fills.
+
+    FSDP shards along the first axis, so parameters without one (a scale) get one. The copy keeps their shape.
+    """
+    if not accelerator.is_fsdp2:
+        return model
+    whole = copy.deepcopy(model).to(accelerator.device)
+    for parameter in model.parameters():
+        if parameter.ndim == 0:
+            parameter.data = parameter.data.reshape(1)
+    return whole
+
+
+def gather_shards(accelerator: Accelerator, model: nn.Module, whole: nn.Module) -> None:
+    """All ranks: everybody's copy gets everybody's shards. Nothing to do where `whole` is the model.
+
+    BatchNorm's statistics become those of rank 0, as DDP has it: a checkpoint would take some of each rank's.
+    """
+    if accelerator.is_fsdp2:
+        for buffer in model.buffers():
+            broadcast(buffer)  # all ranks
+        state: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))  # all ranks
+        shapes = {name: tensor.shape for name, tensor in whole.state_dict().items()}
+        whole.load_state_dict({name: tensor.reshape(shapes[name]) for name, tensor in state.items()})
 
 
 def stop_unless_finite(accelerator: Accelerator, loss: Tensor, scalars: Tensors, keys: list[str], step: int) -> None:

@@ -225,21 +225,22 @@ class Direction:
             pulls["student", self.cold] += pull
         if self.softmax_targets:
             pulls["teacher", self.cold] -= pull
-        self.pulls = {key: pull for key, pull in pulls.items() if pull}
+        # Divided by the total, not shifted by its logarithm: beside an offset of 50 that would lose four digits.
+        self.pulls = {key: pull / self.softmaxes[key].total for key, pull in pulls.items() if pull}
         """The gradient is the sum of pull * softmax, less the positives', wMSE's and that of `Pairs`."""
-        self.shift = {key: softmax.log_sum_exp() for key, softmax in self.softmaxes.items()}
         self.positive_pull = row_share * self.contrastive_weight / self.num_positive
         if wmse_denominator is not None:
             scale = row_share * self.num_columns * self.wmse_weight
             pull = scale * self._total_weight().square() / wmse_denominator
-            self.wmse_shift = self.shift[self.of_wmse] - pull.log()  # exp(x - shift) carries the pull
+            self.wmse_shift = self.softmaxes[self.of_wmse].log_sum_exp() - pull.log()  # exp(x - shift) carries the pull
 
     def gradient(self, rows: slice, logits: Logits, same: Float[Tensor, "r c"]) -> Float[Tensor, "r c"]:
         """Of this direction's loss with respect to the student's logits of a tile."""
         total = torch.zeros_like(logits["student"])
-        for (side, factor), pull in self.pulls.items():
-            softmax = torch.add(-self.shift[side, factor][rows, None], logits[side], alpha=factor).exp_()
-            total.add_(softmax, alpha=pull)
+        for key, pull in self.pulls.items():
+            softmax = self.softmaxes[key]
+            weight = torch.add(-softmax.high[rows, None], logits[softmax.side], alpha=softmax.factor).exp_()
+            total.addcmul_(weight, pull[rows, None])
         if self.contrastive_weight:
             total.addcmul_(same, self.positive_pull[rows, None], value=-1)
         if self.wmse_weight:

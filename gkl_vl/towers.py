@@ -45,11 +45,12 @@ class OpenClipTowers(nn.Module):
         return self.model.encode_text(tokens, normalize=True)
 
     def log_scale(self) -> Float[Tensor, ""]:
-        """The parameter itself: the logarithm of the scale."""
-        return self.model.logit_scale
+        """The logarithm of the scale, a parameter; FSDP and some checkpoints give it one axis of length 1."""
+        return self.model.logit_scale.reshape(())
 
     def bias(self) -> Float[Tensor, ""] | None:
-        return self.model.logit_bias
+        bias = self.model.logit_bias
+        return None if bias is None else bias.reshape(())
 
     def image_parameters(self) -> Iterator[nn.Parameter]:
         return self.model.visual.parameters()
@@ -69,7 +70,7 @@ class TransformersTowers(nn.Module):
         return F.normalize(self.model.get_text_features(input_ids=tokens).pooler_output, dim=-1)
 
     def log_scale(self) -> Float[Tensor, ""]:
-        """The parameter itself: the logarithm of the scale. SigLIP stores it with one axis of length 1."""
+        """As in `OpenClipTowers`; SigLIP stores it with an axis."""
         return self.model.logit_scale.reshape(())
 
     def bias(self) -> Float[Tensor, ""] | None:
@@ -176,7 +177,7 @@ def freeze(clip: Clip) -> Clip:
 @torch.no_grad()
 def clamp_scale(towers: Towers) -> None:
     """Keep the scale within [1, 100] after an update, as CLIP does; the parameter is its logarithm."""
-    towers.log_scale().clamp_(0, math.log(100))
+    towers.model.logit_scale.clamp_(0, math.log(100))  # the parameter itself: in shards it has no views
 
 
 def list_students() -> list[str]:

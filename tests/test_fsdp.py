@@ -1,0 +1,159 @@
+"""A student in shards is trained as a whole one: the same weights, evaluated, exported, saved and taken up again.
+
+Accelerate turns FSDP on for GPUs only. Told here that it did so on CPUs, its own FSDP2 code does the rest over gloo.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from helpers import RankFailed, run_ranks
+from torch.distributed.tensor import DTensor
+
+from gkl_vl.checkpoint import RunFolder
+from gkl_vl.engine import FitConfig, fit
+from gkl_vl.image_text import image_text_loss, mimicry_loss
+from gkl_vl.towers import Student, clamp_scale, load_clip
+
+FSDP_CONFIG = Path(__file__).parents[1] / "accelerate_configs" / "fsdp.yaml"
+CONFIG = {"lr": 1e-3, "wd": 0.1, "accum_steps": 2, "eval_every_steps": 1, "checkpoint_every_steps": 1}
+ROWS = 3
+
+
+def sharding_accelerator(version: int = 2) -> Accelerator:
+    """With the settings that ship, told through the environment as `accelerate launch` does."""
+    for name, value in yaml.safe_load(FSDP_CONFIG.read_text())["fsdp_config"].items():
+        os.environ[name.upper().replace("_LAYER_CLS", "_CLS")] = str(value)
+    os.environ["FSDP_VERSION"] = str(version)
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    return accelerator
+
+
+class Loader:
+    """Endless batches, the n-th of a rank always the same; each rank has others."""
+
+    def __init__(self, rank: int, size: int, length: int, position):
+        self.rank, self.size, self.length, self.taken = rank, size, length, (position or {"taken": 0})["taken"]
+
+    def __iter__(self):
+        while True:
+            draw = torch.Generator().manual_seed(100 * self.taken + self.rank)
+            self.taken += 1
+            image = torch.randn(ROWS, 3, self.size, self.size, generator=draw)
+            text = torch.randint(1, 1000, (ROWS, self.length), generator=draw)
+            teacher = F.normalize(torch.randn(2 * ROWS, 24, generator=draw), dim=1)
+            keys = [str(number) for number in range(ROWS)]
+            yield {"image": image, "text": text, "teacher": teacher, "keys": keys}
+
+    def position(self):
+        return {"taken": self.taken}
+
+    def num_skipped(self):
+        return 0
+
+
+class Distil:
+    def outputs(self, model, batch):
+        return model(batch["image"], batch["text"])
+
+    def targets(self, batch):
+        image, text = batch["teacher"].split(ROWS)
+        return {"teacher_image": image, "teacher_text": text}
+
+    def loss(self, outputs, targets):
+        loss, scalars = image_text_loss(
+            **{name: tensor for name, tensor in outputs.items() if not name.startswith("mimicry_")},
+            **targets,
+            teacher_logit_scale=torch.tensor(20.0),
+        )
+        mimicry = {name: outputs[f"mimicry_{name}"] for name in ("image", "text")}
+        return loss + 10 * mimicry_loss(**mimicry, **targets), scalars
+
+
+def train(rank, world_size, folder, sharded, steps, resume=None):
+    """What each evaluation saw of the student's weights and embeddings, and what this rank holds of its scale."""
+    accelerator = sharding_accelerator() if sharded else Accelerator(cpu=True)
+    torch.manual_seed(0)
+    clip = load_clip("emoji-student")
+    length, seen = clip.model_cfg["text_cfg"]["context_length"], []
+    model = Student(clip.towers, embed_dim=clip.embed_dim, mimicry_dim=24)
+
+    def make_loader(position):
+        return Loader(rank, clip.image_size, length, position)
+
+    def evaluate(model):
+        model.eval()
+        batch = next(iter(make_loader(None)))
+        image, text = model.towers.encode_image(batch["image"]), model.towers.encode_text(batch["text"])
+        weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        seen.append((weights, image.detach(), text.detach(), model.towers.log_scale().item()))
+        return []
+
+    run = RunFolder(Path(folder), is_main=rank == 0)
+    exported = fit(
+        accelerator=accelerator,
+        model=model,
+        objective=Distil(),
+        make_loader=make_loader,
+        run=run,
+        config=FitConfig(steps=steps, **CONFIG),
+        evaluate=evaluate,
+        after_step=lambda: clamp_scale(clip.towers),
+        checkpoint=run.find_checkpoint(resume) if resume else None,
+    )
+    scale = model.towers.model.logit_scale
+    mine = {name: p.to_local().numel() if sharded else p.numel() for name, p in model.named_parameters()}
+    assert isinstance(scale, DTensor) == sharded and exported.towers.model.logit_scale.shape == ()
+    return seen, sum(mine.values())
+
+
+def test_shards_train_as_the_whole_and_resume(tmp_path):
+    whole = run_ranks(train, 2, str(tmp_path / "whole"), False, 3)
+    sharded = run_ranks(train, 2, str(tmp_path / "sharded"), True, 3)
+    for of_whole, of_shards in zip(whole[0][0], sharded[0][0], strict=True):
+        for name, tensor in of_whole[0].items():
+            torch.testing.assert_close(of_shards[0][name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+        for ours, theirs in zip(of_shards[1:3], of_whole[1:3], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert len(sharded[0][0]) == 3 and sharded[0][0][0][3] != sharded[0][0][2][3]  # the scale learns
+    assert max(held for _, held in sharded) < 0.6 * whole[0][1]  # a rank holds its half
+    last = sharded[0][0][-1][0]
+    for name, tensor in sharded[1][0][-1][0].items():
+        assert torch.equal(tensor, last[name]), name  # every rank evaluates the same model
+
+    checkpoint = str(tmp_path / "sharded" / "checkpoints" / "step_00000002")
+    for (of_resumed,), _ in run_ranks(train, 2, str(tmp_path / "resumed"), True, 3, checkpoint):
+        for name, tensor in of_resumed[0].items():
+            assert torch.equal(tensor, last[name]), name
+
+
+def refused(rank, world_size, folder, version, ema_decay):
+    torch.manual_seed(0)
+    fit(
+        accelerator=sharding_accelerator(version),
+        model=torch.nn.Linear(2, 2),
+        objective=Distil(),
+        make_loader=lambda position: Loader(rank, 1, 1, position),
+        run=RunFolder(Path(folder), is_main=False),
+        config=FitConfig(steps=1, lr=1.0, ema_decay=ema_decay),
+        evaluate=lambda model: [],
+        after_step=lambda: None,
+    )
+
+
+@pytest.mark.parametrize(
+    "version, ema_decay, message",
+    [(1, 0.0, "fsdp_version 1 .*: set fsdp_version: 2"), (2, 0.9, "ema_decay 0.9 .*: set it to 0")],
+)
+def test_what_shards_cannot_do_is_refused(tmp_path, version, ema_decay, message):
+    with pytest.raises(RankFailed, match=message):
+        run_ranks(refused, 1, str(tmp_path), version, ema_decay)

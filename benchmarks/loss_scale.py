@@ -66,7 +66,7 @@ def open_clip_loss(tensors: dict[str, Tensor], scale: Tensor, teacher_scale: Ten
 
 
 def leaning(tensors: dict[str, Tensor], offset: float) -> dict[str, Tensor]:
-    """A direction that all of the student's embeddings share, and no teacher's: it adds about `offset` to all cosines."""
+    """A direction that all of the student's embeddings share adds about `offset` to all cosines; no teacher has it."""
     common = (offset / (1 - offset)) ** 0.5 * F.normalize(torch.ones(STUDENT_DIM), dim=0)
     return tensors | {name: F.normalize(tensors[name] + common) for name in ("image", "text")}
 

@@ -3,7 +3,7 @@
 runs/clip_kd-20260102-030405/
     config.json          what was asked for
     results.jsonl        one line per log and per evaluation
-    checkpoints/step_00000600/   everything to go on from there: Accelerate's state, loop.json, ema.safetensors
+    checkpoints/step_00000600/   to go on from: Accelerate's state, loop.json, ema.safetensors, memory_RANK.safetensors
     model/               the student as people load it
     report.png
 """
@@ -92,9 +92,15 @@ class RunFolder:
 
 
 def save_checkpoint(
-    accelerator: Accelerator, run: RunFolder, *, step: int, position: dict[str, Any], ema: nn.Module | None
+    accelerator: Accelerator,
+    run: RunFolder,
+    *,
+    step: int,
+    position: dict[str, Any],
+    ema: nn.Module | None,
+    memory: dict[str, Tensor],
 ) -> None:
-    """Save everything that the loop needs to go on after `step`. All ranks take part.
+    """Save everything that the loop needs to go on after `step`. All ranks take part, each with its own `memory`.
 
     Written under another name and renamed when complete, so a kill leaves either the whole checkpoint or none.
     """
@@ -105,7 +111,9 @@ def save_checkpoint(
         run.checkpoints.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()  # all ranks
     accelerator.save_state(str(aside))  # all ranks: model, optimizer, scaler, RNG of every rank
-    positions = gather_object([position])  # all ranks
+    if memory:
+        save_file({name: _own(tensor) for name, tensor in memory.items()}, aside / _memory(accelerator.process_index))
+    positions = gather_object([position])  # all ranks: and all have written
     if accelerator.is_main_process:
         if ema is not None:
             save_file({name: _own(tensor) for name, tensor in ema.state_dict().items()}, aside / "ema.safetensors")
@@ -126,14 +134,20 @@ def read_loop_state(checkpoint: Path, *, rank: int, world_size: int) -> tuple[in
     return state["step"], state["positions"][rank]
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, ema: nn.Module | None) -> None:
-    """Restore model, optimizer, scaler and RNG of every rank, and the EMA. All ranks take part."""
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, ema: nn.Module | None) -> dict[str, Tensor]:
+    """Restore model, optimizer, scaler and RNG of every rank, and the EMA; returns my rank's memory. All ranks."""
     accelerator.load_state(str(checkpoint))  # all ranks
     if ema is not None:
         path = checkpoint / "ema.safetensors"
         if not path.is_file():
             raise UserError(f"{str(checkpoint)!r} holds no moving average: resume without --ema-decay")
         ema.load_state_dict(load_file(path, device=str(accelerator.device)))
+    path = checkpoint / _memory(accelerator.process_index)
+    return load_file(path) if path.is_file() else {}
+
+
+def _memory(rank: int) -> str:
+    return f"memory_{rank}.safetensors"
 
 
 def _own(tensor: Tensor) -> Tensor:

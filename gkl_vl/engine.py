@@ -1,7 +1,6 @@
 """fit(): the training loop, one page, on Accelerate. It receives callables and knows no loss, model or data set."""
 
 import copy
-import math
 import os
 import sys
 import time
@@ -15,12 +14,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast, gather_object, send_to_device
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from gkl_vl.checkpoint import RunFolder, load_checkpoint, read_loop_state, save_checkpoint
 from gkl_vl.errors import UserError
+from gkl_vl.gather import gather_shards
 
 Batch = dict[str, Any]
 Record = dict[str, Any]
@@ -32,14 +31,8 @@ class FitConfig:
     """What the loop needs to know. Steps are optimizer updates."""
 
     steps: int
-    lr: float
-    wd: float = 0.2
-    """Weight decay of parameters with two or more axes; the others have none."""
-    warmup_steps: int = 0
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-6
     grad_clip_norm: float = 1.0
+    """math.inf = no clipping."""
     accum_steps: int = 1
     """Batches of one update; the loss is that of all of them as one, and memory that of one."""
     ema_decay: float = 0.0
@@ -70,6 +63,14 @@ class Objective(Protocol):
         """The loss, and detached scalars for the log. It is equal on all ranks, or its mean is meant."""
         ...
 
+    def state(self) -> Tensors:
+        """What this rank must remember from step to step, for the checkpoint; {} when nothing."""
+        ...
+
+    def load_state(self, state: Tensors) -> None:
+        """Go on from where `state` was taken."""
+        ...
+
 
 class Loader(Protocol):
     """Endless batches (dicts with a list `keys`), and where they stand."""
@@ -84,6 +85,8 @@ def fit(
     accelerator: Accelerator,
     model: nn.Module,
     objective: Objective,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    learning_rate: Callable[[int], float],
     make_loader: Callable[[dict[str, Any] | None], Loader],
     run: RunFolder,
     config: FitConfig,
@@ -95,6 +98,8 @@ def fit(
 
     Args:
         objective: outputs of the model, targets, and the loss between them.
+        make_optimizer: see `optim.py`.
+        learning_rate: of the update after so many others, for all groups.
         make_loader: a position of a checkpoint, or None for the start -> this rank's loader.
         evaluate: the model to evaluate -> records with `model`, `dataset` and metrics; called on every rank.
         after_step: called after each update, for constraints on parameters.
@@ -106,18 +111,15 @@ def fit(
     refuse_accumulation(accelerator)
     refuse_of_fsdp(accelerator, config)
     whole = before_sharding(accelerator, model)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.wd), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
-    )
     plain = model
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(model, make_optimizer(model))
     ema = moving_average(plain, config.ema_decay)
     step, position = 0, None
     if checkpoint is not None:
         step, position = read_loop_state(
             checkpoint, rank=accelerator.process_index, world_size=accelerator.num_processes
         )
-        load_checkpoint(accelerator, checkpoint, ema=ema)
+        objective.load_state(load_checkpoint(accelerator, checkpoint, ema=ema))
         run.rewind(step)
     started_at = step
     loader = make_loader(position)
@@ -132,7 +134,7 @@ def fit(
         evaluating = last or is_time(step, config.eval_every_steps)
         saving = last or is_time(step, config.checkpoint_every_steps)
         if evaluating or saving:
-            gather_shards(accelerator, model, whole)  # all ranks
+            fill_from_shards(accelerator, model, whole)  # all ranks
         fresh = step > started_at  # what a checkpoint holds was evaluated and saved before
         if fresh and evaluating:
             for record in evaluate(result):  # all ranks
@@ -140,7 +142,9 @@ def fit(
                 if not quiet:
                     bar.write(evaluation_line(record, step))
         if fresh and saving:
-            save_checkpoint(accelerator, run, step=step, position=loader.position(), ema=ema)  # all ranks
+            save_checkpoint(  # all ranks
+                accelerator, run, step=step, position=loader.position(), ema=ema, memory=objective.state()
+            )
         if last:
             break
 
@@ -149,7 +153,7 @@ def fit(
             send_to_device(next(batches), accelerator.device, non_blocking=True) for _ in range(config.accum_steps)
         ]
         keys = [key for part in parts for key in part["keys"]]
-        lr = learning_rate(step, config)
+        lr = learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         model.train()
@@ -254,15 +258,6 @@ def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) 
         torch.cuda.set_rng_state(state[1], device)
 
 
-def parameter_groups(model: nn.Module, wd: float) -> list[dict[str, Any]]:
-    """Two groups for AdamW: what decays, and what has fewer than two axes (biases, norms, the scale) and does not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": wd},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
 def moving_average(model: nn.Module, decay: float) -> AveragedModel | None:
     """The average of weights and of buffers: BatchNorm statistics of today do not fit weights of yesterday."""
     if not decay:
@@ -275,14 +270,6 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel | None:
         return torch.where(ema == now, now, torch.lerp(ema, now, 1 - decay))
 
     return AveragedModel(model, avg_fn=average, use_buffers=True)
-
-
-def learning_rate(step: int, config: FitConfig) -> float:
-    """Of the update after `step` others: linear warm-up, then a cosine to 0. A pure function, so nothing to save."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def is_time(step: int, every: int) -> bool:
@@ -326,7 +313,7 @@ def refuse_of_fsdp(accelerator: Accelerator, config: FitConfig) -> None:
 
 
 def before_sharding(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """The model to evaluate and to export: itself, or with FSDP a copy that `gather_shards` fills.
+    """The model to evaluate and to export: itself, or with FSDP a copy that `fill_from_shards` fills.
 
     FSDP shards along the first axis, so parameters without one (a scale) get one. The copy keeps their shape.
     """
@@ -339,7 +326,7 @@ def before_sharding(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     return whole
 
 
-def gather_shards(accelerator: Accelerator, model: nn.Module, whole: nn.Module) -> None:
+def fill_from_shards(accelerator: Accelerator, model: nn.Module, whole: nn.Module) -> None:
     """All ranks: everybody's copy gets everybody's shards. Nothing to do where `whole` is the model.
 
     BatchNorm's statistics become those of rank 0, as DDP has it: a checkpoint would take some of each rank's.
@@ -347,7 +334,7 @@ def gather_shards(accelerator: Accelerator, model: nn.Module, whole: nn.Module) 
     if accelerator.is_fsdp2:
         for buffer in model.buffers():
             broadcast(buffer)  # all ranks
-        state: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))  # all ranks
+        state = gather_shards(model)  # all ranks
         shapes = {name: tensor.shape for name, tensor in whole.state_dict().items()}
         whole.load_state_dict({name: tensor.reshape(shapes[name]) for name, tensor in state.items()})
 

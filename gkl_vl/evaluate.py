@@ -19,13 +19,15 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
+from gkl_vl.classifiers import Classifier
 from gkl_vl.data.benchmark_sets import BenchmarkSet, Record, Target
+from gkl_vl.data.views import Views
 from gkl_vl.errors import UserError
 from gkl_vl.towers import Clip, Towers
 
@@ -75,6 +77,18 @@ def classification_metrics(*, logits: Float[Tensor, "n C"], labels: Int[Tensor, 
         acc1, acc5 = *_accuracies(logits, labels, ks=(1,)), float("nan")
     recall = mean_per_class_recall(logits=logits, labels=labels)
     return {"acc1": acc1, "acc5": acc5, "mean_per_class_recall": recall}
+
+
+def shot_accuracies(
+    *, logits: Float[Tensor, "n C"], labels: Int[Tensor, " n"], groups: dict[str, Bool[Tensor, " C"]]
+) -> dict[str, float]:
+    """`many_acc1`, `medium_acc1`, `few_acc1`: accuracy on each group's classes; groups without images left out.
+
+    Source: Liu et al., CVPR 2019, arXiv 1904.05160.
+    """
+    right = logits.argmax(dim=1) == labels
+    members = {name: group[labels] for name, group in groups.items()}
+    return {f"{name}_acc1": right[mine].float().mean().item() for name, mine in members.items() if mine.any()}
 
 
 def retrieval_metrics(
@@ -448,3 +462,17 @@ def milliseconds_per_image(*, clip: Clip, device: torch.device | str, batch_size
                 torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - started)
     return 1000 * sorted(seconds[1:])[repeats // 2] / batch_size
+
+
+# ---- classifiers -------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def predict(
+    *, classifier: Classifier, views: Views, view: int, count: int, device: torch.device, batch_size: int = 256
+) -> Float[Tensor, "n C"]:
+    """Logits of a view of images 0 .. count - 1, on the CPU. The caller sets the mode of the model."""
+    starts = range(0, count, batch_size)
+    ids = ((view, torch.arange(start, min(start + batch_size, count))) for start in starts)
+    batches = tqdm(views.batches(ids), total=len(starts), desc="classify", leave=False, disable=None)
+    return torch.cat([classifier.model(classifier.prepare(images.to(device))).float().cpu() for images in batches])

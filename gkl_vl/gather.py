@@ -4,10 +4,13 @@ One process is the special case of many: alone, every function returns its argum
 Axis letters: n = my rows, N = everybody's rows in the order of the ranks; every rank has the same n.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 
 def world_size() -> int:
@@ -78,3 +81,9 @@ def pass_on_ring(tensors: list[Tensor]) -> list[Tensor]:
     for request in dist.batch_isend_irecv([*sends, *receives]):  # all ranks
         request.wait()
     return received
+
+
+def gather_shards(model: nn.Module) -> dict[str, Tensor]:
+    """The whole state dict of a model whose parameters FSDP2 keeps in shards, on every rank."""
+    state: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))  # all ranks
+    return state

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gkl_vl.gather import sum_across_processes
+from gkl_vl.gather import sum_across_processes, world_size
 
 Number = int | float  # `float` alone would say so too, but not to the test suite's type checker
 
@@ -70,6 +70,9 @@ def gkl_loss(
         class_prior: probabilities [n, C], the prior's row of each sample's label (`ClassPrior.rows`); None
             takes the teacher's own softmax. It gets no gradient.
 
+    Over several processes with as many rows each, all must call it: the mean of what they get is the loss of the joined
+    batch, and so is the mean of the gradients, which DistributedDataParallel takes.
+
     Raises:
         ValueError: shapes that are not [n, C] or differ, gamma < 0, a temperature <= 0.
 
@@ -82,7 +85,7 @@ def gkl_loss(
     _check_class_prior(class_prior, student)
     student, teacher = _lift(student), _lift(teacher)
     weight = smooth_weight(teacher=teacher, gamma=gamma, weight_temperature=weight_temperature, class_prior=class_prior)
-    wmse = _ratio(*wmse_rows(student=student, teacher=teacher, weight=weight))
+    wmse = ratio_of_sums(*wmse_rows(student=student, teacher=teacher, weight=weight))
     soft_ce = soft_cross_entropy_rows(student=student, teacher=teacher, temperature=temperature).mean()
     return wmse_weight * wmse + soft_ce_weight * soft_ce
 
@@ -143,7 +146,7 @@ def dkl_loss(
     check_positive("weight_temperature", weight_temperature)
     student, teacher = _lift(student), _lift(teacher)
     weight = smooth_weight(teacher=teacher, gamma=1.0, weight_temperature=weight_temperature)
-    wmse = _ratio(*wmse_rows(student=student.detach(), teacher=teacher, weight=weight))
+    wmse = ratio_of_sums(*wmse_rows(student=student.detach(), teacher=teacher, weight=weight))
     soft_ce = soft_cross_entropy_rows(student=student, teacher=teacher, temperature=temperature).mean()
     return wmse_weight * wmse + soft_ce_weight * soft_ce
 
@@ -296,8 +299,14 @@ def _lift(logits: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def _ratio(numerator: Float[Tensor, " n"], denominator: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-    return numerator.sum() / denominator.sum().clamp_min(torch.finfo(denominator.dtype).tiny)
+def ratio_of_sums(numerator: Float[Tensor, " n"], denominator: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+    """My share of sum(numerator) / sum(denominator) over the rows of all processes, times the number of processes.
+
+    The mean of the processes' own ratios would be another number: 1.3278 instead of 1.2359 on 8 rows over 4 ranks. The
+    denominator is expected without gradient.
+    """
+    whole = sum_across_processes(denominator.sum())  # all ranks
+    return world_size() * numerator.sum() / whole.clamp_min(torch.finfo(whole.dtype).tiny)
 
 
 # The checks read shapes and Python numbers, never a tensor's values: nothing here makes a GPU wait.

@@ -1,4 +1,5 @@
-"""A trained CLIP as a folder that people load (open_clip's Hub format, transformers' too), and its push."""
+"""What was trained as a folder that people load, and its push: a CLIP in open_clip's Hub format and transformers', a
+classifier in timm's or with our own loader."""
 
 import copy
 import json
@@ -6,6 +7,8 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,14 +17,17 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData, constants, get_tok
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 from torch import Tensor
 
+from gkl_vl.classifiers import Classifier
 from gkl_vl.convert import fits_transformers, write_transformers
 from gkl_vl.errors import UserError
 from gkl_vl.towers import Clip
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
+CLASSIFIER_CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
 
 
@@ -176,13 +182,7 @@ def export_clip(
     """
     if clip.model_cfg is None:
         raise UserError(f"{clip.name!r} is a transformers model: take an open_clip one as student, only those export")
-    folder = Path(folder).resolve()
-    _check_replaceable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = folder.parent / f".{folder.name}.{os.getpid()}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
+    with _replacing(folder) as scratch:
         tensors = _stored_tensors(clip, dtype)
         save_file(tensors, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
         as_transformers = transformers and fits_transformers(clip)
@@ -192,6 +192,19 @@ def export_clip(
             write_transformers(clip=clip, folder=scratch, tensors=tensors)
         (scratch / CONFIG_NAME).write_text(json.dumps(_open_clip_config(clip, card.repo_id), indent=2) + "\n")
         (scratch / CARD_NAME).write_text(card.render(transformers=as_transformers), encoding="utf-8")
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A folder to write to, beside `folder`, whose place it takes when all went well."""
+    folder = Path(folder).resolve()
+    _check_replaceable(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = folder.parent / f".{folder.name}.{os.getpid()}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
         for weights in scratch.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
             weights.chmod((scratch / CARD_NAME).stat().st_mode)
         _replace_folder(scratch, folder)
@@ -231,9 +244,10 @@ def push_to_hub(*, folder: Path, repo_id: str, private: bool = False, token: str
         UserError: malformed name, no token, offline, refused; the folder stays and can be pushed again.
     """
     check_repo_id(repo_id, token=token)
-    if not (folder / CONFIG_NAME).is_file():
-        raise UserError(f"{folder} holds no {CONFIG_NAME}: push the model/ folder of a run")
-    _point_tokenizer_at(folder, repo_id)
+    if not _holds_model(folder):
+        raise UserError(f"{folder} holds no {CONFIG_NAME} or {CLASSIFIER_CONFIG_NAME}: push the model/ folder of a run")
+    if (folder / CONFIG_NAME).is_file():
+        _point_tokenizer_at(folder, repo_id)
     api = HfApi(token=token)
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -302,9 +316,14 @@ def _point_tokenizer_at(folder: Path, repo_id: str) -> None:
     aside.replace(path)
 
 
+def _holds_model(folder: Path) -> bool:
+    """Whether the folder is an export of ours: a CLIP's, or a classifier's."""
+    return (folder / CONFIG_NAME).is_file() or (folder / CLASSIFIER_CONFIG_NAME).is_file()
+
+
 def _check_replaceable(folder: Path) -> None:
     if folder.is_dir():
-        if any(folder.iterdir()) and not (folder / CONFIG_NAME).is_file():
+        if any(folder.iterdir()) and not _holds_model(folder):
             raise UserError(f"{folder} holds files but no exported model: name another folder or empty it")
     elif folder.exists():
         raise UserError(f"{folder} is a file: name a folder for the exported model")
@@ -327,3 +346,82 @@ def _replace_folder(scratch: Path, folder: Path) -> None:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:300] or type(error).__name__
+
+
+# ---- classifiers -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierCard:
+    """What the README of an exported classifier says. It claims nothing that is not in these fields."""
+
+    student: str
+    teacher: str | None
+    method: str
+    """How it was distilled."""
+    data: str
+    """What it was trained on."""
+    command: str
+    commit: str | None
+    metrics: list[dict]
+    """Evaluation lines as in results.jsonl."""
+    steps: int
+    seed: int
+    repo_id: str | None
+
+    def render(self) -> str:
+        """The text of README.md."""
+        made = f"distilled from `{self.teacher}` by {self.method}" if self.teacher else "trained on labels alone"
+        teacher = _hub_id(self.teacher) if self.teacher else None
+        is_timm = ":" in self.student
+        metadata = ModelCardData(
+            library_name="timm" if is_timm else "gkl-vl",
+            pipeline_tag="image-classification",
+            tags=["knowledge-distillation", "gkl"] if self.teacher else ["gkl"],
+            license="other",  # whoever brings the data knows its licence
+            base_model=teacher,
+            base_model_relation="finetune" if teacher else None,
+        )
+        facts = {"Steps": f"{self.steps:,}", "Seed": str(self.seed), "Training data": self.data}
+        facts |= {"Commit of gkl-vl": self.commit} if self.commit else {}
+        sections = [
+            f"---\n{metadata.to_yaml()}\n---",
+            f"# {self.repo_id.split('/')[1] if self.repo_id else self.student}",
+            f"An image classifier: `{self.student}`, {made} with gkl-vl.",
+            f"## Results\n\n{results_markdown(self.metrics)}",
+            f"## Usage\n\n```python\n{classifier_usage(self.student, self.repo_id or 'path/to/this/folder')}\n```",
+            f"## Training\n\n```bash\n{self.command}\n```\n\n" + "\n".join(f"- {k}: {v}" for k, v in facts.items()),
+            "## Limitations\n\nOnly what the table above shows has been measured: test the model on your own images "
+            "before you rely on it. The training data and the teacher have terms of their own: read them before use.",
+        ]
+        return "\n\n".join(sections) + "\n"
+
+
+def classifier_usage(name: str, folder: str) -> str:
+    """Python that loads an exported classifier from a folder or a repository."""
+    where = f"hf-hub:{folder}" if _hub_id(folder) else f"local-dir:{folder}"
+    if name.startswith("timm:"):
+        return f'import timm\nmodel = timm.create_model("{where}", pretrained=True)'
+    return f'from gkl_vl.classifiers import load_classifier\nmodel = load_classifier("{where}").model'
+
+
+def export_classifier(*, classifier: Classifier, folder: Path, card: ClassifierCard) -> None:
+    """Write `folder` with model.safetensors, config.json and a card; `load_classifier("local-dir:folder")` loads it.
+
+    A timm model's folder has timm's Hub format. Written beside the folder and renamed, errors as in `export_clip`.
+    """
+    with _replacing(folder) as scratch:
+        if classifier.name.startswith("timm:"):
+            save_for_hf(classifier.model, str(scratch), safe_serialization=True)
+        else:
+            tensors = {name: t.detach().cpu().contiguous().clone() for name, t in classifier.model.state_dict().items()}
+            save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+            config = {
+                "library": "gkl-vl",
+                "architecture": classifier.name,
+                "num_classes": classifier.num_classes,
+                "mean": classifier.mean,
+                "std": classifier.std,
+            }
+            (scratch / CLASSIFIER_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        (scratch / CARD_NAME).write_text(card.render(), encoding="utf-8")

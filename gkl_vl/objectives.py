@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkl_vl.image_text import image_text_loss, mimicry_loss
+from gkl_vl.classifiers import Classifier
+from gkl_vl.gkl import ClassPrior
+from gkl_vl.image_text import global_value, image_text_loss, mimicry_loss
+from gkl_vl.label_losses import Distillation, distillation_loss
 from gkl_vl.towers import Clip
 
 Batch = dict[str, Any]
@@ -69,6 +73,12 @@ class ClipKd:
             loss, scalars = loss + weights.mimicry_weight * term, scalars | {"mimicry": term.detach()}
         return loss, scalars
 
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        pass
+
 
 def online_teacher(clip: Clip) -> Teacher:
     """The teacher embeds every batch, with its own preparation of images and its own tokens."""
@@ -88,3 +98,85 @@ def teacher_scales(clip: Clip) -> dict[str, Tensor]:
     scales = {"teacher_logit_scale": clip.towers.log_scale().exp().detach()}
     bias = clip.towers.bias()
     return scales if bias is None else scales | {"teacher_logit_bias": bias.detach()}
+
+
+# ---- labels ------------------------------------------------------------------------------------------------------
+
+LabelTeacher = Callable[[Batch], Tensor]
+"""batch -> the teacher's logits [n, C], without gradient."""
+
+
+@dataclass(kw_only=True)
+class LabelKd:
+    """Distillation of a classifier; without a teacher the labels' cross entropy alone."""
+
+    student: Classifier
+    """Whose preparation of images is used; its model is what is trained."""
+    teacher: LabelTeacher | None
+    settings: Distillation
+    prior: ClassPrior | None
+    """What the teacher thinks of each class: collected during an epoch, used in the next."""
+    epoch: int = 0
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """`batch` is one of a `LabelledLoader`."""
+        return {"logits": model(self.student.prepare(batch["image"]))}
+
+    def targets(self, batch: Batch) -> dict[str, Tensor]:
+        """Labels, and from a teacher its logits, the prior's rows, and how much of the distillation counts yet."""
+        labels = batch["label"]
+        if self.teacher is None:
+            return {"labels": labels}
+        teacher = self.teacher(batch)
+        found = {
+            "labels": labels,
+            "teacher": teacher,
+            "share": labels.new_tensor(self._share(batch), dtype=torch.float),
+        }
+        if self.prior is None:
+            return found
+        if batch["epoch"] != self.epoch:
+            self.prior.end_epoch()  # all ranks: they change epochs together
+            self.epoch = batch["epoch"]
+        rows = self.prior.rows(labels)
+        self.prior.update(teacher, labels)
+        return found | {"prior": rows}
+
+    def _share(self, batch: Batch) -> float:
+        """As released: epochs count from 1."""
+        warmup = self.settings.warmup_epochs
+        return min((batch["epoch"] + 1) / warmup, 1.0) if warmup else 1.0
+
+    def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """ce_weight * CE + share * distillation. Equal on all ranks."""
+        logits, labels = outputs["logits"].float(), targets["labels"]
+        ce = F.cross_entropy(logits, labels)
+        loss, scalars = self.settings.ce_weight * ce, {"ce": ce.detach()}
+        scalars["batch_acc1"] = (logits.detach().argmax(dim=1) == labels).float().mean()
+        if self.teacher is not None:
+            teacher = targets["teacher"]
+            distillation = distillation_loss(
+                student=logits, teacher=teacher, labels=labels, prior=targets.get("prior"), settings=self.settings
+            )
+            loss = loss + targets["share"] * distillation
+            scalars["distillation"] = distillation.detach()
+            scalars["agreement@1"] = (logits.detach().argmax(dim=1) == teacher.argmax(dim=1)).float().mean()
+        return global_value(loss), scalars
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.prior is None else self.prior.state_dict() | {"epoch": torch.tensor(self.epoch)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        if self.prior is not None:
+            self.prior.load_state_dict(state)
+            self.epoch = int(state["epoch"])
+
+
+def online_label_teacher(classifier: Classifier) -> LabelTeacher:
+    """The teacher, in evaluation mode, sees every batch as its own normalisation has it."""
+
+    @torch.no_grad()
+    def teacher(batch: Batch) -> Tensor:
+        return classifier.model(classifier.prepare(batch["image"])).float()
+
+    return teacher

@@ -33,6 +33,8 @@ _TERMS = {
     "wmse": "wMSE",
     "mimicry": "mimicry",
     "kl": "KL",
+    "ce": "labels",
+    "distillation": "distillation",
 }
 _MOST_DATASETS = 4
 _SHEET_COLUMNS, _SHEET_ROWS = 2, 6
@@ -110,7 +112,7 @@ def _draw_accuracy(axes: Axes, records: list[dict]) -> None:
     axes.set_xlabel("step", fontsize=10.5, color=_QUIET)
     rows = [row for row in records if "acc1" in row and math.isfinite(row["acc1"])]
     if not rows:
-        _say_none(axes, "Zero-shot top-1 accuracy: none was measured")
+        _say_none(axes, "Top-1 accuracy: none was measured")
         return
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
     rows = [row for row in rows if row["dataset"] in datasets[:_MOST_DATASETS]]
@@ -120,7 +122,7 @@ def _draw_accuracy(axes: Axes, records: list[dict]) -> None:
     ]
     axes.set_ylim(bottom=0, top=1.08 * max(100 * row["acc1"] for row in rows) + 1)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
-    title = "Zero-shot top-1 accuracy"
+    title = "Top-1 accuracy"
     if any(row["model"] == "teacher" for row in rows):
         title += ", teacher dashed"
     if len(datasets) > _MOST_DATASETS:
@@ -255,17 +257,20 @@ def results_table(rows: list[dict]) -> str:
         rows: one dict per model, with the keys
             `model`: "teacher" or "student"; a run without a teacher has one row,
             `name`: what was loaded or trained,
-            `image_parameters`, `parameters`: counts, of the image tower and of the whole model,
+            `image_parameters` (of the image tower, optional) and `parameters`: counts,
             `ms_per_image`: float, optional,
             `results`: {dataset: {metric key: fraction}}, as the evaluation lines of results.jsonl have them.
             nan (acc5 of fewer than five classes) is left out.
     """
     sides = {row["model"]: row for row in rows}
     head = ["", *(shorten(f"{model} {row['name']}", 21) for model, row in sides.items())]
-    lines = [head, _cost_line("image tower, parameters", "image_parameters", sides, "smaller")]
-    lines.append(_cost_line("all parameters", "parameters", sides, "smaller"))
-    if all("ms_per_image" in row for row in rows):
-        lines.append(_cost_line("ms per image", "ms_per_image", sides, "faster"))
+    costs = (
+        ("image tower, parameters", "image_parameters", "smaller"),
+        ("all parameters", "parameters", "smaller"),
+        ("ms per image", "ms_per_image", "faster"),
+    )
+    lines = [head]
+    lines += [_cost_line(label, key, sides, better) for label, key, better in costs if all(key in row for row in rows)]
     for dataset, key in dict.fromkeys((d, k) for row in rows for d, found in row["results"].items() for k in found):
         values = {model: row["results"].get(dataset, {}).get(key, math.nan) for model, row in sides.items()}
         if not all(math.isnan(value) for value in values.values()):

@@ -5,7 +5,7 @@ a fixed number of augmented views, the views are made once, the teacher embeds t
 costs the student alone. Everything is kept on disk under a hash of what it depends on.
 
 Axis letters: p = pairs in the set, v = views of each, c = captions of each at most, e = the teacher's embedding,
-s = side of the student's image.
+s = side of the student's image; of classifiers N = images, C = classes, k = logits that are kept.
 """
 
 import hashlib
@@ -18,14 +18,17 @@ from typing import Any
 
 import torch
 import torchvision
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float16, Int, Int16, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from gkl_vl.classifiers import Classifier
 from gkl_vl.data.pairs import RawPair, apply_seeded, decode, number_of, usable_captions
-from gkl_vl.objectives import Teacher, teacher_scales
+from gkl_vl.data.views import Views
+from gkl_vl.evaluate import predict
+from gkl_vl.objectives import LabelTeacher, Teacher, teacher_scales
 from gkl_vl.towers import Clip, resize
 
 BATCH = 128
@@ -83,11 +86,15 @@ def store_views(
             "image": image.view(len(pairs), num_views, -1),
             "text": _embed_texts(clip, pairs),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(f".{os.getpid()}.writing")
-        save_file(tensors, aside)
-        aside.replace(path)
+        _write(tensors, path)
     return StoredViews(**load_file(path))
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}.writing")
+    save_file(tensors, aside)
+    aside.replace(path)
 
 
 def cache_folder() -> Path:
@@ -100,14 +107,18 @@ def _key(clip: Clip, pairs: Sequence[RawPair], num_views: int, augment: Callable
     config = clip.model_cfg if clip.model_cfg is not None else clip.towers.model.config
     views = f"{num_views} {size} {_description(augment)} {torchvision.__version__}"
     digest = hashlib.sha256(f"{clip.towers} {config} {clip.preprocess} {views}".encode())
-    for name, tensor in clip.towers.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    _add_weights(digest, clip.towers)
     for pair in pairs:
         digest.update(repr((pair.key, pair.captions)).encode())
         digest.update(pair.image)
     digest.update(clip.tokenize(_distinct_captions(pairs)).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _add_weights(digest: Any, model: nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 
 
 def _description(transform: Any) -> str:
@@ -165,3 +176,76 @@ def _embed_texts(clip: Clip, pairs: Sequence[RawPair]) -> Float[Tensor, "p c e"]
     for row, row_captions in enumerate(captions):
         table[row, : len(row_captions)] = embeddings[[number[caption] for caption in row_captions]]
     return table
+
+
+# ---- classifiers -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredLogits:
+    """A classifier's logits of each view of each image, in fp16: all of them, or the k largest."""
+
+    values: Float16[Tensor, "v N k"]
+    classes: Int16[Tensor, "v N k"]
+    """Of the values, largest first; in their own order where all are kept."""
+    rest: Float16[Tensor, "v N"]
+    """What each of the others is taken to be: as much as gives all of them together the probability they had."""
+
+
+def stored_label_teacher(stored: StoredLogits, num_classes: int) -> LabelTeacher:
+    """A teacher that looks its logits up by the batch's `view` and `index`; they stay in the machine's memory."""
+
+    def teacher(batch: dict[str, Any]) -> Float[Tensor, "n C"]:
+        view, index = batch["view"], batch["index"].cpu()
+        logits = stored.rest[view, index].float()[:, None].repeat(1, num_classes)
+        logits.scatter_(1, stored.classes[view, index].long(), stored.values[view, index].float())
+        return logits.to(batch["image"].device)
+
+    return teacher
+
+
+def store_logits(
+    *,
+    classifier: Classifier,
+    views: Views,
+    labels: Int[Tensor, " N"],
+    contents: str,
+    num_views: int,
+    top_k: int | None,
+    device: torch.device,
+    folder: Path | None = None,
+) -> StoredLogits:
+    """Ask the teacher about views 0 .. num_views - 1 of every image, or load what an earlier run stored.
+
+    Args:
+        classifier: the frozen teacher, in evaluation mode, on `device`.
+        contents: what tells this set of images from another: a digest, or the name of the source.
+        top_k: logits that are kept of each view; None = all.
+        folder: where to keep the result; None = `cache_folder()`.
+    """
+    digest = hashlib.sha256(f"{classifier.model} {classifier.mean} {classifier.std} {num_views} {top_k}".encode())
+    digest.update(f"{contents} {views.description()} {torchvision.__version__}".encode() + labels.numpy().tobytes())
+    _add_weights(digest, classifier.model)
+    path = (folder or cache_folder()) / f"logits_{digest.hexdigest()[:32]}.safetensors"
+    if not path.is_file():
+        parts = [
+            _compressed(logits, top_k)
+            for view in tqdm(range(num_views), desc="teacher sees each view, once", disable=not sys.stderr.isatty())
+            for logits in [predict(classifier=classifier, views=views, view=view, count=len(labels), device=device)]
+        ]
+        names = ("values", "classes", "rest")
+        _write({name: torch.stack([part[i] for part in parts]) for i, name in enumerate(names)}, path)
+    return StoredLogits(**load_file(path))
+
+
+def _compressed(logits: Float[Tensor, "N C"], top_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, classes, rest."""
+    num_classes = logits.shape[1]
+    if top_k is None or top_k >= num_classes:
+        classes = torch.arange(num_classes, dtype=torch.int16).expand(len(logits), num_classes)
+        return logits.half(), classes.contiguous(), torch.zeros(len(logits), dtype=torch.float16)
+    order = logits.argsort(dim=1, descending=True)
+    others = logits.gather(1, order[:, top_k:])
+    rest = others.logsumexp(dim=1) - torch.tensor(float(num_classes - top_k)).log()
+    kept = order[:, :top_k]
+    return logits.gather(1, kept).half(), kept.short(), rest.half()

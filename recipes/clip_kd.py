@@ -15,20 +15,15 @@ Paper: Cui et al., "Generalized Kullback-Leibler Divergence Loss", arXiv 2503.08
 image-text form is this project's. Results, with commands and spread: recipes/README.md.
 """
 
-import json
-import shlex
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 
 from gkl_vl import cli, hub, report
@@ -45,10 +40,12 @@ from gkl_vl.data.pairs import (
     mild_drawing_augmentation,
     open_source,
 )
-from gkl_vl.engine import FitConfig, fit, refuse_strangers
+from gkl_vl.engine import FitConfig, fit
 from gkl_vl.errors import UserError
 from gkl_vl.evaluate import evaluate_clip, milliseconds_per_image, top_names
+from gkl_vl.launch import start
 from gkl_vl.objectives import ClipKd, ClipKdWeights, Teacher, online_teacher
+from gkl_vl.optim import adamw, warmup_cosine
 from gkl_vl.teacher_cache import StoredViews, store_views, stored_teacher
 from gkl_vl.towers import BUNDLED_TEACHER, Clip, Student, clamp_scale, freeze, load_clip
 
@@ -59,7 +56,6 @@ BUNDLED_LR = 6e-3
 BUNDLED_MIMICRY_WEIGHT, MIMICRY_WEIGHT = 10_000.0, 2000.0
 EVALUATION_SETS = ("emoji", "emoji_unseen")
 SHEET_IMAGES = 12
-ACCELERATE_PRECISION = {"fp32": "no", "amp": "fp16", "fp16": "fp16", "amp_bf16": "bf16", "bf16": "bf16", None: None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +130,7 @@ def main(config: Config) -> None:
     if config.push_to_hub:
         hub.check_repo_id(config.push_to_hub)
     terms = weights(config)
-    run, accelerator, asked = start(config)
+    run, accelerator, asked = start(config, recipe="clip_kd")
     set_seed(config.seed)  # the same initial weights on every rank
     teacher = load_teacher(config, accelerator)
     student = load_clip(config.student, allow_pickle=config.allow_pickle)
@@ -171,17 +167,17 @@ def main(config: Config) -> None:
         )
         return PairLoader(stream, pin_memory=accelerator.device.type == "cuda")
 
+    lr = config.lr or (1e-3 if stored is None else BUNDLED_LR)
     exported = fit(
         accelerator=accelerator,
         model=model,
         objective=ClipKd(student=student, teacher=make_teacher(teacher, stored, accelerator.device), weights=terms),
+        make_optimizer=partial(adamw, lr=lr, wd=config.wd),
+        learning_rate=partial(warmup_cosine, lr=lr, steps=steps, warmup_steps=min(config.warmup, steps)),
         make_loader=make_loader,
         run=run,
         config=FitConfig(
             steps=steps,
-            lr=config.lr or (1e-3 if stored is None else BUNDLED_LR),
-            wd=config.wd,
-            warmup_steps=min(config.warmup, steps),
             accum_steps=config.accum_steps,
             ema_decay=config.ema_decay,
             eval_every_steps=config.eval_every_steps,
@@ -197,50 +193,6 @@ def main(config: Config) -> None:
 
 
 # ---- before -----------------------------------------------------------------------------------------------------
-
-
-def start(config: Config) -> tuple[RunFolder, Accelerator, dict[str, Any]]:
-    """The run folder, the same on all ranks; Accelerate; and what a new run's config.json is to say."""
-    accelerator = Accelerator(
-        mixed_precision=ACCELERATE_PRECISION[config.precision],
-        log_with=list(config.report_to) or None,
-        project_dir=str(config.output_dir or "runs"),
-    )
-    refuse_strangers(accelerator)
-    folder = [config.output_dir or default_folder(config.resume)]
-    broadcast_object_list(folder)  # all ranks: clocks differ
-    run = RunFolder(folder[0], is_main=accelerator.is_main_process)
-    wanted = json.loads(json.dumps(asdict(config), default=str))
-    may_differ = {"output_dir", "resume", "debug", "report_to", "push_to_hub", "allow_pickle"}
-    if config.resume:
-        before = run.config()
-        other = [k for k in wanted if k not in may_differ and wanted[k] != before.get(k)]
-        if other:
-            told = ", ".join(f"--{k.replace('_', '-')} {wanted[k]} (was {before.get(k)})" for k in other)
-            raise UserError(f"--resume takes up the run as it was, but {told}: use the same flags")
-    elif run.results.is_file():
-        raise UserError(f"{str(run.path)!r} already holds a run: add --resume latest, or name another --output-dir")
-    accelerator.wait_for_everyone()  # all ranks: nobody looks for results after the main process wrote some
-    if config.report_to:
-        accelerator.init_trackers(
-            "gkl_vl", config={k: v for k, v in wanted.items() if isinstance(v, int | float | str)}
-        )
-    # The commit that a run starts from, whatever is checked out when it ends.
-    return run, accelerator, wanted | {"command": command_line(), "commit": git_commit()}
-
-
-def default_folder(resume: str | None) -> Path:
-    """A new folder under runs/, or the newest one to resume."""
-    if not resume:
-        return Path("runs") / f"clip_kd-{time.strftime('%Y%m%d-%H%M%S')}"
-    if resume != "latest":
-        return Path(resume).parent.parent
-    folders = sorted(path.parents[1] for path in Path("runs").glob("clip_kd-*/checkpoints/step_*"))
-    if not folders:
-        raise UserError(
-            "--resume latest: no runs/clip_kd-* folder here has a checkpoint: name the run with --output-dir"
-        )
-    return folders[-1]
 
 
 def load_teacher(config: Config, accelerator: Accelerator) -> Clip | None:
@@ -415,17 +367,6 @@ def draw_sheet(student: Clip, device: torch.device) -> list[report.SheetItem]:
     chosen = drawings[:: max(len(drawings) // SHEET_IMAGES, 1)][:SHEET_IMAGES]
     best = top_names(clip=student, images=[image for image, _ in chosen], dataset=dataset, k=3, device=device)
     return [report.SheetItem(image, names[label], top) for (image, label), top in zip(chosen, best, strict=True)]
-
-
-def command_line() -> str:
-    return shlex.join(["accelerate", "launch", *sys.argv])
-
-
-def git_commit() -> str | None:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return done.stdout.strip() or None
 
 
 if __name__ == "__main__":

@@ -284,7 +284,7 @@ def my_own_value(share):
 
 
 BREAKAGES = {
-    "mean of ratios": (image_text, "_ratio_of_sums", ratio_of_my_rank, DENSE, True, True),
+    "mean of ratios": (image_text, "ratio_of_sums", ratio_of_my_rank, DENSE, True, True),
     "wrong offset of the positives": (image_text, "rank", always_rank_0, DENSE, False, True),
     "gather without gradient": (image_text, "gather_rows", gather_without_gradient, DENSE, True, False),
     "gather with my own gradient": (image_text, "gather_rows", gather_with_my_own_gradient, DENSE, True, False),

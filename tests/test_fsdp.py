@@ -4,6 +4,7 @@ Accelerate turns FSDP on for GPUs only. Told here that it did so on CPUs, its ow
 """
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,17 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from helpers import RankFailed, run_ranks
+from helpers import Forgetful, RankFailed, run_ranks
 from torch.distributed.tensor import DTensor
 
 from gkl_vl.checkpoint import RunFolder
 from gkl_vl.engine import FitConfig, fit
 from gkl_vl.image_text import image_text_loss, mimicry_loss
+from gkl_vl.optim import adamw, warmup_cosine
 from gkl_vl.towers import Student, clamp_scale, load_clip
 
 FSDP_CONFIG = Path(__file__).parents[1] / "accelerate_configs" / "fsdp.yaml"
-CONFIG = {"lr": 1e-3, "wd": 0.1, "accum_steps": 2, "eval_every_steps": 1, "checkpoint_every_steps": 1}
+CONFIG = {"accum_steps": 2, "eval_every_steps": 1, "checkpoint_every_steps": 1}
 ROWS = 3
 
 
@@ -61,7 +63,7 @@ class Loader:
         return 0
 
 
-class Distil:
+class Distil(Forgetful):
     def outputs(self, model, batch):
         return model(batch["image"], batch["text"])
 
@@ -105,6 +107,8 @@ def train(rank, world_size, folder, sharded, steps, resume=None):
         objective=Distil(),
         make_loader=make_loader,
         run=run,
+        make_optimizer=partial(adamw, lr=1e-3, wd=0.1),
+        learning_rate=partial(warmup_cosine, lr=1e-3, steps=steps, warmup_steps=0),
         config=FitConfig(steps=steps, **CONFIG),
         evaluate=evaluate,
         after_step=lambda: clamp_scale(clip.towers),
@@ -144,7 +148,9 @@ def refused(rank, world_size, folder, version, ema_decay):
         objective=Distil(),
         make_loader=lambda position: Loader(rank, 1, 1, position),
         run=RunFolder(Path(folder), is_main=False),
-        config=FitConfig(steps=1, lr=1.0, ema_decay=ema_decay),
+        make_optimizer=partial(adamw, lr=1.0, wd=0.0),
+        learning_rate=lambda step: 1.0,
+        config=FitConfig(steps=1, ema_decay=ema_decay),
         evaluate=lambda model: [],
         after_step=lambda: None,
     )

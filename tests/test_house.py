@@ -68,8 +68,11 @@ def the_engine_receives_callables(path: str, source: str) -> set[str]:
     return {n for n in ours if not within(n, "gkl_vl.gather", "gkl_vl.checkpoint", "gkl_vl.errors")}
 
 
+WITH_ACCELERATE = ["gkl_vl/checkpoint.py", "gkl_vl/engine.py", "gkl_vl/label_training.py", "gkl_vl/launch.py"]
+
+
 def accelerate_lives_at_the_loop(path: str, source: str) -> set[str]:
-    if not path.startswith("gkl_vl/") or path in ("gkl_vl/engine.py", "gkl_vl/checkpoint.py"):
+    if not path.startswith("gkl_vl/") or path in WITH_ACCELERATE:
         return set()
     return {n for n in imported(path, source) if within(n, "accelerate")}
 

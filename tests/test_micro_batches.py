@@ -2,17 +2,19 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from helpers import run_ranks
+from helpers import Forgetful, run_ranks
 
 from gkl_vl import engine
 from gkl_vl.checkpoint import RunFolder
 from gkl_vl.engine import FitConfig, embed, fit, pull
 from gkl_vl.image_text import image_text_loss
+from gkl_vl.optim import adamw, warmup_cosine
 
 ROWS = 12
 
@@ -37,7 +39,7 @@ class Towers(torch.nn.Module):
         return {"image": image, "text": text, "logit_scale": self.log_scale.exp(), "logit_bias": self.bias}
 
 
-class Distil:
+class Distil(Forgetful):
     def __init__(self, **form):
         self.form = form
 
@@ -187,7 +189,9 @@ def test_fit_takes_as_many_batches_as_it_is_told(tmp_path):
         objective=Distil(),
         make_loader=lambda position: Parts(),
         run=run,
-        config=FitConfig(steps=2, lr=0.1, wd=0.0, accum_steps=3, log_every_steps=1, grad_clip_norm=1e9),
+        make_optimizer=partial(adamw, lr=0.1, wd=0.0),
+        learning_rate=partial(warmup_cosine, lr=0.1, steps=2, warmup_steps=0),
+        config=FitConfig(steps=2, accum_steps=3, log_every_steps=1, grad_clip_norm=1e9),
         evaluate=lambda model: [],
         after_step=lambda: None,
     )

@@ -46,7 +46,7 @@ class Record:
         try:
             return Image.open(io.BytesIO(self.image)).convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{self.where}: the image cannot be decoded ({_first_line(error)})") from error
+            raise UserError(f"{self.where}: the image cannot be decoded ({first_line(error)})") from error
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _download(bare: str, url: str, split: str) -> Path:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         reason, cause = f"the Hub has no {repo} (branch {branch}), or you have no access", error
     except Exception as error:  # a handful of unrelated types, of httpx or requests by the Hub's version
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _first_line(error)
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else first_line(error)
         reason, cause = f"{repo} is not in the Hub's local cache and cannot be fetched ({why})", error
     raise UserError(
         f"dataset {bare!r}: {reason}; bundled are {' and '.join(BUNDLED)}, a folder goes to --dataset_root"
@@ -220,14 +220,14 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
                 content = tar.extractfile(member)
                 assert content is not None  # it is a file
                 members[ending.lower()] = content.read()
-            _require_end(shard, tar.offset)
+            require_end(shard, tar.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"the shard {shard} ends early or is damaged ({_first_line(error)})") from error
+        raise UserError(f"the shard {shard} ends early or is damaged ({first_line(error)})") from error
     if members:
         yield key, members
 
 
-def _require_end(shard: Path, offset: int) -> None:
+def require_end(shard: Path, offset: int) -> None:
     # tarfile takes the end of the file, or garbage, for the end of the archive, which is a block of zeros.
     with shard.open("rb") as file:
         file.seek(offset)
@@ -244,5 +244,5 @@ def _read(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

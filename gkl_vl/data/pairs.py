@@ -106,7 +106,7 @@ def read_csv(path: str, image_column: str, caption_column: str) -> list[RawPair]
             file.seek(0)
             reader = csv.DictReader(file, delimiter="\t")
             header = reader.fieldnames or []
-        _need_columns(path, list(header), image_column, caption_column)
+        need_columns(path, list(header), image_column, caption_column)
         rows = list(reader)
     root = Path(path).parent
     return [RawPair(r[image_column], str(root / r[image_column]), (r[caption_column] or "",)) for r in rows]
@@ -125,25 +125,17 @@ def table_source(name: str, image_column: str, caption_column: str) -> Source:
             )
         table = datasets.load_dataset("parquet", data_files=files, split="train")
     else:
-        try:
-            table = datasets.load_dataset(path, split=split or "train")
-        except Exception as error:  # the client's errors for offline, unknown, private: the remedy is the same
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(
-                f"--train-data {name!r} is no file here and could not be had from the Hub ({reason}): check the name "
-                "and the connection; shards end in .tar, tables in .csv, .tsv or .parquet"
-            ) from error
-    _need_columns(name, table.column_names, image_column, caption_column)
+        hint = "shards end in .tar, tables in .csv, .tsv or .parquet"
+        table = hub_table(path, split or "train", asked=f"--train-data {name!r}", hint=hint)
+    need_columns(name, table.column_names, image_column, caption_column)
     table = table.select_columns([image_column, caption_column])
-    if isinstance(table.features[image_column], datasets.Image):
-        table = table.cast_column(image_column, datasets.Image(decode=False))
+    table = undecoded(table, image_column)
 
     def pair(index: int) -> RawPair:
         row = table[index]
         image, captions = row[image_column], row[caption_column]
-        encoded = (image["bytes"] or image["path"]) if isinstance(image, dict) else image
         captions = (captions,) if isinstance(captions, str) else tuple(captions or ())
-        return RawPair(f"{name}:{index}", encoded, captions)
+        return RawPair(f"{name}:{index}", encoded_image(image), captions)
 
     def epoch(seed: int, number: int, part: int, parts: int) -> Iterator[RawPair]:
         order = list(range(len(table)))
@@ -153,7 +145,38 @@ def table_source(name: str, image_column: str, caption_column: str) -> Source:
     return Source(name, len(table), None, epoch)
 
 
-def _need_columns(name: str, columns: list[str], image_column: str, caption_column: str) -> None:
+def hub_table(path: str, split: str, *, asked: str, hint: str) -> Any:
+    """A split of a dataset on the Hub, a `datasets.Dataset`.
+
+    Raises: UserError where it cannot be had, a line that `asked` begins and `hint` ends.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, split=split)
+    except Exception as error:  # the client's errors for offline, unknown, private: the remedy is the same
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{asked} is no file here and could not be had from the Hub ({reason}): check the name "
+            f"and the connection; {hint}"
+        ) from error
+
+
+def undecoded(table: Any, image_column: str) -> Any:
+    """The `datasets.Dataset` whose images stay encoded until `encoded_image` and `decode` are asked."""
+    import datasets
+
+    if isinstance(table.features[image_column], datasets.Image):
+        return table.cast_column(image_column, datasets.Image(decode=False))
+    return table
+
+
+def encoded_image(cell: Any) -> Any:
+    """What `RawPair.image` takes, from a cell of a table: the Hub's images are {"bytes": ..., "path": ...}."""
+    return (cell["bytes"] or cell["path"]) if isinstance(cell, dict) else cell
+
+
+def need_columns(name: str, columns: list[str], image_column: str, caption_column: str) -> None:
     for column in (image_column, caption_column):
         if column not in columns:
             raise UserError(f"{name!r} has no column {column!r}, only {', '.join(columns)}: name them with --columns")
@@ -162,7 +185,7 @@ def _need_columns(name: str, columns: list[str], image_column: str, caption_colu
 def shard_source(spec: str) -> Source:
     """WebDataset shards, `::` between sources, braces expanded. A part reads its own shards, shuffled in a buffer."""
     urls = [url for part in spec.split("::") for url in expand_urls(part)]
-    missing = [url for url in urls if _is_local(url) and not Path(url).is_file()]
+    missing = [url for url in urls if is_local(url) and not Path(url).is_file()]
     if missing:
         raise UserError(f"shard {missing[0]!r} does not exist ({len(missing)} of {len(urls)} are missing)")
 
@@ -176,7 +199,7 @@ def shard_source(spec: str) -> Source:
     return Source(spec, _num_pairs_in(urls), len(urls), epoch)
 
 
-def _is_local(url: str) -> bool:
+def is_local(url: str) -> bool:
     return "://" not in url and not url.startswith("pipe:")
 
 

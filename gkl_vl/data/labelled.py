@@ -1,0 +1,427 @@
+"""Labelled images by number: from parquet or the Hub, CIFAR's files, image folders, web shards, or list files.
+
+An image is read by its number alone. The order of an epoch is then a pure function of seed and epoch, and a run that is
+taken up again sees the same images. A score is about all images of a set, so whatever is missing, unlabelled or broken
+is an error and nothing is skipped.
+
+Axis letters: N = images, m = chosen ones, C = classes, h, w = height and width.
+"""
+
+import glob
+import math
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from jaxtyping import Bool, Int, Int64, UInt8
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+from tqdm import tqdm
+from webdataset.shardlists import expand_urls
+
+from gkl_vl.data.benchmark_sets import first_line, require_end
+from gkl_vl.data.pairs import (
+    IMAGE_SUFFIXES,
+    BrokenPair,
+    RawPair,
+    decode,
+    encoded_image,
+    hub_table,
+    is_local,
+    need_columns,
+    undecoded,
+)
+from gkl_vl.errors import UserError
+
+IMAGE_COLUMNS = ("img", "image")
+LABEL_COLUMNS = ("label", "fine_label", "labels")
+CIFAR = {
+    "cifar-10-batches-py": torchvision.datasets.CIFAR10,
+    "cifar-100-python": torchvision.datasets.CIFAR100,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledSet:
+    """Images with one label each."""
+
+    name: str
+    labels: Int64[Tensor, " N"]
+    num_classes: int
+    classnames: tuple[str, ...] | None
+    """Names by label; None where the source has none."""
+    read: Callable[[int], Image.Image]
+    """Image by number, decoded, RGB; it goes to worker processes. Raises: UserError for one that cannot be decoded."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def counts(self) -> Int64[Tensor, " C"]:
+        """Images of each class."""
+        return torch.bincount(self.labels, minlength=self.num_classes)
+
+    def subset(self, indices: Int[Tensor, " m"]) -> "LabelledSet":
+        """The images of these numbers, in their order, of the same classes."""
+        return replace(self, labels=self.labels[indices], read=_Chosen(self.read, indices))
+
+
+def open_labelled(
+    source: str, split: str, *, root: str | None = None, columns: tuple[str, str] | None = None
+) -> LabelledSet:
+    """The labelled images that `source` names.
+
+    Args:
+        source: a folder of parquet in the Hub's layout (`train-*.parquet`, there or one folder down), a folder with
+            CIFAR's own files (`cifar-10-batches-py`, `cifar-100-python`), an image folder (SPLIT/CLASS/*.jpg), or a
+            dataset on the Hub. `a-{000..9}.tar`, `a-*.tar` = web shards here, members KEY.jpg|jpeg|png|webp and
+            KEY.cls. `x.txt` = a list of lines `path/of/image.jpg LABEL`, as ImageNet-LT, Places-LT and
+            iNaturalist 2018 have them.
+        split: of a folder or a Hub dataset; "validation" also finds a folder's "val". Shards and lists are one split.
+        root: where the paths of a list begin, by default its own folder.
+        columns: image and label of parquet or a Hub dataset where they are not among `IMAGE_COLUMNS` and
+            `LABEL_COLUMNS`.
+
+    Raises: UserError for what cannot be found or read, for a split that is not there, for images without label.
+    """
+    if not is_local(source):
+        raise UserError(f"{source!r} is remote: images are read in any order, so download it first")
+    if Path(source).is_dir():
+        return _folder_set(source, split, columns)
+    if source.endswith(".tar"):
+        return _shard_set(source)
+    if source.endswith(".txt"):
+        return _list_set(source, root)
+    hint = "folders of images or parquet, shards (.tar) and lists (.txt) are read here too"
+    table = hub_table(source, split, asked=f"{source!r} (split {split!r})", hint=hint)
+    return _table_set(f"{source}:{split}", table, columns)
+
+
+def in_memory(data: LabelledSet) -> UInt8[Tensor, "N 3 h w"]:
+    """All images, decoded.
+
+    Raises: UserError where they differ in size.
+    """
+    images = torch.empty(0, dtype=torch.uint8)
+    for index in tqdm(range(len(data)), desc=f"decode {data.name}", unit="image", leave=False, disable=None):
+        image = pil_to_tensor(data.read(index))
+        if index == 0:
+            images = torch.empty(len(data), *image.shape, dtype=torch.uint8)
+        if image.shape != images.shape[1:]:
+            (_, h, w), (_, other_h, other_w) = images.shape[1:], image.shape
+            raise UserError(
+                f"{data.name}: image 0 is {w}x{h} and image {index} is {other_w}x{other_h}: only images of one size "
+                "are kept in memory, so resize them or read them from disk"
+            )
+        images[index] = image
+    return images
+
+
+# ---- parts of a set ----------------------------------------------------------------------------------------------
+
+
+def long_tailed(data: LabelledSet, *, ratio: float, seed: int) -> LabelledSet:
+    """Exponential imbalance as in CIFAR-LT: class i of C keeps int(n_max (1/ratio)^(i/(C-1))) images, drawn by seed.
+
+    n_max = images of the most frequent class. A class that has fewer keeps all it has.
+
+    Source: Cui et al. 2019 (class-balanced loss), Cao et al. 2019 (LDAM), `imbalance_cifar.py`.
+
+    Raises: UserError for a ratio below 1, or one that leaves a class without images.
+    """
+    if not 1 <= ratio < math.inf:
+        raise UserError(f"imbalance ratio {ratio}: it is the most frequent class over the rarest, at least 1")
+    counts = data.counts()
+    most, last = int(counts.max()), max(data.num_classes - 1, 1)
+    keep = torch.tensor([int(most * (1 / ratio) ** (label / last)) for label in range(data.num_classes)])
+    if keep.min() == 0:
+        raise UserError(f"imbalance ratio {ratio} leaves the rarest class of {data.name} no image: at most {most}")
+    order, rank = _ranks_in_class(data, seed)
+    return data.subset(order[rank < keep[data.labels[order]]].sort().values)
+
+
+def first(data: LabelledSet, n: int, seed: int) -> LabelledSet:
+    """n images drawn by seed, as many of each class as there are, to within one.
+
+    Raises: UserError for more images than there are.
+    """
+    if not 1 <= n <= len(data):
+        raise UserError(f"{n} images of {data.name}: it has {len(data)}, ask for 1 to {len(data)}")
+    order, rank = _ranks_in_class(data, seed)
+    return data.subset(order[rank.argsort(stable=True)[:n]].sort().values)
+
+
+def _ranks_in_class(data: LabelledSet, seed: int) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]:
+    """The images in random order, and of each one how many of its class come before it there."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    labels = data.labels[order]
+    by_class = labels.argsort(stable=True)
+    begin = data.counts().cumsum(0) - data.counts()
+    rank = torch.empty_like(order)
+    rank[by_class] = torch.arange(len(data)) - begin[labels[by_class]]
+    return order, rank
+
+
+def shot_groups(counts: Int[Tensor, " C"]) -> dict[str, Bool[Tensor, " C"]]:
+    """Classes by their training images: "many" (over 100), "medium" (20 to 100), "few" (under 20); some may be empty.
+
+    Source: Liu et al. 2019, "Large-Scale Long-Tailed Recognition in an Open World".
+    """
+    many, few = counts > 100, counts < 20
+    return {"many": many, "medium": ~many & ~few, "few": few}
+
+
+# ---- readers: they are pickled for worker processes --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    read: Callable[[int], Image.Image]
+    indices: Int[Tensor, " m"]
+
+    def __call__(self, index: int) -> Image.Image:
+        return self.read(int(self.indices[index]))
+
+
+@dataclass(frozen=True)
+class _TableImages:
+    name: str
+    table: Any  # datasets.Dataset, undecoded
+    column: str
+
+    def __call__(self, index: int) -> Image.Image:
+        return _decoded(f"{self.name} row {index}", encoded_image(self.table[index][self.column]))
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    images: UInt8[np.ndarray, "N h w 3"]
+
+    def __call__(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images[index])
+
+
+@dataclass(frozen=True)
+class _Files:
+    folder: str
+    # One block of bytes: a list of a million strings would be copied into every worker, reference by reference.
+    paths: np.ndarray
+
+    def __call__(self, index: int) -> Image.Image:
+        path = os.path.join(self.folder, os.fsdecode(self.paths[index]))
+        return _decoded(path, path)
+
+
+@dataclass(frozen=True)
+class _ShardImages:
+    shards: tuple[str, ...]
+    places: Int64[Tensor, "N 3"]
+    """Number of the shard, first byte, number of bytes."""
+
+    def __call__(self, index: int) -> Image.Image:
+        number, offset, size = self.places[index].tolist()
+        with open(self.shards[number], "rb") as file:
+            file.seek(offset)
+            return _decoded(f"{self.shards[number]} at byte {offset}", file.read(size))
+
+
+def _decoded(where: str, image: Any) -> Image.Image:
+    try:
+        return decode(RawPair(where, image, ()))
+    except BrokenPair as error:
+        raise UserError(f"{where} cannot be decoded ({first_line(error)}): fetch it again or take it out") from error
+
+
+# ---- sources -----------------------------------------------------------------------------------------------------
+
+
+def _set(
+    name: str,
+    labels: np.ndarray | Sequence[int],
+    classnames: Sequence[str] | None,
+    read: Callable[[int], Image.Image],
+) -> LabelledSet:
+    """The set with its labels checked. Without class names there are as many classes as the largest label says."""
+    numbers = torch.from_numpy(np.array(labels, dtype=np.int64))
+    if not len(numbers):
+        raise UserError(f"{name} holds no images")
+    if numbers.min() < 0:
+        raise UserError(
+            f"{name} has the label {int(numbers.min())}, which stands for none: a test split keeps its labels back, "
+            "use the split 'validation'"
+        )
+    num_classes = int(numbers.max()) + 1 if classnames is None else len(classnames)
+    if numbers.max() >= num_classes:
+        raise UserError(
+            f"{name} has the label {int(numbers.max())}, its {num_classes} classes end at {num_classes - 1}"
+        )
+    names = None if classnames is None else tuple(classnames)
+    return LabelledSet(name=name, labels=numbers, num_classes=num_classes, classnames=names, read=read)
+
+
+def _folder_set(source: str, split: str, columns: tuple[str, str] | None) -> LabelledSet:
+    folder = Path(source)
+    if cifar := next((name for name in CIFAR if (folder / name).is_dir()), None):
+        return _cifar_set(source, split, cifar)
+    # No deeper: an image folder has a million files down there.
+    if files := sorted([*folder.glob("*.parquet"), *folder.glob("*/*.parquet")]):
+        return _parquet_set(source, split, files, columns)
+    return _image_folder_set(source, split)
+
+
+def _split_among(there: Iterable[str], *, split: str, source: str) -> str:
+    """The split as the folder spells it."""
+    names = sorted(set(there))
+    if split not in names and split == "validation" and "val" in names:
+        return "val"
+    if split not in names:
+        listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise UserError(f"{source!r} has no split {split!r}, splits there: {listed or 'none'}")
+    return split
+
+
+def _parquet_set(source: str, split: str, files: list[Path], columns: tuple[str, str] | None) -> LabelledSet:
+    import datasets
+
+    # train-00000-of-00002.parquet, on the Hub also with a hash behind, or train.parquet
+    splits = [re.sub(r"-\d.*", "", file.stem) for file in files]
+    split = _split_among(splits, split=split, source=source)
+    chosen = [file for file, of in zip(files, splits, strict=True) if of == split]
+    folders = sorted({str(file.parent) for file in chosen})
+    if len(folders) > 1:
+        raise UserError(f"{source!r} has parquet of {split!r} in {' and '.join(folders)}: name one of these folders")
+    try:
+        table = datasets.load_dataset("parquet", data_files=[str(file) for file in chosen], split="train")
+    except Exception as error:  # of datasets or of pyarrow, by what is damaged
+        raise UserError(
+            f"the parquet of {split!r} in {folders[0]!r} cannot be read ({first_line(error)}): fetch it again"
+        ) from error
+    return _table_set(f"{source}:{split}", table, columns)
+
+
+def _table_set(name: str, table: Any, columns: tuple[str, str] | None) -> LabelledSet:
+    """A `datasets.Dataset`, memory-mapped."""
+    import datasets
+    import pyarrow
+
+    there = table.column_names
+    image_column, label_column = columns or (
+        next((column for column in usual if column in there), usual[-1]) for usual in (IMAGE_COLUMNS, LABEL_COLUMNS)
+    )
+    need_columns(name, there, image_column, label_column)
+    labels = table.data.column(label_column)
+    if not pyarrow.types.is_integer(labels.type) or labels.null_count:
+        raise UserError(f"{name}: column {label_column!r} is not all whole numbers: name another with --columns")
+    feature = table.features[label_column]
+    classnames = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    images = undecoded(table.select_columns([image_column]), image_column)
+    return _set(name, labels.to_numpy(), classnames, _TableImages(name, images, image_column))
+
+
+def _cifar_set(source: str, split: str, folder: str) -> LabelledSet:
+    split = _split_among(["train", "test"], split=split, source=source)
+    try:
+        files = CIFAR[folder](source, train=split == "train", download=False)
+    except RuntimeError as error:
+        raise UserError(
+            f"{str(Path(source) / folder)!r} is not what torchvision downloads ({first_line(error)}): fetch it again"
+        ) from error
+    return _set(f"{source}:{split}", files.targets, files.classes, _Pixels(files.data))
+
+
+def _image_folder_set(source: str, split: str) -> LabelledSet:
+    split = _split_among((path.name for path in Path(source).iterdir() if path.is_dir()), split=split, source=source)
+    folder = os.path.join(source, split)
+    try:
+        found = torchvision.datasets.ImageFolder(folder)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder!r} is no image folder, CLASS/*.jpg or png or webp ({first_line(error)})") from error
+    paths, labels = zip(*found.samples, strict=True)
+    return _set(f"{source}:{split}", labels, found.classes, _files(folder, [os.path.relpath(p, folder) for p in paths]))
+
+
+def _files(folder: str, paths: Sequence[str]) -> _Files:
+    return _Files(folder, np.array([os.fsencode(path) for path in paths], dtype=np.bytes_))
+
+
+def _list_set(source: str, root: str | None) -> LabelledSet:
+    if not Path(source).is_file():
+        raise UserError(f"the list {source!r} does not exist")
+    paths, labels = [], []
+    with open(source, encoding="utf-8", errors="surrogateescape") as file:  # as file names are
+        for number, line in enumerate(file, 1):
+            words = line.rsplit(maxsplit=1)
+            if len(words) < 2 or not words[1].isdecimal():
+                raise UserError(f"{source!r} line {number} is {line.strip()!r}: expected path/of/image.jpg LABEL")
+            paths.append(words[0])
+            labels.append(int(words[1]))
+    folder = str(Path(source).parent) if root is None else root
+    missing = [path for path in paths if not os.path.isfile(os.path.join(folder, path))]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of the {len(paths)} images of {source!r} are not below {folder!r}, the first is "
+            f"{missing[0]!r}: fetch them or name another root"
+        )
+    return _set(source, labels, None, _files(folder, paths))
+
+
+def _shard_set(source: str) -> LabelledSet:
+    shards = tuple(path for pattern in expand_urls(source) for path in _matches(pattern))
+    missing = [shard for shard in shards if not Path(shard).is_file()]
+    if missing:
+        raise UserError(f"shard {missing[0]!r} does not exist ({len(missing)} of {len(shards)} are missing)")
+    places, labels = [], []
+    for number, shard in enumerate(tqdm(shards, desc="index shards", unit="shard", leave=False, disable=None)):
+        for offset, size, label in _index(shard):
+            places.append((number, offset, size))
+            labels.append(label)
+    return _set(source, labels, None, _ShardImages(shards, torch.tensor(places, dtype=torch.int64).reshape(-1, 3)))
+
+
+def _matches(pattern: str) -> list[str]:
+    """A glob's files; a plain path stays as it is, so that its absence is noticed."""
+    return sorted(glob.glob(pattern)) or [pattern]
+
+
+def _index(shard: str) -> list[tuple[int, int, int]]:
+    """(first byte, number of bytes, label) of each image of a tar, from its headers and labels alone."""
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                directory, slash, file = member.name.rpartition("/")
+                stem, _, ending = file.partition(".")
+                key = directory + slash + stem
+                if not member.isfile() or not stem:
+                    continue
+                if ending.lower() in IMAGE_SUFFIXES:
+                    if key in images:
+                        raise UserError(f"{shard!r}: sample {key!r} has two images: leave one")
+                    images[key] = (member.offset_data, member.size)
+                elif ending.lower() == "cls":
+                    labels[key] = _label_in(tar, member, shard)
+            require_end(Path(shard), tar.offset)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(
+            f"the shard {shard!r} ends early or is damaged ({first_line(error)}): fetch it again"
+        ) from error
+    if alone := sorted(images.keys() ^ labels.keys()):
+        raise UserError(f"{shard!r}: sample {alone[0]!r} has no {'.cls member' if alone[0] in images else 'image'}")
+    return [(*images[key], labels[key]) for key in images]
+
+
+def _label_in(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: str) -> int:
+    body = tar.extractfile(member)
+    assert body is not None  # isfile() said so
+    text = body.read().decode("utf-8", errors="replace").strip()
+    if not text.isdecimal():
+        raise UserError(f"{shard!r}: {member.name!r} says {text!r}: expected a label, a whole number from 0")
+    return int(text)

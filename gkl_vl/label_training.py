@@ -97,7 +97,9 @@ class LabelConfig:
     teacher_weights: str | None = None
     """A file of weights, or `pretrained` for timm and torchvision."""
     student: str | None = None
-    """As --teacher; random weights."""
+    """As --teacher."""
+    student_weights: str | None = None
+    """Where the student starts, as --teacher-weights. None = random weights."""
     output_dir: Path | None = None
     """The run folder. None = runs/RECIPE-<time>."""
     epochs: int | None = None
@@ -164,7 +166,12 @@ def train_classifier(config: LabelConfig, *, recipe: Recipe) -> None:
     set_seed(config.seed)  # the same initial weights on every rank
     train, test = open_data(recipe, config)
     teacher = None if config.method == "ce" else load_teacher(pair, config, train, accelerator.device)
-    student = load_classifier(pair.student, num_classes=train.num_classes)
+    student = load_classifier(
+        pair.student,
+        num_classes=train.num_classes,
+        weights=config.student_weights,
+        allow_pickle=config.allow_pickle,
+    )
     student.model.to(memory_format=torch.channels_last)
     batch_size = config.batch_size or max(pair.batch_size // accelerator.num_processes, 1)
     per_epoch = batches_per_epoch(len(train), batch_size, accelerator.num_processes)
@@ -275,7 +282,8 @@ def open_data(recipe: Recipe, config: LabelConfig) -> tuple[LabelledSet, Labelle
     test = open_split(config.eval_data or source, recipe.splits[1])
     if test.num_classes > train.num_classes:
         raise UserError(
-            f"{test.name} has {test.num_classes} classes, {train.name} only {train.num_classes}: name sets that belong together"
+            f"{test.name} has {test.num_classes} classes, {train.name} only {train.num_classes}: "
+            "name sets that belong together"
         )
     if config.imbalance is not None:
         train = long_tailed(train, ratio=config.imbalance, seed=config.seed)
@@ -289,7 +297,7 @@ def load_teacher(pair: Pair, config: LabelConfig, train: LabelledSet, device: to
     carries = pair.teacher.startswith(("hf-hub:", "local-dir:"))
     if pair.teacher_weights is None and not carries:
         raise UserError(
-            f"teacher {pair.teacher!r} has no weights here: give --teacher-weights FILE (see the recipe's text)"
+            f"teacher {pair.teacher!r} comes without weights: give --teacher-weights, see the recipe's text"
         )
     teacher = load_classifier(
         pair.teacher,

@@ -4,8 +4,8 @@
 
 runs a published pair: CIFAR-100 from the Hub (or `--data` a folder with it), 240 epochs of SGD, a teacher of
 mdistiller's `cifar_teachers` (https://github.com/megvii-research/mdistiller/releases, for this pair
-`resnet56_vanilla/ckpt_epoch_240.pth`). `--method ce|kd|kd-ls|dkd|dist|dkl|ikl|gkl`. On one A100 a run takes one to three
-hours. Long-tailed CIFAR: `--imbalance 100`; a laptop: `--images 10000 --epochs 8 --stored-views 8`.
+`resnet56_vanilla/ckpt_epoch_240.pth`). `--method ce|kd|kd-ls|dkd|dist|dkl|ikl|gkl`. One GPU, one to three hours (an
+estimate). Long-tailed CIFAR: `--imbalance 100`; a laptop: `--images 10000 --epochs 8 --stored-views 8`.
 
 Papers: Cui et al., arXiv 2305.13948 (IKL) and 2503.08038 (GKL). Expected top-1, from the IKL paper's Table 3 (mean of 3
 runs), is in `PAIRS`; GKL was not published pair by pair. Results of our own: recipes/README.md.
@@ -21,7 +21,7 @@ from gkl_vl.label_training import LabelConfig, Pair, Recipe, train_classifier
 def pair(
     teacher: str, student: str, *, gkl: Distillation, dkd_weight: float, expected: tuple[float, ...], lr: float = 0.05
 ) -> Pair:
-    """GKL as released, DKD as in mdistiller's configs, the others with one setting for all pairs, as their papers have it.
+    """GKL as released, DKD as in mdistiller's configs, the others with one setting for all pairs as in their papers.
 
     `expected` is top-1 of the teacher, of the student alone, of KD, DKD and IKL.
     """

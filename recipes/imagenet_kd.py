@@ -3,10 +3,10 @@
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/imagenet_kd.py \
         --pair resnet34-resnet18 --data /data/imagenet --precision bf16 --workers 12
 
-runs a published pair: 100 epochs of SGD at a batch of 512 over all processes, torchvision's first weights as the teacher
-(through timm). `--data` is a folder with train/ and val/, web shards (then `--eval-data` too), or a Hub dataset
-(ILSVRC/imagenet-1k, the default, is gated). `--stored-views 5 --stored-top-k 50` asks the teacher once about five views of
-each image. About 40 hours on one A100, 6 on eight.
+runs a published pair: 100 epochs of SGD at a batch of 512 over all processes, with torchvision's first weights (through
+timm) as the teacher. `--data` is a folder with train/ and val/, web shards (then `--eval-data` too), or a Hub dataset
+(ILSVRC/imagenet-1k, the default, is gated). `--stored-views 5 --stored-top-k 50` asks the teacher once about five views
+of each image. Eight GPUs, about 6 hours (an estimate).
 
 Papers: Cui et al., arXiv 2305.13948 (IKL) and 2503.08038 (GKL). Expected top-1 is in `PAIRS`.
 """

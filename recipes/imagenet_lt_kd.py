@@ -4,9 +4,9 @@
         --pair resnext101-resnet18 --data ImageNet_LT_train.txt --eval-data ImageNet_LT_test.txt --root /data/imagenet \
         --teacher-weights TEACHER.safetensors
 
-runs the published setting: 90 epochs of SGD at a batch of 128 over all processes, cosine rate, a ResNeXt-101-32x4d teacher
-that was trained on the same long-tailed set (bring its weights). Evaluation adds the accuracy on classes with many (more
-than 100 images), medium (20 to 100) and few. About 10 hours on one A100.
+runs the published setting: 90 epochs of SGD at a batch of 128 over all processes, cosine rate, and a ResNeXt-101-32x4d
+teacher that was trained on the same long-tailed set (bring its weights). Evaluation adds the accuracy on classes with
+many (more than 100 images), medium (20 to 100) and few. One GPU, about 10 hours (an estimate).
 
 Papers: Cui et al., arXiv 2305.13948 (IKL) and 2503.08038 (GKL). Expected top-1 is in `PAIRS`.
 """

@@ -1,0 +1,62 @@
+"""The CIFAR study of recipes/README.md: methods of label distillation on equal seeds, on a laptop's budget.
+
+    python benchmarks/label_study.py --data CIFAR10 --teacher-weights RESNET56.safetensors
+    python benchmarks/label_study.py --data CIFAR10 --teacher-weights RESNET56.safetensors --imbalance 100
+
+Teacher resnet56_a, student resnet20_a, `recipes/cifar_kd.py` with the published settings of resnet56 -> resnet20, the
+distillation's warm-up shortened with the run (20 of 240 epochs), the teacher's logits stored for as many views as there
+are epochs, so nothing is approximated. IKL is GKL with gamma 1. Prints a Markdown table.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from study import Arms, Study
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "cifar_kd.py"
+Columns = dict[str, tuple[str | None, str]]
+BALANCED: Columns = {"acc1": (None, "acc1"), "acc5": (None, "acc5")}
+LONG_TAILED: Columns = {"acc1": (None, "acc1"), **{name: (None, f"{name}_acc1") for name in ("many", "medium", "few")}}
+
+
+def arms(methods: list[str], warmup: str) -> Arms:
+    """Each method's flags; all but the first are compared with KD, KD with the labels alone."""
+    found: Arms = {}
+    for method in methods:
+        flags = ["--method", method] + (["--warmup-epochs", warmup] if method in ("dkd", "ikl", "gkl") else [])
+        found[method] = (flags, {"ce": None, "kd": "ce"}.get(method, "kd"))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder with CIFAR-10")
+    parser.add_argument("--teacher-weights", required=True, help="of resnet56_a")
+    parser.add_argument("--methods", nargs="+", default=["ce", "kd", "dkd", "ikl", "gkl"])
+    parser.add_argument("--imbalance", type=float, help="the long-tailed study, at this ratio, on all images it leaves")
+    parser.add_argument("--images", type=int, default=10_000, help="training images of the balanced study")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="every arm runs on each")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/label_study"))
+    options = parser.parse_args()
+    flags = ["--pair", "resnet56-resnet20", "--data", options.data, "--epochs", str(options.epochs)]
+    flags += ["--teacher", "resnet56_a", "--teacher-weights", options.teacher_weights, "--student", "resnet20_a"]
+    flags += ["--stored-views", str(options.epochs), "--eval-every-epochs", "0", "--checkpoint-every-epochs", "0"]
+    long_tailed = options.imbalance is not None
+    flags += ["--imbalance", str(options.imbalance)] if long_tailed else ["--images", str(options.images)]
+    study = Study(
+        recipe=RECIPE,
+        arms=arms(options.methods, str(max(round(20 * options.epochs / 240), 1))),
+        flags=flags,
+        columns=LONG_TAILED if long_tailed else BALANCED,
+        seeds=options.seeds,
+        jobs=options.jobs,
+        folder=options.output_dir / f"{flags[-1]}-{options.epochs}",
+    )
+    print(study.table(study.run()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What the studies share: arms of one recipe on equal seeds, and the table that they end in."""
+
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+Arms = dict[str, tuple[list[str], str | None]]
+"""name: (flags, the arm to compare it with)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Every arm on every seed."""
+
+    recipe: Path
+    arms: Arms
+    flags: list[str]
+    """Of all arms."""
+    columns: dict[str, tuple[str | None, str]]
+    """Heading: (evaluation set, or None where there is one, metric). Differences are those of the first."""
+    seeds: list[int]
+    jobs: int
+    """Runs at a time, one thread each."""
+    folder: Path
+    """Where the runs are kept. Those that are done are not run again."""
+
+    def run(self) -> dict[tuple[str, int], dict[str, float]]:
+        """Percent by arm, seed and column."""
+        # Seed by seed, so that a study cut short still has complete pairs.
+        runs = [(arm, seed) for seed in self.seeds for arm in self.arms]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            return dict(zip(runs, pool.map(self._run_once, runs), strict=True))
+
+    def _run_once(self, run: tuple[str, int]) -> dict[str, float]:
+        arm, seed = run
+        folder = self.folder / str(seed) / "".join(c if c.isalnum() else "_" for c in arm)
+        if not (folder / "report.png").is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
+            flags = [*self.flags, "--seed", str(seed), "--output-dir", str(folder), *self.arms[arm][0]]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(
+                [sys.executable, self.recipe, *flags], env=environment, capture_output=True, text=True
+            )
+            if done.returncode:
+                raise SystemExit(f"{arm}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
+            print(f"{arm}, seed {seed}: done", file=sys.stderr)
+        records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+        student = [record for record in records if record.get("model") == "student"]
+        found = {}
+        for heading, (dataset, key) in self.columns.items():
+            found[heading] = 100 * [r for r in student if dataset in (None, r["dataset"])][-1][key]
+        return found
+
+    def table(self, results: dict[tuple[str, int], dict[str, float]]) -> str:
+        """Markdown: a row per arm. Mean and standard deviation over seeds; paired differences with standard error."""
+        headline = next(iter(self.columns))
+        lines = [f"| arm | {' | '.join(self.columns)} | {headline}, paired difference |"]
+        lines.append("|---" * (len(self.columns) + 2) + "|")
+        for arm, (_, other) in self.arms.items():
+            cells = [spread([results[arm, seed][heading] for seed in self.seeds]) for heading in self.columns]
+            differences = [results[arm, s][headline] - results[other, s][headline] for s in self.seeds if other]
+            lines.append(f"| {arm} | {' | '.join(cells)} | {paired(differences, other) if other else ''} |")
+        return "\n".join(lines)
+
+
+def paired(differences: list[float], other: str) -> str:
+    """mean ± standard error."""
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    wins = sum(difference > 0 for difference in differences)
+    return f"{statistics.mean(differences):+.2f} ± {error:.2f} over `{other}`, {wins} of {len(differences)} seeds"
+
+
+def spread(values: list[float]) -> str:
+    """mean ± standard deviation."""
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else math.nan:.2f}"

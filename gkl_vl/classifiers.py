@@ -31,6 +31,7 @@ RGB = tuple[float, float, float]
 CIFAR_MEAN_STD: tuple[RGB, RGB] = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))  # CIFAR-100, mdistiller's
 IMAGENET_MEAN_STD: tuple[RGB, RGB] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+_FOLDERS = ("hf-hub:", "local-dir:")
 _PREFIXES = "timm:NAME, torchvision:NAME, hf-hub:org/repo or local-dir:path"
 _CONNECT = "connect, or give the path of a downloaded file"
 
@@ -40,7 +41,7 @@ class Classifier:
     """A label model with its way to prepare images. Another normalisation: `dataclasses.replace(it, mean=, std=)`."""
 
     name: str
-    """What `load_classifier` was asked for."""
+    """What `load_classifier` was asked for; of a folder, the architecture that it holds."""
     model: nn.Module
     """pixels [n 3 h w] -> logits [n C]; in training mode, as torch makes it."""
     mean: RGB
@@ -151,15 +152,18 @@ def _load_folder(name: str, *, num_classes: int | None, weights: str | None, all
         config = json.loads((folder / "config.json").read_text())
         classes = num_classes or config["num_classes"]
         if config.get("library") == "gkl-vl":
+            if config["architecture"].startswith(_FOLDERS):  # a chain of folders, perhaps one that bites its tail
+                raise UserError(f"{config['architecture']!r} is another folder: write the architecture there")
             built = load_classifier(config["architecture"], num_classes=classes)
-            model, mean, std = built.model, config["mean"], config["std"]
+            model, mean, std, architecture = built.model, config["mean"], config["std"], built.name
         else:
             model: Any = timm.create_model(f"local-dir:{folder}", num_classes=classes)
             mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            architecture = f"timm:{config['architecture']}"
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"config.json of {rest!r} names no model that is known: {_first_line(error)}") from error
     _load_weights(model, found[0], name=name, num_classes=classes, allow_pickle=allow_pickle)
-    return Classifier(name=name, model=model, mean=tuple(mean), std=tuple(std), num_classes=classes)
+    return Classifier(name=architecture, model=model, mean=tuple(mean), std=tuple(std), num_classes=classes)
 
 
 def _fetch(repo: str, *, allow_pickle: bool) -> Path:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, HfApi, ModelCardData, constants, get_token
@@ -28,6 +29,7 @@ from gkl_vl.towers import Clip
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 CLASSIFIER_CONFIG_NAME = "config.json"
+CLASSIFIER_WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 
 
@@ -245,7 +247,7 @@ def push_to_hub(*, folder: Path, repo_id: str, private: bool = False, token: str
     """
     check_repo_id(repo_id, token=token)
     if not _holds_model(folder):
-        raise UserError(f"{folder} holds no {CONFIG_NAME} or {CLASSIFIER_CONFIG_NAME}: push the model/ folder of a run")
+        raise UserError(f"{folder} holds no {CONFIG_NAME} and no classifier: push the model/ folder of a run")
     if (folder / CONFIG_NAME).is_file():
         _point_tokenizer_at(folder, repo_id)
     api = HfApi(token=token)
@@ -283,7 +285,8 @@ def _hub_id(name: str) -> str | None:
 def _scores(row: dict) -> dict[str, float]:
     # acc5 of fewer than five classes is nan, which neither YAML on the Hub nor a reader can use.
     numbers = {key: value for key, value in row.items() if isinstance(value, float) and math.isfinite(value)}
-    return {key: value for key, value in numbers.items() if key.startswith("acc") or "recall" in key}
+    wanted = re.compile(r"acc|(many|medium|few)_acc1$|.*recall")  # a classifier's groups by shots too
+    return {key: value for key, value in numbers.items() if wanted.match(key)}
 
 
 def _stored_tensors(clip: Clip, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -318,7 +321,18 @@ def _point_tokenizer_at(folder: Path, repo_id: str) -> None:
 
 def _holds_model(folder: Path) -> bool:
     """Whether the folder is an export of ours: a CLIP's, or a classifier's."""
-    return (folder / CONFIG_NAME).is_file() or (folder / CLASSIFIER_CONFIG_NAME).is_file()
+    return (folder / CONFIG_NAME).is_file() or _holds_classifier(folder)
+
+
+def _holds_classifier(folder: Path) -> bool:
+    """A config.json alone says nothing: a run folder has one, and many a project."""
+    if not (folder / CLASSIFIER_WEIGHTS_NAME).is_file() or not (folder / CLASSIFIER_CONFIG_NAME).is_file():
+        return False
+    try:
+        config = json.loads((folder / CLASSIFIER_CONFIG_NAME).read_text())
+    except ValueError:
+        return False
+    return isinstance(config, dict) and {"architecture", "num_classes"} <= config.keys()
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -373,9 +387,8 @@ class ClassifierCard:
         """The text of README.md."""
         made = f"distilled from `{self.teacher}` by {self.method}" if self.teacher else "trained on labels alone"
         teacher = _hub_id(self.teacher) if self.teacher else None
-        is_timm = ":" in self.student
         metadata = ModelCardData(
-            library_name="timm" if is_timm else "gkl-vl",
+            library_name="timm" if self.student.startswith("timm:") else "gkl-vl",
             pipeline_tag="image-classification",
             tags=["knowledge-distillation", "gkl"] if self.teacher else ["gkl"],
             license="other",  # whoever brings the data knows its licence
@@ -412,10 +425,13 @@ def export_classifier(*, classifier: Classifier, folder: Path, card: ClassifierC
     """
     with _replacing(folder) as scratch:
         if classifier.name.startswith("timm:"):
-            save_for_hf(classifier.model, str(scratch), safe_serialization=True)
+            # safetensors takes no channels_last
+            model: Any = classifier.model.to(memory_format=torch.contiguous_format)
+            model.pretrained_cfg = model.pretrained_cfg | {"mean": classifier.mean, "std": classifier.std}
+            save_for_hf(model, str(scratch), safe_serialization=True)
         else:
             tensors = {name: t.detach().cpu().contiguous().clone() for name, t in classifier.model.state_dict().items()}
-            save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+            save_file(tensors, scratch / CLASSIFIER_WEIGHTS_NAME, metadata={"format": "pt"})
             config = {
                 "library": "gkl-vl",
                 "architecture": classifier.name,

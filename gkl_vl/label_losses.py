@@ -23,23 +23,23 @@ class Distillation:
 
     method: str = "gkl"
     """A name of `METHODS`, or `ce`: labels alone."""
-    ce_weight: float = 1.0
+    ce_weight: Number = 1.0
     """Of the cross entropy with the labels."""
-    weight: float = 1.0
+    weight: Number = 1.0
     """Of the distillation, for the methods of a single term (KD and DIST)."""
-    soft_ce_weight: float = 1.0
-    wmse_weight: float = 4.0
-    gamma: float = 0.2
+    soft_ce_weight: Number = 1.0
+    wmse_weight: Number = 4.0
+    gamma: Number = 0.2
     """Of GKL; IKL's and DKL's is 1."""
-    temperature: float = 4.0
-    weight_temperature: float = 4.0
+    temperature: Number = 4.0
+    weight_temperature: Number = 4.0
     class_prior: bool = True
     """Weigh GKL's and IKL's classes by what the teacher thought of the label's class in the epoch before."""
     warmup_epochs: int = 20
     """The distillation grows linearly over these; 0 = whole from the start."""
-    target_weight: float = 1.0
+    target_weight: Number = 1.0
     """Of DKD's target-class part (paper: alpha), and of DIST's relation between classes (paper: beta)."""
-    other_weight: float = 2.0
+    other_weight: Number = 2.0
     """Of DKD's non-target part (paper: beta), and of DIST's relation within a class (paper: gamma)."""
 
 
@@ -83,12 +83,12 @@ def dkd_loss(
     b = (p_label, 1 - p_label), q = p without the label's class, normalised, p = softmax(logits / T). Nats.
     Errors as in `gkl_loss`. Source: Zhao et al., CVPR 2022, arXiv 2203.08679, eq. 7.
     """
+    _check_shapes(student, teacher)
     check_positive("temperature", temperature)
     target = F.one_hot(labels, student.shape[1]).bool()
     parts = []
     for logits in (student, teacher.detach()):
-        scaled = logits.float() if logits.dtype != torch.float64 else logits
-        scaled = scaled / temperature
+        scaled = _lift(logits) / temperature
         others = scaled.masked_fill(target, -torch.inf)
         parts.append((scaled[target], others.logsumexp(dim=1), others))
     (s_target, s_rest, s_others), (t_target, t_rest, t_others) = parts
@@ -119,9 +119,11 @@ def dist_loss(
     r is Pearson's correlation, p = softmax(logits / T). The rows of a class are those of all processes.
     Source: Huang et al., NeurIPS 2022, arXiv 2205.10536, eqs. 7 and 8.
     """
+    _check_shapes(student, teacher)
     check_positive("temperature", temperature)
-    both = [logits.float() if logits.dtype != torch.float64 else logits for logits in (student, teacher.detach())]
-    p_student, p_teacher = (gather_rows(torch.softmax(logits / temperature, dim=1)) for logits in both)
+    p_student, p_teacher = (
+        gather_rows(torch.softmax(_lift(logits) / temperature, dim=1)) for logits in (student, teacher.detach())
+    )
     inter = 1 - _correlation(p_student, p_teacher).mean()
     intra = 1 - _correlation(p_student.T, p_teacher.T).mean()
     return temperature**2 * (inter_weight * inter + intra_weight * intra)
@@ -133,7 +135,19 @@ def _correlation(x: Float[Tensor, "a b"], y: Float[Tensor, "a b"]) -> Float[Tens
 
 def standardised(logits: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
     """Each row's z-score. Source: Sun et al., CVPR 2024, arXiv 2403.01427 (with C - 1, as released)."""
+    logits = _lift(logits)
     return (logits - logits.mean(dim=1, keepdim=True)) / (1e-7 + logits.std(dim=1, keepdim=True))
+
+
+def _lift(logits: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
+    """Half precision is computed in float32."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _check_shapes(student: Tensor, teacher: Tensor) -> None:
+    """A teacher of one row would be broadcast."""
+    if teacher.shape != student.shape:
+        raise ValueError(f"teacher must have the student's shape {list(student.shape)}, got {list(teacher.shape)}")
 
 
 # ---- the table ---------------------------------------------------------------------------------------------------
@@ -175,7 +189,7 @@ def _gkl(student, teacher, labels, prior, s):
     return gkl_loss(student=student, teacher=teacher, class_prior=prior, gamma=s.gamma, **_weights(s))
 
 
-def _weights(s: Distillation) -> dict[str, float]:
+def _weights(s: Distillation) -> dict[str, Number]:
     names = ("wmse_weight", "soft_ce_weight", "temperature", "weight_temperature")
     return {name: vars(s)[name] for name in names}
 

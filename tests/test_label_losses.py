@@ -1,0 +1,382 @@
+"""The label methods are their published formulas, value and gradient, alone and over several processes.
+
+The references are the papers' formulas with a loop over rows (DIST: and over columns), in float64 on the same numbers.
+"""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from helpers import run_ranks
+from torch.testing import assert_close
+
+from gkl_vl import gather, gkl, label_losses
+from gkl_vl.gkl import dkl_loss, gkl_loss
+from gkl_vl.label_losses import METHODS, Distillation, dist_loss, distillation_loss, dkd_loss, kd_loss, standardised
+
+# Of the largest entry, or of 0.1 where that is smaller: with two classes the gradients of kd-ls and DIST within a row
+# are 0 on paper and rounding noise here. fp64: 1e6 roundings of 1e-16; fp32: 80 of 1.2e-7.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+FLOOR = 0.1
+SHAPES = [(1, 2), (1, 41), (2, 3), (5, 2), (41, 3), (7, 41), (3, 100)]
+
+
+def drawn(n, classes, dtype=torch.float64, seed=0, spread=3.0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher, prior = spread * torch.randn(3, n, classes, generator=generator, dtype=torch.float64)
+    labels = torch.randint(classes, (n,), generator=generator)
+    prior = torch.softmax(prior, 1)
+    return {"student": student.to(dtype), "teacher": teacher.to(dtype), "labels": labels, "prior": prior.to(dtype)}
+
+
+def value_and_gradient(loss, student):
+    student = student.detach().clone().requires_grad_()
+    value = loss(student=student)
+    (gradient,) = torch.autograd.grad(value, student)
+    return value.detach(), gradient
+
+
+def farthest(got, want) -> float:
+    """The largest difference of values or gradients, in units of TOLERANCE's."""
+    return max(
+        ((a.double() - b.double()).abs().max() / b.abs().max().clamp_min(FLOOR)).item()
+        for a, b in zip(got, want, strict=True)
+    )
+
+
+# ---- the formulas ------------------------------------------------------------------------------------------------
+
+
+def kl(p, q):
+    return (p * (p / q).log()).sum()
+
+
+def naive_kd(*, student, teacher, labels, temperature):
+    rows = [
+        kl(torch.softmax(t / temperature, 0), torch.softmax(s / temperature, 0))
+        for s, t in zip(student, teacher, strict=True)
+    ]
+    return temperature**2 * sum(rows) / len(rows)
+
+
+def naive_z_scores(logits):
+    """The released code adds 1e-7 to the deviation."""
+    rows = []
+    for row in logits:
+        mean = row.sum() / len(row)
+        deviation = ((row - mean).square().sum() / (len(row) - 1)).sqrt()
+        rows.append((row - mean) / (1e-7 + deviation))
+    return torch.stack(rows)
+
+
+def naive_standardised_kd(*, student, teacher, labels, temperature):
+    scores = {"student": naive_z_scores(student), "teacher": naive_z_scores(teacher)}
+    return naive_kd(**scores, labels=labels, temperature=temperature)
+
+
+def naive_dkd_parts(s, t, label, temperature):
+    """TCKD and NCKD of a row, without T^2."""
+    others = [c for c in range(len(s)) if c != label]
+    q, p = torch.softmax(s / temperature, 0), torch.softmax(t / temperature, 0)
+    binary_q, binary_p = (torch.stack([x[label], x[others].sum()]) for x in (q, p))
+    within_q, within_p = (torch.softmax(x[others] / temperature, 0) for x in (s, t))
+    return kl(binary_p, binary_q), kl(within_p, within_q)
+
+
+def naive_dkd(*, student, teacher, labels, target_weight, other_weight, temperature):
+    total = 0
+    for s, t, label in zip(student, teacher, labels.tolist(), strict=True):
+        tckd, nckd = naive_dkd_parts(s, t, label, temperature)
+        total = total + target_weight * tckd + other_weight * nckd
+    return temperature**2 * total / len(student)
+
+
+def pearson(x, y):
+    x, y = x - x.mean(), y - y.mean()
+    return (x * y).sum() / (x.square().sum().sqrt() * y.square().sum().sqrt())
+
+
+def naive_dist(*, student, teacher, labels, inter_weight, intra_weight, temperature):
+    p = torch.stack([torch.softmax(row / temperature, 0) for row in teacher])
+    q = torch.stack([torch.softmax(row / temperature, 0) for row in student])
+    n, classes = p.shape
+    loss = inter_weight * (1 - sum(pearson(q[i], p[i]) for i in range(n)) / n)
+    if intra_weight:  # a single row has no correlation within a class
+        loss = loss + intra_weight * (1 - sum(pearson(q[:, c], p[:, c]) for c in range(classes)) / classes)
+    return temperature**2 * loss
+
+
+def without_labels(loss):
+    return lambda *, labels, **arguments: loss(**arguments)
+
+
+def standardised_kd(*, student, teacher, temperature):
+    return kd_loss(student=standardised(student), teacher=standardised(teacher), temperature=temperature)
+
+
+DKD = {"target_weight": 0.7, "other_weight": 3.0}
+DIST = {"inter_weight": 0.7, "intra_weight": 3.0}
+INTER_ONLY = {"inter_weight": 0.7, "intra_weight": 0}
+# Name: ours, the paper's, settings.
+FORMULAS = {
+    "kd": (without_labels(kd_loss), naive_kd, {}),
+    "kd-ls": (without_labels(standardised_kd), naive_standardised_kd, {}),
+    "dkd": (dkd_loss, naive_dkd, DKD),
+    "dkd, target alone": (dkd_loss, naive_dkd, DKD | {"other_weight": 0}),
+    "dist": (without_labels(dist_loss), naive_dist, DIST),
+    "dist, rows alone": (without_labels(dist_loss), naive_dist, INTER_ONLY),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", FORMULAS)
+def test_the_losses_are_their_published_formulas(name, dtype):
+    ours, published, options = FORMULAS[name]
+    for shape, temperature in itertools.product(SHAPES, (1, 4.0)):
+        if name == "dist" and shape[0] == 1:
+            continue  # a single row has no correlation within a class
+        arguments = drawn(*shape, dtype)
+        student, teacher, labels = arguments["student"], arguments["teacher"], arguments["labels"]
+        fixed = {"labels": labels, "temperature": temperature} | options
+        got = value_and_gradient(partial(ours, teacher=teacher, **fixed), student)
+        want = value_and_gradient(partial(published, teacher=teacher.double(), **fixed), student.double())
+        assert got[0].dtype == got[1].dtype == dtype
+        assert farthest(got, want) < TOLERANCE[dtype], (shape, temperature)
+
+
+def test_the_z_scores_have_mean_0_and_deviation_1_whatever_the_scale():
+    logits = drawn(5, 41)["student"]
+    scores = standardised(logits)
+    assert_close(scores, naive_z_scores(logits), rtol=0, atol=1e-12)
+    assert_close(scores.square().sum(1), torch.full((5,), 40.0, dtype=torch.float64), rtol=1e-6, atol=0)
+    assert_close(scores, standardised(7 * logits - 3), rtol=1e-6, atol=1e-6)
+
+
+def test_kd_is_the_target_part_and_the_rest_by_what_the_teacher_leaves_to_it():
+    """Zhao et al.'s eq. 5, KD = TCKD + (1 - p_label) NCKD, row by row: the weight is a row's own."""
+    temperature, arguments = 2.0, drawn(9, 6)
+    for row in range(9):
+        student, teacher, labels = (arguments[name][row : row + 1] for name in ("student", "teacher", "labels"))
+        left = 1 - torch.softmax(teacher / temperature, 1)[0, labels[0]].item()
+        whole = kd_loss(student=student, teacher=teacher, temperature=temperature)
+        parts = {"labels": labels, "temperature": temperature, "target_weight": 1.0, "other_weight": left}
+        assert_close(dkd_loss(student=student, teacher=teacher, **parts), whole, rtol=1e-12, atol=1e-12)
+        parts["other_weight"] = 1.0
+        assert not torch.isclose(dkd_loss(student=student, teacher=teacher, **parts), whole, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["dkd", "dist"])
+def test_the_teacher_gets_no_gradient(name):
+    arguments = drawn(5, 7)
+    student, teacher = arguments["student"].requires_grad_(), arguments["teacher"].requires_grad_()
+    loss, _, options = FORMULAS[name]
+    loss(student=student, teacher=teacher, labels=arguments["labels"], temperature=4.0, **options).backward()
+    assert teacher.grad is None and student.grad.abs().max() > 1e-3
+
+
+# ---- every method ------------------------------------------------------------------------------------------------
+
+# No number stands twice, so that a setting that goes elsewhere shows.
+SETTINGS = dict(weight=1.7, soft_ce_weight=0.6, wmse_weight=2.5, gamma=0.3, temperature=3.0, weight_temperature=2.0)
+SETTINGS |= dict(target_weight=0.9, other_weight=4.5)
+
+
+def by_method(method, *, student, teacher, labels, prior, **changed):
+    settings = Distillation(method=method, **(SETTINGS | changed))
+    return distillation_loss(student=student, teacher=teacher, labels=labels, prior=prior, settings=settings)
+
+
+FAMILY = dict(wmse_weight=2.5, soft_ce_weight=0.6, temperature=3.0, weight_temperature=2.0)
+BY_HAND = {
+    "kd": lambda both, labels, prior: 1.7 * kd_loss(**both, temperature=3.0),
+    "kd-ls": lambda both, labels, prior: 1.7 * standardised_kd(**both, temperature=3.0),
+    "dkd": lambda both, labels, prior: dkd_loss(
+        **both, labels=labels, target_weight=0.9, other_weight=4.5, temperature=3.0
+    ),
+    "dist": lambda both, labels, prior: 1.7 * dist_loss(**both, inter_weight=0.9, intra_weight=4.5, temperature=3.0),
+    "dkl": lambda both, labels, prior: dkl_loss(**both, **FAMILY),
+    "ikl": lambda both, labels, prior: gkl_loss(**both, **FAMILY, gamma=1.0, class_prior=prior),
+    "gkl": lambda both, labels, prior: gkl_loss(**both, **FAMILY, gamma=0.3, class_prior=prior),
+}
+
+
+def of_table_and_by_hand(method, *, student, prior, teacher, labels):
+    rest = {"teacher": teacher, "labels": labels, "prior": prior}
+    ours = value_and_gradient(partial(by_method, method, **rest), student)
+    by_hand = value_and_gradient(
+        lambda student: BY_HAND[method]({"student": student, "teacher": teacher}, labels, prior), student
+    )
+    return ours, by_hand
+
+
+@pytest.mark.parametrize("with_prior", [True, False])
+def test_every_name_of_the_table_calls_what_it_says(with_prior):
+    assert list(BY_HAND) == list(METHODS)
+    arguments = drawn(5, 7)
+    arguments["prior"] = arguments["prior"] if with_prior else None
+    found = {method: of_table_and_by_hand(method, **arguments) for method in METHODS}
+    for method, (ours, by_hand) in found.items():
+        assert all(torch.equal(a, b) for a, b in zip(ours, by_hand, strict=True)), method
+    for (ours, _), (others, _) in itertools.combinations(found.values(), 2):
+        assert farthest(ours, others) > 1e-3  # DKL's and IKL's differ by the gradient alone
+
+
+def test_the_class_prior_is_that_of_ikl_and_gkl_alone():
+    arguments = drawn(5, 7)
+    without = arguments | {"prior": None}
+    heeding = {m for m in METHODS if by_method(m, **arguments) != by_method(m, **without)}
+    assert heeding == {"ikl", "gkl"}
+
+
+READ = {
+    "weight": {"kd", "kd-ls", "dist"},
+    "soft_ce_weight": {"dkl", "ikl", "gkl"},
+    "wmse_weight": {"dkl", "ikl", "gkl"},
+    "gamma": {"gkl"},
+    "temperature": set(METHODS),
+    "weight_temperature": {"dkl", "ikl", "gkl"},
+    "target_weight": {"dkd", "dist"},
+    "other_weight": {"dkd", "dist"},
+}
+
+
+@pytest.mark.parametrize("setting", READ)
+def test_every_setting_is_read_by_its_methods_and_no_others(setting):
+    arguments = drawn(5, 7) | {"prior": None}
+    changed = {setting: 2 * SETTINGS[setting]}
+    assert {m for m in METHODS if by_method(m, **arguments, **changed) != by_method(m, **arguments)} == READ[setting]
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan")])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_temperature_that_is_not_positive_is_refused(method, temperature):
+    with pytest.raises(ValueError, match="temperature must be a finite number > 0"):
+        by_method(method, **drawn(5, 7), temperature=temperature)
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (5, 8)], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_teacher_of_another_shape_is_refused_and_not_broadcast(method, shape):
+    given = drawn(5, 7)
+    arguments = (given["student"], drawn(*shape)["teacher"], given["labels"], None, Distillation(method=method))
+    with pytest.raises(ValueError, match=r"teacher must have the student's shape \[5, 7\]"):
+        METHODS[method](*arguments)  # not by `distillation_loss`, where the suite's shape checker would speak first
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_is_computed_in_float32(method):
+    """The loss is that of the rounded numbers, to the last bit; the gradient is rounded once more."""
+    for dtype in (torch.bfloat16, torch.float16):
+        arguments = drawn(5, 41, dtype) | {"prior": drawn(5, 41, torch.float32)["prior"]}
+        student, rest = arguments.pop("student"), arguments
+        exact = rest | {"teacher": rest["teacher"].float()}
+        value, gradient = value_and_gradient(partial(by_method, method, **rest), student)
+        wanted, wanted_gradient = value_and_gradient(partial(by_method, method, **exact), student.float())
+        assert value.dtype == torch.float32 and torch.equal(value, wanted)
+        assert gradient.dtype == dtype and torch.equal(gradient, wanted_gradient.to(dtype))
+
+
+def extremes(dtype):
+    """Logits of -100 and 100: against each other, one class above all, and rows without any difference."""
+    signs = torch.sign(drawn(4, 7)["student"])
+    one = 200 * torch.eye(7, dtype=torch.float64)[:4] - 100
+    level = torch.full((4, 7), 100.0, dtype=torch.float64)
+    pairs = [(100 * signs, -100 * signs), (one, one.roll(1, 0)), (one, one), (-one, one), (one, level), (level, one)]
+    return [(student.to(dtype), teacher.to(dtype)) for student, teacher in pairs]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_extreme_logits_stay_finite(method, dtype):
+    largest = 0.0
+    for student, teacher in extremes(dtype):
+        for temperature in (1, 4):
+            rest = {"teacher": teacher, "labels": torch.arange(4), "prior": None, "temperature": temperature}
+            value, gradient = value_and_gradient(partial(by_method, method, **rest), student)
+            assert value.isfinite() and gradient.isfinite().all()
+            largest = max(largest, value.item())
+    assert largest > 1
+
+
+def test_dist_of_a_single_row_is_finite():
+    arguments = drawn(1, 7)
+    loss = partial(FORMULAS["dist"][0], teacher=arguments["teacher"], labels=None, temperature=1.0, **DIST)
+    value, gradient = value_and_gradient(loss, arguments["student"])
+    assert value.isfinite() and gradient.isfinite().all() and gradient.abs().max() > 1e-6
+
+
+# ---- over processes ----------------------------------------------------------------------------------------------
+
+ROWS, CLASSES = 24, 7
+CASES = [(method, with_prior) for method in METHODS for with_prior in (True, False)]
+
+
+def my_share(rank, world_size, method, with_prior):
+    """Value and gradient on my rows."""
+    mine = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
+    rest = {name: tensor[mine] for name, tensor in drawn(ROWS, CLASSES).items()}
+    student = rest.pop("student")
+    rest["prior"] = rest["prior"] if with_prior else None
+    return value_and_gradient(partial(by_method, method, **rest), student)
+
+
+def my_shares(rank, world_size):
+    return [my_share(rank, world_size, *case) for case in CASES]
+
+
+def joined(shares):
+    """Values and gradients averaged over ranks, as DistributedDataParallel does."""
+    values, gradients = zip(*shares, strict=True)
+    return torch.stack(values).mean(), torch.cat(gradients) / len(shares)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_mean_over_processes_is_the_loss_of_the_joined_batch(world_size):
+    by_rank = run_ranks(my_shares, world_size)
+    for case, one, *shares in zip(CASES, my_shares(0, 1), *by_rank, strict=True):
+        assert farthest(joined(shares), one) < 1e-10, case
+        assert not torch.equal(shares[0][1], shares[1][1]), case  # the rows differ
+
+
+# The comparison can fail: what is put in the place of which function, and the methods that then become others. The
+# weights of DKL and IKL sum to 1 in every row, so that their denominator is the number of rows: no ratio to get wrong.
+
+
+def ratio_of_my_rank(numerator, denominator):
+    return numerator.sum() / denominator.sum()
+
+
+def rows_of_my_rank(rows):
+    return rows
+
+
+def rows_with_my_own_gradient(rows):
+    """My rows keep their gradient, what the other ranks make of them is lost."""
+    parts = list(gather.gather_rows(rows.detach()).chunk(gather.world_size()))
+    parts[gather.rank()] = rows
+    return torch.cat(parts)
+
+
+BREAKAGES = [
+    (gkl, "ratio_of_sums", ratio_of_my_rank, {"gkl"}),
+    (label_losses, "gather_rows", rows_of_my_rank, {"dist"}),
+    (label_losses, "gather_rows", rows_with_my_own_gradient, {"dist"}),
+]
+
+
+def my_broken_shares(rank, world_size):
+    shares = []
+    for module, name, replacement, _ in BREAKAGES:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, name, replacement)
+            shares.append({method: my_share(rank, world_size, method, False) for method in METHODS})
+    return shares
+
+
+def test_the_comparison_can_fail():
+    by_rank = run_ranks(my_broken_shares, 2)
+    for (_, _, replacement, expected), *ranks in zip(BREAKAGES, *by_rank, strict=True):
+        distance = {m: farthest(joined([rank[m] for rank in ranks]), my_share(0, 1, m, False)) for m in METHODS}
+        assert {m for m in METHODS if distance[m] > 1e-3} == expected, replacement
+        assert {m for m in METHODS if distance[m] > 1e-10} == expected, replacement

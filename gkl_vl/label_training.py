@@ -176,6 +176,11 @@ def train_classifier(config: LabelConfig, *, recipe: Recipe) -> None:
     batch_size = config.batch_size or max(pair.batch_size // accelerator.num_processes, 1)
     per_epoch = batches_per_epoch(len(train), batch_size, accelerator.num_processes)
     steps = config.steps or pair.epochs * per_epoch
+    if config.class_prior and steps <= per_epoch:
+        raise UserError(
+            f"--class-prior is collected in an epoch and used in the next, and {steps} steps are one epoch at most "
+            f"({per_epoch} steps): train longer, or leave it out"
+        )
     if not config.resume:  # from here on there is a run
         run.write_json("config.json", asked)
     told = "" if teacher is None else f" from {pair.teacher} by {config.method}"
@@ -366,7 +371,7 @@ def evaluate_on(
     classifier.model.eval()
     logits = predict(classifier=classifier, views=views, view=PLAIN, count=len(data), device=device)
     metrics = classification_metrics(logits=logits, labels=data.labels)
-    return {"dataset": data.name} | metrics | shot_accuracies(logits=logits, labels=data.labels, groups=groups)
+    return {"dataset": Path(data.name).name} | metrics | shot_accuracies(logits=logits, labels=data.labels, groups=groups)
 
 
 def finish(

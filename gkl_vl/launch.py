@@ -49,7 +49,7 @@ def start(config: RunConfig, *, recipe: str) -> tuple[RunFolder, Accelerator, di
         project_dir=str(config.output_dir or "runs"),
     )
     refuse_strangers(accelerator)
-    folder = [config.output_dir or _default_folder(config.resume, recipe)]
+    folder = [config.output_dir or default_folder(config.resume, recipe)]
     broadcast_object_list(folder)  # all ranks: clocks differ
     run = RunFolder(folder[0], is_main=accelerator.is_main_process)
     wanted = json.loads(json.dumps(asdict(config), default=str))  # type: ignore[call-overload] # a dataclass
@@ -70,7 +70,7 @@ def start(config: RunConfig, *, recipe: str) -> tuple[RunFolder, Accelerator, di
     return run, accelerator, wanted | {"command": _command_line(), "commit": _git_commit()}
 
 
-def _default_folder(resume: str | None, recipe: str) -> Path:
+def default_folder(resume: str | None, recipe: str) -> Path:
     """A new folder under runs/, or the newest one to resume."""
     if not resume:
         return Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -1,8 +1,10 @@
 """The label recipes: settings as published, a run of each by two processes, exact resume, mistakes in a line."""
 
+import dataclasses
 import importlib.util
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from gkl_vl.classifiers import load_classifier
+from gkl_vl.label_training import LabelConfig
 
 HOUSE = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -78,6 +81,13 @@ def test_every_pair_names_models_that_there_are():
             if ":" not in pair.teacher:
                 assert pair.teacher_weights is None and load_classifier(pair.teacher, num_classes=3)
             assert {"gkl", "kd", "kd-ls", "dkd", "dist"} == set(pair.methods)
+
+
+def test_every_flag_is_explained():
+    source = (HOUSE / "gkl_vl" / "label_training.py").read_text()
+    body = source[source.index("class LabelConfig:") : source.index("\ndef train_classifier(")]
+    explained = re.findall(r"^    ([a-z_0-9]+): .*\n    \"\"\"", body, flags=re.MULTILINE)
+    assert explained == [field.name for field in dataclasses.fields(LabelConfig)]
 
 
 # ---- runs --------------------------------------------------------------------------------------------------------
@@ -217,6 +227,7 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped_bit_for_bit(call, place
         (["--batch-size", "64"], "40 images do not fill a batch of 64"),
         (["--data", "nowhere/at/all.txt"], "name the other with --eval-data"),
         (["--imbalance", "0.5"], "imbalance ratio 0.5"),
+        (["--class-prior", "--steps", "5"], "--class-prior is collected in an epoch and used in the next, and 5 steps"),
         (["--images", "41"], "41"),
         (["--output-dir", "whole"], "already holds a run: add --resume latest"),
     ],

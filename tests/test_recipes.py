@@ -17,6 +17,8 @@ from test_pairs import good, write_shard
 from gkl_vl.data import pairs
 from gkl_vl.errors import UserError
 from gkl_vl.hub import ModelCard, export_clip
+from gkl_vl.label_training import LabelConfig, find_pair
+from gkl_vl.launch import default_folder
 from gkl_vl.towers import load_clip
 
 HOUSE = Path(__file__).parents[1]
@@ -164,7 +166,10 @@ def test_the_documentation_has_commands_of_every_script():
 @pytest.mark.parametrize("command", documented_commands())
 def test_a_documented_command_is_understood(command):
     script, *flags = shlex.split(command, comments=True)
-    tyro.cli(module(HOUSE / script).Config, args=flags)
+    loaded = vars(module(HOUSE / script))
+    config = tyro.cli(loaded.get("Config", LabelConfig), args=flags)
+    if isinstance(config, LabelConfig):
+        find_pair(loaded["RECIPE"], config)  # a name of its table
 
 
 def test_the_default_command_distils_the_bundled_teacher(tmp_path, monkeypatch, capsys):
@@ -229,12 +234,12 @@ def test_a_mistake_is_one_line_and_code_2(place, call, flags, message):
 
 def test_resume_latest_takes_the_newest_run_that_has_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe = module(RECIPE)
     with pytest.raises(UserError, match="no runs/clip_kd-. folder here has a checkpoint"):
-        recipe.default_folder("latest")
+        default_folder("latest", "clip_kd")
     for name in ("clip_kd-1/checkpoints/step_00000002", "clip_kd-2/checkpoints/step_00000001", "clip_kd-3/checkpoints"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-    assert recipe.default_folder("latest") == Path("runs/clip_kd-2")
+    (tmp_path / "runs" / "cifar_kd-9" / "checkpoints" / "step_00000001").mkdir(parents=True)
+    assert default_folder("latest", "clip_kd") == Path("runs/clip_kd-2")
 
 
 def test_debug_shows_where(call):

@@ -1,0 +1,244 @@
+"""A view depends on seed, view and image alone, and a batch on its number: whoever asks, and wherever a run goes on."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import run_ranks
+from PIL import Image
+from torch import Tensor
+
+from gkl_vl.data.labelled import LabelledSet, open_labelled
+from gkl_vl.data.views import (
+    PLAIN,
+    DiskViews,
+    LabelledLoader,
+    MemoryViews,
+    Views,
+    imagenet_augmentation,
+    imagenet_center,
+)
+from gkl_vl.errors import UserError
+
+N, HEIGHT, WIDTH = 11, 6, 5
+LABELS = torch.arange(N) % 3
+
+
+def noise(index: int) -> np.ndarray:
+    return np.random.default_rng(index).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A reader that can go to other processes."""
+
+    def __call__(self, index: int) -> Image.Image:
+        return Image.fromarray(noise(index))
+
+
+def memory(*, count: int = N, seed: int = 0) -> MemoryViews:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (count, 3, HEIGHT, WIDTH), dtype=torch.uint8, generator=generator)
+    return MemoryViews(images=images, seed=seed)
+
+
+def disk(*, seed: int = 0, workers: int = 0, data: LabelledSet | None = None) -> DiskViews:
+    data = data or LabelledSet(name="noise", labels=LABELS, num_classes=3, classnames=None, read=Noise())
+    augment, plain = imagenet_augmentation(8), imagenet_center(8)
+    return DiskViews(data=data, augment=augment, plain=plain, seed=seed, num_workers=workers)
+
+
+KINDS = {"memory": memory, "disk": disk}
+both_kinds = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+
+
+def asked(views: Views, *questions: tuple[int, list[int]]) -> list[Tensor]:
+    return list(views.batches((view, torch.tensor(index)) for view, index in questions))
+
+
+# ---- views
+
+
+def test_a_view_in_memory_is_a_crop_of_the_padded_image_perhaps_flipped():
+    """Noise fits one corner and one of the two directions only, so what was drawn is found by trying all."""
+    views = memory(count=300)
+    (made,) = asked(views, (3, list(range(300))))
+    found = []
+    for number, image in enumerate(views.images):
+        padded = F.pad(image, (4, 4, 4, 4))
+        for row in range(9):
+            for column in range(9):
+                crop = padded[:, row : row + HEIGHT, column : column + WIDTH]
+                found += [(number, row, column, 0)] if torch.equal(made[number], crop) else []
+                found += [(number, row, column, 1)] if torch.equal(made[number], crop.flip(2)) else []
+    numbers, rows, columns, flips = zip(*found, strict=True)
+    assert numbers == tuple(range(300))
+    assert set(rows) == set(columns) == set(range(9))
+    assert len(set(zip(rows, columns, strict=True))) > 60  # rows and columns are drawn apart: of 81, 79 on average
+    assert 110 < sum(flips) < 190
+
+
+def test_plain_views_are_the_images_themselves():
+    views, index = memory(), [4, 0, 4]
+    (made,) = asked(views, (PLAIN, index))
+    assert torch.equal(made, views.images[index])
+    (made,) = asked(disk(), (PLAIN, index))
+    center = imagenet_center(8)
+    assert torch.equal(made, torch.stack([center(Image.fromarray(noise(i))) for i in index]))
+
+
+@both_kinds
+def test_a_view_is_the_same_whatever_batch_asks_for_it(make):
+    (whole,) = asked(make(), (2, list(range(N))))
+    plain, pair, other, alone, shuffled = asked(
+        make(), (PLAIN, [7]), (2, [3, 7]), (1, [3, 7]), (2, [7]), (2, [7, 10, 3, 7])
+    )
+    assert torch.equal(pair, whole[[3, 7]]) and torch.equal(alone, whole[[7]])
+    assert torch.equal(shuffled, whole[[7, 10, 3, 7]])
+    assert not torch.equal(other, pair) and not torch.equal(plain, alone)
+
+
+@both_kinds
+def test_views_and_seeds_differ(make):
+    index = list(range(N))
+    first, second = asked(make(), (0, index), (1, index))
+    (other,) = asked(make(seed=1), (0, index))
+    for one, another in ((first, second), (first, other), (second, other)):
+        assert (one != another).flatten(1).any(dim=1).sum() >= N - 1  # two of 162 crops may be the same by chance
+
+
+@both_kinds
+def test_views_leave_the_generator_where_it_was(make):
+    before = torch.get_rng_state()
+    asked(make(), (0, [1, 2]), (PLAIN, [3]))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_descriptions_tell_views_apart():
+    views = DiskViews(
+        data=disk().data, augment=imagenet_augmentation(9), plain=imagenet_center(8), seed=0, num_workers=0
+    )
+    described = [v.description() for v in (memory(), memory(seed=1), disk(), disk(seed=1), views)]
+    assert len(set(described)) == 5
+    assert disk(workers=2).description() == disk().description()
+
+
+QUESTIONS = [(0, [3, 1]), (PLAIN, [1, 1]), (1, [3, 10]), (0, [0, 10])]
+
+
+def answers(rank: int, world_size: int) -> list[Tensor]:
+    return asked(disk(), *QUESTIONS)
+
+
+def test_views_from_disk_are_the_same_in_every_process():
+    here = asked(disk(), *QUESTIONS)
+    from_workers = asked(disk(workers=2), *QUESTIONS)
+    (elsewhere,) = run_ranks(answers, 1)
+    assert len(here) == len(from_workers) == len(elsewhere) == len(QUESTIONS)
+    for one, other, third in zip(here, from_workers, elsewhere, strict=True):
+        assert torch.equal(one, other) and torch.equal(one, third)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_one_line(tmp_path, workers):
+    for index in range(4):
+        path = tmp_path / "train" / f"class{index % 2}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(index)).save(path)
+    path.write_bytes(path.read_bytes()[:40])
+    data = open_labelled(str(tmp_path), "train")
+    views = disk(data=data, workers=workers).batches(iter([(0, torch.tensor([0, 1])), (0, torch.tensor([2, 3, 0]))]))
+    assert next(views).shape == (2, 3, 8, 8)
+    with pytest.raises(
+        UserError, match=r"class1/3\.png cannot be decoded .*: fetch it again or take it out$"
+    ) as caught:
+        next(views)
+    assert "\n" not in str(caught.value)
+
+
+# ---- batches
+
+
+def loader(views: Views, *, labels: Tensor = LABELS, rank: int = 0, **changes) -> LabelledLoader:
+    options = {"batch_size": 3, "seed": 0, "world_size": 1, "num_views": None, "position": None} | changes
+    return LabelledLoader(views=views, labels=labels, rank=rank, **options)
+
+
+def take(batches: Iterator[dict], count: int) -> list[dict]:
+    return list(islice(batches, count))
+
+
+def indices(batches: list[dict]) -> list[int]:
+    return torch.cat([batch["index"] for batch in batches]).tolist()
+
+
+def same(one: dict, other: dict) -> bool:
+    tensors = ("image", "label", "index")
+    return all(torch.equal(one[k], other[k]) if k in tensors else one[k] == other[k] for k in one.keys() | other.keys())
+
+
+def test_an_epoch_has_every_image_once_but_for_the_rest():
+    batches = take(iter(loader(memory())), 12)
+    epochs = [indices(batches[start : start + 3]) for start in range(0, 12, 3)]
+    assert [batch["epoch"] for batch in batches] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert all(len(set(epoch)) == 9 for epoch in epochs)  # of 11: two are dropped
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert set().union(*epochs) == set(range(N))  # others are dropped each time
+    assert indices(take(iter(loader(memory(), seed=1)), 3)) != epochs[0]
+
+
+def test_ranks_share_an_epoch_out():
+    for epoch in range(3):
+        position = {"batches": 2 * epoch}
+        shares = [
+            indices(take(iter(loader(memory(), batch_size=2, rank=rank, world_size=2, position=position)), 2))
+            for rank in range(2)
+        ]
+        alone = indices(take(iter(loader(memory(), batch_size=4, position=position)), 2))
+        assert len(shares[0]) == len(shares[1]) == 4
+        assert len(set(shares[0] + shares[1])) == 8 and set(shares[0] + shares[1]) == set(alone)
+
+
+@pytest.mark.parametrize("num_views", [None, 2])
+@pytest.mark.parametrize("make", [memory, disk, lambda: disk(workers=2)], ids=[*KINDS, "disk_with_workers"])
+def test_what_is_in_a_batch_fits_together(make, num_views):
+    """Also where workers have asked for batches that are not there yet."""
+    for batch in take(iter(loader(make(), num_views=num_views)), 10):
+        assert batch.keys() == {"image", "label", "index", "view", "epoch", "keys"}
+        assert batch["view"] == (batch["epoch"] if num_views is None else batch["epoch"] % 2)
+        (wanted,) = asked(memory() if make is memory else disk(), (batch["view"], batch["index"].tolist()))
+        assert torch.equal(batch["image"], wanted) and batch["image"].dtype == torch.uint8
+        assert torch.equal(batch["label"], LABELS[batch["index"]])
+        assert batch["keys"] == [str(int(i)) for i in batch["index"]]
+
+
+def test_epochs_take_turns_in_the_stored_views():
+    batches = take(iter(loader(memory(), num_views=2)), 15)
+    assert [batch["view"] for batch in batches] == [0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1, 0, 0, 0]
+    assert indices(batches[:3]) != indices(batches[6:9])  # the views come back, the order does not
+
+
+@pytest.mark.parametrize("done", [1, 3, 4])
+@pytest.mark.parametrize("make", [memory, lambda: disk(workers=2)], ids=["memory", "disk_with_workers"])
+def test_a_new_loader_goes_on_where_the_old_one_was(make, done):
+    """Within an epoch of three batches, at its border, behind it; the workers have asked for more than was given."""
+    whole = take(iter(loader(make())), 8)
+    old = loader(make())
+    assert all(same(*pair) for pair in zip(take(iter(old), done), whole, strict=False))
+    position = json.loads(json.dumps(old.position()))
+    assert position == {"batches": done}
+    new = loader(make(), position=position)
+    rest = take(iter(new), 8 - done)
+    assert [same(*pair) for pair in zip(rest, whole[done:], strict=True)] == [True] * (8 - done)
+    assert new.position() == {"batches": 8} and new.num_skipped() == 0
+
+
+def test_a_set_that_fills_no_batch_of_all_ranks_is_refused():
+    with pytest.raises(UserError, match="^11 images do not fill a batch of 6 on 2 processes: lower --batch-size$"):
+        loader(memory(), batch_size=6, world_size=2)
+    assert loader(memory(), labels=torch.zeros(12, dtype=torch.long), batch_size=6, world_size=2).batches_per_epoch == 1

@@ -64,6 +64,8 @@ def run(main: Callable[[ConfigT], None], config: Callable[..., ConfigT], argv: S
     Ranks other than 0 sign their line.
     """
     settings = parse(config, argv)
+    if not sys.stderr.isatty():  # `datasets`, imported where it is needed, asks for its bars only here
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it warns of on its way, our line says
     try:
         main(settings)

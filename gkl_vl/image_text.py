@@ -148,7 +148,7 @@ def image_text_loss(
     # every parameter's gradient.
     loss = share + 0.0 * logit_scale if logit_bias is None else share + 0.0 * (logit_scale + logit_bias)
     scalars |= {"logit_scale": logit_scale} | ({} if teacher is None else {"teacher_logit_scale": teacher.scale})
-    return global_value(loss), _scalars_of_all_ranks(scalars)
+    return global_value(loss), scalars_of_all_ranks(scalars)
 
 
 @no_type_check
@@ -298,7 +298,8 @@ def _mean_over_ranks(x: Tensor) -> Tensor:
     return sum_across_processes(x) / world_size()
 
 
-def _scalars_of_all_ranks(scalars: Scalars) -> Scalars:
+def scalars_of_all_ranks(scalars: Scalars) -> Scalars:
+    """Each scalar's mean over ranks, for the log; all ranks."""
     means = _mean_over_ranks(torch.stack([value.detach().float() for value in scalars.values()]))  # one collective
     return dict(zip(scalars, means.unbind(), strict=True))
 

@@ -10,7 +10,7 @@ from typing import no_type_check
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gkl_vl.gather import gather_rows
@@ -86,21 +86,23 @@ def dkd_loss(
     _check_shapes(student, teacher)
     check_positive("temperature", temperature)
     target = F.one_hot(labels, student.shape[1]).bool()
-    parts = []
-    for logits in (student, teacher.detach()):
-        scaled = _lift(logits) / temperature
-        others = scaled.masked_fill(target, -torch.inf)
-        parts.append((scaled[target], others.logsumexp(dim=1), others))
-    (s_target, s_rest, s_others), (t_target, t_rest, t_others) = parts
-    binary_student, binary_teacher = torch.stack([s_target, s_rest], 1), torch.stack([t_target, t_rest], 1)
-    binary = kl_loss(student=binary_student, teacher=binary_teacher)
-    # -inf - -inf at the label's class: left out
-    log_q = [
-        (others - rest[:, None]).masked_fill(target, 0.0) for others, rest in ((s_others, s_rest), (t_others, t_rest))
-    ]
-    q = log_q[1].exp().masked_fill(target, 0.0)
-    other = (q * (log_q[1] - log_q[0])).sum(dim=1).mean()
+    (s_binary, s_log_q), (t_binary, t_log_q) = (
+        _taken_apart(_lift(logits) / temperature, target, labels) for logits in (student, teacher.detach())
+    )
+    binary = kl_loss(student=s_binary, teacher=t_binary)
+    q = t_log_q.exp().masked_fill(target, 0.0)
+    other = (q * (t_log_q - s_log_q)).sum(dim=1).mean()
     return temperature**2 * (target_weight * binary + other_weight * other)
+
+
+def _taken_apart(
+    logits: Float[Tensor, "n C"], target: Bool[Tensor, "n C"], labels: Int[Tensor, " n"]
+) -> tuple[Float[Tensor, "n 2"], Float[Tensor, "n C"]]:
+    """Logits of the label's class and of all others together; log q, with 0 in the place of the label's class."""
+    others = logits.masked_fill(target, -torch.inf)
+    rest = others.logsumexp(dim=1, keepdim=True)
+    # -inf - rest would give NaN gradients
+    return torch.cat([logits.gather(1, labels[:, None]), rest], dim=1), (others - rest).masked_fill(target, 0.0)
 
 
 @no_type_check

@@ -249,7 +249,9 @@ def find_pair(recipe: Recipe, config: LabelConfig) -> Pair:
     pair = recipe.pairs[config.pair]
     if config.steps is not None and config.epochs is not None:
         raise UserError(f"--steps {config.steps} and --epochs {config.epochs} say the same twice: give one")
-    for name in ("steps", "epochs", "batch_size", "images"):
+    if config.stored_views < 0:
+        raise UserError(f"--stored-views {config.stored_views} must be at least 1, or 0 for none")
+    for name in ("steps", "epochs", "batch_size", "images", "stored_top_k"):
         value = vars(config)[name]
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
@@ -371,7 +373,9 @@ def evaluate_on(
     classifier.model.eval()
     logits = predict(classifier=classifier, views=views, view=PLAIN, count=len(data), device=device)
     metrics = classification_metrics(logits=logits, labels=data.labels)
-    return {"dataset": Path(data.name).name} | metrics | shot_accuracies(logits=logits, labels=data.labels, groups=groups)
+    return (
+        {"dataset": Path(data.name).name} | metrics | shot_accuracies(logits=logits, labels=data.labels, groups=groups)
+    )
 
 
 def finish(
@@ -388,7 +392,7 @@ def finish(
     final = [r for r in run.records() if "model" in r and r["step"] == steps]
     student.model.eval()
     card = hub.ClassifierCard(
-        student=pair.student,
+        student=student.name,
         teacher=None if teacher is None else pair.teacher,
         method=config.method,
         data=train.name,

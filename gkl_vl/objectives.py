@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gkl_vl.classifiers import Classifier
 from gkl_vl.gkl import ClassPrior
-from gkl_vl.image_text import global_value, image_text_loss, mimicry_loss
+from gkl_vl.image_text import global_value, image_text_loss, mimicry_loss, scalars_of_all_ranks
 from gkl_vl.label_losses import Distillation, distillation_loss
 from gkl_vl.towers import Clip
 
@@ -161,7 +161,7 @@ class LabelKd:
             loss = loss + targets["share"] * distillation
             scalars["distillation"] = distillation.detach()
             scalars["agreement@1"] = (logits.detach().argmax(dim=1) == teacher.argmax(dim=1)).float().mean()
-        return global_value(loss), scalars
+        return global_value(loss), scalars_of_all_ranks(scalars)
 
     def state(self) -> dict[str, Tensor]:
         return {} if self.prior is None else self.prior.state_dict() | {"epoch": torch.tensor(self.epoch)}

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from gkl_vl.classifiers import Classifier
 from gkl_vl.data.pairs import RawPair, apply_seeded, decode, number_of, usable_captions
-from gkl_vl.data.views import Views
+from gkl_vl.data.views import Views, describe
 from gkl_vl.evaluate import predict
 from gkl_vl.objectives import LabelTeacher, Teacher, teacher_scales
 from gkl_vl.towers import Clip, resize
@@ -105,7 +105,7 @@ def cache_folder() -> Path:
 def _key(clip: Clip, pairs: Sequence[RawPair], num_views: int, augment: Callable[..., Tensor], size: int) -> str:
     """Of all that decides what is stored; also of what is no weight, such as QuickGELU and the number of heads."""
     config = clip.model_cfg if clip.model_cfg is not None else clip.towers.model.config
-    views = f"{num_views} {size} {_description(augment)} {torchvision.__version__}"
+    views = f"{num_views} {size} {describe(augment)} {torchvision.__version__}"
     digest = hashlib.sha256(f"{clip.towers} {config} {clip.preprocess} {views}".encode())
     _add_weights(digest, clip.towers)
     for pair in pairs:
@@ -119,17 +119,6 @@ def _add_weights(digest: Any, model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-
-
-def _description(transform: Any) -> str:
-    """All settings of a torchvision transform, which its repr does not show: RandomApply's leaves `p` out."""
-    if isinstance(transform, list | tuple):
-        return f"[{', '.join(map(_description, transform))}]"
-    if not isinstance(transform, nn.Module):
-        return repr(transform)
-    settings = {name: value for name, value in vars(transform).items() if not name.startswith("_")}
-    told = ", ".join(f"{name}={_description(value)}" for name, value in sorted(settings.items()))
-    return f"{type(transform).__qualname__}({told})"
 
 
 def _distinct_captions(pairs: Sequence[RawPair]) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features
+from datasets import ClassLabel, Dataset, Features, disable_progress_bars
 from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -22,6 +22,7 @@ from gkl_vl.classifiers import load_classifier
 from gkl_vl.label_training import LabelConfig
 
 HOUSE = Path(__file__).parents[1]
+disable_progress_bars()  # imported here, `datasets` does not hear what the scripts tell it
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 # ../shared/loss.md's table of published settings: soft CE, wMSE, gamma, T, T2, class prior, warm-up.
@@ -224,10 +225,15 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped_bit_for_bit(call, place
         (["--teacher", "resnet20"], "do not fit 'resnet20'"),
         (["--teacher", "resnet8", "--teacher-weights", "teacher.pth"], "pass --allow-pickle if you trust it"),
         (["--steps", "0"], "--steps 0 must be at least 1"),
+        (["--stored-views", "2", "--stored-top-k", "0"], "--stored-top-k 0 must be at least 1"),
+        (["--stored-views", "-1"], "--stored-views -1 must be at least 1, or 0 for none"),
         (["--batch-size", "64"], "40 images do not fill a batch of 64"),
         (["--data", "nowhere/at/all.txt"], "name the other with --eval-data"),
         (["--imbalance", "0.5"], "imbalance ratio 0.5"),
-        (["--class-prior", "--steps", "5"], "--class-prior is collected in an epoch and used in the next, and 5 steps"),
+        (
+            ["--class-prior", "True", "--steps", "5"],
+            "--class-prior is collected in an epoch and used in the next, and 5 steps",
+        ),
         (["--images", "41"], "41"),
         (["--output-dir", "whole"], "already holds a run: add --resume latest"),
     ],

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int, UInt8
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
@@ -111,7 +111,18 @@ class DiskViews:
             yield batch
 
     def description(self) -> str:
-        return f"{self.augment} {self.plain}, seed {self.seed}"
+        return f"{describe(self.augment)} {describe(self.plain)}, seed {self.seed}"
+
+
+def describe(transform: Any) -> str:
+    """All settings of a torchvision transform, which its repr does not show: RandomApply's leaves `p` out."""
+    if isinstance(transform, list | tuple):
+        return f"[{', '.join(map(describe, transform))}]"
+    if not isinstance(transform, nn.Module):
+        return repr(transform)
+    settings = {name: value for name, value in vars(transform).items() if not name.startswith("_")}
+    told = ", ".join(f"{name}={describe(value)}" for name, value in sorted(settings.items()))
+    return f"{type(transform).__qualname__}({told})"
 
 
 @dataclass(frozen=True)

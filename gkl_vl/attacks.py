@@ -1,0 +1,152 @@
+"""Attacks for training and for quick looks: projected gradient ascent on images, and on weights.
+
+Axis letters: n = images, C = classes, h w = pixels.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gkl_vl.gather import sum_across_processes, world_size
+from gkl_vl.gkl import Number
+
+Norm = Literal["linf", "l2"]
+Start = Literal["gaussian", "uniform", "none"]
+Images = Float[Tensor, "n 3 h w"]
+
+
+def pgd(
+    model: nn.Module,
+    images: Float[Tensor, "n 3 h w"],
+    *,
+    loss: Callable[[Tensor], Tensor],
+    epsilon: Number,
+    step_size: Number,
+    steps: int,
+    norm: Norm = "linf",
+    start: Start = "gaussian",
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "n 3 h w"]:
+    """Images within `epsilon` of these that make `loss(model(images))` large: projected gradient ascent.
+
+        x <- clamp(project(x + step_size * direction(grad_x loss), ball(images, epsilon)), 0, 1)
+
+    with direction = sign (linf) or g / ||g|| per image (l2). The model is in evaluation mode meanwhile; its mode, its
+    gradients and its buffers are afterwards what they were.
+
+    Args:
+        model: takes images in [0, 1] and normalises them itself. Not DistributedDataParallel, which would wait for the
+            parameters' gradients: pass what it wraps.
+        images: in [0, 1]. What comes back is too, and differs by at most `epsilon` to the last bit.
+        loss: of the model's output, a sum or mean over images.
+        epsilon, step_size: in units of pixels of [0, 1] (8/255), for l2 the length of an image's difference.
+        start: gaussian = 0.001 N(0, 1), as TRADES and its successors have it; uniform = anywhere in the ball (l2: at a
+            random length in a random direction); none = at the images.
+        generator: of the start.
+
+    Raises: ValueError for images outside of [0, 1], steps < 0, epsilon or step_size < 0.
+
+    Source: Madry et al., ICLR 2018, arXiv 1706.06083; the gaussian start is that of Zhang et al., ICML 2019.
+    """
+    if images.min() < 0 or images.max() > 1:
+        raise ValueError(f"images must lie in [0, 1], got {images.min().item():g} to {images.max().item():g}")
+    for name, value in (("epsilon", epsilon), ("step_size", step_size), ("steps", steps)):
+        if value < 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    images = images.detach()
+    with evaluating(model):
+        attacked = project(images + _noise(images, epsilon, norm, start, generator), images, epsilon, norm)
+        for _ in range(steps):
+            attacked.requires_grad_()
+            with torch.enable_grad():
+                (gradient,) = torch.autograd.grad(loss(model(attacked)), attacked)  # of nothing but the images
+            step = gradient.sign() if norm == "linf" else gradient / _length(gradient).clamp_min(_tiny(gradient))
+            attacked = project(attacked.detach() + step_size * step, images, epsilon, norm)
+    return attacked.detach()
+
+
+def project(moved: Images, images: Images, epsilon: Number, norm: Norm) -> Images:
+    """The nearest point within `epsilon` of the images, then the nearest in [0, 1], which is nearer still."""
+    if norm == "linf":
+        near = torch.minimum(torch.maximum(moved, images - epsilon), images + epsilon).clamp(0, 1)
+        # images + epsilon is rounded, by at most a unit in the last place
+        return torch.where((near - images).abs() > epsilon, torch.nextafter(near, images), near)
+    difference = moved - images
+    length = _length(difference)
+    # a little shorter than epsilon: adding to the images rounds each pixel
+    rounding = torch.finfo(images.dtype).eps * images[0].numel() ** 0.5
+    longest = max((1 - 1e-6) * epsilon - rounding, 0.0)
+    scale = torch.where(length > longest, longest / length.clamp_min(_tiny(length)), 1.0)
+    return (images + scale * difference).clamp(0, 1)
+
+
+def _noise(images: Images, epsilon: Number, norm: Norm, start: Start, generator: torch.Generator | None) -> Tensor:
+    if start == "none":
+        return torch.zeros_like(images)
+    options = {"generator": generator, "device": images.device, "dtype": images.dtype}
+    if start == "gaussian":
+        return 0.001 * torch.randn(images.shape, **options)
+    if norm == "linf":
+        return epsilon * (2 * torch.rand(images.shape, **options) - 1)
+    direction = torch.randn(images.shape, **options)
+    return epsilon * torch.rand(len(images), 1, 1, 1, **options) * direction / _length(direction)
+
+
+def _length(x: Images) -> Float[Tensor, "n 1 1 1"]:
+    return x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+
+
+def _tiny(x: Tensor) -> float:
+    return torch.finfo(x.dtype).tiny
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def weights_perturbed(model: nn.Module, *, loss: Callable[[], Tensor], gamma: Number) -> Iterator[None]:
+    """Adversarial weight perturbation: for a while, each weight tensor is moved to where the loss is larger.
+
+        w <- w + gamma ||w|| g / ||g||,   g = the gradient of `loss()` to w
+
+    for tensors with two or more axes, as released; g is averaged over processes, so that all move alike. Take the
+    training step's backward pass within, the optimizer's step after: the weights are then what they were, to the bit.
+
+    Args:
+        loss: a forward pass of the model and the loss that is to be raised. Its mode is the caller's; what BatchNorm
+            learns in it is forgotten.
+
+    Source: Wu et al., NeurIPS 2020, arXiv 2004.05884, `utils_awp.py`: one ascent step of a copy, whose length is lost
+    in the normalisation, so that a gradient is all that it needs.
+    """
+    weights = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
+    before = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            if gradient is not None:
+                mean = sum_across_processes(gradient) / world_size()  # all ranks
+                weight.add_(mean, alpha=(gamma * weight.norm() / (mean.norm() + 1e-20)).item())
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)

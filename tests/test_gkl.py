@@ -150,7 +150,7 @@ def test_defaults_are_ones_and_integers_will_do():
     ],
 )
 def test_the_comparison_notices(monkeypatch, wrong):
-    monkeypatch.setattr(gkl, "_ratio", wrong)
+    monkeypatch.setattr(gkl, "ratio_of_sums", wrong)
     with pytest.raises(AssertionError, match="not close"):
         assert_equals_released(*random_logits(5, 7), gamma=0.3)
 

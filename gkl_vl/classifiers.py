@@ -24,7 +24,7 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gkl_vl.errors import UserError
+from gkl_vl.errors import UserError, first_line
 
 RGB = tuple[float, float, float]
 
@@ -119,7 +119,7 @@ def _build_timm(name: str, *, num_classes: int, pretrained: bool) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=True, num_classes=num_classes)
     except Exception as error:  # there are no weights, or whatever the Hub's client raises
-        raise UserError(f"timm:{name} could not be loaded ({_first_line(error)}): {_CONNECT}") from error
+        raise UserError(f"timm:{name} could not be loaded ({first_line(error)}): {_CONNECT}") from error
 
 
 def _build_torchvision(name: str, *, num_classes: int, pretrained: bool) -> nn.Module:
@@ -134,7 +134,7 @@ def _build_torchvision(name: str, *, num_classes: int, pretrained: bool) -> nn.M
         return torchvision.models.get_model(name, weights=weights, num_classes=num_classes)
     except (OSError, RuntimeError) as error:  # no connection, a damaged download
         raise UserError(
-            f"the weights of torchvision:{name} could not be fetched ({_first_line(error)}): {_CONNECT}"
+            f"the weights of torchvision:{name} could not be fetched ({first_line(error)}): {_CONNECT}"
         ) from error
 
 
@@ -161,7 +161,7 @@ def _load_folder(name: str, *, num_classes: int | None, weights: str | None, all
             mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
             architecture = f"timm:{config['architecture']}"
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"config.json of {rest!r} names no model that is known: {_first_line(error)}") from error
+        raise UserError(f"config.json of {rest!r} names no model that is known: {first_line(error)}") from error
     _load_weights(model, found[0], name=name, num_classes=classes, allow_pickle=allow_pickle)
     return Classifier(name=architecture, model=model, mean=tuple(mean), std=tuple(std), num_classes=classes)
 
@@ -173,7 +173,7 @@ def _fetch(repo: str, *, allow_pickle: bool) -> Path:
         return Path(snapshot_download(repo, allow_patterns=["config.json", "model.safetensors", *pickles]))
     except Exception as error:  # offline, unknown repository, no access: the client's first line says which
         raise UserError(
-            f"the Hub repository {repo!r} could not be fetched ({_first_line(error)}): "
+            f"the Hub repository {repo!r} could not be fetched ({first_line(error)}): "
             "check the name and the connection, or download it and write local-dir:path"
         ) from error
 
@@ -188,10 +188,6 @@ def _check_classes(theirs: int, ours: int, whose: str) -> None:
     # timm would put a random classifier in the place of theirs and go on
     if theirs != ours:
         raise UserError(f"{whose} are for {theirs} classes, the data has {ours}: take other weights, or none")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__
 
 
 # ---- weights from a file
@@ -246,7 +242,7 @@ def _read(path: Path, *, allow_pickle: bool) -> Any:
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # a damaged pickle can raise anything, one with code in it raises UnpicklingError
         raise UserError(
-            f"weights {str(path)!r} cannot be read as tensors alone ({_first_line(error)}): "
+            f"weights {str(path)!r} cannot be read as tensors alone ({first_line(error)}): "
             "fetch them again, or save the state dict"
         ) from error
 

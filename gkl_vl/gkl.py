@@ -78,12 +78,12 @@ def gkl_loss(
 
     Source: arXiv 2503.08038; `dkl_loss` in `GKL_KD.py` (see the top of this file).
     """
-    _check_logits(student, teacher)
+    check_logits(student, teacher)
     check_positive("temperature", temperature)
     check_positive("weight_temperature", weight_temperature)
     check_gamma(gamma)
     _check_class_prior(class_prior, student)
-    student, teacher = _lift(student), _lift(teacher)
+    student, teacher = lift(student), lift(teacher)
     weight = smooth_weight(teacher=teacher, gamma=gamma, weight_temperature=weight_temperature, class_prior=class_prior)
     wmse = ratio_of_sums(*wmse_rows(student=student, teacher=teacher, weight=weight))
     soft_ce = soft_cross_entropy_rows(student=student, teacher=teacher, temperature=temperature).mean()
@@ -141,10 +141,10 @@ def dkl_loss(
 
     Arguments and errors as in `gkl_loss`.
     """
-    _check_logits(student, teacher)
+    check_logits(student, teacher)
     check_positive("temperature", temperature)
     check_positive("weight_temperature", weight_temperature)
-    student, teacher = _lift(student), _lift(teacher)
+    student, teacher = lift(student), lift(teacher)
     weight = smooth_weight(teacher=teacher, gamma=1.0, weight_temperature=weight_temperature)
     wmse = ratio_of_sums(*wmse_rows(student=student.detach(), teacher=teacher, weight=weight))
     soft_ce = soft_cross_entropy_rows(student=student, teacher=teacher, temperature=temperature).mean()
@@ -160,9 +160,9 @@ def kl_loss(
     No factor temperature^2. The gradient reaches both sides (detach a teacher that is not to be trained).
     Logits [n, C]; half precision is computed in float32. Errors as in `gkl_loss`.
     """
-    _check_logits(student, teacher)
+    check_logits(student, teacher)
     check_positive("temperature", temperature)
-    return kl_rows(student=_lift(student), teacher=_lift(teacher), temperature=temperature).mean()
+    return kl_rows(student=lift(student), teacher=lift(teacher), temperature=temperature).mean()
 
 
 # The pieces. They give one number per row and leave the mean to the caller, who may have rows on other
@@ -263,7 +263,7 @@ class ClassPrior:
         if labels.shape != logits.shape[:1]:
             raise ValueError(f"labels must be [{logits.shape[0]}] like the logits, got {list(labels.shape)}")
         self._follow(logits.device)
-        probabilities = torch.softmax(_lift(logits.detach()) / self.temperature, dim=1)
+        probabilities = torch.softmax(lift(logits.detach()) / self.temperature, dim=1)
         self.sums.index_add_(0, labels.to(logits.device), probabilities.to(self.sums.dtype))
 
     def rows(self, labels: Int[Tensor, " n"]) -> Float[Tensor, "n C"]:
@@ -295,8 +295,9 @@ class ClassPrior:
         self.prior, self.sums = self.prior.to(device), self.sums.to(device)
 
 
-def _lift(logits: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+def lift(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Half precision is computed in float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def ratio_of_sums(numerator: Float[Tensor, " n"], denominator: Float[Tensor, " n"]) -> Float[Tensor, ""]:
@@ -312,7 +313,7 @@ def ratio_of_sums(numerator: Float[Tensor, " n"], denominator: Float[Tensor, " n
 # The checks read shapes and Python numbers, never a tensor's values: nothing here makes a GPU wait.
 
 
-def _check_logits(student: Tensor, teacher: Tensor) -> None:
+def check_logits(student: Tensor, teacher: Tensor) -> None:
     if student.ndim != 2 or student.numel() == 0:
         raise ValueError(f"student must be logits [n, C], n and C at least 1, got {list(student.shape)}")
     if teacher.shape != student.shape:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gkl_vl.classifiers import Classifier
 from gkl_vl.convert import fits_transformers, write_transformers
-from gkl_vl.errors import UserError
+from gkl_vl.errors import UserError, first_line
 from gkl_vl.towers import Clip
 
 CONFIG_NAME = "open_clip_config.json"
@@ -223,7 +223,7 @@ def check_repo_id(repo_id: str, *, token: str | None = None) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UserError(f"repository name {repo_id!r} is malformed: {_first_line(error)}") from error
+        raise UserError(f"repository name {repo_id!r} is malformed: {first_line(error)}") from error
     if repo_id.count("/") != 1:
         raise UserError(f"repository name {repo_id!r} has no owner: write org/name")
     if (token or get_token()) is None:
@@ -269,7 +269,7 @@ def _push_remedy(error: Exception, folder: Path, repo_id: str) -> str:
         remedy = f"the token may not write to {repo_id}, use one with write access or another name"
     else:
         remedy = "check the connection and HF_ENDPOINT"
-    return f"pushing to {repo_id!r} failed ({_first_line(error)}): {remedy}, then push {folder} again"
+    return f"pushing to {repo_id!r} failed ({first_line(error)}): {remedy}, then push {folder} again"
 
 
 def _hub_id(name: str) -> str | None:
@@ -356,10 +356,6 @@ def _replace_folder(scratch: Path, folder: Path) -> None:
         old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__
 
 
 # ---- classifiers -------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from gkl_vl.gkl import (
     check_gamma,
     check_positive,
     kl_rows,
+    lift,
     ratio_of_sums,
     smooth_weight,
     soft_cross_entropy_rows,
@@ -172,7 +173,7 @@ def mimicry_loss(
         if ours.shape != theirs.shape:
             raise ValueError(f"{name} {tuple(ours.shape)} and teacher_{name} {tuple(theirs.shape)} differ in shape")
     pairs = ((image, teacher_image), (text, teacher_text))
-    return global_value(sum(F.mse_loss(_at_least_fp32(ours), _at_least_fp32(theirs)) for ours, theirs in pairs))
+    return global_value(sum(F.mse_loss(lift(ours), lift(theirs)) for ours, theirs in pairs))
 
 
 def global_value(share: Float[Tensor, ""]) -> Float[Tensor, ""]:
@@ -206,7 +207,7 @@ class _Side:
     """One model's embeddings in at least fp32, its scale, and its bias where a sigmoid feels it."""
 
     def __init__(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None):
-        self.image, self.text, self.scale, self.bias = _at_least_fp32(image), _at_least_fp32(text), scale, bias
+        self.image, self.text, self.scale, self.bias = lift(image), lift(text), scale, bias
 
     def shift(self) -> Tensor | float:
         return 0.0 if self.bias is None else self.bias
@@ -216,10 +217,6 @@ class _Side:
         everybody = gather_rows(torch.cat([self.image, self.text], dim=1))  # one collective instead of two
         all_images, all_texts = everybody.split([self.image.shape[1], self.text.shape[1]], dim=1)
         return self.scale * self.image @ all_texts.T, self.scale * self.text @ all_images.T
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _tile_size(asked: int | Literal["auto"] | None, *, rows: int, ring: bool) -> int | None:

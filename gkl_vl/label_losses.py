@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gkl_vl.gather import gather_rows
-from gkl_vl.gkl import Number, check_positive, dkl_loss, gkl_loss, kl_loss
+from gkl_vl.gkl import Number, check_logits, check_positive, dkl_loss, gkl_loss, kl_loss, lift
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +83,11 @@ def dkd_loss(
     b = (p_label, 1 - p_label), q = p without the label's class, normalised, p = softmax(logits / T). Nats.
     Errors as in `gkl_loss`. Source: Zhao et al., CVPR 2022, arXiv 2203.08679, eq. 7.
     """
-    _check_shapes(student, teacher)
+    check_logits(student, teacher)
     check_positive("temperature", temperature)
     target = F.one_hot(labels, student.shape[1]).bool()
     (s_binary, s_log_q), (t_binary, t_log_q) = (
-        _taken_apart(_lift(logits) / temperature, target, labels) for logits in (student, teacher.detach())
+        _taken_apart(lift(logits) / temperature, target, labels) for logits in (student, teacher.detach())
     )
     binary = kl_loss(student=s_binary, teacher=t_binary)
     q = t_log_q.exp().masked_fill(target, 0.0)
@@ -121,10 +121,10 @@ def dist_loss(
     r is Pearson's correlation, p = softmax(logits / T). The rows of a class are those of all processes.
     Source: Huang et al., NeurIPS 2022, arXiv 2205.10536, eqs. 7 and 8.
     """
-    _check_shapes(student, teacher)
+    check_logits(student, teacher)
     check_positive("temperature", temperature)
     p_student, p_teacher = (
-        gather_rows(torch.softmax(_lift(logits) / temperature, dim=1)) for logits in (student, teacher.detach())
+        gather_rows(torch.softmax(lift(logits) / temperature, dim=1)) for logits in (student, teacher.detach())
     )
     inter = 1 - _correlation(p_student, p_teacher).mean()
     intra = 1 - _correlation(p_student.T, p_teacher.T).mean()
@@ -137,19 +137,8 @@ def _correlation(x: Float[Tensor, "a b"], y: Float[Tensor, "a b"]) -> Float[Tens
 
 def standardised(logits: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
     """Each row's z-score. Source: Sun et al., CVPR 2024, arXiv 2403.01427 (with C - 1, as released)."""
-    logits = _lift(logits)
+    logits = lift(logits)
     return (logits - logits.mean(dim=1, keepdim=True)) / (1e-7 + logits.std(dim=1, keepdim=True))
-
-
-def _lift(logits: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
-    """Half precision is computed in float32."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _check_shapes(student: Tensor, teacher: Tensor) -> None:
-    """A teacher of one row would be broadcast."""
-    if teacher.shape != student.shape:
-        raise ValueError(f"teacher must have the student's shape {list(student.shape)}, got {list(teacher.shape)}")
 
 
 # ---- the table ---------------------------------------------------------------------------------------------------

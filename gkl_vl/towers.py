@@ -20,7 +20,7 @@ from jaxtyping import Float, Int, UInt8
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
-from gkl_vl.errors import UserError
+from gkl_vl.errors import UserError, first_line
 
 PACKAGE = Path(__file__).parent
 BUNDLED_TOKENIZER = PACKAGE / "assets" / "tokenizer"
@@ -270,7 +270,7 @@ def _load_open_clip(name: str, pretrained: str | None, *, allow_pickle: bool) ->
         try:
             model = open_clip.create_model(model_name, pretrained=pretrained)
         except (RuntimeError, UnpicklingError) as error:  # open_clip wraps a failed load_state_dict as well
-            raise UserError(f"weights {pretrained!r} do not fit model {name!r}: {_first_line(error)}") from error
+            raise UserError(f"weights {pretrained!r} do not fit model {name!r}: {first_line(error)}") from error
         if model_cfg["text_cfg"].get("hf_tokenizer_name") == BUNDLED_TOKENIZER_NAME:
             length = model_cfg["text_cfg"]["context_length"]
             tokenizer = open_clip.tokenizer.HFTokenizer(str(BUNDLED_TOKENIZER), context_length=length)
@@ -286,7 +286,7 @@ def _checkpoint_of(model_name: str, pretrained: str) -> str:
             return open_clip.download_pretrained(config)
         except Exception as error:  # whatever the Hub's client raises: the user's remedy is the same
             raise UserError(
-                f"weights {pretrained!r} of {model_name!r} could not be fetched ({_first_line(error)}): "
+                f"weights {pretrained!r} of {model_name!r} could not be fetched ({first_line(error)}): "
                 "connect, or give the path of a downloaded file"
             ) from error
     if Path(pretrained).is_file():
@@ -316,7 +316,7 @@ def _load_open_clip_folder(name: str, prefix: str, rest: str, *, allow_pickle: b
             holds_tokenizer = prefix == "local-dir" or (folder / "tokenizer_config.json").is_file()
             tokenizer = open_clip.get_tokenizer(local if holds_tokenizer else name)
         except (RuntimeError, ValueError, OSError, UnpicklingError) as error:
-            raise UserError(f"{name!r} could not be loaded: {_first_line(error)}") from error
+            raise UserError(f"{name!r} could not be loaded: {first_line(error)}") from error
     return _open_clip_clip(name, model, tokenizer, json.loads(config_path.read_text())["model_cfg"])
 
 
@@ -329,7 +329,7 @@ def _fetch(repo: str, *, allow_pickle: bool) -> Path:
         return Path(snapshot_download(repo, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors", *pickles]))
     except Exception as error:  # offline, unknown repository, no access: the client's first line says which
         raise UserError(
-            f"the Hub repository {repo!r} could not be fetched ({_first_line(error)}): "
+            f"the Hub repository {repo!r} could not be fetched ({first_line(error)}): "
             "check the name and the connection, or download it and write local-dir:path"
         ) from error
 
@@ -341,7 +341,7 @@ def _load_transformers(name: str, source: str, *, allow_pickle: bool) -> Clip:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name!r} holds no config.json that transformers knows: {_first_line(error)}") from error
+        raise UserError(f"{name!r} holds no config.json that transformers knows: {first_line(error)}") from error
     if config.model_type not in ("clip", "siglip", "siglip2"):
         raise UserError(f"{name!r} is a {config.model_type!r} model: only clip, siglip and siglip2 have two towers")
     if not list(folder.glob("*.safetensors")):
@@ -354,7 +354,7 @@ def _load_transformers(name: str, source: str, *, allow_pickle: bool) -> Clip:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         processor = AutoImageProcessor.from_pretrained(folder)
     except (RuntimeError, ValueError, OSError, UnpicklingError) as error:
-        raise UserError(f"{name!r} could not be loaded: {_first_line(error)}") from error
+        raise UserError(f"{name!r} could not be loaded: {first_line(error)}") from error
     if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers and goes on
         raise UserError(f"the weights of {name!r} lack {len(missing)} tensors, such as {missing[0]}: fetch them again")
     length = config.text_config.max_position_embeddings
@@ -371,7 +371,3 @@ def _load_transformers(name: str, source: str, *, allow_pickle: bool) -> Clip:
         resize_mode="shortest" if crops else "squash",
     )
     return Clip(name, TransformersTowers(model), preprocess, tokenize, tokenizer, model_cfg=None)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__

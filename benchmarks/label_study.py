@@ -20,12 +20,15 @@ BALANCED: Columns = {"acc1": (None, "acc1"), "acc5": (None, "acc5")}
 LONG_TAILED: Columns = {"acc1": (None, "acc1"), **{name: (None, f"{name}_acc1") for name in ("many", "medium", "few")}}
 
 
-def arms(methods: list[str], warmup: str) -> Arms:
-    """Each method's flags; all but the first are compared with KD, KD with the labels alone."""
+def arms(names: list[str], warmup: str) -> Arms:
+    """Each arm's flags: a method, or `gkl-0.5` with another wMSE weight. All but `ce` are compared with KD."""
     found: Arms = {}
-    for method in methods:
-        flags = ["--method", method] + (["--warmup-epochs", warmup] if method in ("dkd", "ikl", "gkl") else [])
-        found[method] = (flags, {"ce": None, "kd": "ce"}.get(method, "kd"))
+    for name in names:
+        method, _, weight = name.partition("-")
+        flags = ["--method", method] + (["--wmse-weight", weight] if weight else [])
+        flags += ["--warmup-epochs", warmup] if method in ("dkd", "ikl", "gkl") else []
+        other = {"ce": None, "kd": "ce"}.get(name, "kd")
+        found[name] = (flags, other if other in names else None)
     return found
 
 
@@ -33,7 +36,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder with CIFAR-10")
     parser.add_argument("--teacher-weights", required=True, help="of resnet56_a")
-    parser.add_argument("--methods", nargs="+", default=["ce", "kd", "dkd", "ikl", "gkl"])
+    parser.add_argument(
+        "--arms", nargs="+", default=["ce", "kd", "dkd", "ikl", "gkl"], help="methods; gkl-0.5 = with that wMSE weight"
+    )
+    parser.add_argument("--lr", help="peak learning rate, in place of the published")
     parser.add_argument("--imbalance", type=float, help="the long-tailed study, at this ratio, on all images it leaves")
     parser.add_argument("--images", type=int, default=10_000, help="training images of the balanced study")
     parser.add_argument("--epochs", type=int, default=12)
@@ -44,16 +50,17 @@ def main() -> None:
     flags = ["--pair", "resnet56-resnet20", "--data", options.data, "--epochs", str(options.epochs)]
     flags += ["--teacher", "resnet56_a", "--teacher-weights", options.teacher_weights, "--student", "resnet20_a"]
     flags += ["--stored-views", str(options.epochs), "--eval-every-epochs", "0", "--checkpoint-every-epochs", "0"]
+    flags += ["--lr", options.lr] if options.lr else []
     long_tailed = options.imbalance is not None
     flags += ["--imbalance", str(options.imbalance)] if long_tailed else ["--images", str(options.images)]
     study = Study(
         recipe=RECIPE,
-        arms=arms(options.methods, str(max(round(20 * options.epochs / 240), 1))),
+        arms=arms(options.arms, str(max(round(20 * options.epochs / 240), 1))),
         flags=flags,
         columns=LONG_TAILED if long_tailed else BALANCED,
         seeds=options.seeds,
         jobs=options.jobs,
-        folder=options.output_dir / f"{flags[-1]}-{options.epochs}",
+        folder=options.output_dir / "-".join([flags[-1], str(options.epochs), *([options.lr] if options.lr else [])]),
     )
     print(study.table(study.run()))
 

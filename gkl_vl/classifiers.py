@@ -50,10 +50,34 @@ class Classifier:
 
     def prepare(self, images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
         """uint8 images, augmented and cropped already -> pixels as this model wants them: scaled and normalised."""
-        pixels = images.float() / 255
+        pixels = scaled(images)
         mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
-        # channels_last is the layout that convolutions are fastest in, on CPU and GPU; a ViT does not mind.
-        return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
+        return (pixels - mean) / std
+
+    def on_pixels(self) -> "OnPixels":
+        """The model with its normalisation inside."""
+        return OnPixels(self.model, self.mean, self.std)
+
+
+def scaled(images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+    """Pixels in [0, 1], in the layout that convolutions are fastest in on CPU and GPU; a ViT does not mind."""
+    return (images.float() / 255).contiguous(memory_format=torch.channels_last)
+
+
+class OnPixels(nn.Module):
+    """A label model that takes pixels in [0, 1] and normalises them itself: what attacks and RobustBench expect."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: RGB, std: RGB):
+        super().__init__()
+        self.model = model
+        for name, value in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
+
+    def forward(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n C"]:
+        return self.model((pixels - self.mean) / self.std)
 
 
 def load_classifier(
@@ -319,19 +343,36 @@ class Bottleneck(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """Norm and ReLU before each convolution, and none after the sum; a projection sees the activated input."""
+    """Norm and activation before each convolution, none after the sum; a projection sees the activated input."""
 
-    def __init__(self, c: int, d: int, *, stride: int):
+    def __init__(self, c: int, d: int, *, stride: int, activation: Callable[[Tensor], Tensor]):
         super().__init__()
+        self.activation = activation
         self.bn1, self.conv1 = nn.BatchNorm2d(c), _conv(c, d, 3, stride=stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(d), _conv(d, d, 3)
         self.projects = c != d
         self.convShortcut = _conv(c, d, 1, stride=stride) if self.projects else nn.Identity()
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d h2 w2"]:
+        active = self.activation(self.bn1(x))
+        out = self.conv2(self.activation(self.bn2(self.conv1(active))))
+        return self.convShortcut(active if self.projects else x) + out
+
+
+class PreActBlock(nn.Module):
+    """`WideBlock` with ReLU under the names that ResNet-18s of the robustness literature have."""
+
+    def __init__(self, c: int, d: int, *, stride: int):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(c), _conv(c, d, 3, stride=stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(d), _conv(d, d, 3)
+        self.projects = c != d
+        self.shortcut = nn.Sequential(_conv(c, d, 1, stride=stride)) if self.projects else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d h2 w2"]:
         active = F.relu(self.bn1(x))
         out = self.conv2(F.relu(self.bn2(self.conv1(active))))
-        return self.convShortcut(active if self.projects else x) + out
+        return self.shortcut(active if self.projects else x) + out
 
 
 class InvertedResidual(nn.Module):
@@ -475,17 +516,30 @@ def _resnet50(num_classes: int) -> nn.Module:
     return _initialise(nn.Sequential(layers))
 
 
-def _wrn(depth: int, widen: int, num_classes: int) -> nn.Module:
+def _preact_resnet18(num_classes: int) -> nn.Module:
+    """As in csdongxian/AWP and locuslab/robust_overfitting, with a norm before the pooling. torch's initialisation."""
+    layers: Layers = OrderedDict(conv1=_conv(3, 64, 3))
+    c = 64
+    for i, d in enumerate((64, 128, 256, 512), start=1):
+        layers[f"layer{i}"] = _stage(PreActBlock, c, d, 2, stride=1 if i == 1 else 2)
+        c = d
+    return nn.Sequential(
+        layers | {"bn": nn.BatchNorm2d(c), "relu": nn.ReLU(), "pool": _pool(), "linear": nn.Linear(c, num_classes)}
+    )
+
+
+def _wrn(depth: int, widen: int, num_classes: int, *, activation: type[nn.Module] = nn.ReLU) -> nn.Module:
     """Wide ResNet of (depth - 4) / 6 blocks a stage; inside a stage they are called `layer`."""
+    block = partial(WideBlock, activation=activation())
     layers: Layers = OrderedDict(conv1=_conv(3, 16, 3))
     c = 16
     for i, d in enumerate([16 * widen, 32 * widen, 64 * widen], start=1):
-        blocks = _stage(WideBlock, c, d, (depth - 4) // 6, stride=1 if i == 1 else 2)
+        blocks = _stage(block, c, d, (depth - 4) // 6, stride=1 if i == 1 else 2)
         layers[f"block{i}"] = nn.Sequential(OrderedDict(layer=blocks))
         c = d
     linear = nn.Linear(c, num_classes)
     nn.init.zeros_(linear.bias)
-    layers |= {"bn1": nn.BatchNorm2d(c), "relu": nn.ReLU(), "pool": _pool(), "fc": linear}
+    layers |= {"bn1": nn.BatchNorm2d(c), "relu": activation(), "pool": _pool(), "fc": linear}
     return _initialise(nn.Sequential(layers))
 
 
@@ -546,6 +600,9 @@ ZOO: dict[str, Callable[[int], nn.Module]] = {
     **{f"resnet{depth}x4": partial(_resnet, depth, (32, 64, 128, 256)) for depth in (8, 32)},
     **{f"resnet{depth}_a": partial(_resnet_a, depth) for depth in (20, 32, 44, 56, 110)},
     **{f"wrn_{depth}_{widen}": partial(_wrn, depth, widen) for depth in (16, 40) for widen in (1, 2)},
+    **{f"wrn_{depth}_10": partial(_wrn, depth, 10) for depth in (28, 34)},
+    "wrn_28_10_silu": partial(_wrn, 28, 10, activation=nn.SiLU),
+    "preact_resnet18": _preact_resnet18,
     "vgg8": partial(_vgg, (1, 1, 1, 1, 1)),
     "vgg11": partial(_vgg, (1, 1, 2, 2, 2)),
     "vgg13": partial(_vgg, (2, 2, 2, 2, 2)),

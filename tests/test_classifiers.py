@@ -29,6 +29,7 @@ from gkl_vl.classifiers import (
     ShuffleV2Down,
     WideBlock,
     load_classifier,
+    scaled,
 )
 from gkl_vl.errors import UserError
 
@@ -57,6 +58,11 @@ COUNTS = {
     "ShuffleV1": (949_258, 296),
     "ShuffleV2": (1_355_528, 338),
     "ResNet50": (23_705_252, 320),
+    # the robustness literature has 46.16 and 36.48 million for the wide ones, 11.17 for the ResNet-18, for 10 classes
+    "wrn_34_10": (46_218_164, 191),
+    "wrn_28_10": (36_536_884, 155),
+    "wrn_28_10_silu": (36_536_884, 155),
+    "preact_resnet18": (11_218_340, 107),
     # He et al. 2016, table 6, has 0.27, 0.46, 0.66, 0.85 and 1.7 million for 10 classes
     "resnet20_a": (275_572, 116),
     "resnet32_a": (470_004, 188),
@@ -164,7 +170,10 @@ def test_parameters_have_mdistillers_names(name):
     assert {key: tuple(state[key].shape) for key in SHAPES[name]} == SHAPES[name]
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet20_a", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2"])
+SMALL = ["resnet8", "resnet20_a", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2", "preact_resnet18"]
+
+
+@pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("n", [1, 3])
 def test_logits_have_a_row_per_image(name, n):
     classifier = load_classifier(name, num_classes=7)
@@ -191,6 +200,22 @@ def test_logits_have_a_row_per_image(name, n):
 def test_what_is_pooled_at_the_end_has_mdistillers_size(name, shape):
     features = empty(name)[:-2]
     assert features(torch.zeros(2, 3, 32, 32, device="meta")).shape == (2, *shape)
+
+
+def test_the_ways_to_prepare_images_agree():
+    classifier = load_classifier("resnet8", num_classes=4)
+    classifier.model.eval()
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    expected = classifier.model(classifier.prepare(images))
+    torch.testing.assert_close(classifier.on_pixels()(scaled(images)), expected)
+    assert scaled(images).is_contiguous(memory_format=torch.channels_last)
+    assert classifier.on_pixels().state_dict().keys() == {f"model.{key}" for key in classifier.model.state_dict()}
+
+
+def test_a_wide_resnet_with_silu_uses_it_everywhere():
+    model = ZOO["wrn_28_10_silu"](10)
+    assert not any(isinstance(module, torch.nn.ReLU) for module in model.modules())
+    assert all(isinstance(m.activation, torch.nn.SiLU) for m in model.modules() if isinstance(m, WideBlock))
 
 
 def waves(shape: torch.Size, index: int) -> torch.Tensor:
@@ -261,10 +286,10 @@ def test_a_residual_block_activates_the_sum():
 
 
 def test_a_wide_block_projects_what_is_activated_and_keeps_what_is_not():
-    same = WideBlock(24, 24, stride=1)
+    same = WideBlock(24, 24, stride=1, activation=F.relu)
     silence(same.conv2)
     assert torch.equal(same(X), X)
-    other = WideBlock(24, 32, stride=2)
+    other = WideBlock(24, 32, stride=2, activation=F.relu)
     silence(other.conv2)
     expected = F.conv2d(F.relu(other.bn1(X)), other.convShortcut.weight, stride=2)
     assert torch.allclose(other(X), expected, atol=1e-6)

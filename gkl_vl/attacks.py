@@ -3,6 +3,7 @@
 Axis letters: n = images, C = classes, h w = pixels.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -11,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gkl_vl.errors import UserError
 from gkl_vl.gather import sum_across_processes, world_size
 from gkl_vl.gkl import Number
 
@@ -67,6 +69,21 @@ def pgd(
             step = gradient.sign() if norm == "linf" else gradient / _length(gradient).clamp_min(_tiny(gradient))
             attacked = project(attacked.detach() + step_size * step, images, epsilon, norm)
     return attacked.detach()
+
+
+def radius(text: str, norm: Norm) -> float:
+    """ "8/255" or "0.03" as a number.
+
+    Raises: UserError for what is none, or no radius: not above 0, for linf above 1.
+    """
+    above, _, below = text.partition("/")
+    try:
+        value = float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"an epsilon of {text!r} is no number: write 8/255 or 0.03") from None
+    if not 0 < value < (math.inf if norm == "l2" else 1 + 1e-9):
+        raise UserError(f"an epsilon of {text} is no radius in {norm} for pixels in [0, 1]: write 8/255 or 0.03")
+    return value
 
 
 def project(moved: Images, images: Images, epsilon: Number, norm: Norm) -> Images:

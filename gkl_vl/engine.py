@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -37,6 +37,8 @@ class FitConfig:
     """Batches of one update; the loss is that of all of them as one, and memory that of one."""
     ema_decay: float = 0.0
     """Per step; 0 = no moving average."""
+    ema_start_step: int = 0
+    """The average begins with the weights after so many updates and one more; until then it is the model itself."""
     log_every_steps: int = 10
     eval_every_steps: int = 0
     """0 = at the end only."""
@@ -50,6 +52,14 @@ class Objective(Protocol):
 
     Tensors have a row per sample, or no axis at all (a scale, the same for every batch).
     """
+
+    def prepared(self, batch: Batch) -> Batch:
+        """The batch as the other parts see it: once for each update, and free to draw random numbers (an attack)."""
+        ...
+
+    def perturbed(self, batches: list[Batch]) -> AbstractContextManager[None]:
+        """Around all forward and backward passes of an update; the optimizer's step comes after it. All ranks."""
+        ...
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensors:
         """What the model says of a batch, with gradient; calls it once."""
@@ -124,13 +134,13 @@ def fit(
     started_at = step
     loader = make_loader(position)
     batches = iter(loader)
-    result = whole if ema is None else ema.module
     speed = Speed(accelerator.num_processes)
     quiet = not accelerator.is_main_process or not sys.stderr.isatty()
     bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True, disable=quiet)
 
     while True:
         last = step == config.steps
+        result = whole if ema is None or step <= config.ema_start_step else ema.module
         evaluating = last or is_time(step, config.eval_every_steps)
         saving = last or is_time(step, config.checkpoint_every_steps)
         if evaluating or saving:
@@ -156,18 +166,21 @@ def fit(
         lr = learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        with accelerator.autocast():
+            parts = [objective.prepared(part) for part in parts]
         model.train()
-        embedded = embed(accelerator, model, objective, parts)
-        loss, scalars = objective.loss(embedded.leaves, embedded.targets)
-        stop_unless_finite(accelerator, loss, scalars, keys, step)  # all ranks
-        accelerator.backward(loss)  # to the leaves
-        pull(accelerator, model, objective, parts, embedded)  # all ranks: from the leaves to the parameters
+        with objective.perturbed(parts):
+            embedded = embed(accelerator, model, objective, parts)
+            loss, scalars = objective.loss(embedded.leaves, embedded.targets)
+            stop_unless_finite(accelerator, loss, scalars, keys, step)  # all ranks
+            accelerator.backward(loss)  # to the leaves
+            pull(accelerator, model, objective, parts, embedded)  # all ranks: from the leaves to the parameters
         norm = accelerator.clip_grad_norm_(model.parameters(), config.grad_clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         after_step()
-        if ema is not None:
-            ema.update_parameters(plain)
+        if ema is not None and step >= config.ema_start_step:
+            ema.update_parameters(plain)  # the first time a copy
         step += 1
         # ----------------------------------------------------------------
 

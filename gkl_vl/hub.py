@@ -53,6 +53,8 @@ class ModelCard:
     """Optimizer steps."""
     seed: int
     """Seed of the run."""
+    attack: str | None = None
+    """Radius and norm of the attacks that it was trained against, e.g. 4/255 in linf; None = none."""
     metrics: list[dict] = field(default_factory=list)
     """Evaluation lines as in results.jsonl: `model` (teacher or student), `dataset`, metrics as fractions."""
     repo_id: str | None = None
@@ -102,7 +104,8 @@ class ModelCard:
     def _summary(self) -> str:
         made = f"distilled from `{self.teacher}`" if self.teacher else "trained without a teacher"
         purpose = "zero-shot image classification and image-text retrieval"
-        return f"A CLIP model for {purpose}: `{self.student}`, {made} with gkl-vl."
+        against = f", against attacks on its images within {self.attack}," if self.attack else ""
+        return f"A CLIP model for {purpose}: `{self.student}`, {made}{against} with gkl-vl."
 
     def _usage(self, transformers: bool) -> str:
         name = f"hf-hub:{self.repo_id}" if self.repo_id else "local-dir:path/to/this/folder"
@@ -366,9 +369,9 @@ class ClassifierCard:
     """What the README of an exported classifier says. It claims nothing that is not in these fields."""
 
     student: str
+    made: str
+    """How it was trained, after "an image classifier, "."""
     teacher: str | None
-    method: str
-    """How it was distilled."""
     data: str
     """What it was trained on."""
     command: str
@@ -381,7 +384,6 @@ class ClassifierCard:
 
     def render(self) -> str:
         """The text of README.md."""
-        made = f"distilled from `{self.teacher}` by {self.method}" if self.teacher else "trained on labels alone"
         teacher = _hub_id(self.teacher) if self.teacher else None
         metadata = ModelCardData(
             library_name="timm" if self.student.startswith("timm:") else "gkl-vl",
@@ -396,7 +398,7 @@ class ClassifierCard:
         sections = [
             f"---\n{metadata.to_yaml()}\n---",
             f"# {self.repo_id.split('/')[1] if self.repo_id else self.student}",
-            f"An image classifier: `{self.student}`, {made} with gkl-vl.",
+            f"An image classifier: `{self.student}`, {self.made} with gkl-vl.",
             f"## Results\n\n{results_markdown(self.metrics)}",
             f"## Usage\n\n```python\n{classifier_usage(self.student, self.repo_id or 'path/to/this/folder')}\n```",
             f"## Training\n\n```bash\n{self.command}\n```\n\n" + "\n".join(f"- {k}: {v}" for k, v in facts.items()),

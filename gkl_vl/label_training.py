@@ -6,15 +6,16 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from gkl_vl import hub, report
 from gkl_vl.checkpoint import RunFolder
-from gkl_vl.classifiers import Classifier, load_classifier
+from gkl_vl.classifiers import Classifier, load_classifier, scaled
 from gkl_vl.data.labelled import LabelledSet, first, in_memory, long_tailed, open_labelled, shot_groups
 from gkl_vl.data.views import (
     PLAIN,
@@ -29,12 +30,15 @@ from gkl_vl.data.views import (
 from gkl_vl.engine import FitConfig, fit
 from gkl_vl.errors import UserError
 from gkl_vl.evaluate import classification_metrics, predict, shot_accuracies
-from gkl_vl.gkl import ClassPrior
+from gkl_vl.gkl import ClassPrior, Number
 from gkl_vl.label_losses import Distillation
 from gkl_vl.launch import start
 from gkl_vl.objectives import LabelKd, LabelTeacher, online_label_teacher
 from gkl_vl.optim import multi_step, sgd, warmup_cosine
 from gkl_vl.teacher_cache import store_logits, stored_label_teacher
+
+Settings = TypeVar("Settings", bound=Any)
+"""A dataclass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +55,7 @@ class Pair:
     """Of all processes together."""
     lr: float
     wd: float
-    milestones: tuple[int, ...] = ()
+    milestones: tuple[Number, ...] = ()
     """Epochs from which on the rate is a tenth; none = a cosine to 0."""
     methods: dict[str, Distillation]
     expected: dict[str, float]
@@ -173,14 +177,7 @@ def train_classifier(config: LabelConfig, *, recipe: Recipe) -> None:
         allow_pickle=config.allow_pickle,
     )
     student.model.to(memory_format=torch.channels_last)
-    batch_size = config.batch_size or max(pair.batch_size // accelerator.num_processes, 1)
-    per_epoch = batches_per_epoch(len(train), batch_size, accelerator.num_processes)
-    steps = config.steps or pair.epochs * per_epoch
-    if config.class_prior and steps <= per_epoch:
-        raise UserError(
-            f"--class-prior is collected in an epoch and used in the next, and {steps} steps are one epoch at most "
-            f"({per_epoch} steps): train longer, or leave it out"
-        )
+    batch_size, per_epoch, steps = count_steps(pair, config, len(train), accelerator.num_processes)
     if not config.resume:  # from here on there is a run
         run.write_json("config.json", asked)
     told = "" if teacher is None else f" from {pair.teacher} by {config.method}"
@@ -208,7 +205,8 @@ def train_classifier(config: LabelConfig, *, recipe: Recipe) -> None:
             position=position,
         )
 
-    groups = shot_groups(train.counts()) if len(train.counts().unique()) > 1 else {}
+    counts = train.counts()
+    groups = shot_groups(counts) if len(counts.unique()) > 1 else {}
     evaluate = partial(evaluate_on, test, test_views, groups, accelerator.device)
     exported = fit(
         accelerator=accelerator,
@@ -256,11 +254,11 @@ def find_pair(recipe: Recipe, config: LabelConfig) -> Pair:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
     if config.epochs is not None:  # the milestones keep their share of the way
-        moved = tuple(round(epoch * config.epochs / pair.epochs) for epoch in pair.milestones)
+        moved = tuple(epoch * config.epochs / pair.epochs for epoch in pair.milestones)
         pair = replace(pair, milestones=moved, epochs=config.epochs)
     if config.teacher is not None:
         pair = replace(pair, teacher=config.teacher, teacher_weights=None)
-    return replace(pair, **_said(config, ("student", "lr", "wd", "teacher_weights")))
+    return overridden(pair, config, but=("batch_size",))  # there of all processes together
 
 
 def find_settings(pair: Pair, config: LabelConfig) -> Distillation:
@@ -268,13 +266,26 @@ def find_settings(pair: Pair, config: LabelConfig) -> Distillation:
     if config.method == "ce":
         return Distillation(method="ce")
     of_methods = {"ikl": pair.methods["gkl"], "dkl": pair.methods["gkl"]} | pair.methods
-    settings = replace(of_methods[config.method], method=config.method)
-    names = {field.name for field in fields(Distillation)} & {field.name for field in fields(LabelConfig)} - {"method"}
-    return replace(settings, **_said(config, tuple(names)))
+    return overridden(replace(of_methods[config.method], method=config.method), config)
 
 
-def _said(config: LabelConfig, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: vars(config)[name] for name in names if vars(config)[name] is not None}
+def count_steps(pair: Pair, config: LabelConfig, num_images: int, num_processes: int) -> tuple[int, int, int]:
+    """Images in a batch of a process, batches in an epoch, and updates of the run."""
+    batch_size = config.batch_size or max(pair.batch_size // num_processes, 1)
+    per_epoch = batches_per_epoch(num_images, batch_size, num_processes)
+    steps = config.steps or pair.epochs * per_epoch
+    if config.class_prior and steps <= per_epoch:
+        raise UserError(
+            f"--class-prior is collected in an epoch and used in the next, and {steps} steps are one epoch at most "
+            f"({per_epoch} steps): train longer, or leave it out"
+        )
+    return batch_size, per_epoch, steps
+
+
+def overridden(defaults: Settings, config: Any, *, but: tuple[str, ...] = ()) -> Settings:
+    """What both have by the same name, and `config` does not leave at None, is taken from `config`; not `but`'s."""
+    said = {name: value for name, value in vars(config).items() if value is not None and name not in but}
+    return replace(defaults, **{name: said[name] for name in said.keys() & {f.name for f in fields(defaults)}})
 
 
 def open_data(recipe: Recipe, config: LabelConfig) -> tuple[LabelledSet, LabelledSet]:
@@ -378,6 +389,15 @@ def evaluate_on(
     )
 
 
+def recompute_batchnorm(model: nn.Module, views: Views, *, count: int, device: torch.device) -> None:
+    """BatchNorm's statistics of a model whose weights were averaged: over view 0 of `count` images, natural ones.
+
+    The same on all ranks, since all see the same images. `model` takes pixels in [0, 1].
+    """
+    ids = ((0, chunk) for chunk in torch.arange(count).split(256))
+    update_bn((scaled(images.to(device)) for images in views.batches(ids)), model)
+
+
 def finish(
     config: LabelConfig,
     pair: Pair,
@@ -388,13 +408,12 @@ def finish(
     steps: int,
     title: str,
 ) -> None:
-    """Export the student, draw the report, print the table. Main process."""
+    """Export, pictures, tables. Main process."""
     final = [r for r in run.records() if "model" in r and r["step"] == steps]
-    student.model.eval()
     card = hub.ClassifierCard(
         student=student.name,
+        made="trained on labels alone" if teacher is None else f"distilled from `{pair.teacher}` by {config.method}",
         teacher=None if teacher is None else pair.teacher,
-        method=config.method,
         data=train.name,
         command=run.config()["command"],
         commit=run.config()["commit"],
@@ -403,20 +422,34 @@ def finish(
         seed=config.seed,
         repo_id=config.push_to_hub,
     )
+    published = pair.expected.get("student" if config.method == "ce" else config.method)
+    told = f"Published for {config.pair} by {config.method}: {published:.2f} % top-1" if published else ""
+    conclude(run=run, student=student, teacher=teacher, card=card, title=title, published=told)
+
+
+def conclude(
+    *,
+    run: RunFolder,
+    student: Classifier,
+    teacher: Classifier | None,
+    card: hub.ClassifierCard,
+    title: str,
+    published: str,
+) -> None:
+    """Export the student, draw the report, print the table and a line about what is published. Main process."""
+    student.model.eval()
     hub.export_classifier(classifier=student, folder=run.path / "model", card=card)
     report.draw_report(path=run.path / "report.png", records=run.records(), sheet=[], title=title)
-    print(report.results_table(list(_rows(pair, teacher, student, final))))
-    if published := pair.expected.get("student" if config.method == "ce" else config.method):
-        print(f"\nPublished for {config.pair} by {config.method}: {published:.2f} % top-1")
+    print(report.results_table(list(_rows(teacher, student, card.metrics))))
+    if published:
+        print(f"\n{published}")
     print(f"\nLoad the student:\n\n{hub.classifier_usage(student.name, str(run.path / 'model'))}\n")
     print(f"Picture: {run.path / 'report.png'}")
-    if config.push_to_hub:
-        print(f"Pushed: {hub.push_to_hub(folder=run.path / 'model', repo_id=config.push_to_hub)}")
+    if card.repo_id:
+        print(f"Pushed: {hub.push_to_hub(folder=run.path / 'model', repo_id=card.repo_id)}")
 
 
-def _rows(
-    pair: Pair, teacher: Classifier | None, student: Classifier, records: list[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
+def _rows(teacher: Classifier | None, student: Classifier, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for role, classifier in (("teacher", teacher), ("student", student)):
         if classifier is not None:
             results = {

@@ -4,18 +4,21 @@ No maths of its own, no optimizer, no Accelerate. `engine.Objective` says what t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkl_vl.classifiers import Classifier
-from gkl_vl.gkl import ClassPrior
+from gkl_vl.adversarial import AdversarialTraining, ImageAttack, raised_loss, robust_loss, strength
+from gkl_vl.attacks import evaluating, pgd, weights_perturbed
+from gkl_vl.classifiers import Classifier, scaled
+from gkl_vl.gkl import ClassPrior, lift
 from gkl_vl.image_text import global_value, image_text_loss, mimicry_loss, scalars_of_all_ranks
 from gkl_vl.label_losses import Distillation, distillation_loss
-from gkl_vl.towers import Clip
+from gkl_vl.towers import Clip, ImageTower
 
 Batch = dict[str, Any]
 Teacher = Callable[[Batch], dict[str, Tensor]]
@@ -43,31 +46,63 @@ class ClipKd:
     """Whose preparation of images is used; its towers are inside the model."""
     teacher: Teacher | None
     weights: ClipKdWeights
+    attack: ImageAttack | None = None
+    """The student is trained on attacked images in place of the clean ones, which the teacher sees."""
+
+    def prepared(self, batch: Batch) -> Batch:
+        """With an attack adds `targets`, so that the teacher is asked once, and the `attacked` pixels. All ranks."""
+        if self.attack is None:
+            return batch
+        targets = self.targets(batch)
+        return batch | {"targets": targets, "attacked": self._attacked(self.attack, batch, targets)}
+
+    def _attacked(self, attack: ImageAttack, batch: Batch, targets: dict[str, Tensor]) -> Tensor:
+        towers = self.student.towers  # not the model, which DistributedDataParallel may have wrapped
+        with evaluating(towers), torch.no_grad():
+            outputs = {"text": towers.encode_text(batch["text"]).float(), "logit_scale": towers.log_scale().exp()}
+            bias = towers.bias()
+            outputs |= {} if bias is None else {"logit_bias": bias.detach()}
+        weights = replace(
+            self.weights,
+            contrastive_weight=1.0 if self.teacher is None else 0.0,
+            soft_ce_weight=float(attack.soft_ce_weight),
+            wmse_weight=float(attack.wmse_weight),
+        )
+
+        def raised(image: Tensor) -> Tensor:
+            loss, _ = _logits_loss(outputs | {"image": image.float()}, targets, weights)
+            return len(image) * loss  # not the mean, whose gradients float16 would round to 0
+
+        return pgd(
+            ImageTower(self.student),
+            self.student.scaled(batch["image"]),
+            loss=raised,
+            epsilon=attack.epsilon,
+            step_size=attack.step_size,
+            steps=attack.steps,
+            norm=attack.norm,
+        )
+
+    def perturbed(self, batches: list[Batch]) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """`model` is a `towers.Student`, possibly wrapped; `batch` one of a `PairStream`."""
-        return model(self.student.prepare(batch["image"]), batch["text"])
+        scaled_images = batch["attacked"] if "attacked" in batch else self.student.scaled(batch["image"])
+        return model(self.student.normalised(scaled_images), batch["text"])
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
-        """The captions' ids, and what the teacher says."""
+        """The captions' ids, and what the teacher says of the clean images."""
+        if "targets" in batch:
+            return batch["targets"]
         return {"text_ids": batch["text_ids"]} | ({} if self.teacher is None else self.teacher(batch))
 
     def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """`image_text_loss` and mimicry, weighted. A model with a bias is a SigLIP."""
-        weights, sigmoid = self.weights, "logit_bias" in outputs
+        weights = self.weights
         mimicry = {name: outputs[f"mimicry_{name}"] for name in ("image", "text")}
-        loss, scalars = image_text_loss(
-            **{name: tensor for name, tensor in outputs.items() if not name.startswith("mimicry_")},
-            **targets,
-            contrastive_weight=weights.contrastive_weight,
-            soft_ce_weight=weights.soft_ce_weight,
-            wmse_weight=weights.wmse_weight,
-            gamma=weights.gamma,
-            temperature=weights.temperature,
-            weight_temperature=weights.weight_temperature,
-            sigmoid=sigmoid,
-            teacher_sigmoid=sigmoid and "teacher_logit_bias" in targets,
-        )
+        logits = {name: tensor for name, tensor in outputs.items() if not name.startswith("mimicry_")}
+        loss, scalars = _logits_loss(logits, targets, weights)
         if self.teacher is not None and weights.mimicry_weight:
             term = mimicry_loss(**mimicry, **{name: targets[name] for name in ("teacher_image", "teacher_text")})
             loss, scalars = loss + weights.mimicry_weight * term, scalars | {"mimicry": term.detach()}
@@ -78,6 +113,24 @@ class ClipKd:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         pass
+
+
+def _logits_loss(
+    outputs: dict[str, Tensor], targets: dict[str, Tensor], weights: ClipKdWeights
+) -> tuple[Tensor, dict[str, Tensor]]:
+    sigmoid = "logit_bias" in outputs
+    return image_text_loss(
+        **outputs,
+        **targets,
+        contrastive_weight=weights.contrastive_weight,
+        soft_ce_weight=weights.soft_ce_weight,
+        wmse_weight=weights.wmse_weight,
+        gamma=weights.gamma,
+        temperature=weights.temperature,
+        weight_temperature=weights.weight_temperature,
+        sigmoid=sigmoid,
+        teacher_sigmoid=sigmoid and "teacher_logit_bias" in targets,
+    )
 
 
 def online_teacher(clip: Clip) -> Teacher:
@@ -118,6 +171,12 @@ class LabelKd:
     """What the teacher thinks of each class: collected during an epoch, used in the next."""
     epoch: int = 0
 
+    def prepared(self, batch: Batch) -> Batch:
+        return batch
+
+    def perturbed(self, batches: list[Batch]) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """`batch` is one of a `LabelledLoader`."""
         return {"logits": model(self.student.prepare(batch["image"]))}
@@ -152,7 +211,7 @@ class LabelKd:
         logits, labels = outputs["logits"].float(), targets["labels"]
         ce = F.cross_entropy(logits, labels)
         loss, scalars = self.settings.ce_weight * ce, {"ce": ce.detach()}
-        scalars["batch_acc1"] = (logits.detach().argmax(dim=1) == labels).float().mean()
+        scalars["batch_acc1"] = _accuracy(logits, labels)
         if self.teacher is not None:
             teacher = targets["teacher"]
             distillation = distillation_loss(
@@ -160,7 +219,7 @@ class LabelKd:
             )
             loss = loss + targets["share"] * distillation
             scalars["distillation"] = distillation.detach()
-            scalars["agreement@1"] = (logits.detach().argmax(dim=1) == teacher.argmax(dim=1)).float().mean()
+            scalars["agreement@1"] = _accuracy(logits, teacher.argmax(dim=1))
         return global_value(loss), scalars_of_all_ranks(scalars)
 
     def state(self) -> dict[str, Tensor]:
@@ -180,3 +239,119 @@ def online_label_teacher(classifier: Classifier) -> LabelTeacher:
         return classifier.model(classifier.prepare(batch["image"])).float()
 
     return teacher
+
+
+# ---- adversarial training ----------------------------------------------------------------------------------------
+
+
+class Together(nn.Module):
+    """A model on several batches in one call: DistributedDataParallel allows one, and BatchNorm counts each apart."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batches: list[Tensor]) -> list[Tensor]:
+        return [self.model(batch) for batch in batches]
+
+
+@dataclass(kw_only=True)
+class Adversarial:
+    """The labels' cross entropy of natural images, and the distance of attacked images' logits from theirs.
+
+    Where batches have a second view, both views are attacked and go through the model as one batch, as released.
+    """
+
+    model: Together
+    """What is trained, without what Accelerate wraps around it; it takes pixels in [0, 1]."""
+    settings: AdversarialTraining
+    prior: ClassPrior | None
+    """What the model thinks of each class's natural images: collected during an epoch, used in the next."""
+    epoch: int = 0
+
+    def prepared(self, batch: Batch) -> Batch:
+        """Adds `views`, what the model is to see: attacked and natural images, or natural ones alone. All ranks."""
+        images = [batch[name] for name in ("image", "second_image") if name in batch]
+        natural = torch.cat([scaled(view) for view in images])
+        labels = batch["label"].repeat(len(images))
+        if self.settings.method == "natural":
+            return batch | {"labels": labels, "views": [natural]}
+        prior = None if self.prior is None else self._turn(self.prior, batch["epoch"]).rows(labels)
+        attacked = self._attacked(natural, prior, batch["epoch"])
+        return batch | {"labels": labels, "views": [attacked, natural]} | ({} if prior is None else {"prior": prior})
+
+    def _turn(self, prior: ClassPrior, epoch: int) -> ClassPrior:
+        if epoch != self.epoch:
+            prior.end_epoch()  # all ranks: they change epochs together
+            self.epoch = epoch
+        return prior
+
+    def _attacked(self, images: Tensor, prior: Tensor | None, epoch: int) -> Tensor:
+        settings, model = self.settings, self.model.model
+        with evaluating(model), torch.no_grad():
+            natural = lift(model(images))
+
+        def raised(logits: Tensor) -> Tensor:
+            loss = raised_loss(attacked=lift(logits), natural=natural, prior=prior, settings=settings)
+            return len(images) * loss  # not the mean, whose gradients float16 would round to 0
+
+        epsilon, step_size, steps = strength(settings, epoch=epoch)
+        return pgd(model, images, loss=raised, epsilon=epsilon, step_size=step_size, steps=steps, norm=settings.norm)
+
+    def perturbed(self, batches: list[Batch]) -> AbstractContextManager[None]:
+        """The weights moved to where the loss, with both views weighed alike, is larger: from `awp_epoch` on."""
+        settings, (batch,) = self.settings, batches
+        if settings.method == "natural" or not settings.awp_gamma or batch["epoch"] + 1 < settings.awp_epoch:
+            return nullcontext()
+
+        def loss() -> Tensor:
+            attacked, natural = (lift(logits) for logits in self.model(batch["views"]))
+            ce = F.cross_entropy(natural, batch["labels"], label_smoothing=settings.label_smoothing)
+            prior = batch.get("prior")
+            return ce + robust_loss(attacked=attacked, natural=natural, prior=prior, settings=settings)
+
+        return weights_perturbed(self.model, loss=loss, gamma=settings.awp_gamma)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """`attacked`, where there are such, and `natural` logits of each view: a row per sample."""
+        n = len(batch["label"])
+        logits = [lift(both).split(n) for both in model(batch["views"])]
+        names = ("attacked", "natural")[-len(logits) :]
+        return {f"{name}_{view}": rows for name, of in zip(names, logits, strict=True) for view, rows in enumerate(of)}
+
+    def targets(self, batch: Batch) -> dict[str, Tensor]:
+        """Labels, and the prior's rows, the same for both views."""
+        labels = batch["label"]
+        return {"labels": labels} | ({"prior": batch["prior"][: len(labels)]} if "prior" in batch else {})
+
+    def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """CE(natural) + distance, that of a second view times its weight. Equal on all ranks. Once for each update."""
+        settings, labels = self.settings, targets["labels"]
+        natural = [outputs[name] for name in ("natural_0", "natural_1") if name in outputs]
+        smoothing = settings.label_smoothing
+        ce = torch.stack([F.cross_entropy(view, labels, label_smoothing=smoothing) for view in natural]).mean()
+        scalars = {"ce": ce.detach(), "batch_acc1": _accuracy(natural[0], labels)}
+        if settings.method == "natural":
+            return global_value(ce), scalars_of_all_ranks(scalars)
+        if self.prior is not None:
+            self.prior.update(natural[0].detach(), labels)
+        robust = torch.zeros_like(ce)
+        for view, weight in zip(range(len(natural)), (1.0, settings.second_view_weight), strict=False):
+            attacked = outputs[f"attacked_{view}"]
+            prior = targets.get("prior")
+            term = robust_loss(attacked=attacked, natural=natural[view], prior=prior, settings=settings)
+            robust = robust + weight * term
+        scalars |= {"robust": robust.detach(), "batch_robust_acc1": _accuracy(outputs["attacked_0"], labels)}
+        return global_value(ce + robust), scalars_of_all_ranks(scalars)
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.prior is None else self.prior.state_dict() | {"epoch": torch.tensor(self.epoch)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        if self.prior is not None:
+            self.prior.load_state_dict(state)
+            self.epoch = int(state["epoch"])
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.detach().argmax(dim=1) == labels).float().mean()

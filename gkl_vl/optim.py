@@ -14,11 +14,10 @@ def adamw(
     return torch.optim.AdamW(parameter_groups(model, wd), lr=lr, betas=(beta1, beta2), eps=eps)
 
 
-def sgd(model: nn.Module, *, lr: float, wd: float, momentum: float = 0.9) -> torch.optim.SGD:
+def sgd(model: nn.Module, *, lr: float, wd: float, momentum: float = 0.9, nesterov: bool = False) -> torch.optim.SGD:
     """SGD as the distillation literature has it: everything decays."""
-    return torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad], lr=lr, momentum=momentum, weight_decay=wd
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(trained, lr=lr, momentum=momentum, weight_decay=wd, nesterov=nesterov)
 
 
 def parameter_groups(model: nn.Module, wd: float) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ _TERMS = {
     "kl": "KL",
     "ce": "labels",
     "distillation": "distillation",
+    "robust": "attacked",
 }
 _MOST_DATASETS = 4
 _SHEET_COLUMNS, _SHEET_ROWS = 2, 6

@@ -8,6 +8,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from multiprocessing import connection, get_context
 from pathlib import Path
@@ -144,6 +145,12 @@ def in_group(rank: int, world_size: int, rendezvous: Path, task: bytes):
 
 class Forgetful:
     """The part of an objective that most have: nothing to remember."""
+
+    def prepared(self, batch):
+        return batch
+
+    def perturbed(self, batches):
+        return nullcontext()
 
     def state(self) -> dict:
         return {}

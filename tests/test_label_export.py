@@ -25,7 +25,7 @@ NAMES = ["resnet8", "torchvision:resnet18", "timm:resnet18"]
 CARD = ClassifierCard(
     student="resnet8",
     teacher="hf-hub:org/big",
-    method="gkl",
+    made="distilled from `hf-hub:org/big` by gkl",
     data="cifar:train",
     command="python recipes/cifar_kd.py --pair a-b",
     commit="0123abc",
@@ -214,7 +214,7 @@ def test_card_metadata_is_what_the_hub_reads(student, library):
 
 
 def test_a_card_without_teacher_claims_none():
-    text = dataclasses.replace(CARD, teacher=None, method="ce", metrics=[], commit=None).render()
+    text = dataclasses.replace(CARD, teacher=None, made="trained on labels alone", metrics=[], commit=None).render()
     data = HubCard(text).data.to_dict()
     assert "base_model" not in data and data["tags"] == ["gkl"]
     assert "trained on labels alone" in text and "No evaluation was run." in text

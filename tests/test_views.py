@@ -1,5 +1,6 @@
 """A view depends on seed, view and image alone, and a batch on its number: whoever asks, and wherever a run goes on."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,10 +17,13 @@ from torch import Tensor
 from gkl_vl.data.labelled import LabelledSet, open_labelled
 from gkl_vl.data.views import (
     PLAIN,
+    Cutout,
     DiskViews,
     LabelledLoader,
     MemoryViews,
     Views,
+    cifar_autoaugment,
+    cifar_cutout,
     imagenet_augmentation,
     imagenet_center,
 )
@@ -161,6 +165,65 @@ def test_a_broken_image_is_one_line(tmp_path, workers):
     assert "\n" not in str(caught.value)
 
 
+# ---- AutoAugment and Cutout
+
+
+def autoaugmented(*, seed: int = 0, workers: int = 0, size: int = 10, cutout: int = 4) -> DiskViews:
+    augment, plain = cifar_autoaugment(size, cutout=cutout), imagenet_center(size)
+    return DiskViews(data=disk().data, augment=augment, plain=plain, seed=seed, num_workers=workers)
+
+
+def test_a_cutout_is_a_square_about_any_pixel_and_ends_at_the_border():
+    h, w, size = 7, 6, 4
+    image = torch.arange(1, 3 * h * w + 1, dtype=torch.uint8).reshape(3, h, w)
+    wanted = {}
+    for row in range(h):
+        for column in range(w):
+            made = image.clone()
+            for y in range(row - 2, row + 2):
+                for x in range(column - 2, column + 2):
+                    if 0 <= y < h and 0 <= x < w:
+                        made[:, y, x] = 0
+            wanted[made.numpy().tobytes()] = (row, column)
+    cutout = Cutout(size)
+    found = [wanted[cutout(image).numpy().tobytes()] for _ in range(1500)]
+    assert set(found) == {(row, column) for row in range(h) for column in range(w)}
+    assert max(found.count(place) for place in set(found)) < 80  # of 36 on average, 6 either way
+    assert image.min() == 1  # it left the image alone
+
+
+def test_a_cutout_of_an_odd_width_is_that_wide():
+    made = [Cutout(3)(torch.ones(3, 9, 9, dtype=torch.uint8)) for _ in range(100)]
+    assert max(int((image == 0).sum()) for image in made) == 3 * 3 * 3
+    assert min(int((image == 0).sum()) for image in made) == 3 * 2 * 2
+
+
+def test_autoaugmented_views_depend_on_seed_view_and_image_alone():
+    whole, other_view = asked(autoaugmented(), (2, list(range(N))), (1, list(range(N))))
+    again, pair = asked(autoaugmented(workers=2), (2, [9, 0]), (2, [4, 4]))
+    (other_seed,) = asked(autoaugmented(seed=1), (2, list(range(N))))
+    assert whole.shape == (N, 3, 10, 10) and whole.dtype == torch.uint8
+    assert torch.equal(again, whole[[9, 0]]) and torch.equal(pair, whole[[4, 4]])
+    for other in (other_view, other_seed):
+        assert (whole != other).flatten(1).any(dim=1).all()
+
+
+def test_the_cutout_comes_last_and_can_be_left_out():
+    """Same draws before it, so all that differs is a square of zeros."""
+    (cut,), (whole,) = (asked(autoaugmented(cutout=cutout), (0, list(range(N)))) for cutout in (4, 0))
+    changed = cut != whole
+    assert (cut[changed] == 0).all()
+    assert 0 < changed.flatten(1).sum(dim=1).max() <= 3 * 16
+    assert autoaugmented(cutout=4).description() != autoaugmented(cutout=5).description()
+
+
+def test_a_cutout_view_is_cropped_and_loses_half_its_width():
+    """Of a white image: zeros are the padding, at most 4 of 10 at a border, and a square of 5."""
+    augment, white = cifar_cutout(10), Image.new("RGB", (10, 10), (255, 255, 255))
+    black = [int((augment(white) == 0).sum()) // 3 for _ in range(200)]
+    assert 9 <= min(black) <= 25 < max(black) <= 100 - 6 * 6 + 25
+
+
 # ---- batches
 
 
@@ -242,3 +305,44 @@ def test_a_set_that_fills_no_batch_of_all_ranks_is_refused():
     with pytest.raises(UserError, match="^11 images do not fill a batch of 6 on 2 processes: lower --batch-size$"):
         loader(memory(), batch_size=6, world_size=2)
     assert loader(memory(), labels=torch.zeros(12, dtype=torch.long), batch_size=6, world_size=2).batches_per_epoch == 1
+
+
+DIGESTS = {
+    "cdcce6a1c63e451e": {},
+    "be29b7d520a1e02a": {"num_views": 2, "batch_size": 2, "world_size": 2, "rank": 1, "position": {"batches": 3}},
+}
+
+
+@pytest.mark.parametrize("digest", DIGESTS)
+def test_batches_are_what_they_were_before_there_were_second_views(digest):
+    """Frozen: a run that was begun before goes on with the same images."""
+    made = hashlib.sha256()
+    for batch in take(iter(loader(memory(), **DIGESTS[digest])), 7):
+        for key in ("image", "label", "index"):
+            made.update(batch[key].contiguous().numpy().tobytes())
+        made.update(repr((batch["view"], batch["epoch"], batch["keys"])).encode())
+    assert made.hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("make", [memory, lambda: disk(workers=2)], ids=["memory", "disk_with_workers"])
+def test_second_views_are_of_the_same_images_and_leave_the_first_as_they_are(make, workers):
+    alone = take(iter(loader(make())), 8)
+    both = take(iter(loader(make(), second_views=autoaugmented(seed=5, workers=workers))), 8)
+    for one, other in zip(alone, both, strict=True):
+        second = other.pop("second_image")
+        assert same(one, other)
+        (wanted,) = asked(autoaugmented(seed=5), (one["view"], one["index"].tolist()))
+        assert torch.equal(second, wanted)
+
+
+@pytest.mark.parametrize("done", [2, 3, 4])
+def test_second_views_go_on_where_they_were(done):
+    def made(position: dict | None) -> LabelledLoader:
+        return loader(memory(), second_views=autoaugmented(workers=2), num_views=2, position=position)
+
+    whole, old = take(iter(made(None)), 7), made(None)
+    take(iter(old), done)
+    rest = take(iter(made(json.loads(json.dumps(old.position())))), 7 - done)
+    for one, other in zip(rest, whole[done:], strict=True):
+        assert torch.equal(one.pop("second_image"), other.pop("second_image")) and same(one, other)

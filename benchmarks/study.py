@@ -38,9 +38,13 @@ class Study:
         with ThreadPoolExecutor(self.jobs) as pool:
             return dict(zip(runs, pool.map(self._run_once, runs), strict=True))
 
+    def folder_of(self, arm: str, seed: int) -> Path:
+        """Of a run."""
+        return self.folder / str(seed) / "".join(c if c.isalnum() else "_" for c in arm)
+
     def _run_once(self, run: tuple[str, int]) -> dict[str, float]:
         arm, seed = run
-        folder = self.folder / str(seed) / "".join(c if c.isalnum() else "_" for c in arm)
+        folder = self.folder_of(arm, seed)
         if not (folder / "report.png").is_file():
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
             flags = [*self.flags, "--seed", str(seed), "--output-dir", str(folder), *self.arms[arm][0]]

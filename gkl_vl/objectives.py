@@ -59,7 +59,7 @@ class ClipKd:
     def _attacked(self, attack: ImageAttack, batch: Batch, targets: dict[str, Tensor]) -> Tensor:
         towers = self.student.towers  # not the model, which DistributedDataParallel may have wrapped
         with evaluating(towers), torch.no_grad():
-            outputs = {"text": towers.encode_text(batch["text"]).float(), "logit_scale": towers.log_scale().exp()}
+            outputs = {"text": towers.encode_text(batch["text"]), "logit_scale": towers.log_scale().exp()}
             bias = towers.bias()
             outputs |= {} if bias is None else {"logit_bias": bias.detach()}
         weights = replace(
@@ -70,7 +70,7 @@ class ClipKd:
         )
 
         def raised(image: Tensor) -> Tensor:
-            loss, _ = _logits_loss(outputs | {"image": image.float()}, targets, weights)
+            loss, _ = _logits_loss(outputs | {"image": image}, targets, weights)
             return len(image) * loss  # not the mean, whose gradients float16 would round to 0
 
         return pgd(

@@ -30,7 +30,7 @@ from gkl_vl.adversarial import AdversarialTraining, Budget, Method
 from gkl_vl.attacks import Norm, radius
 from gkl_vl.classifiers import Classifier, OnPixels, load_classifier
 from gkl_vl.data.labelled import LabelledSet, first, in_memory, open_labelled
-from gkl_vl.data.synthesized import Synthesized, WithSynthesized, open_synthesized
+from gkl_vl.data.synthesized import Synthesized, WithSynthesized, open_synthesized, synthesized_per_batch
 from gkl_vl.data.views import (
     DiskViews,
     LabelledLoader,
@@ -242,7 +242,7 @@ def main(config: Config) -> None:
     batch_size = config.batch_size or max(preset.batch_size // accelerator.num_processes, 1)
     per_epoch = batches_per_epoch(len(train), batch_size, accelerator.num_processes)
     views = MemoryViews(images=in_memory(train), seed=config.seed)
-    synthesized = open_more(preset, config, train)
+    synthesized = open_more(preset, config, train, batch_size)
     second = second_views(preset, config, train, synthesized)
     if not config.resume:  # from here on there is a run
         run.write_json("config.json", asked)
@@ -346,7 +346,7 @@ def open_data(config: Config, preset: Preset) -> tuple[LabelledSet, LabelledSet]
     return (train if config.images is None else first(train, config.images, config.seed)), test
 
 
-def open_more(preset: Preset, config: Config, train: LabelledSet) -> Synthesized | None:
+def open_more(preset: Preset, config: Config, train: LabelledSet, batch_size: int) -> Synthesized | None:
     """Synthesized images, where the preset or a flag wants them."""
     if preset.fraction and config.synthesized is None:
         raise UserError(
@@ -354,6 +354,7 @@ def open_more(preset: Preset, config: Config, train: LabelledSet) -> Synthesized
         )
     if config.synthesized is None:
         return None
+    synthesized_per_batch(batch_size, preset.fraction)  # says what is wrong with it before there is a run
     return open_synthesized(config.synthesized, num_classes=train.num_classes)
 
 

@@ -11,6 +11,10 @@ and an evaluation on drawings of a third style and on things that neither has se
 
 `--teacher none` trains on the contrastive loss alone; that is how the bundled teacher was made.
 
+`--adversarial linf --epsilon 4/255` makes a student that holds under attack: its images are moved, within the radius,
+so that its image-text logits leave the teacher's of the clean images, and it is trained on the moved ones towards them.
+An update costs about three times as much. `eval/zero_shot.py --attack apgd` measures what is left under attack.
+
 Paper: Cui et al., "Generalized Kullback-Leibler Divergence Loss", arXiv 2503.08038, and arXiv 2305.13948. The
 image-text form is this project's. Results, with commands and spread: recipes/README.md.
 """
@@ -27,6 +31,8 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from gkl_vl import cli, hub, report
+from gkl_vl.adversarial import ImageAttack, image_attack
+from gkl_vl.attacks import radius
 from gkl_vl.checkpoint import RunFolder
 from gkl_vl.data.benchmark_sets import load_benchmark_set
 from gkl_vl.data.pairs import (
@@ -114,6 +120,10 @@ class Config:
     """Of the soft cross entropy."""
     weight_temperature: float = 1.0
     """Of the softmax that the wMSE's weights come from."""
+    adversarial: Literal["none", "linf", "l2"] = "none"
+    """Train on attacked images, within --epsilon in this norm; the teacher sees the clean ones."""
+    epsilon: str | None = None
+    """Radius of the attack, a fraction or a number; pixels are in [0, 1]. None = 4/255 for linf, 0.5 for l2."""
     ema_decay: float = 0.0
     """Moving average of the weights, per step, that is evaluated and exported; 0 = none."""
     push_to_hub: str | None = None
@@ -129,8 +139,12 @@ class Config:
 def main(config: Config) -> None:
     if config.push_to_hub:
         hub.check_repo_id(config.push_to_hub)
-    terms = weights(config)
+    terms, attack = weights(config), find_attack(config)
     run, accelerator, asked = start(config, recipe="clip_kd")
+    if attack is not None and accelerator.is_fsdp2:
+        raise UserError(
+            "FSDP keeps a model in shards, and attacks need it whole: use accelerate_configs/multi_gpu.yaml"
+        )
     set_seed(config.seed)  # the same initial weights on every rank
     teacher = load_teacher(config, accelerator)
     student = load_clip(config.student, allow_pickle=config.allow_pickle)
@@ -168,10 +182,11 @@ def main(config: Config) -> None:
         return PairLoader(stream, pin_memory=accelerator.device.type == "cuda")
 
     lr = config.lr or (1e-3 if stored is None else BUNDLED_LR)
+    taught_by = make_teacher(teacher, stored, accelerator.device)
     exported = fit(
         accelerator=accelerator,
         model=model,
-        objective=ClipKd(student=student, teacher=make_teacher(teacher, stored, accelerator.device), weights=terms),
+        objective=ClipKd(student=student, teacher=taught_by, weights=terms, attack=attack),
         make_optimizer=partial(adamw, lr=lr, wd=config.wd),
         learning_rate=partial(warmup_cosine, lr=lr, steps=steps, warmup_steps=min(config.warmup, steps)),
         make_loader=make_loader,
@@ -259,6 +274,20 @@ def weights(config: Config) -> ClipKdWeights:
     )
 
 
+def find_attack(config: Config) -> ImageAttack | None:
+    """What --adversarial and --epsilon say."""
+    if config.adversarial == "none":
+        if config.epsilon is not None:
+            raise UserError(f"--epsilon {config.epsilon} is the radius of an attack: add --adversarial linf")
+        return None
+    return image_attack(config.adversarial, radius(epsilon_text(config), config.adversarial))
+
+
+def epsilon_text(config: Config) -> str:
+    """As --epsilon was written."""
+    return config.epsilon or ("4/255" if config.adversarial == "linf" else "0.5")
+
+
 def count_steps(config: Config, source: Source, num_processes: int) -> int:
     """Updates of the run, from --steps or --epochs."""
     counts = {"steps": config.steps, "epochs": config.epochs}
@@ -285,9 +314,9 @@ def count_steps(config: Config, source: Source, num_processes: int) -> int:
 def title(config: Config, steps: int) -> str:
     """The run in a line."""
     origin = "" if config.teacher == "none" else f" distilled from {config.teacher}"
-    return (
-        f"{config.student}{origin} · {steps:,} steps of {config.batch_size * config.accum_steps:,} · seed {config.seed}"
-    )
+    against = "" if config.adversarial == "none" else f" · against {config.adversarial} {epsilon_text(config)}"
+    batch = config.batch_size * config.accum_steps
+    return f"{config.student}{origin}{against} · {steps:,} steps of {batch:,} · seed {config.seed}"
 
 
 # ---- during and after -------------------------------------------------------------------------------------------
@@ -331,6 +360,7 @@ def finish(
         metrics=final,
         steps=steps,
         seed=config.seed,
+        attack=None if config.adversarial == "none" else f"{epsilon_text(config)} in {config.adversarial}",
         repo_id=config.push_to_hub,
     )
     hub.export_clip(clip=student, folder=run.path / "model", card=card)

@@ -1,0 +1,201 @@
+"""recipes/adversarial.py: settings as published, a run by two processes, exact resume, mistakes in a line."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, disable_progress_bars
+from datasets import Image as ImageFeature
+from PIL import Image
+from safetensors.torch import load_file
+
+from gkl_vl.classifiers import ZOO, load_classifier
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "adversarial.py"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+CLASSES = 5
+FLAGS = ["--data", "cifar", "--model", "resnet8", "--batch-size", "4", "--workers", "0", "--robust-images", "6"]
+FLAGS += ["--epochs", "2", "--budget", "low"]
+disable_progress_bars()
+
+
+def recipe():
+    spec = importlib.util.spec_from_file_location("adversarial_recipe", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["adversarial_recipe"] = module  # a dataclass looks its module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_presets_are_the_published_settings():
+    """The last row of the table of published settings, the scripts' flags, and their text below the table."""
+    presets = recipe().PRESETS
+    for name, gamma, raised in (("cifar100-basic", 0.4, 1), ("cifar10-basic", 0.2, 0)):
+        preset = presets[name]
+        assert (preset.epochs, preset.batch_size, preset.lr, preset.wd) == (200, 128, 0.2, 5e-4)
+        assert (preset.model, preset.ema_decay, preset.ema_epoch) == ("wrn_34_10", 0.9996, 150)
+        gkl, ikl = preset.methods["gkl"], preset.methods["ikl"]
+        for found, of_method in ((gkl, (gamma, 1)), (ikl, (ikl.gamma, 4))):
+            assert (found.soft_ce_weight, found.wmse_weight, found.attack_wmse_weight) == (4, 20, raised)
+            assert (found.gamma, found.prior_temperature, found.class_prior) == (*of_method, True)
+            assert (found.awp_gamma, found.awp_epoch, found.epsilon, found.norm) == (0.005, 10, 8 / 255, "linf")
+            assert found.label_smoothing == 0 and found.budget == "high"
+    second = presets["cifar100-autoaugment"]
+    gkl = second.methods["gkl"]
+    assert (second.second_view, gkl.second_view_weight, gkl.gamma, gkl.prior_temperature) == ("autoaugment", 0.5, 1, 4)
+    for name, weights in (("cifar100-synthesized", (5, 12)), ("cifar10-synthesized", (3, 10))):
+        preset = presets[name]
+        gkl = preset.methods["gkl"]
+        assert (gkl.soft_ce_weight, gkl.wmse_weight) == weights and gkl.awp_gamma == 0 and gkl.label_smoothing == 0.1
+        assert preset.model == "wrn_28_10_silu" and preset.fraction and gkl.epochs == preset.epochs
+    for preset in presets.values():
+        assert preset.model in ZOO and set(preset.methods) == {"natural", "trades", "ikl", "gkl"}
+        assert all(settings.method == method for method, settings in preset.methods.items())
+
+
+def test_every_flag_is_explained():
+    source = RECIPE.read_text()
+    body = source[source.index("class Config:") : source.index("\ndef main(")]
+    explained = re.findall(r"^    ([a-z_0-9]+): .*\n    \"\"\"", body, flags=re.MULTILINE)
+    assert explained == [field.name for field in dataclasses.fields(recipe().Config)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """CIFAR-like parquet, and synthesized images."""
+    folder, random = tmp_path_factory.mktemp("adversarial"), np.random.default_rng(0)
+    names = ClassLabel(names=[f"class {i}" for i in range(CLASSES)])
+    (folder / "cifar").mkdir()
+    for split, count in (("train", 16), ("test", 10)):
+        images = [Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(count)]
+        content = {"img": images, "label": [i % CLASSES for i in range(count)]}
+        table = Dataset.from_dict(content, features=Features({"img": ImageFeature(), "label": names}))
+        table.to_parquet(folder / "cifar" / f"{split}-00000-of-00001.parquet")
+    image = random.integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+    np.savez(folder / "more.npz", image=image, label=np.arange(9) % CLASSES)
+    return folder
+
+
+def test_two_processes_write_one_run(place):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(RECIPE), *FLAGS]
+    command += ["--synthesized", "more.npz", "--fraction", "0.5", "--second-view", "autoaugment"]
+    command += ["--output-dir", "run", "--eval-every-epochs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    run = place / "run"
+    assert {p.name for p in run.iterdir()} == {"config.json", "results.jsonl", "checkpoints", "model", "report.png"}
+    records = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    measured = [(r["step"], r["dataset"].partition(":")[0]) for r in records if "model" in r]
+    assert measured == [(2, "cifar"), (2, "pgd20"), (4, "cifar"), (4, "pgd20")]
+    training = [record for record in records if "train/loss" in record][-1]
+    assert {"train/ce", "train/robust", "train/batch_acc1", "train/batch_robust_acc1"} <= set(training)
+    assert load_classifier(f"local-dir:{run / 'model'}").num_classes == CLASSES
+    assert "against attacks within 8/255 in linf" in (run / "model" / "README.md").read_text()
+    assert "Load the student" in done.stdout and "Published for cifar10-basic by gkl: 85.31 %" in done.stdout
+
+
+@pytest.fixture
+def call(place, monkeypatch, capsys):
+    """call(*flags) -> (exit code, stdout, stderr) in this process."""
+    monkeypatch.chdir(place)
+
+    def call(*flags: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["adversarial.py", *flags])
+        code = 0
+        try:
+            runpy.run_path(str(RECIPE), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.mark.parametrize("method", ["natural", "trades", "ikl"])
+def test_every_method_runs(call, place, method):
+    flags = ["--method", method, "--epochs", "1", "--norm", "l2", "--epsilon", "0.5", "--second-view", "cutout"]
+    code, out, error = call(*FLAGS, *flags, "--output-dir", method)
+    assert code == 0, error
+    assert ("l2 0.5" in out) == (method != "natural")
+    config = json.loads((place / method / "config.json").read_text())
+    assert (config["method"], config["epsilon"]) == (method, "0.5")
+
+
+def test_a_resumed_run_is_the_one_that_was_never_stopped_bit_for_bit(call, place):
+    """With perturbed weights, a prior, and an average that begins on the way."""
+    flags = [*FLAGS, "--epochs", "4", "--checkpoint-every-epochs", "1", "--eval-every-epochs", "1"]
+    assert call(*flags, "--output-dir", "whole")[0] == 0
+    checkpoints = sorted((place / "whole" / "checkpoints").iterdir())
+    assert [c.name for c in checkpoints] == [f"step_{step:08d}" for step in (4, 8, 12, 16)]
+    want = load_file(place / "whole" / "model" / "model.safetensors")
+    records = (place / "whole" / "results.jsonl").read_text()
+    for checkpoint in (checkpoints[0], checkpoints[2]):
+        code, _, error = call(*flags, "--output-dir", "whole", "--resume", str(checkpoint))
+        assert code == 0, error
+        got = load_file(place / "whole" / "model" / "model.safetensors")
+        assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+        without_speed = [
+            [{k: v for k, v in json.loads(line).items() if "per_second" not in k} for line in text.splitlines()]
+            for text in (records, (place / "whole" / "results.jsonl").read_text())
+        ]
+        assert without_speed[0] == without_speed[1]
+    averaged = load_file(checkpoints[2] / "ema.safetensors")
+    assert averaged["n_averaged"] == 0 and load_file(checkpoints[3] / "ema.safetensors")["n_averaged"] == 4
+
+
+def test_an_average_is_exported_with_statistics_of_its_own(place):
+    """Of the run above: BatchNorm's statistics in the export are those that its weights give."""
+    exported = load_classifier(f"local-dir:{place / 'whole' / 'model'}")
+    stored = load_file(sorted((place / "whole" / "checkpoints").iterdir())[-1] / "ema.safetensors")
+    weights = {name.removeprefix("module.model.model."): tensor for name, tensor in stored.items()}
+    trained = load_file(sorted((place / "whole" / "checkpoints").iterdir())[-1] / "model.safetensors")
+    state = exported.model.state_dict()
+    assert torch.equal(state["conv1.weight"], weights["conv1.weight"])
+    assert not torch.equal(state["bn1.running_mean"], trained["model.model.bn1.running_mean"])
+    exported.model.train()
+    for module in exported.model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    from gkl_vl.data.labelled import in_memory, open_labelled
+    from gkl_vl.data.views import MemoryViews
+
+    train = MemoryViews(images=in_memory(open_labelled(str(place / "cifar"), "train")), seed=0)
+    (images,) = train.batches(iter([(0, torch.arange(16))]))
+    exported.model(exported.prepare(images))
+    torch.testing.assert_close(exported.model.state_dict()["bn1.running_mean"], state["bn1.running_mean"])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--preset", "cifar10-basik"], "unknown --preset 'cifar10-basik', did you mean 'cifar10-basic'"),
+        (["--preset", "cifar10-synthesized"], "cifar10-synthesized trains on synthesized images as well: give --synth"),
+        (["--epsilon", "8"], "an epsilon of 8 is no radius in linf for pixels in [0, 1]: write 8/255"),
+        (["--epsilon", "0"], "an epsilon of 0 is no radius"),
+        (["--epsilon", "8/0"], "an epsilon of '8/0' is no number"),
+        (["--epsilon", "eight"], "an epsilon of 'eight' is no number: write 8/255"),
+        (["--model", "wrn_16_3"], "unknown classifier 'wrn_16_3'"),
+        (["--epochs", "0"], "--epochs 0 must be at least 1"),
+        (["--robust-images", "0"], "--robust-images 0 must be at least 1"),
+        (["--synthesized", "none.npz", "--fraction", "0.5"], "'none.npz' does not exist"),
+        (["--synthesized", "more.npz", "--fraction", "1"], "a fraction of 1"),
+        (["--synthesized", "more.npz"], "a fraction of 0"),
+        (["--images", "17"], "17 images were asked for"),
+        (["--batch-size", "64"], "16 images do not fill a batch of 64"),
+    ],
+)
+def test_a_mistake_is_one_line(call, place, flags, message):
+    code, _, error = call(*FLAGS, "--output-dir", "never", *flags)
+    assert code == 2 and message in error and len(error.strip().splitlines()) == 1, error
+    assert not (place / "never").exists()

@@ -1,0 +1,220 @@
+"""eval/autoattack.py, run as a user runs it: what it appends and prints, by one process and by two, killed and taken
+up, and that every mistake ends in one line and exit code 2."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from gkl_vl.classifiers import load_classifier
+from gkl_vl.robustness import wilson_interval
+
+HOUSE = Path(__file__).parents[1]
+SCRIPT = HOUSE / "eval" / "autoattack.py"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(HOUSE)}
+CLASSES, EACH = 4, 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads that meet after each of a thousand tiny operations take many times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def place(one_thread, tmp_path_factory) -> Path:
+    """A folder with images of 4 colours and a run whose resnet8 tells them apart."""
+    folder = tmp_path_factory.mktemp("place")
+    draw = np.random.default_rng(0)
+    colours = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200], [180, 180, 60]])
+    images, labels = [], []
+    for label in range(CLASSES):
+        (folder / "data" / "test" / f"class{label}").mkdir(parents=True)
+        for number in range(EACH):
+            pixels = (colours[label] + draw.integers(-50, 51, (8, 8, 3))).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / "data" / "test" / f"class{label}" / f"{number}.png")
+            images.append(torch.from_numpy(pixels).permute(2, 0, 1))
+            labels.append(label)
+    torch.manual_seed(0)
+    classifier = load_classifier("resnet8", num_classes=CLASSES)
+    optimizer = torch.optim.Adam(classifier.model.parameters(), lr=1e-2)
+    for _ in range(30):
+        loss = torch.nn.functional.cross_entropy(
+            classifier.on_pixels()(torch.stack(images) / 255), torch.tensor(labels)
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    (folder / "runs" / "a" / "model").mkdir(parents=True)
+    config = {"library": "gkl-vl", "architecture": "resnet8", "num_classes": CLASSES}
+    config |= {"mean": classifier.mean, "std": classifier.std}
+    (folder / "runs" / "a" / "model" / "config.json").write_text(json.dumps(config))
+    save_file(classifier.model.state_dict(), folder / "runs" / "a" / "model" / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def call(place, tmp_path, monkeypatch, capsys):
+    """call(*flags) -> (exit code, stdout, stderr), in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags: str) -> tuple[int, str, str]:
+        asked = ["--model", str(place / "runs" / "a"), "--data", str(place / "data"), *flags]
+        monkeypatch.setattr(sys, "argv", ["autoattack.py", *asked])
+        code = 0
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def records(file: str = "results.jsonl") -> list[dict]:
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+
+def test_autoattack_of_a_run_leaves_a_line_and_a_table(call, place):
+    code, out, err = call("--epsilon", "128/255", "--batch-size", "8")
+    assert (code, err) == (0, "")
+    (record,) = records()
+    assert (record["attack"], record["version"], record["norm"], record["epsilon"]) == (
+        "autoattack",
+        "standard",
+        "linf",
+        128 / 255,
+    )
+    assert (record["n"], record["seed"], record["draw"]) == (12, 0, "all 12")
+    assert record["model"] == str(place / "runs" / "a") and record["dataset"] == f"{place / 'data'}:test"
+    assert record["clean_acc1"] > 0.9 and record["robust_acc1"] == 0  # undefended
+    assert list(record["after"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert record["robust_acc1_interval"] == list(wilson_interval(hits=0, n=12))
+    assert record["target_classes"] == 3 and record["note"] is None and record["pyautoattack"]
+    head, settings, *rows = out.splitlines()
+    assert "128/255" in head and settings == "AutoAttack standard"
+    assert "robust, after square        0.00 %   95 %: 0.00 % to 24.25 %" in rows
+    assert rows[-1] == f"appended to results.jsonl; batches in {next(Path('runs').iterdir())}"
+
+
+@pytest.mark.parametrize("attack", ["pgd20", "pgd100", "cw"])
+def test_a_quick_look_says_that_it_is_one(call, attack):
+    code, out, err = call("--attack", attack, "--images", "8", "--seed", "2")
+    assert (code, err) == (0, "")
+    (record,) = records()
+    assert record["note"] == "not AutoAttack: an upper bound" and record["note"] in out
+    assert (record["n"], record["seed"], record["draw"]) == (8, 2, "8 of 12, evenly by class, seed 0")
+    assert record["epsilon"] == 8 / 255
+
+
+def test_the_usual_epsilon_depends_on_the_norm(call):
+    assert call("--attack", "pgd20", "--norm", "l2")[0] == 0
+    assert records()[0]["epsilon"] == 0.5
+
+
+def test_masking_is_checked_on_demand(call):
+    flags = ["--attack", "pgd20", "--check-masking", "--masking-images", "4", "--state-dir", "state"]
+    code, out, err = call(*flags, "--epsilon", "0.3")
+    assert (code, err) == (0, "")
+    (record,) = records()
+    assert list(record["masking"]) == ["apgd-ce", "square", "pgd100 at 0.3", "pgd100 at 0.5"]
+    assert "masking, square" in out
+    assert {path.name for path in Path().iterdir()} == {"results.jsonl", "state", "state-masking"}
+
+
+def test_weights_by_name_are_the_model_of_the_run(call, place):
+    weights = str(place / "runs" / "a" / "model" / "model.safetensors")
+    assert call("--attack", "pgd20")[0] == 0
+    assert call("--attack", "pgd20", "--model", "resnet8", "--weights", weights)[0] == 0
+    first, second = records()
+    assert first["model_sha256"] == second["model_sha256"] and second["pretrained"] == weights
+    assert len(list(Path("runs").iterdir())) == 1  # it found what the first one had done
+
+
+def test_two_processes_append_the_line_of_one(call, place, tmp_path):
+    flags = ["--attack", "apgd-ce", "--epsilon", "0.1", "--batch-size", "5"]
+    assert call(*flags)[0] == 0
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(SCRIPT)]
+    command += ["--model", str(place / "runs" / "a"), "--data", str(place / "data"), *flags, "--state-dir", "two"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = ({k: v for k, v in record.items() if k != "seconds"} for record in records())
+    assert one == two and 0 < one["robust_acc1"] < one["clean_acc1"]
+    (state,) = Path("runs").iterdir()
+    for file in sorted(state.glob("batch_*.json")):
+        assert json.loads(file.read_text())["flags"] == json.loads((tmp_path / "two" / file.name).read_text())["flags"]
+
+
+def test_a_killed_evaluation_goes_on(call, place, tmp_path):
+    flags = ["--attack", "pgd100", "--epsilon", "0.1", "--batch-size", "2"]
+    command = [sys.executable, str(SCRIPT), "--model", str(place / "runs" / "a"), "--data", str(place / "data")]
+    running = subprocess.Popen([*command, *flags, "--state-dir", "killed"], cwd=tmp_path, env=ENVIRONMENT)
+    try:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "killed" / "batch_00000.json").exists():
+            assert running.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+    there = {file.name: file.stat().st_mtime_ns for file in Path("killed").glob("batch_*.json")}
+    assert 0 < len(there) < 6 and not Path("results.jsonl").exists()
+    assert call(*flags, "--state-dir", "killed")[0] == 0
+    assert {name: (Path("killed") / name).stat().st_mtime_ns for name in there} == there
+    assert call(*flags, "--state-dir", "whole")[0] == 0
+    killed, whole = ({k: v for k, v in record.items() if k != "seconds"} for record in records())
+    assert killed == whole
+
+
+def complaint(call, *flags: str) -> str:
+    code, out, err = call(*flags)
+    assert code == 2 and out == "" and err.count("\n") == 1 and not Path("results.jsonl").exists()
+    return err
+
+
+def test_mistakes_end_in_one_line(call, place, tmp_path, monkeypatch):
+    look = ["--attack", "pgd20"]
+    assert "write 8/255 or 0.03" in complaint(call, *look, "--epsilon", "eight")
+    assert "write 8/255, not 8" in complaint(call, *look, "--epsilon", "8")
+    assert "must be above 0" in complaint(call, *look, "--epsilon", "0")
+    assert "it has 12" in complaint(call, *look, "--images", "13")
+    assert "--batch-size 0" in complaint(call, *look, "--batch-size", "0")
+    assert "--masking-images 0" in complaint(call, *look, "--check-masking", "--masking-images", "0")
+    assert "no split 'train'" in complaint(call, *look, "--split", "train")
+    assert "has random weights" in complaint(call, *look, "--model", "resnet8")
+    assert "unknown classifier" in complaint(call, *look, "--model", "resnet7", "--weights", "a.safetensors")
+    assert "is AutoAttack's" in complaint(call, *look, "--version", "plus")
+    assert "unknown placeholder" in complaint(call, *look, "--output", "{sets}.json")
+    assert "--epsilon" in complaint(call, *look, "--epsilom", "8/255")
+    for package in ("pyautoattack", "robustbench"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert "gkl-vl[attack]" in complaint(call)
+    monkeypatch.delitem(sys.modules, "pyautoattack")
+    assert "gkl-vl[robustbench]" in complaint(call, *look, "--model", "robustbench:Carmon2019Unlabeled")
+
+
+def test_a_state_of_other_weights_is_refused(call, place, tmp_path):
+    assert call("--attack", "pgd20", "--state-dir", "state")[0] == 0
+    state = load_file(place / "runs" / "a" / "model" / "model.safetensors")
+    name = next(name for name in state if name.endswith("weight"))
+    save_file(state | {name: state[name] + 1e-3}, "other.safetensors")
+    code, _, err = call(
+        "--attack", "pgd20", "--state-dir", "state", "--model", "resnet8", "--weights", "other.safetensors"
+    )
+    assert code == 2 and "belongs to another evaluation, but model_sha256" in err and err.count("\n") == 1
+    assert len(records()) == 1

@@ -1,0 +1,745 @@
+"""AutoAttack is AutoAttack, sample by sample, and finds what a linear model's algebra says; processes, kills and reruns
+change nothing; doubtful numbers come with a warning; mistakes end in a line."""
+
+import json
+import logging
+import os
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyautoattack
+import pytest
+import torch
+from helpers import RankFailed, run_ranks
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gkl_vl import robustness
+from gkl_vl.classifiers import load_classifier
+from gkl_vl.data.labelled import LabelledSet, open_labelled
+from gkl_vl.errors import UserError
+from gkl_vl.robustness import (
+    Attack,
+    Examples,
+    Target,
+    check_masking,
+    growing_epsilons,
+    load_examples,
+    load_target,
+    masking_warnings,
+    measure,
+    parse_epsilon,
+    result_record,
+    results_table,
+    survives_pgd,
+    survivors,
+    wilson_interval,
+)
+
+SIZE = 6  # pixels a side
+NAMES = ["autoattack", "pgd20", "pgd100", "cw", "apgd-ce", "square"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads that meet after each of a thousand tiny operations take many times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """AutoAttack's parts with a fraction of their iterations, whoever calls them."""
+    parts = {
+        pyautoattack.autoattack.APGDAttack: "n_iter",
+        pyautoattack.autoattack.APGDAttack_targeted: "n_iter",
+        pyautoattack.autoattack.FABAttack_PT: "n_iter",
+        pyautoattack.autoattack.SquareAttack: "n_queries",
+    }
+    for part, iterations in parts.items():
+
+        def perturb(self, *args, whole=part.perturb, iterations=iterations, **options):
+            setattr(self, iterations, {"n_iter": 10, "n_queries": 50}[iterations])
+            return whole(self, *args, **options)
+
+        monkeypatch.setattr(part, "perturb", perturb)
+
+
+def patterns(classes: int) -> Tensor:
+    return torch.randn(classes, 3 * SIZE * SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def linear(classes: int = 10, *, scale: float = 1.0) -> nn.Sequential:
+    """Knows the pattern of each class."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, classes))
+    with torch.no_grad():
+        model[1].weight.copy_(scale * patterns(classes))
+        model[1].bias.copy_(-0.5 * scale * patterns(classes).sum(1))  # grey is nobody's
+    return model.eval()
+
+
+def examples(n: int = 12, classes: int = 10, *, contrast: float = 0.08) -> Examples:
+    """Grey images with a trace of their class's pattern, more in some than in others, far from black and white."""
+    draw = torch.Generator().manual_seed(2)
+    labels = torch.arange(n) % classes
+    strength = contrast * torch.rand(n, 1, generator=draw)
+    noise = 0.04 * torch.randn(n, 3 * SIZE * SIZE, generator=draw)
+    pixels = (0.5 + strength * patterns(classes)[labels] + noise).clamp(0.25, 0.75)
+    images = (255 * pixels).round().byte().view(n, 3, SIZE, SIZE)
+    return Examples(name="made:test", images=images, labels=labels, num_classes=classes, draw=f"all {n}")
+
+
+def target(model: nn.Module) -> Target:
+    return Target(architecture="made", model=model)
+
+
+def far_enough(model: nn.Module, data: Examples, norm: str) -> Tensor:
+    """The epsilon at which each image of a linear model falls, by algebra; below 0 where it is wrong to begin with.
+
+    (z_y - z_j) / |w_y - w_j|, the norm being the dual one, at the nearest class j.
+    """
+    weight, x = model[1].weight.double(), data.images.double().flatten(1) / 255
+    logits = x @ weight.T + model[1].bias.double()
+    distances = []
+    for z, y in zip(logits, data.labels, strict=True):
+        length = (weight[y] - weight).norm(p=1 if norm == "linf" else 2, dim=1)
+        distances.append(min((z[y] - z[j]) / length[j] for j in range(len(z)) if j != y))
+    return torch.stack(distances)
+
+
+def middle(distances: Tensor) -> float:
+    """An epsilon that half of the images survive, as far as may be from where any of them falls."""
+    ordered = distances[distances > 0].sort().values
+    gaps = (ordered[1:] - ordered[:-1])[len(ordered) // 3 : -(len(ordered) // 3)]
+    best = int(gaps.argmax()) + len(ordered) // 3
+    return ((ordered[best] + ordered[best + 1]) / 2).item()
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize(
+    "hits, n, low, high",
+    [  # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (29, 29, 0.8830, 1.0000),
+    ],
+)
+def test_the_interval_is_wilsons(hits, n, low, high):
+    assert wilson_interval(hits=hits, n=n) == pytest.approx((low, high), abs=6e-5)
+
+
+@pytest.mark.parametrize("n", [1, 7, 10_000])
+def test_the_interval_at_none_and_at_all(n):
+    z = 1.959963984540054
+    assert wilson_interval(hits=0, n=n) == (0.0, pytest.approx(z * z / (n + z * z)))
+    assert wilson_interval(hits=n, n=n) == (pytest.approx(n / (n + z * z)), 1.0)
+
+
+@pytest.mark.parametrize("hits, n", [(0, 0), (3, 2), (-1, 2)])
+def test_an_interval_of_nonsense_is_refused(hits, n):
+    with pytest.raises(ValueError, match="hits"):
+        wilson_interval(hits=hits, n=n)
+
+
+def test_an_epsilon_is_a_fraction_or_a_number():
+    assert [parse_epsilon(text) for text in ("8/255", "0.5", "1e-2", " 4 / 255 ")] == [8 / 255, 0.5, 0.01, 4 / 255]
+    for text in ("eight", "8/0", "8/255/1", "", "/255"):
+        with pytest.raises(UserError, match="write 8/255 or 0.03"):
+            parse_epsilon(text)
+
+
+# ---- one batch
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_autoattack_finds_what_algebra_says_of_a_linear_model(norm):
+    model, data = linear(), examples(24)
+    falls_at = far_enough(model, data, norm)
+    epsilon = middle(falls_at)
+    assert (falls_at - epsilon).abs().min() > 2e-4  # the answer is clear for every image
+    flags = survivors(
+        Attack(name="autoattack", norm=norm, epsilon=epsilon), model=model, images=data.images, labels=data.labels
+    )
+    assert list(flags) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert torch.equal(flags["clean"], falls_at > 0)
+    assert torch.equal(flags["square"], falls_at > epsilon)
+    assert 3 < flags["square"].sum() < flags["clean"].sum() - 3
+    for before, after in zip(list(flags.values()), list(flags.values())[1:], strict=False):
+        assert not (after & ~before).any()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", ["pgd20", "pgd100", "cw", "apgd-ce", "square"])
+def test_a_quick_look_is_an_upper_bound_and_close(name, norm):
+    model, data = linear(), examples(24)
+    falls_at = far_enough(model, data, norm)
+    epsilon = middle(falls_at)
+    flags = survivors(
+        Attack(name=name, norm=norm, epsilon=epsilon), model=model, images=data.images, labels=data.labels
+    )
+    survives = falls_at > epsilon
+    assert list(flags) == ["clean", name] and torch.equal(flags["clean"], falls_at > 0)
+    assert not (survives & ~flags[name]).any()
+    most = {"cw": 2, "square": 24}.get(name, 5)  # the cross entropy goes to the likeliest class, not to the nearest
+    assert (flags[name] & ~survives).sum() <= most
+
+
+def same_as_by_hand(folder: Path, *, n: int, batch_size: int, norm: str, version: str) -> None:
+    data = examples(n)
+    falls_at = far_enough(linear(), data, norm)
+    epsilon = 1.01 * falls_at[falls_at > 0].median().item()
+    data = replace(data, labels=(data.labels + (torch.arange(n) == 1)) % 10)  # one is wrong to begin with
+    model = nn.Sequential(*linear(), nn.Tanh()).eval()  # more than algebra can say
+    attack = Attack(name="autoattack", norm=norm, epsilon=epsilon, version=version, seed=3)
+    ours = measure(attack=attack, target=target(model), examples=data, batch_size=batch_size, state_dir=folder)
+    by_hand = []
+    for images, wanted in zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True):
+        adversary = pyautoattack.AutoAttack(
+            model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=epsilon, seed=3, version=version
+        )
+        _, told = adversary.run_standard_evaluation(images / 255, wanted, batch_size=batch_size)
+        by_hand.append(told == wanted)
+    assert torch.equal(list(ours.flags.values())[-1], torch.cat(by_hand))
+    assert 0 < torch.cat(by_hand).sum() < ours.flags["clean"].sum() < n  # some survive, some fall, some are wrong
+
+
+def test_the_numbers_are_pyautoattacks_to_the_sample(tmp_path):
+    same_as_by_hand(tmp_path / "s", n=5, batch_size=5, norm="linf", version="standard")
+
+
+@pytest.mark.parametrize("version, norm", [("standard", "linf"), ("standard", "l2"), ("plus", "linf"), ("rand", "l2")])
+def test_so_they_are_in_batches_whatever_the_version(tmp_path, short, version, norm):
+    same_as_by_hand(tmp_path / "s", n=7, batch_size=4, norm=norm, version=version)
+
+
+def test_an_image_that_is_wrong_to_begin_with_has_not_survived(monkeypatch):
+    model, data = linear(), examples()
+    clean = model(data.images / 255).argmax(1) == data.labels
+    assert 0 < clean.sum() < len(clean)
+    # an attack that puts all right
+    monkeypatch.setattr(robustness, "pgd", lambda model, images, **_: images)
+    monkeypatch.setattr(robustness, "_is_right", lambda model, pixels, labels: model(pixels).argmax(1) == labels)
+    flags = survives_pgd(
+        model=model, images=data.images, labels=data.labels, epsilon=0.1, steps=1, step_size=0.1, batch_size=5
+    )
+    assert torch.equal(flags, clean)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_undefended_model_falls_to_nothing(name):
+    model, data = linear(), examples(8)
+    flags = survivors(Attack(name=name, norm="linf", epsilon=0.3), model=model, images=data.images, labels=data.labels)
+    assert flags["clean"].sum() > 4 and list(flags.values())[-1].sum() == 0
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_batch_of_one_and_a_batch_with_one_left(norm, short):
+    model, data = linear(), examples(24)
+    strongest = far_enough(model, data, norm).argmax()
+    epsilon = far_enough(model, data, norm).sort().values[-2:].mean().item()
+    attack = Attack(name="autoattack", norm=norm, epsilon=epsilon)
+    alone = survivors(
+        attack, model=model, images=data.images[strongest, None], labels=data.labels[strongest].reshape(1)
+    )
+    among = survivors(attack, model=model, images=data.images[:], labels=data.labels)
+    assert alone["square"].tolist() == [True]
+    assert among["square"].nonzero().flatten().tolist() == [strongest]
+
+
+def test_with_few_classes_the_targets_are_all_others(tmp_path, short):
+    data = examples(5, classes=4)
+    attack = Attack(name="autoattack", norm="linf", epsilon=0.01)
+    outcome = measure(attack=attack, target=target(linear(4)), examples=data, state_dir=tmp_path / "s")
+    survives = far_enough(linear(4), data, "linf") > 0.01
+    assert torch.equal(outcome.flags["square"], survives) and outcome.warnings == []
+    record = result_record(outcome, model="m", pretrained="", examples=data, masking={}, warnings=[])
+    assert record["target_classes"] == 3 and "aim at 3 classes" in results_table(record)
+
+
+def test_with_too_few_classes_it_says_what_to_use(tmp_path, short):
+    data, three = examples(5, classes=3), target(linear(3))
+    attack = Attack(name="autoattack", norm="linf", epsilon=0.01)
+    with pytest.raises(UserError, match="ranks 4 logits and the model has 3: use --attack pgd100"):
+        measure(attack=attack, target=three, examples=data, state_dir=tmp_path / "s")
+    rand = replace(attack, version="rand")
+    assert measure(attack=rand, target=three, examples=data, state_dir=tmp_path / "r").flags["apgd-dlr"].sum() >= 0
+
+
+# ---- PGD, as training watches it
+
+
+def test_pgd_leaves_no_trace_and_depends_on_its_seed_alone():
+    data = examples()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, 10))
+    model.train()[1].eval()  # a frozen part in a model in training
+    model(data.images / 255).sum().backward()
+    modes = [module.training for module in model.modules()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gradients = [p.grad.clone() for p in model.parameters()]
+    labels = model.eval()(data.images / 255).argmax(1)
+    for module, mode in zip(model.modules(), modes, strict=True):
+        module.training = mode
+
+    def flags(seed: int, n: int = 12) -> list[bool]:
+        return survives_pgd(
+            model=model,
+            images=data.images[:n],
+            labels=labels[:n],
+            epsilon=0.1,
+            steps=1,
+            step_size=0.0,  # what survives hangs on the start alone
+            batch_size=5,
+            seed=seed,
+        ).tolist()
+
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = flags(0)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert flags(0) == first
+    with torch.inference_mode():
+        assert flags(0) == first
+    with torch.no_grad():
+        assert flags(0) == first
+    assert any(flags(seed) != first for seed in range(1, 20))
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_pgd_of_no_images_and_of_batches_of_nothing():
+    data = examples()
+    options = {"model": linear(), "epsilon": 0.1, "steps": 1, "step_size": 0.1}
+    assert survives_pgd(images=data.images[:0], labels=data.labels[:0], **options).tolist() == []
+    with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):
+        survives_pgd(images=data.images, labels=data.labels, batch_size=0, **options)
+
+
+@pytest.mark.parametrize("name", ["autoattack", "pgd20"])
+def test_an_attack_does_not_move_the_global_random_state(name):
+    model, data, attack = linear(), examples(3), Attack(name=name, norm="linf", epsilon=0.05)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = survivors(attack, model=model, images=data.images, labels=data.labels)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    again = survivors(attack, model=model, images=data.images, labels=data.labels)
+    assert all(torch.equal(again[part], first[part]) for part in first)
+
+
+def test_the_margin_attack_maximises_the_margin():
+    logits = torch.tensor([[3.0, 1, 2], [0, 5, 4]], requires_grad=True)
+    loss = robustness._margin(torch.tensor([0, 2]))(logits)
+    assert loss.item() == (2 - 3) + (5 - 4)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.tolist() == [[-1, 0, 1], [0, 1, -1]]
+
+
+# ---- batches, processes, kills
+
+
+QUICK = Attack(name="apgd-ce", norm="linf", epsilon=0.012, seed=1)
+
+
+def quick(folder: Path, *, model: nn.Module | None = None, data: Examples | None = None, batch_size: int = 4, **other):
+    data = data or examples(14)
+    attack = replace(QUICK, **other)
+    return measure(
+        attack=attack, target=target(model or linear()), examples=data, batch_size=batch_size, state_dir=folder
+    )
+
+
+def flags_on_ranks(rank, world_size, folder, name):
+    outcome = quick(Path(folder), name=name)
+    return {part: flags.tolist() for part, flags in outcome.flags.items()}, outcome.seconds
+
+
+@pytest.mark.parametrize("name", ["apgd-ce", "pgd20"])
+def test_two_processes_and_one_agree_to_the_sample(tmp_path, name):
+    one = quick(tmp_path / "one", name=name)
+    assert 0 < one.flags[name].sum() < one.flags["clean"].sum()
+    two = run_ranks(flags_on_ranks, 2, str(tmp_path / "two"), name)
+    assert two[0] == two[1]  # both know all
+    assert two[0][0] == {part: flags.tolist() for part, flags in one.flags.items()}
+    batches = [json.loads((tmp_path / "two" / f"batch_0000{k}.json").read_text()) for k in range(4)]
+    assert [batch["indices"] for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13]]
+
+
+class Dies(nn.Module):
+    """A linear model whose process ends without a word at the so-maniest look."""
+
+    def __init__(self, looks: int):
+        super().__init__()
+        self.model, self.looks = linear(), looks
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        self.looks -= 1
+        if self.looks == 0:
+            os._exit(9)
+        return self.model(pixels)
+
+
+def killed(rank, world_size, folder):
+    quick(Path(folder), model=Dies(150 if rank == 0 else 10**9))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_killed_run_goes_on_where_it_was(tmp_path, world_size):
+    whole = quick(tmp_path / "whole", model=Dies(10**9))
+    with pytest.raises(RankFailed, match="died without a word"):
+        run_ranks(killed, world_size, str(tmp_path / "killed"))
+    there = {file.name: file.read_text() for file in (tmp_path / "killed").glob("batch_*.json")}
+    assert 0 < len(there) < 4
+    again = quick(tmp_path / "killed", model=Dies(10**9))
+    assert {part: flags.tolist() for part, flags in again.flags.items()} == {
+        part: flags.tolist() for part, flags in whole.flags.items()
+    }
+    for name, text in there.items():  # not attacked again
+        assert (tmp_path / "killed" / name).read_text() == text
+    assert not list((tmp_path / "killed").glob("*.writing*"))
+
+
+def test_a_finished_run_is_not_attacked_again(tmp_path, monkeypatch):
+    first = quick(tmp_path / "s")
+    monkeypatch.setattr(robustness, "survivors", lambda *_, **__: pytest.fail("attacked again"))
+    again = quick(tmp_path / "s")
+    assert again.accuracies() == first.accuracies() and again.seconds == first.seconds
+
+
+def test_without_a_state_folder_the_same_evaluation_finds_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = quick(None)
+    assert quick(None).seconds == first.seconds and quick(None, seed=2).state_dir != first.state_dir
+    assert first.state_dir.parent == Path("runs")
+
+
+OTHERS = {
+    "epsilon": {"epsilon": 0.013},
+    "norm": {"norm": "l2"},
+    "seed": {"seed": 2},
+    "name": {"name": "square"},
+    "batch_size": {"batch_size": 7},
+    "images": {"data": examples(13)},
+    "data_sha256": {"data": examples(14, contrast=0.07)},
+    "model_sha256": {"model": linear(scale=2.0)},
+}
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_a_state_of_another_evaluation_is_refused(tmp_path, key):
+    quick(tmp_path / "s")
+    with pytest.raises(UserError, match=rf"belongs to another evaluation, but .*{key} .*\(was ") as refused:
+        quick(tmp_path / "s", **OTHERS[key])
+    assert "\n" not in str(refused.value)
+
+
+def test_labels_and_version_belong_to_the_evaluation_too(tmp_path):
+    data = examples(4)
+    attack = Attack(name="autoattack", norm="linf", epsilon=0.3)
+    measure(attack=attack, target=target(linear()), examples=data, state_dir=tmp_path / "s")
+    with pytest.raises(UserError, match=r"version rand \(was standard\)"):
+        measure(
+            attack=replace(attack, version="rand"),
+            target=target(linear()),
+            examples=data,
+            state_dir=tmp_path / "s",
+        )
+    other = replace(data, labels=data.labels.flip(0))
+    with pytest.raises(UserError, match="data_sha256"):
+        measure(attack=attack, target=target(linear()), examples=other, state_dir=tmp_path / "s")
+
+
+def test_somebody_elses_folder_is_no_state(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="is no state of an attack"):
+        quick(tmp_path)
+    with pytest.raises(UserError, match="is no state of an attack"):
+        quick(tmp_path / "thesis.tex")
+
+
+# ---- can the number be trusted?
+
+
+class Rounded(nn.Module):
+    """Logits without their fractions: no gradient anywhere."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return (2 * self.model(pixels)).round() / 2
+
+
+MASKED = {"rounded": lambda: Rounded(linear()), "saturated": lambda: linear(scale=1e4)}
+
+
+@pytest.mark.parametrize("model", MASKED)
+def test_masked_gradients_are_noticed(tmp_path, model):
+    data = examples(30, contrast=0.16)
+    attack = Attack(name="autoattack", norm="linf", epsilon=0.04)
+    found, lines = check_masking(
+        attack=attack, target=target(MASKED[model]()), examples=data, images=16, state_dir=tmp_path / "s"
+    )
+    assert found["square"] < found["apgd-ce"] - 0.1
+    told = " ".join(lines)
+    assert "masked gradients? Square, which sees no gradients" in told
+    assert "it must come to 0" in told
+
+
+def test_ordinary_gradients_are_not_suspected(tmp_path):
+    data = examples(30, contrast=0.16)
+    attack = Attack(name="autoattack", norm="linf", epsilon=0.04)
+    found, lines = check_masking(
+        attack=attack, target=target(linear()), examples=data, images=16, state_dir=tmp_path / "s"
+    )
+    assert lines == []
+    assert found["apgd-ce"] <= found["square"] and found["pgd100 at 0.5"] == 0
+    assert list(found) == [
+        "apgd-ce",
+        "square",
+        *(f"pgd100 at {e}" for e in ("0.04", "0.08", "0.16", "0.32", "0.5")),
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s-masking"]  # --state-dir stays that of the attack
+
+
+def test_each_oddity_has_its_line():
+    fine = {"pgd": 0.41, "apgd": 0.40, "square": 0.5, "growing": {0.03: 0.41, 0.06: 0.1, 0.5: 0.0}}
+    assert masking_warnings(**fine) == []
+    for other, line in {
+        "plain PGD leaves 30.00 %, less than APGD's 40.00 %": {"pgd": 0.30},
+        "Square, which sees no gradients, leaves 37.00 %, less than APGD's 40.00 %": {"square": 0.37},
+        "PGD leaves 20.00 % at epsilon 0.06, more than 10.00 % at 0.03": {"growing": {0.03: 0.1, 0.06: 0.2, 0.5: 0}},
+        "PGD leaves 9.00 % at epsilon 0.5, where every image can be made plain grey": {
+            "growing": {0.03: 0.4, 0.5: 0.09}
+        },
+    }.items():
+        (told,) = masking_warnings(**(fine | line))
+        assert told.startswith(f"masked gradients? {other}")
+
+
+def test_a_lead_by_accident_is_no_oddity():
+    assert masking_warnings(pgd=0.39, apgd=0.40, square=0.385, growing={0.03: 0.39, 0.06: 0.4, 0.5: 0.01}) == []
+
+
+def test_epsilon_grows_until_every_image_can_be_grey():
+    assert growing_epsilons(8 / 255, norm="linf", numbers=3072) == (*(8 * k / 255 for k in (1, 2, 4, 8)), 0.5)
+    assert growing_epsilons(0.5, norm="l2", numbers=48)[-2:] == (2.0, pytest.approx(0.5 * 48**0.5))
+    assert growing_epsilons(0.6, norm="linf", numbers=48) == (0.6,)
+
+
+def test_what_pyautoattack_warns_of_reaches_the_user_once(tmp_path, caplog):
+    data, attack = examples(9), Attack(name="autoattack", norm="linf", epsilon=0.3)
+    logger = logging.getLogger("auto-attack")
+    before = list(logger.handlers), logger.level, logger.propagate
+    model = nn.Sequential(linear(), nn.Softmax(dim=1)).eval()
+    outcome = measure(attack=attack, target=target(model), examples=data, batch_size=3, state_dir=tmp_path / "s")
+    (line,) = [line for line in outcome.warnings if "probability distribution" in line]
+    assert line.startswith("AutoAttack, 3 of 3 batches: ")
+    assert (list(logger.handlers), logger.level, logger.propagate) == before and caplog.records == []
+    again = measure(attack=attack, target=target(model), examples=data, batch_size=3, state_dir=tmp_path / "s")
+    assert again.warnings == outcome.warnings  # of a finished run too
+    record = result_record(again, model="m", pretrained="", examples=data, masking={}, warnings=["mine"])
+    assert record["warnings"] == [*outcome.warnings, "mine"] and "warning: mine" in results_table(record)
+
+
+def test_numbers_in_warnings_do_not_multiply_them():
+    heard = [["there are 3 points with zero gradient!"], [], ["there are 12 points with zero gradient!"]]
+    assert robustness._told_once(heard) == ["AutoAttack, 2 of 3 batches: there are 3 points with zero gradient!"]
+
+
+def test_a_square_that_takes_more_than_gradients_is_told():
+    def flags(count: int) -> Tensor:
+        return torch.arange(1000) < count
+
+    attack = Attack(name="autoattack", norm="linf", epsilon=0.1)
+    parts = {"clean": flags(900), "apgd-ce": flags(500), "apgd-t": flags(480), "fab-t": flags(480)}
+    assert robustness._square_warning(attack, parts | {"square": flags(478)}) == []
+    (line,) = robustness._square_warning(attack, parts | {"square": flags(470)})
+    assert "took 1.00 % more" in line
+
+
+# ---- results
+
+
+def test_the_record_says_what_was_measured(tmp_path):
+    outcome = quick(tmp_path / "s")
+    data = examples(14)
+    record = result_record(outcome, model="runs/a", pretrained="", examples=data, masking={}, warnings=[])
+    record = json.loads(json.dumps(record))
+    clean, robust = int(outcome.flags["clean"].sum()), int(outcome.flags["apgd-ce"].sum())
+    assert (record["clean_acc1"], record["robust_acc1"], record["n"]) == (clean / 14, robust / 14, 14)
+    assert record["clean_acc1_interval"] == list(wilson_interval(hits=clean, n=14))
+    assert record["robust_acc1_interval"] == list(wilson_interval(hits=robust, n=14))
+    assert (record["model"], record["dataset"], record["draw"]) == ("runs/a", "made:test", "all 14")
+    assert (record["attack"], record["norm"], record["epsilon"], record["seed"]) == ("apgd-ce", "linf", 0.012, 1)
+    assert record["pyautoattack"] == pyautoattack.__version__ and record["version"] is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whatever_is_not_autoattack_says_so(tmp_path, name):
+    outcome = quick(tmp_path / "s", data=examples(3), name=name, epsilon=0.3)
+    record = result_record(outcome, model="m", pretrained="", examples=examples(3), masking={}, warnings=[])
+    is_autoattack = name == "autoattack"
+    assert (record["note"] is None) == is_autoattack
+    assert ("not AutoAttack: an upper bound" in results_table(record)) == (not is_autoattack)
+    assert record["version"] == ("standard" if is_autoattack else None)
+    if name in ("pgd20", "pgd100", "cw"):
+        assert record["settings"].startswith(f"PGD-{ {'pgd20': 20, 'pgd100': 100, 'cw': 30}[name] } on the ")
+        assert "steps of epsilon/4" in record["settings"] and record["pyautoattack"] is None
+
+
+# ---- models, data and mistakes
+
+
+def write_images(folder: Path, *, classes: int = 4, each: int = 3, side: int = 8) -> LabelledSet:
+    draw = np.random.default_rng(0)
+    for label in range(classes):
+        (folder / "test" / f"class{label}").mkdir(parents=True)
+        for number in range(each):
+            pixels = draw.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "test" / f"class{label}" / f"{number}.png")
+    return open_labelled(str(folder), "test")
+
+
+def test_a_part_is_drawn_evenly_and_always_the_same(tmp_path):
+    data = write_images(tmp_path)
+    part = load_examples(data, images=8)
+    assert part.labels.bincount().tolist() == [2, 2, 2, 2] and part.num_classes == 4
+    assert part.draw == "8 of 12, evenly by class, seed 0"
+    assert torch.equal(load_examples(data, images=8).images, part.images)
+    whole = load_examples(data)
+    assert whole.draw == "all 12" and torch.equal(whole.labels, data.labels) and whole.images.shape == (12, 3, 8, 8)
+    assert load_examples(data, images=4, image_size=14).images.shape == (4, 3, 14, 14)
+    for n in (0, 13):
+        with pytest.raises(UserError, match="it has 12"):
+            load_examples(data, images=n)
+    with pytest.raises(UserError, match="--image-size 0"):
+        load_examples(data, image_size=0)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    """A run folder with an exported resnet8 for 4 classes."""
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    (folder / "model").mkdir(parents=True)
+    torch.manual_seed(0)
+    config = {"library": "gkl-vl", "architecture": "resnet8", "num_classes": 4}
+    config |= {"mean": [0.1, 0.2, 0.3], "std": [0.6, 0.5, 0.4]}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    save_file(load_classifier("resnet8", num_classes=4).model.state_dict(), folder / "model" / "model.safetensors")
+    return folder
+
+
+def test_a_run_its_folder_and_its_weights_are_the_same_model(run_folder):
+    pixels = torch.rand(2, 3, 8, 8)
+    plain = load_classifier(f"local-dir:{run_folder / 'model'}")
+    with torch.no_grad():
+        wanted = plain.on_pixels().eval()(pixels)
+    for name in (str(run_folder), str(run_folder / "model"), f"local-dir:{run_folder / 'model'}"):
+        found = load_target(name, num_classes=4, norm="linf")
+        assert found.architecture == "resnet8" and not found.model.training
+        assert not any(p.requires_grad for p in found.model.parameters())
+        assert torch.equal(found.model(pixels), wanted)
+    weights = str(run_folder / "model" / "model.safetensors")
+    assert load_target("resnet8", num_classes=4, norm="linf", weights=weights).architecture == "resnet8"
+
+
+def test_random_weights_are_refused():
+    for name in ("resnet8", "timm:resnet18"):
+        with pytest.raises(UserError, match="has random weights: give a checkpoint as --weights"):
+            load_target(name, num_classes=4, norm="linf")
+
+
+def test_a_model_for_other_classes_is_refused(tmp_path, run_folder):
+    found = load_target(str(run_folder), num_classes=10, norm="linf")
+    with pytest.raises(UserError, match=r"\[2, 4\] for 2 images and made:test has 10 classes"):
+        measure(attack=QUICK, target=found, examples=examples(), state_dir=tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        ({"epsilon": 0}, "--epsilon 0 must be above 0 and at most 1"),
+        ({"epsilon": -0.1}, "--epsilon -0.1 must be above 0"),
+        ({"epsilon": 8}, "--epsilon 8 must be above 0 and at most 1, .* write 8/255, not 8"),
+        ({"epsilon": float("nan")}, "--epsilon nan must be above 0"),
+        ({"epsilon": 11, "norm": "l2"}, r"at most 10.3923, the l2 distance of black and white"),
+        ({"batch_size": 0}, "--batch-size 0 must be at least 1"),
+        ({"version": "plus"}, "--version plus is AutoAttack's"),
+        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(27, 10))}, "does not take images of 6x6 .*--image-size"),
+        ({"model": nn.Sequential(linear(), nn.Threshold(1e9, float("nan")))}, "logits that are not finite"),
+    ],
+)
+def test_a_mistake_ends_in_a_line_and_leaves_nothing(tmp_path, other, message):
+    with pytest.raises(UserError, match=message) as refused:
+        quick(tmp_path / "s", **other)
+    assert "\n" not in str(refused.value) and not (tmp_path / "s").exists()
+
+
+def test_without_pyautoattack_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    with pytest.raises(UserError, match=r"pip install 'gkl-vl\[attack\]'"):
+        quick(tmp_path / "s")
+    assert quick(tmp_path / "s", name="pgd20").flags["pgd20"].sum() > 0  # needs none
+
+
+def test_without_robustbench_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "robustbench", None)
+    with pytest.raises(UserError, match=r"pip install 'gkl-vl\[robustbench\]', then pip install --no-deps robustbench"):
+        load_target("robustbench:Carmon2019Unlabeled", num_classes=10, norm="linf")
+
+
+@pytest.fixture
+def robustbench(monkeypatch) -> list:
+    """robustbench, as far as it is used: its import of `autoattack`, and load_model. The calls."""
+    calls = []
+
+    def load_model(model_name, *, dataset, threat_model):
+        calls.append((model_name, dataset, threat_model))
+        if model_name != "Known2026":
+            raise KeyError(model_name)
+        return linear().train()
+
+    package, utils = types.ModuleType("robustbench"), types.ModuleType("robustbench.utils")
+    utils.load_model, package.utils = load_model, utils
+    for name, module in (("robustbench", package), ("robustbench.utils", utils)):
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("autoattack", "autoattack.state"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return calls
+
+
+def test_a_model_of_robustbench_is_loaded_by_threat_model_and_dataset(robustbench):
+    found = load_target("robustbench:Known2026", num_classes=10, norm="l2")
+    assert robustbench == [("Known2026", "cifar10", "L2")]
+    assert found.architecture == "robustbench:Known2026" and not found.model.training
+    from autoattack import AutoAttack  # what robustbench 1.1 imports
+    from autoattack.state import EvaluationState
+
+    assert AutoAttack is pyautoattack.AutoAttack and EvaluationState.__module__ == "pyautoattack.state"
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("Unknown", {}, "RobustBench's 'Unknown' for cifar10 and Linf could not be loaded .*check the name"),
+        ("Known2026", {"num_classes": 7}, "10, 100 or 1000 classes, the data has 7"),
+        ("Known2026", {"weights": "a.pt"}, "--weights a.pt do not go with"),
+    ],
+)
+def test_mistakes_with_robustbench_end_in_a_line(robustbench, name, options, message):
+    with pytest.raises(UserError, match=message):
+        load_target(f"robustbench:{name}", **({"num_classes": 10, "norm": "linf"} | options))

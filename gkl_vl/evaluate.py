@@ -293,12 +293,6 @@ def evaluate_clip(
         _require_classes(dataset)
     if "retrieval" in tasks:
         _check_recall_k(recall_k)
-    text_tower = {
-        "encode_text": lambda tokens: clip.towers.encode_text(tokens.to(device)),
-        "tokenize": clip.tokenize,
-        "batch_size": batch_size,
-        "progress": progress,
-    }
     metrics = {}
     with _evaluating(clip.towers):
         image, targets = embed_images(
@@ -311,18 +305,52 @@ def evaluate_clip(
             progress=progress,
         )
         if "zero_shot" in tasks:
-            assert dataset.classnames is not None and dataset.templates is not None  # asked above
-            classifier = zero_shot_classifier(classnames=dataset.classnames, templates=dataset.templates, **text_tower)
+            classifier = class_weights(
+                clip=clip, dataset=dataset, batch_size=batch_size, device=device, progress=progress
+            )
             _require_finite(clip, image=image, text=classifier)
             labels = torch.tensor(targets["cls"])
             metrics |= classification_metrics(logits=image @ classifier.T, labels=labels)
         if "retrieval" in tasks:
             captions = targets["txt"]
-            text = embed_texts(texts=[caption for of_image in captions for caption in of_image], **text_tower)
+            text = embed_texts(
+                encode_text=lambda tokens: clip.towers.encode_text(tokens.to(device)),
+                tokenize=clip.tokenize,
+                texts=[caption for of_image in captions for caption in of_image],
+                batch_size=batch_size,
+                progress=progress,
+            )
             _require_finite(clip, image=image, text=text)
             owners = torch.tensor([index for index, of_image in enumerate(captions) for _ in of_image])
             metrics |= retrieval_metrics(image=image, text=text, owners=owners, recall_k=recall_k)
     return metrics
+
+
+def class_weights(
+    *,
+    clip: Clip,
+    dataset: BenchmarkSet,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> Float[Tensor, "C d"]:
+    """`zero_shot_classifier` of a set's class names and templates, on the CPU; the towers are on `device`.
+
+    Raises:
+        UserError: a set without class names or templates.
+    """
+    _require_classes(dataset)
+    assert dataset.classnames is not None and dataset.templates is not None  # asked above
+    with _evaluating(clip.towers):
+        weights = zero_shot_classifier(
+            encode_text=lambda tokens: clip.towers.encode_text(tokens.to(device)),
+            tokenize=clip.tokenize,
+            classnames=dataset.classnames,
+            templates=dataset.templates,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    return weights.clone()  # made in inference mode, it could not take part in a gradient
 
 
 def _require_classes(dataset: BenchmarkSet) -> None:
@@ -433,13 +461,7 @@ def top_names(
         raise UserError(f"{dataset.name} has no class names or templates to choose from")
     with _evaluating(clip.towers):
         pixels = torch.stack([clip.image_transform()(image) for image in images]).to(device)
-        classifier = zero_shot_classifier(
-            encode_text=lambda tokens: clip.towers.encode_text(tokens.to(device)),
-            tokenize=clip.tokenize,
-            classnames=dataset.classnames,
-            templates=dataset.templates,
-            batch_size=256,
-        )
+        classifier = class_weights(clip=clip, dataset=dataset, batch_size=256, device=device)
         image = _lift(clip.towers.encode_image(pixels)).cpu()
         scale = clip.towers.log_scale().exp().cpu()
         best = (scale * image @ classifier.T).softmax(dim=1).topk(min(k, len(classifier)), dim=1)

@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -120,17 +120,44 @@ class Clip:
         transform: Any = image_transform_v2(self.preprocess, is_train=False)
         return transform
 
+    def scaled_transform(self) -> Callable[..., Any]:
+        """`image_transform` without its last step: PIL image -> pixels in [0, 1], multiples of 1/255."""
+        transform: Any = image_transform_v2(replace(self.preprocess, mean=(0.0,) * 3, std=(1.0,) * 3), is_train=False)
+        return transform
+
     def prepare(self, images: UInt8[Tensor, "n 3 r r"]) -> Float[Tensor, "n 3 h w"]:
         """Square uint8 views -> pixels as this model wants them: resized with antialiasing, scaled, normalised.
 
         Training crops are square already, so resizing is all that is left of `resize_mode`; the two models of a
         distillation get the same view, each in its own size and with its own mean and std, on the device.
         """
+        return self.normalised(self.scaled(images))
+
+    def scaled(self, images: UInt8[Tensor, "n 3 r r"]) -> Float[Tensor, "n 3 h w"]:
+        """Square uint8 views -> pixels in [0, 1] at this model's size: where attacks live."""
         mode = "bilinear" if self.preprocess.interpolation == "bilinear" else "bicubic"
-        pixels = resize(images, self.image_size, mode=mode)
+        return resize(images, self.image_size, mode=mode)
+
+    def normalised(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+        """Pixels in [0, 1] at this model's size -> what its image tower takes."""
         mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (self.preprocess.mean, self.preprocess.std))
         # channels_last is the layout that convolutions are fastest in, on CPU and GPU; a ViT does not mind.
         return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+class ImageTower(nn.Module):
+    """A CLIP's image tower that takes pixels in [0, 1] and normalises them itself, as attacks expect.
+
+    It holds the towers themselves: what is trained is what is attacked.
+    """
+
+    def __init__(self, clip: Clip):
+        super().__init__()
+        self.towers = clip.towers
+        self.clip = clip
+
+    def forward(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
+        return self.towers.encode_image(self.clip.normalised(pixels))
 
 
 def resize(images: UInt8[Tensor, "n 3 r r"], size: int, *, mode: str = "bicubic") -> Float[Tensor, "n 3 s s"]:

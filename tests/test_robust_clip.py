@@ -1,0 +1,520 @@
+"""Robust CLIP students: what the attack does and leaves alone, the recipe that trains on it, accuracy under attack."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import accelerate
+import pytest
+import test_eval_scripts
+import test_recipes
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from helpers import run_ranks
+from open_clip.transform import PreprocessCfg
+from PIL import Image
+from safetensors.torch import load_file
+from small_sets import write_set
+from torch import Tensor, nn
+
+from gkl_vl import attacks, robustness, towers
+from gkl_vl.adversarial import ImageAttack, image_attack
+from gkl_vl.checkpoint import RunFolder
+from gkl_vl.data.benchmark_sets import load_benchmark_set
+from gkl_vl.engine import FitConfig, fit
+from gkl_vl.errors import UserError
+from gkl_vl.evaluate import evaluate_clip
+from gkl_vl.image_text import image_text_loss, mimicry_loss
+from gkl_vl.objectives import ClipKd, ClipKdWeights
+from gkl_vl.optim import adamw
+from gkl_vl.robustness import attack_zero_shot
+from gkl_vl.towers import Clip, OpenClipTowers, Student, load_clip
+
+N, WIDTH = 6, 20
+WEIGHTS = ClipKdWeights(
+    contrastive_weight=1.0,
+    soft_ce_weight=2.0,
+    wmse_weight=0.3,
+    mimicry_weight=7.0,
+    gamma=0.5,
+    temperature=2.0,
+    weight_temperature=3.0,
+)
+ATTACK = image_attack("linf", 4 / 255)
+TEXT = {"context_length": 24, "vocab_size": 4096, "hf_tokenizer_name": "gkl-vl/clip-bpe-4096"}
+TEXT |= {"width": 16, "heads": 2, "layers": 1}
+VIT = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+RESNET = {"image_size": 32, "timm_model_name": "test_resnet", "timm_pool": "avg", "timm_proj": "linear"}
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory) -> dict[str, str]:
+    """A student without, and one with BatchNorm."""
+    folder = tmp_path_factory.mktemp("students")
+    for name, vision in (("vit", VIT), ("resnet", RESNET)):
+        config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": TEXT}
+        (folder / f"robust-{name}.json").write_text(json.dumps(config))
+    return {name: str(folder / f"robust-{name}.json") for name in ("vit", "resnet")}
+
+
+def student_of(config: str, bias: float | None = None) -> Clip:
+    torch.manual_seed(0)
+    clip = load_clip(config)
+    if bias is not None:
+        clip.towers.model.logit_bias = nn.Parameter(torch.tensor(bias))
+    return replace(clip, preprocess=PreprocessCfg(size=32, mean=(0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7)))
+
+
+def model_of(clip: Clip) -> Student:
+    torch.manual_seed(1)
+    return Student(clip.towers, embed_dim=16, mimicry_dim=WIDTH)
+
+
+def batch_of(clip: Clip, seed: int = 2) -> dict:
+    """Views of another size than the student's, and what the teacher will say of each pair."""
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        "image": torch.randint(0, 256, (N, 3, 40, 40), generator=draw, dtype=torch.uint8),
+        "text": clip.tokenize(["red car", "a flag", "red car", "two cats", "a very long train", "moon"]),
+        "text_ids": torch.tensor([5, 6, 5, 7, 8, 9]),
+        "teacher": F.normalize(torch.randn(N, 2, WIDTH, generator=draw), dim=-1),
+        "keys": [str(i) for i in range(N)],
+    }
+
+
+class Teacher:
+    """Says what the batch holds; remembers the images that it was asked about."""
+
+    def __init__(self, bias: float | None = None):
+        self.asked: list[Tensor] = []
+        self.bias = {} if bias is None else {"teacher_logit_bias": torch.tensor(bias)}
+
+    def __call__(self, batch: dict) -> dict[str, Tensor]:
+        self.asked.append(batch["image"].clone())
+        image, text = batch["teacher"].unbind(dim=1)
+        return {"teacher_image": image, "teacher_text": text, "teacher_logit_scale": torch.tensor(11.0)} | self.bias
+
+
+def objective_of(clip: Clip, attack: ImageAttack | None = ATTACK, teacher: Teacher | None = None) -> ClipKd:
+    return ClipKd(student=clip, teacher=teacher or Teacher(), weights=WEIGHTS, attack=attack)
+
+
+# ---- the attack --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm, epsilon", [("linf", 4 / 255), ("linf", 0.4), ("l2", 0.5)])
+def test_attacked_pixels_stay_within_the_radius_and_in_range(configs, norm, epsilon):
+    clip = student_of(configs["vit"])
+    batch = batch_of(clip)
+    attacked = objective_of(clip, image_attack(norm, epsilon)).prepared(batch)["attacked"]
+    moved = attacked - clip.scaled(batch["image"])
+    length = moved.abs().amax() if norm == "linf" else moved.flatten(1).norm(dim=1).amax()
+    assert attacked.shape == (N, 3, 32, 32) and 0 <= attacked.min() and attacked.max() <= 1
+    assert 0.9 * epsilon < length <= epsilon
+
+
+def distance(clip: Clip, pixels: Tensor, batch: dict, teacher: Teacher) -> float:
+    """The soft cross entropy that the attack is to raise, in evaluation mode, by softmaxes written out."""
+    image = clip.towers.eval().encode_image(clip.normalised(pixels))
+    return soft_cross_entropy(clip, image, batch, teacher).item()
+
+
+def soft_cross_entropy(clip: Clip, image: Tensor, batch: dict, teacher: Teacher) -> Tensor:
+    text, said = clip.towers.encode_text(batch["text"]), teacher(batch)
+    ours = clip.towers.log_scale().exp() * image @ text.T
+    theirs = said["teacher_logit_scale"] * said["teacher_image"] @ said["teacher_text"].T
+    both = [(ours, theirs), (ours.T, theirs.T)]
+    rows = [-((t / 2).softmax(1) * (s / 2).log_softmax(1)).sum(1).mean() for s, t in both]
+    return sum(rows) / 2
+
+
+def test_the_attack_raises_the_distance_to_the_teacher(configs):
+    clip = student_of(configs["vit"])
+    batch, teacher = batch_of(clip), Teacher()
+    clean = clip.scaled(batch["image"])
+    attacked = objective_of(clip).prepared(batch)["attacked"]
+    noise = (clean + 4 / 255 * torch.randn(clean.shape).sign()).clamp(0, 1)
+    before, by_chance, after = (distance(clip, pixels, batch, teacher) for pixels in (clean, noise, attacked))
+    assert after - before > 10 * abs(by_chance - before)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_attack_is_the_procedure_written_out(configs, norm, monkeypatch):
+    """TRADES's start, three steps of two thirds of the radius, on the soft cross entropy of both directions."""
+    monkeypatch.setattr(Clip, "scaled", scaled_in_double)
+    clip, epsilon = student_of(configs["resnet"]), 0.1
+    clip.towers.double()
+    batch, teacher = batch_of(clip), Teacher()
+    torch.manual_seed(4)
+    found = objective_of(clip, image_attack(norm, epsilon)).prepared(batch)["attacked"]
+    clip.towers.eval()
+    torch.manual_seed(4)
+    clean = clip.scaled(batch["image"])
+
+    def project(x: Tensor) -> Tensor:
+        if norm == "linf":
+            return (clean + (x - clean).clamp(-epsilon, epsilon)).clamp(0, 1)
+        return (clean + (x - clean).renorm(2, 0, epsilon)).clamp(0, 1)
+
+    x = project(clean + 0.001 * torch.randn(clean.shape, dtype=torch.float64))
+    for _ in range(3):
+        x.requires_grad_()
+        image = clip.towers.encode_image(clip.normalised(x))
+        (g,) = torch.autograd.grad(soft_cross_entropy(clip, image, batch, teacher), x)
+        direction = g.sign() if norm == "linf" else g / g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        x = project(x.detach() + 2 * epsilon / 3 * direction)
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-6)
+
+
+def test_every_setting_of_the_attack_shows(configs):
+    clip = student_of(configs["vit"])
+    batch = batch_of(clip)
+
+    def attacked(attack: ImageAttack, teacher: Teacher | None = None) -> Tensor:
+        torch.manual_seed(4)
+        return objective_of(clip, attack, teacher).prepared(batch)["attacked"]
+
+    base = attacked(ATTACK)
+    assert torch.equal(base, attacked(ATTACK))
+    for change in ({"steps": 2}, {"step_size": 0.001}, {"epsilon": 0.02}, {"norm": "l2"}, {"wmse_weight": 9.0}):
+        assert not torch.equal(base, attacked(replace(ATTACK, **change))), change
+    alone = attacked(replace(ATTACK, soft_ce_weight=0.0, wmse_weight=1.0))
+    assert not torch.equal(base, alone)
+    torch.manual_seed(4)
+    without_teacher = ClipKd(student=clip, teacher=None, weights=WEIGHTS, attack=ATTACK).prepared(batch)["attacked"]
+    assert not torch.equal(base, without_teacher)
+
+
+def test_without_a_teacher_the_contrastive_loss_is_raised(configs):
+    clip = student_of(configs["vit"])
+    batch = batch_of(clip)
+    objective = ClipKd(student=clip, teacher=None, weights=WEIGHTS, attack=ATTACK)
+    losses = []
+    for pixels in (clip.scaled(batch["image"]), objective.prepared(batch)["attacked"]):
+        image, text = clip.towers.encode_image(clip.normalised(pixels)), clip.towers.encode_text(batch["text"])
+        scale = clip.towers.log_scale().exp()
+        losses.append(image_text_loss(image=image, text=text, logit_scale=scale, text_ids=batch["text_ids"])[0].item())
+    assert losses[1] > losses[0] + 1e-3
+
+
+def test_the_student_is_left_as_it_was(configs):
+    clip = student_of(configs["resnet"])
+    model = model_of(clip).train()
+    clip.towers.model.visual.trunk.layer1.eval()  # a frozen part
+    modes = {name: module.training for name, module in model.named_modules()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    objective_of(clip).prepared(batch_of(clip))
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert any("running_mean" in name for name in before)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+# ---- what is trained on ------------------------------------------------------------------------------------------
+
+
+def test_the_student_sees_attacked_images_and_the_teacher_clean_ones(configs):
+    clip, teacher = student_of(configs["vit"]), Teacher()
+    model, objective, batch = model_of(clip), objective_of(clip, teacher=teacher), batch_of(clip)
+    prepared = objective.prepared(batch)
+    loss, _ = objective.loss(objective.outputs(model, prepared), objective.targets(prepared))
+    assert len(teacher.asked) == 1 and torch.equal(teacher.asked[0], batch["image"])
+    output, said = model(clip.normalised(prepared["attacked"]), batch["text"]), Teacher()(batch)
+    logits, _ = image_text_loss(
+        **{name: tensor for name, tensor in output.items() if not name.startswith("mimicry")},
+        **said,
+        text_ids=batch["text_ids"],
+        contrastive_weight=1.0,
+        soft_ce_weight=2.0,
+        wmse_weight=0.3,
+        gamma=0.5,
+        temperature=2.0,
+        weight_temperature=3.0,
+    )
+    mimicry = mimicry_loss(
+        image=output["mimicry_image"],
+        text=output["mimicry_text"],
+        teacher_image=said["teacher_image"],
+        teacher_text=said["teacher_text"],
+    )
+    assert loss.item() == pytest.approx((logits + 7 * mimicry).item(), rel=1e-6)
+    clean = objective.loss(model(clip.prepare(batch["image"]), batch["text"]), objective.targets(batch))[0]
+    assert loss.item() > clean.item()
+
+
+def test_without_an_attack_nothing_changes(configs):
+    clip, batch = student_of(configs["vit"]), batch_of(student_of(configs["vit"]))
+    model, objective = model_of(clip), objective_of(clip, attack=None)
+    state = torch.get_rng_state()
+    assert objective.prepared(batch) is batch and torch.equal(torch.get_rng_state(), state)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.2, 0.3, 0.4), (0.5, 0.6, 0.7)))
+    by_hand = (towers.resize(batch["image"], 32) - mean) / std
+    assert torch.equal(clip.prepare(batch["image"]), by_hand)
+    output = objective.outputs(model, batch)
+    assert all(torch.equal(output[name], tensor) for name, tensor in model(by_hand, batch["text"]).items())
+
+
+class Loader:
+    def __init__(self, given: list[dict]):
+        self.given = given
+
+    def __iter__(self):
+        return iter(self.given)
+
+    def position(self):
+        return {}
+
+    def num_skipped(self):
+        return 0
+
+
+def test_several_batches_of_an_update_are_attacked_each_once(configs, tmp_path):
+    clip, teacher = student_of(configs["resnet"]), Teacher()
+    objective, batches = objective_of(clip, teacher=teacher), [batch_of(clip, seed) for seed in range(4)]
+    model = model_of(clip)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fit(
+        accelerator=Accelerator(cpu=True, mixed_precision="bf16"),
+        model=model,
+        objective=objective,
+        make_optimizer=lambda module: adamw(module, lr=1e-3, wd=0.1),
+        learning_rate=lambda step: 1e-3,
+        make_loader=lambda position: Loader(batches),
+        run=RunFolder(tmp_path / "run", is_main=True),
+        config=FitConfig(steps=2, accum_steps=2),
+        evaluate=lambda model: [],
+        after_step=lambda: None,
+    )
+    assert len(teacher.asked) == 4  # twice an update, a time for each batch
+    assert all(torch.equal(seen, batch["image"]) for seen, batch in zip(teacher.asked, batches, strict=True))
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+    moved = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
+    assert len(moved) > 20
+
+
+# ---- several processes -------------------------------------------------------------------------------------------
+
+
+def waves(images: Tensor, *_) -> Tensor:
+    """A start that a row gets whichever process it is on."""
+    return 0.001 * torch.sin(1000 * images)
+
+
+def scaled_in_double(clip: Clip, images: Tensor) -> Tensor:
+    """In float32 a gradient near 0 rounds to either sign, and the attack takes another way."""
+    return towers.resize(images, clip.image_size).double()
+
+
+def of_rank(rank: int, world_size: int, config: str, bias: float | None, teacher_bias: float | None) -> tuple:
+    """Loss, gradient and attacked images of my rows."""
+    attacks._noise = waves
+    Clip.scaled = scaled_in_double
+    clip = student_of(config, bias)
+    model, objective = model_of(clip).double(), objective_of(clip, teacher=Teacher(teacher_bias))
+    rows = slice(rank * N // world_size, (rank + 1) * N // world_size)
+    batch = {name: value[rows] for name, value in batch_of(clip).items()}
+    batch["teacher"] = batch["teacher"].double()
+    prepared = objective.prepared(batch)
+    loss, _ = objective.loss(objective.outputs(model, prepared), objective.targets(prepared))
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()]), prepared["attacked"]
+
+
+@pytest.mark.parametrize("bias, teacher_bias", [(None, None), (-4.0, None), (-4.0, -2.0)])
+def test_processes_with_different_data_give_the_joined_batch(configs, bias, teacher_bias):
+    ((loss, gradient, attacked),) = run_ranks(of_rank, 1, configs["vit"], bias, teacher_bias)
+    found = run_ranks(of_rank, 2, configs["vit"], bias, teacher_bias)
+    torch.testing.assert_close(torch.cat([one[2] for one in found]), attacked, rtol=0, atol=1e-9)
+    assert [one[0] for one in found] == pytest.approx([loss] * 2, rel=1e-6)
+    torch.testing.assert_close((found[0][1] + found[1][1]) / 2, gradient, rtol=1e-4, atol=1e-6)
+
+
+# ---- the recipe --------------------------------------------------------------------------------------------------
+
+place = test_recipes.place  # the fixtures
+call = test_recipes.call
+FLAGS = ["--batch-size", "4", "--workers", "0", "--adversarial"]
+
+
+def flags_of(place: Path, configs: dict[str, str], *more: str) -> list[str]:
+    own = ["--teacher", f"local-dir:{place}/teacher", "--student", configs["vit"]]
+    return [*own, "--train-data", f"{place}/pairs.tar", *FLAGS, *more]
+
+
+def test_two_processes_train_a_robust_student(place, configs):
+    flags = flags_of(place, configs, "linf", "--steps", "2", "--output-dir", "robust")
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", test_recipes.RECIPE]
+    done = test_recipes.python(*launch, *flags, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert " · against linf 4/255 · 2 steps of 4 · seed 0 · 2 x cpu" in done.stdout
+    card = (place / "robust" / "model" / "README.md").read_text()
+    assert ", against attacks on its images within 4/255 in linf, with gkl-vl" in card
+
+
+def test_a_stopped_robust_run_goes_on_bit_for_bit(place, configs, call, tmp_path):
+    """The noise of the attack is drawn from the generator that the checkpoint holds."""
+    flags = flags_of(place, configs, "l2", "--epsilon", "0.3", "--steps", "4", "--checkpoint-every-steps", "2")
+    flags += ["--precision", "bf16", "--accum-steps", "2"]
+    code, out, told = call(*flags, "--output-dir", tmp_path / "whole")
+    assert (code, told) == (0, "") and " · against l2 0.3 · 4 steps of 8 " in out
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "step_00000004")
+    torch.manual_seed(99)
+    code, _, told = call(*flags, "--output-dir", tmp_path / "stopped", "--resume", "latest")
+    assert (code, told) == (0, "")
+    ends = [
+        load_file(tmp_path / name / "checkpoints" / "step_00000004" / "model.safetensors")
+        for name in ("whole", "stopped")
+    ]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_a_student_in_shards_is_refused(place, configs, call, monkeypatch):
+    monkeypatch.setattr(accelerate.Accelerator, "is_fsdp2", property(lambda self: True))
+    code, _, told = call(*flags_of(place, configs, "linf", "--steps", "1"))
+    assert code == 2 and "FSDP keeps a model in shards, and attacks need it whole" in told and told.count("\n") == 1
+
+
+# ---- accuracy under attack ---------------------------------------------------------------------------------------
+
+
+class Brightest(nn.Module):
+    """A CLIP whose images lie on three axes, by the mean of their channels, as red, green and blue do."""
+
+    def __init__(self):
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+        self.logit_bias = None
+        self.norm = nn.BatchNorm2d(3, affine=False)
+
+    def encode_image(self, pixels: Tensor, normalize: bool) -> Tensor:
+        return F.normalize(self.norm(pixels).mean(dim=(2, 3)), dim=-1)
+
+    def encode_text(self, tokens: Tensor, normalize: bool) -> Tensor:
+        return F.one_hot(tokens[:, 0], 3).float()
+
+
+@pytest.fixture
+def brightest() -> Clip:
+    def tokenize(texts: list[str]) -> Tensor:
+        return torch.tensor([[["red", "green", "blue"].index(text.split()[-1])] for text in texts])
+
+    preprocess = PreprocessCfg(size=8, mean=(0.1, 0.1, 0.1), std=(0.5, 0.5, 0.5))
+    return Clip("brightest", OpenClipTowers(Brightest()), preprocess, tokenize, None, None)
+
+
+@pytest.fixture
+def shades(tmp_path):
+    """Ten images: the named channel is 10, 20, ... 100 levels brighter than the others; the last is named wrongly."""
+    samples = []
+    for number in range(10):
+        levels = [100, 100, 100]
+        levels[number % 3] += 10 * (number + 1)
+        path = tmp_path / "shade.png"
+        Image.new("RGB", (8, 8), tuple(levels)).save(path)
+        label = (number + (number == 9)) % 3
+        samples.append((f"s{number}", {"png": path.read_bytes(), "cls": str(label).encode()}))
+    folder = write_set(
+        tmp_path / "shades",
+        [samples[:4], samples[4:]],
+        classnames=["red", "green", "blue"],
+        zeroshot_classification_templates=["{c}", "something {c}"],
+    )
+    return load_benchmark_set(str(folder))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_what_is_left_is_what_algebra_says(brightest, shades, norm):
+    """Both channels move by epsilon at most: a lead of more than 2 epsilon stays. In l2 sqrt(2) epsilon / 8 pixels."""
+    room = 47 / 255  # leads of 50 to 90 levels stay
+    epsilon = room / 2 if norm == "linf" else room * 8 / 2**0.5
+    brightest.towers.train()
+    state = torch.get_rng_state()
+    before = {name: tensor.clone() for name, tensor in brightest.towers.state_dict().items()}
+    metrics, _ = attack_zero_shot(clip=brightest, dataset=shades, norm=norm, epsilon=epsilon, images=500, batch_size=4)
+    low, high = robustness.wilson_interval(hits=5, n=10)
+    assert metrics == {
+        f"apgd_{norm}_acc1": 0.5,
+        f"apgd_{norm}_acc1_low": low,
+        f"apgd_{norm}_acc1_high": high,
+        f"apgd_{norm}_clean_acc1": 0.9,
+        f"apgd_{norm}_epsilon": epsilon,
+        f"apgd_{norm}_n": 10.0,
+    }
+    assert brightest.towers.training and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in brightest.towers.state_dict().items())
+    assert all(parameter.grad is None for parameter in brightest.towers.parameters())
+
+
+def test_between_no_radius_and_a_large_one(brightest, shades):
+    clean = evaluate_clip(clip=brightest, dataset=shades, tasks=["zero_shot"])["acc1"]
+    for epsilon, expected in ((1e-6, clean), (0.5, 0.0)):
+        metrics, _ = attack_zero_shot(clip=brightest, dataset=shades, norm="linf", epsilon=epsilon, images=10)
+        assert (metrics["apgd_linf_clean_acc1"], metrics["apgd_linf_acc1"]) == (clean, expected)
+
+
+def test_some_images_are_spread_evenly_over_the_set(brightest, shades):
+    part = robustness._zero_shot_examples(brightest, shades, 4)
+    assert part.labels.tolist() == [number % 3 for number in (0, 2, 5, 7)]
+    leads = part.images.float().mean(dim=(2, 3)).amax(dim=1) - 100
+    assert leads.tolist() == [10, 30, 60, 80]  # the pixels themselves, not normalised
+    with pytest.raises(UserError, match="--attack-images 0 must be at least 1"):
+        robustness._zero_shot_examples(brightest, shades, 0)
+
+
+def test_pixels_are_those_of_the_evaluation(configs):
+    clip = student_of(configs["vit"])
+    image = Image.fromarray(batch_of(clip)["image"][0].permute(1, 2, 0).numpy())
+    exact = (clip.scaled_transform()(image) * 255).round().byte()[None]
+    assert torch.equal(clip.normalised(exact.float() / 255)[0], clip.image_transform()(image))
+
+
+# ---- the script --------------------------------------------------------------------------------------------------
+
+model = test_eval_scripts.model  # the fixtures
+colours = test_eval_scripts.colours
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch, capsys):
+    """evaluate(*flags) -> (exit code, stdout, stderr) of zero_shot.py."""
+    calling = test_eval_scripts.call.__wrapped__(tmp_path, monkeypatch, capsys)
+    return lambda *flags: calling("zero_shot", *flags)
+
+
+def test_the_script_adds_accuracy_under_attack(evaluate, model, colours):
+    flags = ["--model", model, "--dataset", str(colours)]
+    assert evaluate(*flags)[0] == 0
+    attacked = [*flags, "--attack", "apgd", "--epsilon", "2/255", "--attack-images", "3"]
+    code, out, _ = evaluate(*attacked)
+    assert code == 0 and "under APGD, linf 2/255, 3 images" in out and "an upper bound" in out
+    assert evaluate(*attacked)[0] == 0
+    plain, first, again = [json.loads(line)["metrics"] for line in Path("result.json").read_text().splitlines()]
+    assert first == again
+    added = {"acc1", "acc1_low", "acc1_high", "clean_acc1", "epsilon", "n"}
+    assert set(first) - set(plain) == {f"apgd_linf_{name}" for name in added}
+    assert all(first[name] == value for name, value in plain.items() if value == value)
+    assert first["apgd_linf_epsilon"] == 2 / 255 and first["apgd_linf_n"] == 3
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--attack", "apgd", "--epsilon", "8"], "an epsilon of 8 is no radius in linf"),
+        (["--attack", "apgd", "--epsilon", "four"], "an epsilon of 'four' is no number"),
+        (["--epsilon", "4/255"], "--epsilon 4/255 is the radius of an attack: add --attack apgd"),
+        (["--attack", "apgd", "--attack-images", "0"], "--attack-images 0 must be at least 1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(evaluate, model, colours, flags, message):
+    code, out, told = evaluate("--model", model, "--dataset", str(colours), *flags)
+    assert (code, out) == (2, "") and message in told and told.count("\n") == 1
+    assert not Path("result.json").exists()
+
+
+def test_without_pyautoattack_the_line_says_what_to_install(evaluate, model, colours, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyautoattack", None)
+    code, _, told = evaluate("--model", model, "--dataset", str(colours), "--attack", "apgd")
+    assert code == 2 and "pip install 'gkl-vl[attack]'" in told and told.count("\n") == 1

@@ -64,11 +64,12 @@ class Study:
 
     def table(self, results: dict[tuple[str, int], dict[str, float]]) -> str:
         """Markdown: a row per arm. Mean and standard deviation over seeds; paired differences with standard error."""
-        headline = next(iter(self.columns))
-        lines = [f"| arm | {' | '.join(self.columns)} | {headline}, paired difference |"]
-        lines.append("|---" * (len(self.columns) + 2) + "|")
+        headings = list(next(iter(results.values())))
+        headline = headings[0]
+        lines = [f"| arm | {' | '.join(headings)} | {headline}, paired difference |"]
+        lines.append("|---" * (len(headings) + 2) + "|")
         for arm, (_, other) in self.arms.items():
-            cells = [spread([results[arm, seed][heading] for seed in self.seeds]) for heading in self.columns]
+            cells = [spread([results[arm, seed][heading] for seed in self.seeds]) for heading in headings]
             differences = [results[arm, s][headline] - results[other, s][headline] for s in self.seeds if other]
             lines.append(f"| {arm} | {' | '.join(cells)} | {paired(differences, other) if other else ''} |")
         return "\n".join(lines)

@@ -26,7 +26,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from gkl_vl.attacks import Norm
+from gkl_vl.attacks import Norm, radius
 from gkl_vl.cli import run
 from gkl_vl.data.labelled import open_labelled
 from gkl_vl.evaluate import result_path
@@ -40,7 +40,6 @@ from gkl_vl.robustness import (
     load_examples,
     load_target,
     measure,
-    parse_epsilon,
     result_record,
     results_table,
 )
@@ -94,19 +93,20 @@ class Config:
 
 
 def main(config: Config) -> None:
-    epsilon = parse_epsilon(config.epsilon or USUAL_EPSILON[config.norm])
+    epsilon = radius(config.epsilon or USUAL_EPSILON[config.norm], config.norm)
     attack = Attack(name=config.attack, norm=config.norm, epsilon=epsilon, version=config.version, seed=config.seed)
     names = dict(model=config.model, pretrained=config.weights or "")
     path = result_path(config.output, dataset=config.data, task=TASK, **names)
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     data = open_labelled(config.data, config.split, root=config.root, columns=config.columns)
-    target = load_target(
-        config.model,
-        num_classes=data.num_classes,
-        norm=config.norm,
-        weights=config.weights,
-        allow_pickle=config.allow_pickle,
-    )
+    with accelerator.main_process_first():  # the others find what it downloads
+        target = load_target(
+            config.model,
+            num_classes=data.num_classes,
+            norm=config.norm,
+            weights=config.weights,
+            allow_pickle=config.allow_pickle,
+        )
     target.model.to(accelerator.device)
     examples = load_examples(data, images=config.images, image_size=config.image_size)
     masking, warnings = {}, []

@@ -83,15 +83,6 @@ def wilson_interval(*, hits: int, n: int) -> tuple[float, float]:
     return (0.0 if hits == 0 else low, 1.0 if hits == n else high)  # exactly, whatever the rounding
 
 
-def parse_epsilon(text: str) -> float:
-    """The number that "8/255" or "0.03" says. Raises: UserError for what is none."""
-    numerator, _, denominator = text.partition("/")
-    try:
-        return float(numerator) / float(denominator or 1)
-    except (ValueError, ZeroDivisionError) as error:
-        raise UserError(f"--epsilon {text!r} is no number: write 8/255 or 0.03") from error
-
-
 # ---- PGD ---------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,8 @@ from helpers import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gkl_vl.attacks import pgd, weights_perturbed
+from gkl_vl.attacks import pgd, radius, weights_perturbed
+from gkl_vl.errors import UserError
 
 NORMS = ["linf", "l2"]
 
@@ -198,3 +199,18 @@ def test_two_processes_move_the_weights_as_one():
     for weights in run_ranks(moved_weights, 2):
         for got, want in zip(weights, one, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_radius_is_a_fraction_or_a_number(norm):
+    found = [radius(text, norm) for text in ("8/255", "0.5", "1e-2", " 4 / 255 ")]
+    assert found == [8 / 255, 0.5, 0.01, 4 / 255]
+    for text in ("eight", "8/0", "8/255/1", "", "/255", "nan", "inf", "0", "-1/255"):
+        with pytest.raises(UserError, match="write 8/255 or 0.03"):
+            radius(text, norm)
+
+
+def test_pixels_are_at_most_1_apart():
+    with pytest.raises(UserError, match="an epsilon of 8 is no radius in linf"):
+        radius("8", "linf")
+    assert radius("8", "l2") == 8

@@ -1,13 +1,11 @@
-"""eval/autoattack.py, run as a user runs it: what it appends and prints, by one process and by two, killed and taken
-up, and that every mistake ends in one line and exit code 2."""
+"""eval/autoattack.py, run as a user runs it: what it appends and prints, by one process and by two, and that
+every mistake ends in one line and exit code 2."""
 
 import json
 import os
 import runpy
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -158,27 +156,6 @@ def test_two_processes_append_the_line_of_one(call, place, tmp_path):
     (state,) = Path("runs").iterdir()
     for file in sorted(state.glob("batch_*.json")):
         assert json.loads(file.read_text())["flags"] == json.loads((tmp_path / "two" / file.name).read_text())["flags"]
-
-
-def test_a_killed_evaluation_goes_on(call, place, tmp_path):
-    flags = ["--attack", "pgd100", "--epsilon", "0.1", "--batch-size", "2"]
-    command = [sys.executable, str(SCRIPT), "--model", str(place / "runs" / "a"), "--data", str(place / "data")]
-    running = subprocess.Popen([*command, *flags, "--state-dir", "killed"], cwd=tmp_path, env=ENVIRONMENT)
-    try:
-        deadline = time.monotonic() + 100
-        while not (tmp_path / "killed" / "batch_00000.json").exists():
-            assert running.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        running.send_signal(signal.SIGKILL)
-        running.wait()
-    there = {file.name: file.stat().st_mtime_ns for file in Path("killed").glob("batch_*.json")}
-    assert 0 < len(there) < 6 and not Path("results.jsonl").exists()
-    assert call(*flags, "--state-dir", "killed")[0] == 0
-    assert {name: (Path("killed") / name).stat().st_mtime_ns for name in there} == there
-    assert call(*flags, "--state-dir", "whole")[0] == 0
-    killed, whole = ({k: v for k, v in record.items() if k != "seconds"} for record in records())
-    assert killed == whole
 
 
 def complaint(call, *flags: str) -> str:

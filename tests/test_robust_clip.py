@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,18 +117,23 @@ def test_attacked_pixels_stay_within_the_radius_and_in_range(configs, norm, epsi
 
 
 def distance(clip: Clip, pixels: Tensor, batch: dict, teacher: Teacher) -> float:
-    """The soft cross entropy that the attack is to raise, in evaluation mode, by softmaxes written out."""
+    """What the attack is to raise, in evaluation mode."""
     image = clip.towers.eval().encode_image(clip.normalised(pixels))
     return soft_cross_entropy(clip, image, batch, teacher).item()
 
 
 def soft_cross_entropy(clip: Clip, image: Tensor, batch: dict, teacher: Teacher) -> Tensor:
-    text, said = clip.towers.encode_text(batch["text"]), teacher(batch)
+    """The mean of both directions, of a SigLIP's pairs one by one; T = 2."""
+    text, said, bias = clip.towers.encode_text(batch["text"]), teacher(batch), clip.towers.bias()
     ours = clip.towers.log_scale().exp() * image @ text.T
     theirs = said["teacher_logit_scale"] * said["teacher_image"] @ said["teacher_text"].T
-    both = [(ours, theirs), (ours.T, theirs.T)]
-    rows = [-((t / 2).softmax(1) * (s / 2).log_softmax(1)).sum(1).mean() for s, t in both]
-    return sum(rows) / 2
+    softmaxes = [(theirs / 2).softmax(1), (theirs.T / 2).softmax(1)]
+    if bias is None:
+        return -sum((p * (s / 2).log_softmax(1)).sum() for p, s in zip(softmaxes, (ours, ours.T), strict=True)) / N / 2
+    p = (softmaxes[0] + softmaxes[1].T) / 2
+    if "teacher_logit_bias" in said:
+        p = ((theirs + said["teacher_logit_bias"]) / 2).sigmoid()
+    return F.binary_cross_entropy_with_logits((ours + bias) / 2, p.to(ours), reduction="sum") / N
 
 
 def test_the_attack_raises_the_distance_to_the_teacher(configs):
@@ -140,15 +146,17 @@ def test_the_attack_raises_the_distance_to_the_teacher(configs):
     assert after - before > 10 * abs(by_chance - before)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_the_attack_is_the_procedure_written_out(configs, norm, monkeypatch):
+@pytest.mark.parametrize(
+    "norm, bias, teacher_bias", [("linf", None, None), ("l2", None, None), ("linf", -4.0, None), ("linf", -4.0, -2.0)]
+)
+def test_the_attack_is_the_procedure_written_out(configs, norm, bias, teacher_bias, monkeypatch):
     """TRADES's start, three steps of two thirds of the radius, on the soft cross entropy of both directions."""
     monkeypatch.setattr(Clip, "scaled", scaled_in_double)
-    clip, epsilon = student_of(configs["resnet"]), 0.1
+    clip, epsilon = student_of(configs["resnet"], bias), 0.1
     clip.towers.double()
-    batch, teacher = batch_of(clip), Teacher()
+    batch, teacher = batch_of(clip), Teacher(teacher_bias)
     torch.manual_seed(4)
-    found = objective_of(clip, image_attack(norm, epsilon)).prepared(batch)["attacked"]
+    found = objective_of(clip, image_attack(norm, epsilon), teacher).prepared(batch)["attacked"]
     clip.towers.eval()
     torch.manual_seed(4)
     clean = clip.scaled(batch["image"])
@@ -204,8 +212,12 @@ def test_the_student_is_left_as_it_was(configs):
     model = model_of(clip).train()
     clip.towers.model.visual.trunk.layer1.eval()  # a frozen part
     modes = {name: module.training for name, module in model.named_modules()}
+    seen: list[bool] = []
+    for part in (clip.towers.model.visual, clip.towers.model.transformer):
+        part.register_forward_hook(lambda module, *_: seen.append(module.training))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     objective_of(clip).prepared(batch_of(clip))
+    assert seen == [False] * 4  # the captions once, the images in three steps
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert any("running_mean" in name for name in before)
@@ -307,10 +319,19 @@ def scaled_in_double(clip: Clip, images: Tensor) -> Tensor:
     return towers.resize(images, clip.image_size).double()
 
 
-def of_rank(rank: int, world_size: int, config: str, bias: float | None, teacher_bias: float | None) -> tuple:
+CASES = [(None, None), (-4.0, None), (-4.0, -2.0)]
+"""Biases of student and teacher: with one, it is a SigLIP."""
+
+
+def of_rank(rank: int, world_size: int, config: str) -> list[tuple[float, Tensor, Tensor]]:
+    attacks._noise, Clip.scaled = waves, scaled_in_double
+    return [shares(rank, world_size, config, *case) for case in CASES]
+
+
+def shares(
+    rank: int, world_size: int, config: str, bias: float | None, teacher_bias: float | None
+) -> tuple[float, Tensor, Tensor]:
     """Loss, gradient and attacked images of my rows."""
-    attacks._noise = waves
-    Clip.scaled = scaled_in_double
     clip = student_of(config, bias)
     model, objective = model_of(clip).double(), objective_of(clip, teacher=Teacher(teacher_bias))
     rows = slice(rank * N // world_size, (rank + 1) * N // world_size)
@@ -322,13 +343,15 @@ def of_rank(rank: int, world_size: int, config: str, bias: float | None, teacher
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()]), prepared["attacked"]
 
 
-@pytest.mark.parametrize("bias, teacher_bias", [(None, None), (-4.0, None), (-4.0, -2.0)])
-def test_processes_with_different_data_give_the_joined_batch(configs, bias, teacher_bias):
-    ((loss, gradient, attacked),) = run_ranks(of_rank, 1, configs["vit"], bias, teacher_bias)
-    found = run_ranks(of_rank, 2, configs["vit"], bias, teacher_bias)
-    torch.testing.assert_close(torch.cat([one[2] for one in found]), attacked, rtol=0, atol=1e-9)
-    assert [one[0] for one in found] == pytest.approx([loss] * 2, rel=1e-6)
-    torch.testing.assert_close((found[0][1] + found[1][1]) / 2, gradient, rtol=1e-4, atol=1e-6)
+def test_processes_with_different_data_give_the_joined_batch(configs, monkeypatch):
+    monkeypatch.setattr(attacks, "_noise", waves)
+    monkeypatch.setattr(Clip, "scaled", scaled_in_double)
+    both = zip(*run_ranks(of_rank, 2, configs["vit"]), strict=True)
+    for case, found in zip(CASES, both, strict=True):
+        loss, gradient, attacked = shares(0, 1, configs["vit"], *case)
+        torch.testing.assert_close(torch.cat([one[2] for one in found]), attacked, rtol=0, atol=1e-9)
+        assert [one[0] for one in found] == pytest.approx([loss] * 2, rel=1e-6)
+        torch.testing.assert_close((found[0][1] + found[1][1]) / 2, gradient, rtol=1e-4, atol=1e-6)
 
 
 # ---- the recipe --------------------------------------------------------------------------------------------------
@@ -340,7 +363,7 @@ FLAGS = ["--batch-size", "4", "--workers", "0", "--adversarial"]
 
 def flags_of(place: Path, configs: dict[str, str], *more: str) -> list[str]:
     own = ["--teacher", f"local-dir:{place}/teacher", "--student", configs["vit"]]
-    return [*own, "--train-data", f"{place}/pairs.tar", *FLAGS, *more]
+    return [*own, "--train-data", f"{place}/pairs.tar::{place}/pairs.tar", *FLAGS, *more]
 
 
 def test_two_processes_train_a_robust_student(place, configs):
@@ -455,6 +478,13 @@ def test_between_no_radius_and_a_large_one(brightest, shades):
         assert (metrics["apgd_linf_clean_acc1"], metrics["apgd_linf_acc1"]) == (clean, expected)
 
 
+def test_logits_are_scaled_similarities(configs):
+    clip = student_of(configs["vit"])
+    pixels, weights = clip.scaled(batch_of(clip)["image"]), F.normalize(torch.randn(3, 16), dim=1)
+    similarity = clip.towers.encode_image(clip.normalised(pixels)) @ weights.T
+    torch.testing.assert_close(robustness.ZeroShot(clip, weights)(pixels), similarity / 0.07)  # CLIP's first scale
+
+
 def test_some_images_are_spread_evenly_over_the_set(brightest, shades):
     part = robustness._zero_shot_examples(brightest, shades, 4)
     assert part.labels.tolist() == [number % 3 for number in (0, 2, 5, 7)]
@@ -515,6 +545,6 @@ def test_a_mistake_is_one_line_and_code_2(evaluate, model, colours, flags, messa
 
 
 def test_without_pyautoattack_the_line_says_what_to_install(evaluate, model, colours, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pyautoattack", None)
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
     code, _, told = evaluate("--model", model, "--dataset", str(colours), "--attack", "apgd")
     assert code == 2 and "pip install 'gkl-vl[attack]'" in told and told.count("\n") == 1

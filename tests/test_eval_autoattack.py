@@ -167,8 +167,8 @@ def complaint(call, *flags: str) -> str:
 def test_mistakes_end_in_one_line(call, place, tmp_path, monkeypatch):
     look = ["--attack", "pgd20"]
     assert "write 8/255 or 0.03" in complaint(call, *look, "--epsilon", "eight")
-    assert "write 8/255, not 8" in complaint(call, *look, "--epsilon", "8")
-    assert "must be above 0" in complaint(call, *look, "--epsilon", "0")
+    assert "is no radius in linf" in complaint(call, *look, "--epsilon", "8")
+    assert "an epsilon of 0 is no radius" in complaint(call, *look, "--epsilon", "0")
     assert "it has 12" in complaint(call, *look, "--images", "13")
     assert "--batch-size 0" in complaint(call, *look, "--batch-size", "0")
     assert "--masking-images 0" in complaint(call, *look, "--check-masking", "--masking-images", "0")

@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from gkl_vl.adversarial import AdversarialTraining, robust_loss
 from gkl_vl.attacks import pgd
 from gkl_vl.classifiers import load_classifier
-from gkl_vl.gkl import ClassPrior
-from gkl_vl.objectives import Adversarial, Together
+from gkl_vl.objectives import Adversarial, EpochPrior, Together
 
 CLASSES, EPSILON, STEPS = 10, 8 / 255, 10
 
@@ -84,7 +83,7 @@ def step(model: Together, images: torch.Tensor, labels: torch.Tensor, rounds: in
     settings = AdversarialTraining(epochs=1, awp_epoch=1)
 
     def update(settings: AdversarialTraining) -> Callable[[], None]:
-        objective = Adversarial(model=model, settings=settings, prior=ClassPrior(CLASSES, 1))
+        objective = Adversarial(model=model, settings=settings, prior=EpochPrior(CLASSES, 1))
 
         def call() -> None:
             part = objective.prepared(batch)
@@ -102,7 +101,7 @@ def step(model: Together, images: torch.Tensor, labels: torch.Tensor, rounds: in
         model.zero_grad()
 
     pixels = (images.float() / 255).contiguous(memory_format=torch.channels_last)
-    prior = ClassPrior(CLASSES, 1).rows(labels)
+    prior = EpochPrior(CLASSES, 1).rows(labels, epoch=0)
     logits = torch.randn(2, len(images), CLASSES, requires_grad=True)
 
     def loss() -> None:

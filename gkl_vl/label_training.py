@@ -30,10 +30,10 @@ from gkl_vl.data.views import (
 from gkl_vl.engine import FitConfig, fit
 from gkl_vl.errors import UserError
 from gkl_vl.evaluate import classification_metrics, predict, shot_accuracies
-from gkl_vl.gkl import ClassPrior, Number
+from gkl_vl.gkl import Number
 from gkl_vl.label_losses import Distillation
 from gkl_vl.launch import start
-from gkl_vl.objectives import LabelKd, LabelTeacher, online_label_teacher
+from gkl_vl.objectives import EpochPrior, LabelKd, LabelTeacher, online_label_teacher
 from gkl_vl.optim import multi_step, sgd, warmup_cosine
 from gkl_vl.teacher_cache import store_logits, stored_label_teacher
 
@@ -190,7 +190,7 @@ def train_classifier(config: LabelConfig, *, recipe: Recipe) -> None:
     if config.compile:
         student.model.compile()
     has_prior = teacher is not None and config.method in ("gkl", "ikl") and settings.class_prior
-    prior = ClassPrior(train.num_classes, settings.weight_temperature) if has_prior else None
+    prior = EpochPrior(train.num_classes, settings.weight_temperature) if has_prior else None
     set_seed(config.seed, device_specific=True)  # from here on each rank draws its own
 
     def make_loader(position: dict[str, Any] | None) -> LabelledLoader:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gkl_vl.adversarial import AdversarialTraining, ImageAttack, raised_loss, robust_loss, strength
 from gkl_vl.attacks import evaluating, pgd, weights_perturbed
 from gkl_vl.classifiers import Classifier, scaled
-from gkl_vl.gkl import ClassPrior, lift
+from gkl_vl.gkl import ClassPrior, Number, lift
 from gkl_vl.image_text import global_value, image_text_loss, mimicry_loss, scalars_of_all_ranks
 from gkl_vl.label_losses import Distillation, distillation_loss
 from gkl_vl.towers import Clip, ImageTower
@@ -159,6 +159,33 @@ LabelTeacher = Callable[[Batch], Tensor]
 """batch -> the teacher's logits [n, C], without gradient."""
 
 
+class EpochPrior:
+    """A `ClassPrior` that is collected during an epoch and used in the next; epochs are told by the batches."""
+
+    def __init__(self, num_classes: int, temperature: Number):
+        self._prior, self._epoch = ClassPrior(num_classes, temperature), 0
+
+    def rows(self, labels: Tensor, *, epoch: int) -> Tensor:
+        """The prior of each sample's label. All ranks: they change epochs together."""
+        if epoch != self._epoch:
+            self._prior.end_epoch()
+            self._epoch = epoch
+        return self._prior.rows(labels)
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Adds what was said of these samples."""
+        self._prior.update(logits, labels)
+
+    def state(self) -> dict[str, Tensor]:
+        """For the checkpoint of this rank."""
+        return self._prior.state_dict() | {"epoch": torch.tensor(self._epoch)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Goes on from where `state` was taken."""
+        self._prior.load_state_dict(state)
+        self._epoch = int(state["epoch"])
+
+
 @dataclass(kw_only=True)
 class LabelKd:
     """Distillation of a classifier; without a teacher the labels' cross entropy alone."""
@@ -167,9 +194,8 @@ class LabelKd:
     """Whose preparation of images is used; its model is what is trained."""
     teacher: LabelTeacher | None
     settings: Distillation
-    prior: ClassPrior | None
-    """What the teacher thinks of each class: collected during an epoch, used in the next."""
-    epoch: int = 0
+    prior: EpochPrior | None
+    """What the teacher thinks of each class."""
 
     def prepared(self, batch: Batch) -> Batch:
         return batch
@@ -194,10 +220,7 @@ class LabelKd:
         }
         if self.prior is None:
             return found
-        if batch["epoch"] != self.epoch:
-            self.prior.end_epoch()  # all ranks: they change epochs together
-            self.epoch = batch["epoch"]
-        rows = self.prior.rows(labels)
+        rows = self.prior.rows(labels, epoch=batch["epoch"])  # all ranks
         self.prior.update(teacher, labels)
         return found | {"prior": rows}
 
@@ -223,12 +246,11 @@ class LabelKd:
         return global_value(loss), scalars_of_all_ranks(scalars)
 
     def state(self) -> dict[str, Tensor]:
-        return {} if self.prior is None else self.prior.state_dict() | {"epoch": torch.tensor(self.epoch)}
+        return {} if self.prior is None else self.prior.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         if self.prior is not None:
-            self.prior.load_state_dict(state)
-            self.epoch = int(state["epoch"])
+            self.prior.load_state(state)
 
 
 def online_label_teacher(classifier: Classifier) -> LabelTeacher:
@@ -265,9 +287,8 @@ class Adversarial:
     model: Together
     """What is trained, without what Accelerate wraps around it; it takes pixels in [0, 1]."""
     settings: AdversarialTraining
-    prior: ClassPrior | None
-    """What the model thinks of each class's natural images: collected during an epoch, used in the next."""
-    epoch: int = 0
+    prior: EpochPrior | None
+    """What the model thinks of each class's natural images."""
 
     def prepared(self, batch: Batch) -> Batch:
         """Adds `views`, what the model is to see: attacked and natural images, or natural ones alone. All ranks."""
@@ -276,15 +297,9 @@ class Adversarial:
         labels = batch["label"].repeat(len(images))
         if self.settings.method == "natural":
             return batch | {"labels": labels, "views": [natural]}
-        prior = None if self.prior is None else self._turn(self.prior, batch["epoch"]).rows(labels)
+        prior = None if self.prior is None else self.prior.rows(labels, epoch=batch["epoch"])
         attacked = self._attacked(natural, prior, batch["epoch"])
         return batch | {"labels": labels, "views": [attacked, natural]} | ({} if prior is None else {"prior": prior})
-
-    def _turn(self, prior: ClassPrior, epoch: int) -> ClassPrior:
-        if epoch != self.epoch:
-            prior.end_epoch()  # all ranks: they change epochs together
-            self.epoch = epoch
-        return prior
 
     def _attacked(self, images: Tensor, prior: Tensor | None, epoch: int) -> Tensor:
         settings, model = self.settings, self.model.model
@@ -345,12 +360,11 @@ class Adversarial:
         return global_value(ce + robust), scalars_of_all_ranks(scalars)
 
     def state(self) -> dict[str, Tensor]:
-        return {} if self.prior is None else self.prior.state_dict() | {"epoch": torch.tensor(self.epoch)}
+        return {} if self.prior is None else self.prior.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         if self.prior is not None:
-            self.prior.load_state_dict(state)
-            self.epoch = int(state["epoch"])
+            self.prior.load_state(state)
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -43,10 +43,9 @@ from gkl_vl.data.views import (
 )
 from gkl_vl.engine import FitConfig, fit
 from gkl_vl.errors import UserError
-from gkl_vl.gkl import ClassPrior
 from gkl_vl.label_training import conclude, evaluate_on, overridden, recompute_batchnorm
 from gkl_vl.launch import start
-from gkl_vl.objectives import Adversarial, Together
+from gkl_vl.objectives import Adversarial, EpochPrior, Together
 from gkl_vl.optim import sgd, warmup_cosine
 from gkl_vl.robustness import survives_pgd
 
@@ -253,7 +252,7 @@ def main(config: Config) -> None:
         f"{title} · seed {config.seed} · {accelerator.num_processes} x {accelerator.device.type} · {run.path}"
     )
     has_prior = config.method in ("gkl", "ikl") and settings.class_prior
-    prior = ClassPrior(train.num_classes, settings.prior_temperature) if has_prior else None
+    prior = EpochPrior(train.num_classes, settings.prior_temperature) if has_prior else None
     set_seed(config.seed, device_specific=True)  # from here on each rank draws its own
 
     def make_loader(position: dict[str, Any] | None) -> LabelledLoader:

@@ -17,8 +17,8 @@ from gkl_vl.adversarial import AdversarialTraining, raised_loss, robust_loss, st
 from gkl_vl.checkpoint import RunFolder
 from gkl_vl.classifiers import OnPixels
 from gkl_vl.engine import FitConfig, fit
-from gkl_vl.gkl import ClassPrior, gkl_loss, kl_loss
-from gkl_vl.objectives import Adversarial, Together
+from gkl_vl.gkl import gkl_loss, kl_loss
+from gkl_vl.objectives import Adversarial, EpochPrior, Together
 from gkl_vl.optim import sgd
 
 N, C = 6, 4
@@ -113,7 +113,7 @@ class Loader:
 def trained(folder: Path, settings: AdversarialTraining, second: bool, ema_start_step: int = 2) -> tuple:
     """By the engine: the model, and its average."""
     model = Together(OnPixels(net(), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)).double())
-    prior = ClassPrior(C, settings.prior_temperature) if settings.method in ("ikl", "gkl") else None
+    prior = EpochPrior(C, settings.prior_temperature) if settings.method in ("ikl", "gkl") else None
     torch.manual_seed(5)  # of the attacks' noise
     result = fit(
         accelerator=Accelerator(cpu=True),
@@ -288,7 +288,7 @@ def of_rank(rank: int, world_size: int, method: str) -> tuple:
     objectives.scaled = lambda images: images.double() / 255
     settings = replace(SETTINGS, method=method)
     model = Together(OnPixels(net(norm=False).double(), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)).double())
-    objective = Adversarial(model=model, settings=settings, prior=ClassPrior(C, 2.0) if method != "trades" else None)
+    objective = Adversarial(model=model, settings=settings, prior=EpochPrior(C, 2.0) if method != "trades" else None)
     rows = slice(rank * N // world_size, (rank + 1) * N // world_size)
     for batch in batches(True)[:3]:
         mine = {name: value[rows] if name not in ("epoch",) else value for name, value in batch.items()}

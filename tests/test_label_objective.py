@@ -13,9 +13,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from gkl_vl.classifiers import Classifier
-from gkl_vl.gkl import ClassPrior
 from gkl_vl.label_losses import METHODS, Distillation, distillation_loss
-from gkl_vl.objectives import LabelKd, online_label_teacher
+from gkl_vl.objectives import EpochPrior, LabelKd, online_label_teacher
 
 CLASSES = 5  # the last has no images
 TEMPERATURE = 2.0  # of the prior
@@ -60,7 +59,7 @@ def mine(batch: dict, rank: int, world_size: int) -> dict:
 
 
 def label_kd(settings=SETTINGS, teacher=lambda batch: batch["logits"], with_prior=True) -> LabelKd:
-    prior = ClassPrior(CLASSES, TEMPERATURE) if with_prior else None
+    prior = EpochPrior(CLASSES, TEMPERATURE) if with_prior else None
     return LabelKd(student=tiny_classifier(), teacher=teacher, settings=settings, prior=prior)
 
 
@@ -246,7 +245,7 @@ def test_a_loaded_state_continues_exactly(cut):
 def test_a_state_that_is_not_loaded_shows():
     whole, forgetful = label_kd(), label_kd()
     targets_of(whole, batches()[:3])
-    forgetful.epoch = whole.epoch
+    forgetful.prior._epoch = whole.prior._epoch
     rest = batches()[3:]
     wanted, got = (torch.cat([t["prior"] for t in targets_of(it, rest)]) for it in (whole, forgetful))
     assert (wanted - got)[:ROWS].abs().max() > 0.01 and (wanted - got)[ROWS:].abs().max() > 0.01

@@ -90,7 +90,8 @@ def shorten(text: str, length: int) -> str:
 def _draw_losses(axes: Axes, records: list[dict]) -> None:
     _style(axes)
     curves = {"loss": ("total", _INK)}
-    curves |= {key: (label, colour) for (key, label), colour in zip(_TERMS.items(), _COLOURS, strict=False)}
+    logged = [key for key in _TERMS if any(f"train/{key}" in row for row in records)]
+    curves |= {key: (_TERMS[key], colour) for key, colour in zip(logged, _COLOURS, strict=False)}
     drawn = []
     for key, (label, colour) in curves.items():
         points = [(row["step"], row[f"train/{key}"]) for row in records if f"train/{key}" in row]

@@ -13,7 +13,7 @@ and an evaluation on drawings of a third style and on things that neither has se
 
 `--adversarial linf --epsilon 4/255` makes a student that holds under attack: its images are moved, within the radius,
 so that its image-text logits leave the teacher's of the clean images, and it is trained on the moved ones towards them.
-An update costs about three times as much. `eval/zero_shot.py --attack apgd` measures what is left under attack.
+An update costs about twice as much. `eval/zero_shot.py --attack apgd` measures what is left under attack.
 
 Paper: Cui et al., "Generalized Kullback-Leibler Divergence Loss", arXiv 2503.08038, and arXiv 2305.13948. The
 image-text form is this project's. Results, with commands and spread: recipes/README.md.

@@ -104,6 +104,13 @@ def test_a_term_that_is_off_is_no_curve(tmp_path: Path):
     assert not np.array_equal(full, draw(tmp_path, without("train/mimicry"), []))
 
 
+@pytest.mark.parametrize("term", ["distillation", "robust"])
+def test_terms_of_other_recipes_are_drawn_as_well(tmp_path: Path, term: str):
+    rows = [{"step": step, "train/loss": 3.0, "train/ce": 2.0, f"train/{term}": 1.0} for step in (10, 20)]
+    without = [{key: value for key, value in row.items() if key != f"train/{term}"} for row in rows]
+    assert not np.array_equal(draw(tmp_path, rows, []), draw(tmp_path, without, []))
+
+
 def test_names_of_any_kind_stay_in_their_place(tmp_path: Path):
     names = ["a_{very}$long$ name " * 5, "“ここ”ボタン", "grinning 😀 face\nsecond line", "", "W" * 60]
     sheet = [SheetItem(RED.convert("RGBA"), name, [(name, 1.0), ("x$", 0.0)]) for name in names]

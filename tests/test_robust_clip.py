@@ -544,7 +544,8 @@ def test_a_mistake_is_one_line_and_code_2(evaluate, model, colours, flags, messa
     assert not Path("result.json").exists()
 
 
-def test_without_pyautoattack_the_line_says_what_to_install(evaluate, model, colours, monkeypatch):
+def test_without_pyautoattack_the_line_says_what_to_install(evaluate, colours, monkeypatch):
+    """Before the model is loaded, and the hours are spent."""
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    code, _, told = evaluate("--model", model, "--dataset", str(colours), "--attack", "apgd")
+    code, _, told = evaluate("--model", "local-dir:nowhere", "--dataset", str(colours), "--attack", "apgd")
     assert code == 2 and "pip install 'gkl-vl[attack]'" in told and told.count("\n") == 1

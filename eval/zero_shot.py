@@ -22,6 +22,7 @@ from typing import Literal
 
 from accelerate import Accelerator
 
+from gkl_vl.adversarial import USUAL_CLIP_EPSILON
 from gkl_vl.attacks import Norm, radius
 from gkl_vl.cli import run
 from gkl_vl.data.benchmark_sets import BUNDLED, load_benchmark_sets
@@ -31,8 +32,6 @@ from gkl_vl.robustness import attack_zero_shot, import_autoattack
 from gkl_vl.towers import BUNDLED_TEACHER, load_clip
 
 TASK = "zeroshot_classification"
-USUAL_EPSILON: dict[Norm, str] = {"linf": "4/255", "l2": "0.5"}
-"""As in the work on robust CLIPs (Schlarmann et al., ICML 2024), and RobustBench's for CIFAR-10."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +118,7 @@ def find_epsilon(config: Config) -> float | None:
 
 def epsilon_text(config: Config) -> str:
     """As --epsilon was written."""
-    return config.epsilon or USUAL_EPSILON[config.attack_norm]
+    return config.epsilon or USUAL_CLIP_EPSILON[config.attack_norm]
 
 
 def attack_line(config: Config, dataset: str, metrics: dict[str, float]) -> str:

@@ -143,6 +143,10 @@ class ImageAttack:
     """As in IKL's attack on CIFAR-10."""
 
 
+USUAL_CLIP_EPSILON: dict[Norm, str] = {"linf": "4/255", "l2": "0.5"}
+"""As in the work on robust CLIPs (Schlarmann et al., ICML 2024), and RobustBench's for CIFAR-10."""
+
+
 def image_attack(norm: Norm, epsilon: Number) -> ImageAttack:
     """Of this radius: 3 steps of 2/3 epsilon, as `strength`'s ladder has it in the second quarter of training."""
     return ImageAttack(norm=norm, epsilon=epsilon, step_size=2 * epsilon / 3)

@@ -31,8 +31,8 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from gkl_vl import cli, hub, report
-from gkl_vl.adversarial import ImageAttack, image_attack
-from gkl_vl.attacks import radius
+from gkl_vl.adversarial import USUAL_CLIP_EPSILON, ImageAttack, image_attack
+from gkl_vl.attacks import Norm, radius
 from gkl_vl.checkpoint import RunFolder
 from gkl_vl.data.benchmark_sets import load_benchmark_set
 from gkl_vl.data.pairs import (
@@ -280,12 +280,12 @@ def find_attack(config: Config) -> ImageAttack | None:
         if config.epsilon is not None:
             raise UserError(f"--epsilon {config.epsilon} is the radius of an attack: add --adversarial linf")
         return None
-    return image_attack(config.adversarial, radius(epsilon_text(config), config.adversarial))
+    return image_attack(config.adversarial, radius(epsilon_text(config, config.adversarial), config.adversarial))
 
 
-def epsilon_text(config: Config) -> str:
+def epsilon_text(config: Config, norm: Norm) -> str:
     """As --epsilon was written."""
-    return config.epsilon or ("4/255" if config.adversarial == "linf" else "0.5")
+    return config.epsilon or USUAL_CLIP_EPSILON[norm]
 
 
 def count_steps(config: Config, source: Source, num_processes: int) -> int:
@@ -314,7 +314,11 @@ def count_steps(config: Config, source: Source, num_processes: int) -> int:
 def title(config: Config, steps: int) -> str:
     """The run in a line."""
     origin = "" if config.teacher == "none" else f" distilled from {config.teacher}"
-    against = "" if config.adversarial == "none" else f" · against {config.adversarial} {epsilon_text(config)}"
+    against = (
+        ""
+        if config.adversarial == "none"
+        else f" · against {config.adversarial} {epsilon_text(config, config.adversarial)}"
+    )
     batch = config.batch_size * config.accum_steps
     return f"{config.student}{origin}{against} · {steps:,} steps of {batch:,} · seed {config.seed}"
 
@@ -360,7 +364,9 @@ def finish(
         metrics=final,
         steps=steps,
         seed=config.seed,
-        attack=None if config.adversarial == "none" else f"{epsilon_text(config)} in {config.adversarial}",
+        attack=None
+        if config.adversarial == "none"
+        else f"{epsilon_text(config, config.adversarial)} in {config.adversarial}",
         repo_id=config.push_to_hub,
     )
     hub.export_clip(clip=student, folder=run.path / "model", card=card)

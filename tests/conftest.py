@@ -85,3 +85,12 @@ def fresh_accelerate():
 
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Two threads that meet after each of a thousand tiny operations take many times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

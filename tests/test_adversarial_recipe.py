@@ -103,13 +103,7 @@ def test_two_processes_write_one_run(place):
     assert "Load the student" in done.stdout and "Published for cifar10-basic by gkl: 85.31 %" in done.stdout
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads that meet after each of a thousand tiny operations take many times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

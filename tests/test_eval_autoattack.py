@@ -23,13 +23,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"
 CLASSES, EACH = 4, 3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads that meet after each of a thousand tiny operations take many times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

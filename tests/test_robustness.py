@@ -43,13 +43,7 @@ SIZE = 6  # pixels a side
 NAMES = ["autoattack", "pgd20", "pgd100", "cw", "apgd-ce", "square"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads that meet after each of a thousand tiny operations take many times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def shorten(monkeypatch, part: type, **iterations: int) -> None:

@@ -6,6 +6,7 @@ Axis letters: n = images, C = classes, h w = pixels.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
 import torch
@@ -61,13 +62,14 @@ def pgd(
             raise ValueError(f"{name} must be at least 0, got {value}")
     images = images.detach()
     with evaluating(model):
-        attacked = project(images + _noise(images, epsilon, norm, start, generator), images, epsilon, norm)
+        project = _projection(images, epsilon, norm)
+        attacked = project(images + _noise(images, epsilon, norm, start, generator))
         for _ in range(steps):
             attacked.requires_grad_()
             with torch.enable_grad():
                 (gradient,) = torch.autograd.grad(loss(model(attacked)), attacked)  # of nothing but the images
-            step = gradient.sign() if norm == "linf" else gradient / _length(gradient).clamp_min(_tiny(gradient))
-            attacked = project(attacked.detach() + step_size * step, images, epsilon, norm)
+            step = gradient.sign_() if norm == "linf" else gradient / _length(gradient).clamp_min(_tiny(gradient))
+            attacked = project(attacked.detach().add(step, alpha=step_size))
     return attacked.detach()
 
 
@@ -86,19 +88,24 @@ def radius(text: str, norm: Norm) -> float:
     return value
 
 
-def project(moved: Images, images: Images, epsilon: Number, norm: Norm) -> Images:
-    """The nearest point within `epsilon` of the images, then the nearest in [0, 1], which is nearer still."""
+def _projection(images: Images, epsilon: Number, norm: Norm) -> Callable[[Images], Images]:
+    """To the nearest point within `epsilon` of the images, then to the nearest in [0, 1], which is nearer still."""
     if norm == "linf":
-        near = torch.minimum(torch.maximum(moved, images - epsilon), images + epsilon).clamp(0, 1)
+        edges = (images - epsilon).clamp_min(0), (images + epsilon).clamp_max(1)
         # images + epsilon is rounded, by at most a unit in the last place
-        return torch.where((near - images).abs() > epsilon, torch.nextafter(near, images), near)
-    difference = moved - images
-    length = _length(difference)
-    # a little shorter than epsilon: adding to the images rounds each pixel
-    rounding = torch.finfo(images.dtype).eps * images[0].numel() ** 0.5
-    longest = max((1 - 1e-6) * epsilon - rounding, 0.0)
-    scale = torch.where(length > longest, longest / length.clamp_min(_tiny(length)), 1.0)
-    return (images + scale * difference).clamp(0, 1)
+        low, high = (torch.where((e - images).abs() > epsilon, torch.nextafter(e, images), e) for e in edges)
+        return partial(torch.clamp, min=low, max=high)
+
+    def nearest(moved: Images) -> Images:
+        difference = moved - images
+        length = _length(difference)
+        # a little shorter than epsilon: adding to the images rounds each pixel
+        rounding = torch.finfo(images.dtype).eps * images[0].numel() ** 0.5
+        longest = max((1 - 1e-6) * epsilon - rounding, 0.0)
+        scale = torch.where(length > longest, longest / length.clamp_min(_tiny(length)), 1.0)
+        return (images + scale * difference).clamp(0, 1)
+
+    return nearest
 
 
 def _noise(images: Images, epsilon: Number, norm: Norm, start: Start, generator: torch.Generator | None) -> Tensor:

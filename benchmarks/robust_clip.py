@@ -19,6 +19,7 @@ from study import Arms, Study
 
 from gkl_vl.attacks import radius
 from gkl_vl.data.benchmark_sets import load_benchmark_set
+from gkl_vl.embed import Embedder
 from gkl_vl.robustness import attack_zero_shot
 from gkl_vl.towers import load_clip
 
@@ -66,12 +67,11 @@ def under_attack(folder: Path, epsilon: str, images: int) -> dict[str, float]:
     file = folder / f"apgd_{epsilon.replace('/', '_')}_{images}.json"
     if not file.is_file():
         metrics, warnings = attack_zero_shot(
-            clip=load_clip(f"local-dir:{folder / 'model'}"),
+            embedder=Embedder(clip=load_clip(f"local-dir:{folder / 'model'}"), batch_size=250),
             dataset=load_benchmark_set("emoji"),
             norm="linf",
             epsilon=radius(epsilon, "linf"),
             images=images,
-            batch_size=250,
         )
         file.write_text(json.dumps(metrics | {"warnings": warnings}) + "\n")
     return json.loads(file.read_text())

@@ -27,9 +27,9 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from gkl_vl.attacks import Norm, radius
+from gkl_vl.benchmark import result_path
 from gkl_vl.cli import run
 from gkl_vl.data.labelled import open_labelled
-from gkl_vl.evaluate import result_path
 from gkl_vl.robustness import (
     USUAL_EPSILON,
     Attack,

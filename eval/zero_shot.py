@@ -1,35 +1,40 @@
-"""Zero-shot classification (acc1, acc5, mean_per_class_recall) with CLIP_benchmark's flags, keys and values.
+"""Zero-shot classification with CLIP_benchmark's flags, keys and values: acc1, acc5 and mean_per_class_recall, or
+mean_average_precision where images have several labels; 95 % intervals, calibration, and the teacher beside.
 
 The bundled teacher on the bundled emoji, a style and concepts that training never saw:
 
     python eval/zero_shot.py
 
-Your student on sets from the Hub (https://huggingface.co/clip-benchmark), any model on sets in folders:
+Your student, beside its teacher; sets from the Hub (https://huggingface.co/clip-benchmark) or in folders:
 
-    python eval/zero_shot.py --model local-dir:runs/clip_kd/model --dataset wds/imagenet1k wds/vtab/cifar100
+    python eval/zero_shot.py --model runs/NAME --teacher bundled
+    python eval/zero_shot.py --model runs/NAME --dataset wds/imagenet1k wds/vtab/cifar100
     python eval/zero_shot.py --model RN50 --pretrained openai --dataset a b --dataset_root "sets/{dataset}"
 
 A student that was trained against attacks, under APGD within 4/255:
 
-    python eval/zero_shot.py --model local-dir:runs/clip_kd/model --attack apgd --epsilon 4/255
+    python eval/zero_shot.py --model runs/NAME --attack apgd --epsilon 4/255
 
+Several processes share a set (`accelerate launch --num_processes 8 eval/zero_shot.py ...`); the numbers stay the same.
 Results are appended to --output, one JSON line per dataset. `clip_benchmark build` reads one result per file:
---output "{dataset}_{pretrained}_{model}_{language}_{task}.json".
+--output "{dataset}_{pretrained}_{model}_{language}_{task}.json". A collection of sets in one go: eval/suite.py.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
+import tyro
 from accelerate import Accelerator
 
 from gkl_vl.adversarial import USUAL_CLIP_EPSILON
 from gkl_vl.attacks import Norm, radius
+from gkl_vl.benchmark import append_result, result_path
 from gkl_vl.cli import run
-from gkl_vl.data.benchmark_sets import BUNDLED, load_benchmark_sets
+from gkl_vl.data.benchmark_sets import BUNDLED, BenchmarkSet
+from gkl_vl.embed import Embedder
 from gkl_vl.errors import UserError
-from gkl_vl.evaluate import append_result, evaluate_clip, format_metrics, refuse_random_weights, result_path
 from gkl_vl.robustness import attack_zero_shot, import_autoattack
-from gkl_vl.towers import BUNDLED_TEACHER, load_clip
+from gkl_vl.suite import Flags, evaluate_set, load_sets, load_subject, results_text
 
 TASK = "zeroshot_classification"
 
@@ -37,19 +42,14 @@ TASK = "zeroshot_classification"
 @dataclass(frozen=True, kw_only=True)
 class Config:
     dataset: tuple[str, ...] = BUNDLED
-    """Sets to evaluate on: bundled (emoji, emoji_unseen), a folder, or wds/NAME on the Hub."""
-    dataset_root: str | None = None
-    """Folder of the set, or its URL on the Hub; {dataset} and {dataset_cleaned} are filled in."""
-    split: str = "test"
-    """Subfolder with the shards."""
-    model: str = BUNDLED_TEACHER
-    """open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, or a .json model config."""
+    """Sets to evaluate on: bundled (emoji, emoji_unseen), wds/NAME or hf-hub:ORG/NAME on the Hub, a folder."""
+    model: str = "bundled"
+    """A run folder, open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, or a .json model config."""
     pretrained: str | None = None
     """open_clip's tag or a checkpoint, for models given by name."""
-    batch_size: int = 64
-    """Images, or prompts, per forward pass."""
-    num_workers: int = 2
-    """Processes that decode images; 0 = this one."""
+    teacher: str | None = None
+    """A model to compare with on the same images, as --model; `bundled` is the bundled one."""
+    flags: Annotated[Flags, tyro.conf.arg(name="")] = field(default_factory=Flags)
     attack: Literal["none", "apgd"] = "none"
     """Also attack images, white box: APGD, 100 steps on the cross entropy of the zero-shot logits. An upper bound."""
     attack_norm: Norm = "linf"
@@ -58,52 +58,36 @@ class Config:
     """The most that it may add, like 4/255 or 0.03; pixels are in [0, 1]. None = 4/255 for linf, 0.5 for l2."""
     attack_images: int = 500
     """Attack so many images of each set, evenly spaced in its order, always the same ones."""
-    seed: int = 0
-    """Of the attack's random starts."""
     output: str = "result.json"
     """Results file; {dataset}, {pretrained}, {model}, {language} and {task} are filled in."""
-    allow_pickle: bool = False
-    """Read weights stored as a pickle."""
     debug: bool = False
     """Show the traceback of an error."""
 
 
 def main(config: Config) -> None:
-    refuse_random_weights(config.model, config.pretrained)
     epsilon = find_epsilon(config)
+    sets = load_sets(config.dataset, config.flags)
     names = dict(model=config.model, pretrained=config.pretrained or "", task=TASK)
-    sets = load_benchmark_sets(config.dataset, root=config.dataset_root, split=config.split)
     paths = [result_path(config.output, dataset=dataset.name, **names) for dataset in sets]
-    device = Accelerator().device
-    clip = load_clip(config.model, config.pretrained, allow_pickle=config.allow_pickle)
-    clip.towers.to(device)
-    rows, attacked = {}, []
+    accelerator = Accelerator()
+    subject = load_subject(config.model, config.pretrained, config.flags, accelerator.device)
+    teacher = None
+    if config.teacher is not None:
+        teacher = load_subject(config.teacher, None, config.flags, accelerator.device)
+    lines, told = [], []
     for asked, dataset, path in zip(config.dataset, sets, paths, strict=True):
-        rows[dataset.name] = evaluate_clip(
-            clip=clip,
-            dataset=dataset,
-            tasks=["zero_shot"],
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
-            device=device,
-            progress=True,
-        )
-        under_attack = {}
+        (line,) = evaluate_set(subject, teacher, dataset, [TASK], asked=asked, seed=config.flags.seed)
         if epsilon is not None:
-            under_attack, warnings = attack_zero_shot(
-                clip=clip,
-                dataset=dataset,
-                norm=config.attack_norm,
-                epsilon=epsilon,
-                images=config.attack_images,
-                seed=config.seed,
-                batch_size=config.batch_size,
-                device=device,
-            )
-            attacked += [attack_line(config, dataset.name, under_attack), *(f"warning: {line}" for line in warnings)]
-        append_result(path, dataset=asked, metrics=rows[dataset.name] | under_attack, **names)
-    print("\n".join([format_metrics(rows), *attacked]))
-    print(f"appended to {', '.join(dict.fromkeys(map(str, paths)))}")
+            metrics, warnings = attacked(config, subject.embedder, dataset, epsilon)
+            line["metrics"] |= metrics
+            told += [attack_line(config, dataset.name, metrics), *(f"warning: {warning}" for warning in warnings)]
+        lines.append(line)
+        if accelerator.is_main_process:
+            append_result(path, line)
+    if accelerator.is_main_process:
+        print("\n".join([results_text(lines), *told]))
+        print(f"appended to {', '.join(dict.fromkeys(map(str, paths)))}")
+    accelerator.end_training()
 
 
 def find_epsilon(config: Config) -> float | None:
@@ -119,6 +103,20 @@ def find_epsilon(config: Config) -> float | None:
 def epsilon_text(config: Config) -> str:
     """As --epsilon was written."""
     return config.epsilon or USUAL_CLIP_EPSILON[config.attack_norm]
+
+
+def attacked(
+    config: Config, embedder: Embedder, dataset: BenchmarkSet, epsilon: float
+) -> tuple[dict[str, Any], list[str]]:
+    """Metrics under attack, and what makes them doubtful."""
+    return attack_zero_shot(
+        embedder=embedder,
+        dataset=dataset,
+        norm=config.attack_norm,
+        epsilon=epsilon,
+        images=config.attack_images,
+        seed=config.flags.seed,
+    )
 
 
 def attack_line(config: Config, dataset: str, metrics: dict[str, float]) -> str:

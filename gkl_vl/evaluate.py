@@ -1,58 +1,47 @@
-"""Zero-shot classification and retrieval, embeddings to metrics, with CLIP_benchmark's names and values.
+"""Embeddings and logits -> numbers, with CLIP_benchmark's names and values: tensors only, no model and no data set.
 
-The first half knows tensors only. The second half, `evaluate_clip`, embeds a whole evaluation set with a `Clip`, and is
-what recipes and eval scripts call.
+A metric is kept as a `Statistic`, a function of how often each image counts. Counting every image once gives the metric
+itself; counting them as often as they were drawn with replacement gives its bootstrap distribution, and doing so for
+two models with the same draws a paired test.
 
-Axis letters: n = images, m = texts, C = classes, d = embedding.
+Of two equal scores the one that comes first counts as the higher, as in argmax, whatever the device: a model that gives
+all classes the same score is right about class 0 and no other.
+
+Axis letters: n = images, m = texts, C = classes, d = embedding, r = draws.
 """
 
-import json
-import os
-import re
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
-from PIL import Image
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from tqdm import tqdm
 
-from gkl_vl.classifiers import Classifier
-from gkl_vl.data.benchmark_sets import BenchmarkSet, Record, Target
-from gkl_vl.data.views import Views
-from gkl_vl.errors import UserError
-from gkl_vl.towers import Clip, Towers
+from gkl_vl.gather import rank, sum_across_processes, world_size
+from gkl_vl.gkl import Number
 
-Templates = Sequence[str] | dict[str, list[str]]
-Task = Literal["zero_shot", "retrieval"]
-TARGETS: dict[Task, Target] = {"zero_shot": "cls", "retrieval": "txt"}
+Counts = Float[Tensor, "r n"]
+"""How often each image counts, float64."""
+Statistic = Callable[[Counts], Float[Tensor, " r"]]
+Statistics = Mapping[str, Statistic]
+
+ECE_BINS = 15
+TILE_NUMBERS = 2**20  # scores at a time in retrieval: about 15 MB with everything that is made of them
+DRAWS_AT_A_TIME = 50
+
+# ---- metrics ---------------------------------------------------------------------------------------------------
 
 
 def top_k_accuracy(*, logits: Float[Tensor, "n C"], labels: Int[Tensor, " n"], k: int) -> float:
-    """Share of rows whose label is among the k largest logits, in [0, 1]. Ties fall as torch.topk lets them.
+    """Share of rows whose label is among the k largest logits, in [0, 1].
 
     Raises:
         ValueError: no rows, or k not in 1..C.
     """
     if not 1 <= k <= logits.shape[1]:
         raise ValueError(f"k={k} must lie in 1..{logits.shape[1]}, the number of classes")
-    return _accuracies(logits, labels, ks=(k,))[0]
-
-
-def _accuracies(logits: Float[Tensor, "n C"], labels: Int[Tensor, " n"], ks: tuple[int, ...]) -> list[float]:
-    if len(logits) == 0:
-        raise ValueError("the accuracy of 0 rows is not defined")
-    # One topk for all: of equal logits, topk(1) may take another than the first of topk(5).
-    nearest = logits.topk(max(ks), dim=1).indices
-    return [int(_hits(nearest[:, :k], labels).sum()) / len(labels) for k in ks]
+    return values({"accuracy": _mean_of(_places(logits, labels) < k)}, images=len(logits))["accuracy"]
 
 
 def mean_per_class_recall(*, logits: Float[Tensor, "n C"], labels: Int[Tensor, " n"]) -> float:
@@ -60,23 +49,35 @@ def mean_per_class_recall(*, logits: Float[Tensor, "n C"], labels: Int[Tensor, "
 
     Same as scikit-learn's `balanced_accuracy_score(labels, logits.argmax(1))`, which CLIP_benchmark takes.
     """
-    total = torch.bincount(labels, minlength=logits.shape[1])
-    right = torch.bincount(labels[logits.argmax(dim=1) == labels], minlength=logits.shape[1])
-    occurs = total > 0
-    return (right[occurs].double() / total[occurs]).mean().item()
+    recall = _recall_by_class(_places(logits, labels) < 1, labels, logits.shape[1])
+    return values({"recall": recall}, images=len(logits))["recall"]
 
 
 def classification_metrics(*, logits: Float[Tensor, "n C"], labels: Int[Tensor, " n"]) -> dict[str, float]:
     """acc1, acc5 (nan with fewer than 5 classes) and mean_per_class_recall, shares in [0, 1].
 
     Source: CLIP_benchmark 1.6.2, `metrics/zeroshot_classification.py::evaluate`.
+
+    Raises:
+        ValueError: no rows.
     """
-    if logits.shape[1] >= 5:
-        acc1, acc5 = _accuracies(logits, labels, ks=(1, 5))
-    else:
-        acc1, acc5 = *_accuracies(logits, labels, ks=(1,)), float("nan")
-    recall = mean_per_class_recall(logits=logits, labels=labels)
-    return {"acc1": acc1, "acc5": acc5, "mean_per_class_recall": recall}
+    return values(classification_statistics(logits=logits, labels=labels), images=len(logits))
+
+
+def classification_statistics(*, logits: Float[Tensor, "n C"], labels: Int[Tensor, " n"]) -> Statistics:
+    """What `classification_metrics` are the values of."""
+    places, classes = _places(logits, labels), logits.shape[1]
+    return {
+        "acc1": _mean_of(places < 1),
+        "acc5": _mean_of(places < 5) if classes >= 5 else _undefined,
+        "mean_per_class_recall": _recall_by_class(places < 1, labels, classes),
+    }
+
+
+def class_accuracies(*, logits: Float[Tensor, "n C"], labels: Int[Tensor, " n"]) -> Float[Tensor, " C"]:
+    """Share of each class's rows with the right argmax, in [0, 1]; nan for a class without rows."""
+    right = (_places(logits, labels) < 1).double()
+    return _sum_by(labels, logits.shape[1], right[None])[0] / torch.bincount(labels, minlength=logits.shape[1])
 
 
 def shot_accuracies(
@@ -86,9 +87,48 @@ def shot_accuracies(
 
     Source: Liu et al., CVPR 2019, arXiv 1904.05160.
     """
-    right = logits.argmax(dim=1) == labels
+    right = _places(logits, labels) < 1
     members = {name: group[labels] for name, group in groups.items()}
     return {f"{name}_acc1": right[mine].float().mean().item() for name, mine in members.items() if mine.any()}
+
+
+def multilabel_metrics(*, scores: Float[Tensor, "n C"], targets: Num[Tensor, "n C"]) -> dict[str, float]:
+    """mean_average_precision, in [0, 1]: the mean over classes of
+
+        AP_c = sum_i t_ic P_c(i) / max(sum_i t_ic, 1),   P_c(i) = share of positives among the images down to i,
+
+    images in the order of falling score. A class without positives counts 0, as in CLIP_benchmark.
+
+    Args:
+        targets: 1 where the image has the class, else 0.
+
+    Source: CLIP_benchmark 1.6.2, `metrics/zeroshot_classification.py::average_precision_per_class`.
+
+    Raises:
+        ValueError: no rows.
+    """
+    return values(multilabel_statistics(scores=scores, targets=targets), images=len(scores))
+
+
+def multilabel_statistics(*, scores: Float[Tensor, "n C"], targets: Num[Tensor, "n C"]) -> Statistics:
+    """What `multilabel_metrics` are the values of."""
+    order = scores.argsort(dim=0, descending=True, stable=True)  # first come, first counted
+    positives = targets.gather(0, order).double()
+
+    def mean_average_precision(counts: Counts) -> Tensor:
+        total = counts.new_zeros(len(counts))
+        harmonic = F.pad((1 / torch.arange(1.0, counts.sum(dim=1).max() + 1, dtype=torch.float64)).cumsum(0), (1, 0))
+        for ordered, positive in zip(order.T, positives.T, strict=True):  # class by class: [r, n] at a time
+            times = counts[:, ordered]
+            seen, found = times.cumsum(dim=1), (times * positive).cumsum(dim=1)
+            # An image that counts c times stands c times in the order: of its copies, with s images seen and x of them
+            # negative, sum_j (s - x + j) / (s + j) = c - x sum_j 1 / (s + j), j = 1..c.
+            copies = harmonic[seen.long()] - harmonic[(seen - times).long()]
+            precision = times - (seen - found) * copies
+            total += (positive * precision).sum(dim=1) / found[:, -1].clamp_min(1)
+        return total / scores.shape[1]
+
+    return {"mean_average_precision": mean_average_precision}
 
 
 def retrieval_metrics(
@@ -97,7 +137,7 @@ def retrieval_metrics(
     text: Float[Tensor, "m d"],
     owners: Int[Tensor, " m"],
     recall_k: Sequence[int] = (1, 5, 10),
-    tile_rows: int = 1024,
+    tile_numbers: int = TILE_NUMBERS,
 ) -> dict[str, float]:
     """Recall@K in both directions, shares in [0, 1]. Text j belongs to image owners[j]; images may own many.
 
@@ -105,396 +145,254 @@ def retrieval_metrics(
         text_retrieval_recall@K  = mean over images of [any own text among the K texts that score highest]
 
     "Hit if any", as in CLIP papers, not found / all. The owner is the only positive: an equal caption of
-    another image counts as another's, as in CLIP_benchmark. K beyond the number of candidates is a hit. Only
-    tile_rows rows of the score matrix exist at a time, which changes the memory and nothing else.
+    another image counts as another's, as in CLIP_benchmark, and comes before or after it by its place. An image without
+    texts is never hit. K beyond the number of candidates is a hit. The score matrix exists only by tiles of about
+    `tile_numbers` scores, shared among the processes, which changes the memory and nothing else.
     Source: CLIP_benchmark 1.6.2, `metrics/zeroshot_retrieval.py`.
 
     Raises:
         ValueError: no images or no texts, no K or one below 1, an owner that is no row of `image`.
     """
+    statistics = retrieval_statistics(
+        image=image, text=text, owners=owners, recall_k=recall_k, tile_numbers=tile_numbers
+    )
+    return values(statistics, images=len(image))
+
+
+def retrieval_statistics(
+    *,
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "m d"],
+    owners: Int[Tensor, " m"],
+    recall_k: Sequence[int] = (1, 5, 10),
+    tile_numbers: int = TILE_NUMBERS,
+) -> Statistics:
+    """What `retrieval_metrics` are the values of; a text counts as often as its image."""
     if len(image) == 0 or len(text) == 0:
         raise ValueError(f"recall of {len(image)} images and {len(text)} texts is not defined")
-    _check_recall_k(recall_k)
+    check_recall_k(recall_k)
     if owners.min() < 0 or owners.max() >= len(image):
         raise ValueError(f"owners lie in {owners.min()}..{owners.max()}, but there are {len(image)} images")
     images = torch.arange(len(image), device=image.device)
-    metrics = {}
-    for name, queries, keys, query_ids, key_ids in (
-        ("image", text, image, owners, images),
-        ("text", image, text, images, owners),
-    ):
-        hits = {k: 0 for k in recall_k}
-        for start in range(0, len(queries), tile_rows):
-            rows = slice(start, start + tile_rows)
-            scores = _lift(queries[rows]) @ _lift(keys).T
-            for k in hits:
-                nearest = scores.topk(min(k, len(keys)), dim=1).indices
-                hits[k] += int(_hits(key_ids[nearest], query_ids[rows]).sum())
-        metrics |= {f"{name}_retrieval_recall@{k}": found / len(queries) for k, found in hits.items()}
-    return metrics
+    of_images = _own_places(text, image, owners, images, tile_numbers)
+    of_texts = _own_places(image, text, images, owners, tile_numbers)
+    statistics: dict[str, Statistic] = {}
+    for k in recall_k:
+        statistics[f"image_retrieval_recall@{k}"] = _mean_of(of_images < k, owners=owners)
+        statistics[f"text_retrieval_recall@{k}"] = _mean_of(of_texts < k)
+    return statistics
 
 
-def _check_recall_k(recall_k: Sequence[int]) -> None:
+def check_recall_k(recall_k: Sequence[int]) -> None:
+    """Raises: ValueError for no K, or one below 1."""
     if not recall_k or min(recall_k) < 1:
         raise ValueError(f"recall_k={tuple(recall_k)} must hold numbers from 1")
 
 
-def zero_shot_classifier(
-    *,
-    encode_text: Callable[[Tensor], Tensor],
-    tokenize: Callable[[list[str]], Tensor],
-    classnames: Sequence[str],
-    templates: Templates,
-    batch_size: int,
-    progress: bool = False,
-) -> Float[Tensor, "C d"]:
-    """One unit vector per class: the normalised mean of the normalised embeddings of its prompts.
-
-        w_c = z / |z|,  z = mean_t e(prompt_t(c)) / |e(prompt_t(c))|
-
-    Args:
-        templates: prompts with {c} for the class name, or {class name: [prompts]} (CuPL, arXiv 2209.03320).
-        batch_size: prompts per call of encode_text, across class boundaries.
-
-    Source: CLIP_benchmark 1.6.2, `metrics/zeroshot_classification.py::zero_shot_classifier`; the same as
-    open_clip's `build_zero_shot_classifier`, transposed.
-
-    Raises:
-        UserError: a template without {c}, a class without prompts.
-    """
-    prompts = [_prompts(name, templates) for name in classnames]
-    texts = [prompt for of_class in prompts for prompt in of_class]
-    text = embed_texts(
-        encode_text=encode_text, tokenize=tokenize, texts=texts, batch_size=batch_size, progress=progress
-    )
-    means = [of_class.mean(dim=0) for of_class in text.split([len(of_class) for of_class in prompts])]
-    return F.normalize(torch.stack(means), dim=-1)
+def _own_places(
+    queries: Tensor, keys: Tensor, query_ids: Tensor, key_ids: Tensor, tile_numbers: int
+) -> Int[Tensor, " queries"]:
+    """How many keys come before the best own key of each query, that is one with its id; with no own key, all."""
+    places = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    tile = max(tile_numbers // len(keys), 1)
+    for start in range(rank() * tile, len(queries), world_size() * tile):
+        rows = slice(start, start + tile)
+        scores = lift(queries[rows]) @ lift(keys).T
+        own = key_ids == query_ids[rows, None]
+        best = scores.masked_fill(~own, -torch.inf).argmax(dim=1)
+        places[rows] = torch.where(own.any(dim=1), _places(scores, best), len(keys))
+    return sum_across_processes(places)  # all ranks
 
 
-def _prompts(classname: str, templates: Templates) -> list[str]:
-    if isinstance(templates, dict):
-        if not templates.get(classname):
-            raise UserError(f"the prompts have none for the class {classname!r}")
-        return templates[classname]
-    for template in templates:
-        if "{c}" not in template:
-            raise UserError(f"the template {template!r} has no place for the class name: write {{c}}")
-    return [template.replace("{c}", classname) for template in templates]
-
-
-def embed_texts(
-    *,
-    encode_text: Callable[[Tensor], Tensor],
-    tokenize: Callable[[list[str]], Tensor],
-    texts: Sequence[str],
-    batch_size: int,
-    progress: bool = False,
-) -> Float[Tensor, "m d"]:
-    """Unit embeddings of texts, on the CPU, fp32 or wider. encode_text takes what tokenize gives."""
-    rows = []
-    with _bar("text", progress, total=len(texts)) as bar:
-        for start in range(0, len(texts), batch_size):
-            batch = list(texts[start : start + batch_size])
-            rows.append(F.normalize(_lift(encode_text(tokenize(batch))), dim=-1).cpu())
-            bar.update(len(batch))
-    return torch.cat(rows)
-
-
-def embed_images(
-    *,
-    encode_image: Callable[[Tensor], Tensor],
-    transform: Callable[[Any], Tensor],
-    dataset: BenchmarkSet,
-    targets: Sequence[Target],
-    batch_size: int,
-    num_workers: int,
-    progress: bool = False,
-) -> tuple[Float[Tensor, "n d"], dict[Target, list]]:
-    """Unit embeddings of a set's images, on the CPU, fp32 or wider, and their labels ("cls") or captions ("txt").
-
-    Rows are in the order of the set, whatever batch_size and num_workers.
-    """
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be 1 or more")
-    batches = _Batches(dataset, targets, transform, batch_size)
-    # Its own generator: a DataLoader draws a seed, and evaluation must not move training's RNG.
-    loader = DataLoader(batches, batch_size=None, num_workers=num_workers, generator=torch.Generator())
-    rows, records = [], []
-    with _bar("image", progress, total=None) as bar:
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            rows.append(F.normalize(_lift(encode_image(batch[0])), dim=-1).cpu())
-            records.extend(batch[1])
-            bar.update(len(batch[1]))
-    return torch.cat(rows), {target: [of_record[target] for of_record in records] for target in targets}
-
-
-def _bar(unit: str, progress: bool, *, total: int | None) -> tqdm:
-    return tqdm(desc=f"{unit}s", unit=unit, total=total, leave=False, disable=None if progress else True)
-
-
-@dataclass
-class _Batches(IterableDataset):
-    """(pixels, targets) in the order of the set.
-
-    Worker w of W decodes batches w, w + W, ...; a loader asks its workers in turn, so the order stays, and
-    all of them help where a set is one single shard.
-    """
-
-    dataset: BenchmarkSet
-    targets: Sequence[Target]
-    transform: Callable[[Any], Tensor]
-    batch_size: int
-
-    def __iter__(self) -> Iterator[tuple[Tensor, list] | UserError]:
-        worker = get_worker_info()
-        mine, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        try:
-            for index, records in enumerate(_batched(self.dataset.records(*self.targets), self.batch_size)):
-                if index % workers == mine:
-                    pixels = torch.stack([self.transform(record.decode()) for record in records])
-                    yield pixels, [record.targets for record in records]
-        except UserError as error:
-            yield error  # raised here, it would reach the user as a worker's traceback
-
-
-def _batched(records: Iterable[Record], batch_size: int) -> Iterator[list[Record]]:
-    records = iter(records)
-    while batch := list(islice(records, batch_size)):
-        yield batch
-
-
-def evaluate_clip(
-    *,
-    clip: Clip,
-    dataset: BenchmarkSet,
-    tasks: Sequence[Task],
-    recall_k: Sequence[int] = (1, 5, 10),
-    batch_size: int = 64,
-    num_workers: int = 0,
-    device: torch.device | str = "cpu",
-    progress: bool = False,
+def choice_metrics(
+    *, image: Float[Tensor, "n d"], text: Float[Tensor, "m d"], owners: Int[Tensor, " m"]
 ) -> dict[str, float]:
-    """The metrics of one task or both on a set whose images are embedded once.
+    """text_acc: share of images whose first own text scores higher than each other one of its own, in [0, 1].
 
-    The towers are on `device`; they run in eval mode and come back in the mode they were in; no RNG moves.
+    SugarCrepe's accuracy (arXiv 2306.14610): an image, its caption, and a caption with a word changed. Of equal scores
+    the first, right one counts as higher, as in CLIP_benchmark. image_acc and acc are the same there for one image a
+    question: image_acc 1, acc = text_acc.
+
+    Source: CLIP_benchmark 1.6.2, `metrics/image_caption_selection.py`.
+
+    Raises:
+        ValueError: no images.
+    """
+    return values(choice_statistics(image=image, text=text, owners=owners), images=len(image))
+
+
+def choice_statistics(
+    *, image: Float[Tensor, "n d"], text: Float[Tensor, "m d"], owners: Int[Tensor, " m"]
+) -> Statistics:
+    """What `choice_metrics` are the values of."""
+    scores = (lift(image)[owners] * lift(text)).sum(dim=1)
+    ordered = owners.argsort(stable=True)  # each image's texts together, in their order
+    of_image = scores[ordered].split(torch.bincount(owners, minlength=len(image)).tolist())
+    right = torch.tensor([int(own.argmax()) == 0 for own in of_image])
+    return {"image_acc": _mean_of(torch.ones_like(right)), "text_acc": _mean_of(right), "acc": _mean_of(right)}
+
+
+def calibration_statistics(*, logits: Float[Tensor, "n C"], labels: Int[Tensor, " n"]) -> Statistics:
+    """ece: how far the confidence of the likeliest class is from its accuracy, in [0, 1].
+
+        sum_b |B_b| / n  |acc(B_b) - conf(B_b)|,   B_b = images with a confidence in ((b - 1) / 15, b / 15]
 
     Args:
-        tasks: "zero_shot" (`classification_metrics`) for a set with labels, class names and templates; "retrieval"
-            (`retrieval_metrics`) for one whose images have captions, one or several.
-        recall_k: K of retrieval's recall@K.
+        logits: scaled as the model scales them: their softmax is what is judged.
 
-    Raises:
-        UserError: a set without what a task needs or with an unusable sample; embeddings not finite.
-        ValueError: no K, or one below 1.
+    Source: Guo et al., ICML 2017, arXiv 1706.04599, equation 3.
     """
-    if "zero_shot" in tasks:
-        _require_classes(dataset)
-    if "retrieval" in tasks:
-        _check_recall_k(recall_k)
-    metrics = {}
-    with _evaluating(clip.towers):
-        image, targets = embed_images(
-            encode_image=lambda pixels: clip.towers.encode_image(pixels.to(device)),
-            transform=clip.image_transform(),
-            dataset=dataset,
-            targets=[TARGETS[task] for task in tasks],
-            batch_size=batch_size,
-            num_workers=num_workers,
-            progress=progress,
-        )
-        if "zero_shot" in tasks:
-            classifier = class_weights(
-                clip=clip, dataset=dataset, batch_size=batch_size, device=device, progress=progress
-            )
-            _require_finite(clip, image=image, text=classifier)
-            labels = torch.tensor(targets["cls"])
-            metrics |= classification_metrics(logits=image @ classifier.T, labels=labels)
-        if "retrieval" in tasks:
-            captions = targets["txt"]
-            text = embed_texts(
-                encode_text=lambda tokens: clip.towers.encode_text(tokens.to(device)),
-                tokenize=clip.tokenize,
-                texts=[caption for of_image in captions for caption in of_image],
-                batch_size=batch_size,
-                progress=progress,
-            )
-            _require_finite(clip, image=image, text=text)
-            owners = torch.tensor([index for index, of_image in enumerate(captions) for _ in of_image])
-            metrics |= retrieval_metrics(image=image, text=text, owners=owners, recall_k=recall_k)
-    return metrics
+    confidence = logits.double().softmax(dim=1).amax(dim=1)
+    gap = (_places(logits, labels) < 1).double() - confidence
+    bins = (confidence * ECE_BINS).ceil().long().clamp(1, ECE_BINS) - 1
+
+    def ece(counts: Counts) -> Tensor:
+        return _sum_by(bins, ECE_BINS, counts * gap).abs().sum(dim=1) / counts.sum(dim=1)
+
+    return {"ece": ece}
 
 
-def class_weights(
-    *,
-    clip: Clip,
-    dataset: BenchmarkSet,
-    batch_size: int = 64,
-    device: torch.device | str = "cpu",
-    progress: bool = False,
-) -> Float[Tensor, "C d"]:
-    """`zero_shot_classifier` of a set's class names and templates, on the CPU; the towers are on `device`.
+def likeness_statistics(*, student: Float[Tensor, "n C"], teacher: Float[Tensor, "n C"]) -> Statistics:
+    """How alike two models' zero-shot distributions are, whatever the labels say.
 
-    Raises:
-        UserError: a set without class names or templates.
+        agreement@1    share of images with the same likeliest class
+        top5_overlap   share of the teacher's 5 likeliest classes that are among the student's (of all, if fewer)
+        kl             mean of KL(p_teacher || p_student), p = softmax of the scaled logits; in nats
+
+    Args:
+        student, teacher: scaled as each model scales them.
     """
-    _require_classes(dataset)
-    assert dataset.classnames is not None and dataset.templates is not None  # asked above
-    with _evaluating(clip.towers):
-        weights = zero_shot_classifier(
-            encode_text=lambda tokens: clip.towers.encode_text(tokens.to(device)),
-            tokenize=clip.tokenize,
-            classnames=dataset.classnames,
-            templates=dataset.templates,
-            batch_size=batch_size,
-            progress=progress,
-        )
-    return weights.clone()  # made in inference mode, it could not take part in a gradient
+    k = min(5, student.shape[1])
+    shared = student.topk(k, dim=1).indices[:, :, None] == teacher.topk(k, dim=1).indices[:, None, :]
+    log_student, log_teacher = (logits.double().log_softmax(dim=1) for logits in (student, teacher))
+    kl = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
+    return {
+        "agreement@1": _mean_of(student.argmax(dim=1) == teacher.argmax(dim=1)),
+        "top5_overlap": _mean_of(shared.any(dim=2).double().mean(dim=1)),
+        "kl": _mean_of(kl),
+    }
 
 
-def _require_classes(dataset: BenchmarkSet) -> None:
-    if dataset.kind == "retrieval":
-        raise UserError(f"{dataset.name} is a retrieval set: use eval/retrieval.py")
-    if not dataset.classnames:
-        raise UserError(f"{dataset.name} has no classnames.txt: write one name a line, by label")
-    if not dataset.templates:
-        file = "zeroshot_classification_templates.txt"
-        raise UserError(f"{dataset.name} has no {file}: write one prompt a line, {{c}} for the class name")
+def _places(scores: Num[Tensor, "n C"], wanted: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """How many columns come before column wanted[i] of row i: those that score higher, and equal ones before it."""
+    score = scores.gather(1, wanted[:, None])
+    columns = torch.arange(scores.shape[1], device=scores.device)
+    return (scores > score).sum(dim=1) + ((scores == score) & (columns < wanted[:, None])).sum(dim=1)
 
 
-@contextmanager
-def _evaluating(towers: Towers) -> Iterator[None]:
-    # Module by module: a student may train with part of it frozen in eval mode.
-    modes = [(module, module.training) for module in towers.modules()]
-    towers.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def _mean_of(of_each: Num[Tensor, " rows"] | Bool[Tensor, " rows"], owners: Int[Tensor, " rows"] | None = None):
+    """Statistic: the mean, a row counting as often as its image; by default row i is image i."""
+    of_each = of_each.double().cpu()
+    owners = None if owners is None else owners.cpu()
+
+    def mean(counts: Counts) -> Tensor:
+        times = counts if owners is None else counts[:, owners]
+        return times @ of_each / times.sum(dim=1)
+
+    return mean
 
 
-def _require_finite(clip: Clip, *, image: Tensor, text: Tensor) -> None:
-    # topk and argmax take nan for the largest: without this, a broken model scores like a guess.
-    for tower, rows in (("image", image), ("text", text)):
-        if not rows.isfinite().all():
-            raise UserError(f"the {tower} tower of {clip.name!r} gives embeddings that are not finite")
+def _recall_by_class(right: Bool[Tensor, " n"], labels: Int[Tensor, " n"], classes: int) -> Statistic:
+    def recall(counts: Counts) -> Tensor:
+        total, found = (_sum_by(labels, classes, times) for times in (counts, counts * right))
+        return (found / total).nan_to_num(0).sum(dim=1) / (total > 0).sum(dim=1)
+
+    return recall
 
 
-def _hits(found: Int[Tensor, "n k"], wanted: Int[Tensor, " n"]) -> Tensor:
-    return (found == wanted[:, None]).any(dim=1)
+def _sum_by(groups: Int[Tensor, " n"], count: int, numbers: Float[Tensor, "r n"]) -> Float[Tensor, "r count"]:
+    return numbers.new_zeros(len(numbers), count).index_add_(1, groups, numbers)
 
 
-def _lift(x: Tensor) -> Tensor:
+def _undefined(counts: Counts) -> Tensor:
+    return counts.new_full((len(counts),), torch.nan)
+
+
+def lift(x: Tensor) -> Tensor:
+    """fp32 or wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def refuse_random_weights(model: str, pretrained: str | None) -> None:
-    """A bare name is an architecture; its weights come from `pretrained`. Without them the score is a guess.
+# ---- how sure they are -----------------------------------------------------------------------------------------
+
+
+def values(statistics: Statistics, *, images: int) -> dict[str, float]:
+    """The metrics: each image counts once.
 
     Raises:
-        UserError: no weights.
+        ValueError: no images.
     """
-    if ":" not in model and not pretrained:
-        raise UserError(f"model {model!r} has random weights: give a tag or a checkpoint as --pretrained")
+    if images == 0:
+        raise ValueError("metrics of 0 images are not defined")
+    once = torch.ones(1, images, dtype=torch.float64)
+    return {name: statistic(once).item() for name, statistic in statistics.items()}
 
 
-def result_path(output: str, *, dataset: str, model: str, pretrained: str, task: str, language: str = "en") -> Path:
-    """--output with CLIP_benchmark's placeholders {dataset} {pretrained} {model} {language} {task} filled in.
+def intervals(
+    statistics: Statistics, *, images: int, draws: int = 1000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """95 % percentile bootstrap intervals over images; a caption is drawn with its image.
 
-    What cannot stand in a file name (the slashes and colon of `local-dir:runs/x/model`) becomes "_". Asked
-    for before an evaluation, so that a file that cannot be written shows before the hours are spent.
+    That of mean_per_class_recall is too narrow where classes have one or two images: a class that is not drawn is no
+    part of that draw's mean.
 
-    Raises:
-        UserError: another placeholder, a path that is a folder or not ours to write.
+    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
     """
-    values = dict(dataset=dataset, model=model, pretrained=pretrained, task=task, language=language)
-    names = {name: re.sub(r"[^\w.@+-]+", "_", value).strip("_") for name, value in values.items()}
-    try:
-        path = Path(output.format(**names))
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        known = ", ".join(f"{{{name}}}" for name in values)
-        raise UserError(f"output {output!r} has an unknown placeholder: known are {known}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"output {path} is a folder or may not be written: name another file with --output")
-    return path
+    drawn = _distributions(statistics, images, draws, seed)
+    return {name: _percentiles(of_draws) for name, of_draws in drawn.items()}
 
 
-def append_result(
-    path: Path,
-    *,
-    dataset: str,
-    model: str,
-    pretrained: str,
-    task: str,
-    metrics: dict[str, float],
-    language: str = "en",
-) -> None:
-    """Append one JSON line with CLIP_benchmark's keys; `clip_benchmark build` reads files of one line."""
-    result = {"dataset": dataset, "model": model, "pretrained": pretrained, "task": task, "metrics": metrics}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(result | {"language": language}) + "\n")
+@dataclass(frozen=True)
+class Difference:
+    """Of a metric between two models on the same images."""
+
+    value: float
+    """First minus second."""
+    low: float
+    high: float
+    """95 % bootstrap interval; both models see the same draws."""
+    p: float
+    """Two-sided: twice the share of draws whose difference is 0 or has the other sign, at least 2 / (draws + 1)."""
 
 
-def format_metrics(rows: dict[str, dict[str, float]]) -> str:
-    """A table for people: one line per row name, one column per metric, shares in percent.
+def paired_differences(
+    one: Statistics, other: Statistics, *, images: int, draws: int = 1000, seed: int = 0
+) -> dict[str, Difference]:
+    """For every metric that both have, how far the first is from the second, and how sure that is.
 
-    `image_retrieval_recall@5` is headed `image R@5`.
+    Source: Efron and Tibshirani, 1993, chapters 13 and 16.
     """
-    first = max(len(name) for name in rows)
-    heads = [metric.replace("_retrieval_recall@", " R@").rjust(8) for metric in next(iter(rows.values()))]
-    lines = ["  ".join([" " * first, *heads])]
-    for name, metrics in rows.items():
-        cells = (f"{100 * v:.2f} %".rjust(len(h)) for v, h in zip(metrics.values(), heads, strict=True))
-        lines.append("  ".join([name.ljust(first), *cells]))
-    return "\n".join(lines)
+
+    def difference(name: str) -> Statistic:
+        return lambda counts: one[name](counts) - other[name](counts)
+
+    differences = {name: difference(name) for name in one if name in other}
+    drawn = _distributions(differences, images, draws, seed)
+    found = {}
+    for name, value in values(differences, images=images).items():
+        crossed = min(int((drawn[name] <= 0).sum()), int((drawn[name] >= 0).sum()))
+        found[name] = Difference(value, *_percentiles(drawn[name]), p=min(2 * (crossed + 1) / (draws + 1), 1.0))
+    return found
 
 
-def top_names(
-    *, clip: Clip, images: Sequence[Image.Image], dataset: BenchmarkSet, k: int, device: torch.device | str
-) -> list[list[tuple[str, float]]]:
-    """For each image the k most probable class names of the set: (name, softmax of scaled similarities)."""
-    if not dataset.classnames or not dataset.templates:
-        raise UserError(f"{dataset.name} has no class names or templates to choose from")
-    with _evaluating(clip.towers):
-        pixels = torch.stack([clip.image_transform()(image) for image in images]).to(device)
-        classifier = class_weights(clip=clip, dataset=dataset, batch_size=256, device=device)
-        image = _lift(clip.towers.encode_image(pixels)).cpu()
-        scale = clip.towers.log_scale().exp().cpu()
-        best = (scale * image @ classifier.T).softmax(dim=1).topk(min(k, len(classifier)), dim=1)
-    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [[(dataset.classnames[c], p) for c, p in zip(*row, strict=True)] for row in rows]
+def _distributions(statistics: Statistics, images: int, draws: int, seed: int) -> dict[str, Float[Tensor, " draws"]]:
+    generator = torch.Generator().manual_seed(seed)
+    parts: dict[str, list[Tensor]] = {name: [] for name in statistics}
+    for start in range(0, draws, DRAWS_AT_A_TIME):
+        some = min(DRAWS_AT_A_TIME, draws - start)
+        chosen = torch.randint(images, (some, images), generator=generator)
+        counts = torch.zeros(some, images, dtype=torch.float64)
+        counts.scatter_add_(1, chosen, torch.ones_like(counts))
+        for name, statistic in statistics.items():
+            parts[name].append(statistic(counts))
+    return {name: torch.cat(of_draws) for name, of_draws in parts.items()}
 
 
-def milliseconds_per_image(*, clip: Clip, device: torch.device | str, batch_size: int = 64, repeats: int = 5) -> float:
-    """Time of the image tower alone, median of `repeats` batches after one warm-up; no benchmark."""
-    device = torch.device(device)
-    pixels = clip.prepare(
-        torch.zeros(batch_size, 3, clip.image_size, clip.image_size, dtype=torch.uint8, device=device)
-    )
-    seconds = []
-    with _evaluating(clip.towers):
-        for _ in range(repeats + 1):
-            started = time.perf_counter()
-            clip.towers.encode_image(pixels)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - started)
-    return 1000 * sorted(seconds[1:])[repeats // 2] / batch_size
+def _percentiles(of_draws: Float[Tensor, " draws"]) -> tuple[float, float]:
+    low, high = of_draws.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
 
 
-# ---- classifiers -------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def predict(
-    *, classifier: Classifier, views: Views, view: int, count: int, device: torch.device, batch_size: int = 256
-) -> Float[Tensor, "n C"]:
-    """Logits of a view of images 0 .. count - 1, on the CPU. The caller sets the mode of the model."""
-    starts = range(0, count, batch_size)
-    ids = ((view, torch.arange(start, min(start + batch_size, count))) for start in starts)
-    batches = tqdm(views.batches(ids), total=len(starts), desc="classify", leave=False, disable=None)
-    return torch.cat([classifier.model(classifier.prepare(images.to(device))).float().cpu() for images in batches])
+def kept(student: Number, teacher: Number) -> float:
+    """The student's share of the teacher's metric; nan where the teacher has nothing."""
+    return student / teacher if teacher else float("nan")

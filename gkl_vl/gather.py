@@ -49,22 +49,26 @@ def gather_rows(rows: Shaped[Tensor, " n *rest"]) -> Shaped[Tensor, " N *rest"]:
     return rows if world_size() == 1 else _GatherRows.apply(rows)
 
 
+def _reduced(x: Tensor, op: Any) -> Tensor:
+    """A copy, reduced over ranks; nccl takes what is on a GPU alone, so the CPU's goes there and back."""
+    there = "cuda" if dist.get_backend() == "nccl" else x.device
+    found = x.detach().to(there, copy=True)
+    dist.all_reduce(found, op=op)  # all ranks
+    return found.to(x.device)
+
+
 def max_across_processes(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """Maximum over ranks, without gradient; a new tensor when there are several processes."""
     if world_size() == 1:
         return x.detach()
-    highest = x.detach().clone()
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX)  # all ranks
-    return highest
+    return _reduced(x, dist.ReduceOp.MAX)  # all ranks
 
 
 def sum_across_processes(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """Sum over ranks, without gradient; a new tensor when there are several processes."""
     if world_size() == 1:
         return x.detach()
-    total = x.detach().clone()
-    dist.all_reduce(total)  # all ranks
-    return total
+    return _reduced(x, dist.ReduceOp.SUM)  # all ranks
 
 
 def pass_on_ring(tensors: list[Tensor]) -> list[Tensor]:

@@ -27,9 +27,10 @@ from gkl_vl.data.views import (
     imagenet_augmentation,
     imagenet_center,
 )
+from gkl_vl.embed import predict
 from gkl_vl.engine import FitConfig, fit
 from gkl_vl.errors import UserError
-from gkl_vl.evaluate import classification_metrics, predict, shot_accuracies
+from gkl_vl.evaluate import classification_metrics, shot_accuracies
 from gkl_vl.gkl import Number
 from gkl_vl.label_losses import Distillation
 from gkl_vl.launch import start

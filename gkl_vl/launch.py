@@ -1,9 +1,6 @@
 """Before the first step of any recipe: the processes, the run folder, and whether a run goes on."""
 
 import json
-import shlex
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 from gkl_vl.checkpoint import RunFolder
 from gkl_vl.engine import refuse_strangers
 from gkl_vl.errors import UserError
+from gkl_vl.provenance import command_line, git_commit
 
 ACCELERATE_PRECISION = {"fp32": "no", "amp": "fp16", "fp16": "fp16", "amp_bf16": "bf16", "bf16": "bf16", None: None}
 MAY_DIFFER = {"output_dir", "resume", "debug", "report_to", "push_to_hub", "allow_pickle"}
@@ -67,7 +65,7 @@ def start(config: RunConfig, *, recipe: str) -> tuple[RunFolder, Accelerator, di
             "gkl_vl", config={k: v for k, v in wanted.items() if isinstance(v, int | float | str)}
         )
     # The commit that a run starts from, whatever is checked out when it ends.
-    return run, accelerator, wanted | {"command": _command_line(), "commit": _git_commit()}
+    return run, accelerator, wanted | {"command": command_line(), "commit": git_commit()}
 
 
 def default_folder(resume: str | None, recipe: str) -> Path:
@@ -82,14 +80,3 @@ def default_folder(resume: str | None, recipe: str) -> Path:
             f"--resume latest: no runs/{recipe}-* folder here has a checkpoint: name the run with --output-dir"
         )
     return folders[-1]
-
-
-def _command_line() -> str:
-    return shlex.join(["accelerate", "launch", *sys.argv])
-
-
-def _git_commit() -> str | None:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return done.stdout.strip() or None

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 Pixels = int | float  # from the picture's top left corner
 
@@ -73,6 +73,60 @@ def draw_report(*, path: Path, records: list[dict], sheet: list[SheetItem], titl
     _draw_accuracy(figure.add_axes((0.052, 0.075, width, 0.335)), records)
     if sheet:
         _draw_sheet(figure, sheet[: _SHEET_COLUMNS * _SHEET_ROWS])
+    _save(figure, path)
+
+
+def draw_tradeoff(*, path: Path, points: list[dict]) -> None:
+    """Write a PNG: the average main metric of each model against its parameters, and against its latency.
+
+    Args:
+        path: the .png to write.
+        points: of each model `name`, `score` (percent), `results` (how many the average is over), `parameters` and
+            `ms_per_image`. None leaves a picture that says so.
+
+    Raises:
+        OSError: no permission, disk full; an existing picture is untouched.
+    """
+    figure = Figure(figsize=(12, 5), dpi=100, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = [figure.add_axes((left, 0.13, 0.41, 0.7)) for left in (0.06, 0.56)]
+    for ax, key, label in zip(
+        axes, ("parameters", "ms_per_image"), ("parameters, millions", "image tower, ms per image"), strict=True
+    ):
+        _draw_points(ax, points, key, 1e-6 if key == "parameters" else 1, label)
+    shared = f"Average main metric over {points[0]['results']} results" if points else "Nothing was measured"
+    figure.text(0.06, 0.93, shared, fontsize=14, weight="bold", color=_INK)
+    _save(figure, path)
+
+
+def _draw_points(axes: Axes, points: list[dict], key: str, unit: Pixels, label: str) -> None:
+    _style(axes)
+    axes.set_xlabel(f"{label} (log scale)", fontsize=10.5, color=_QUIET)
+    if not points:
+        _say_none(axes, "no model")
+        return
+    xs, ys = [unit * point[key] for point in points], [point["score"] for point in points]
+    axes.set_xscale("log")
+    axes.set_xlim(min(xs) / 2.2, max(xs) * 2.2)
+    axes.set_ylim(max(min(ys) - 8, 0), max(ys) + 8)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(which="minor", length=0)
+    axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
+    for number, (point, x, y) in enumerate(zip(points, xs, ys, strict=True)):
+        axes.plot([x], [y], marker="o", markersize=9, color=_COLOURS[number % len(_COLOURS)])
+        told = f"{shorten(point['name'], 28)}  {y:.1f} %"
+        left = x > (min(xs) * max(xs)) ** 0.5  # a name at the right edge goes to the left
+        axes.annotate(
+            _drawable(told), (x, y), xytext=(-10 if left else 10, 6), textcoords="offset points", fontsize=9.5,
+            color=_INK, ha="right" if left else "left", parse_math=False,
+        )  # fmt: skip
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Aside, and renamed."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         figure.savefig(aside, format="png")

@@ -34,8 +34,8 @@ from gkl_vl.classifiers import load_classifier
 from gkl_vl.data.benchmark_sets import BenchmarkSet
 from gkl_vl.data.labelled import LabelledSet, first, in_memory
 from gkl_vl.data.views import imagenet_center
+from gkl_vl.embed import Embedder, class_weights
 from gkl_vl.errors import UserError, first_line
-from gkl_vl.evaluate import class_weights
 from gkl_vl.gather import rank, sum_across_processes, world_size
 from gkl_vl.gkl import Number
 from gkl_vl.towers import Clip, ImageTower
@@ -661,23 +661,21 @@ class ZeroShot(nn.Module):
 
 def attack_zero_shot(
     *,
-    clip: Clip,
+    embedder: Embedder,
     dataset: BenchmarkSet,
     norm: Norm,
     epsilon: Number,
     images: int,
     seed: int = 0,
-    batch_size: int = 64,
-    device: torch.device | str = "cpu",
 ) -> tuple[dict[str, float], list[str]]:
     """Zero-shot accuracy before and under APGD on the cross entropy, 100 steps, white box, text left alone.
 
-    The images are prepared as for `evaluate_clip`, and the attack moves them as the model sees them, at its size, by at
+    The images are prepared as for `embed_images`, and the attack moves them as the model sees them, at its size, by at
     most `epsilon` in pixels of [0, 1]. It raises the cross entropy of the softmax over scaled similarities, whose
     gradients a large scale can mask: the number is an upper bound of what stronger attacks leave.
 
     Args:
-        clip: its towers on `device`; their modes and the global random state are left alone.
+        embedder: the model's modes and the global random state are left alone; precision is fp32.
         images: so many at most, evenly spaced in the set's order, always the same ones.
         seed: of each batch's random start.
 
@@ -691,9 +689,10 @@ def attack_zero_shot(
 
     Source: Croce and Hein, ICML 2020, arXiv 2003.01690.
     """
+    clip, batch_size, device = embedder.clip, embedder.batch_size, embedder.device
     attack = Attack(name="apgd-ce", norm=norm, epsilon=epsilon, seed=seed)
     examples = _zero_shot_examples(clip, dataset, images)
-    classifier = class_weights(clip=clip, dataset=dataset, batch_size=batch_size, device=device)
+    classifier = class_weights(embedder, dataset)
     target = Target(architecture=clip.name, model=ZeroShot(clip, classifier.to(device)))
     _check(attack, target, examples, batch_size, device)
     parts, heard = [], []

@@ -9,7 +9,6 @@ s = side of the student's image; of classifiers N = images, C = classes, k = log
 """
 
 import hashlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,15 +18,15 @@ from typing import Any
 import torch
 import torchvision
 from jaxtyping import Float, Float16, Int, Int16, UInt8
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from gkl_vl import disk_cache
 from gkl_vl.classifiers import Classifier
 from gkl_vl.data.pairs import RawPair, apply_seeded, decode, number_of, usable_captions
 from gkl_vl.data.views import Views, describe
-from gkl_vl.evaluate import predict
+from gkl_vl.embed import predict
 from gkl_vl.objectives import LabelTeacher, Teacher, teacher_scales
 from gkl_vl.towers import Clip, resize
 
@@ -76,49 +75,35 @@ def store_views(
         clip: the frozen teacher, on the device where it is to run.
         augment: PIL image -> uint8 view.
         size: side of the student's image, in pixels.
-        folder: where to keep the result; None = `cache_folder()`.
+        folder: where to keep the result; None = the user's cache (`disk_cache.cache_folder`).
     """
     path = (folder or cache_folder()) / f"{_key(clip, pairs, num_views, augment, size)}.safetensors"
-    if not path.is_file():
+    tensors = disk_cache.read(path)
+    if tensors is None:
         pixels, image = _embed_images(clip, _ViewSet(pairs, num_views, augment), size, num_workers)
         tensors = {
             "pixels": pixels.view(len(pairs), num_views, *pixels.shape[1:]),
             "image": image.view(len(pairs), num_views, -1),
             "text": _embed_texts(clip, pairs),
         }
-        _write(tensors, path)
-    return StoredViews(**load_file(path))
-
-
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.writing")
-    save_file(tensors, aside)
-    aside.replace(path)
+        disk_cache.write(path, tensors)
+    return StoredViews(**tensors)
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/gkl_vl/teacher`, by default `~/.cache/gkl_vl/teacher`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gkl_vl" / "teacher"
+    """Where the teacher's word is kept unless told otherwise."""
+    return disk_cache.cache_folder("teacher")
 
 
 def _key(clip: Clip, pairs: Sequence[RawPair], num_views: int, augment: Callable[..., Tensor], size: int) -> str:
-    """Of all that decides what is stored; also of what is no weight, such as QuickGELU and the number of heads."""
-    config = clip.model_cfg if clip.model_cfg is not None else clip.towers.model.config
-    views = f"{num_views} {size} {describe(augment)} {torchvision.__version__}"
-    digest = hashlib.sha256(f"{clip.towers} {config} {clip.preprocess} {views}".encode())
-    _add_weights(digest, clip.towers)
+    """Of all that decides what is stored."""
+    digest = hashlib.sha256(f"{num_views} {size} {describe(augment)} {torchvision.__version__}".encode())
+    disk_cache.add_clip(digest, clip)
     for pair in pairs:
         digest.update(repr((pair.key, pair.captions)).encode())
         digest.update(pair.image)
     digest.update(clip.tokenize(_distinct_captions(pairs)).numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-def _add_weights(digest: Any, model: nn.Module) -> None:
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 
 
 def _distinct_captions(pairs: Sequence[RawPair]) -> list[str]:
@@ -210,21 +195,23 @@ def store_logits(
         classifier: the frozen teacher, in evaluation mode, on `device`.
         contents: what tells this set of images from another: a digest, or the name of the source.
         top_k: logits that are kept of each view; None = all.
-        folder: where to keep the result; None = `cache_folder()`.
+        folder: where to keep the result; None = the user's cache.
     """
     digest = hashlib.sha256(f"{classifier.model} {classifier.mean} {classifier.std} {num_views} {top_k}".encode())
     digest.update(f"{contents} {views.description()} {torchvision.__version__}".encode() + labels.numpy().tobytes())
-    _add_weights(digest, classifier.model)
+    disk_cache.add_weights(digest, classifier.model)
     path = (folder or cache_folder()) / f"logits_{digest.hexdigest()[:32]}.safetensors"
-    if not path.is_file():
+    tensors = disk_cache.read(path)
+    if tensors is None:
         parts = [
             _compressed(logits, top_k)
             for view in tqdm(range(num_views), desc="teacher sees each view, once", disable=not sys.stderr.isatty())
             for logits in [predict(classifier=classifier, views=views, view=view, count=len(labels), device=device)]
         ]
         names = ("values", "classes", "rest")
-        _write({name: torch.stack([part[i] for part in parts]) for i, name in enumerate(names)}, path)
-    return StoredLogits(**load_file(path))
+        tensors = {name: torch.stack([part[i] for part in parts]) for i, name in enumerate(names)}
+        disk_cache.write(path, tensors)
+    return StoredLogits(**tensors)
 
 
 def _compressed(logits: Float[Tensor, "N C"], top_k: int | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -112,6 +112,9 @@ class Clip:
         """Length d of an embedding."""
         if self.model_cfg is not None:
             return self.model_cfg["embed_dim"]
+        if isinstance(self.towers, OpenClipTowers):
+            with torch.inference_mode():
+                return self.towers.encode_text(self.tokenize([""]).to(self.towers.log_scale().device)).shape[1]
         config = self.towers.model.config
         return config.projection_dim if config.model_type == "clip" else config.vision_config.hidden_size
 
@@ -218,7 +221,7 @@ def load_clip(name: str, pretrained: str | None = None, *, allow_pickle: bool = 
     Args:
         name: an open_clip name (`ViT-B-32`) or one that ships here (`ViT-T-16`, see `list_students`), `hf-hub:org/repo`
             or `local-dir:path` in open_clip's format, `transformers:org/repo` or `transformers:path` for transformers'
-            CLIPModel and SiglipModel, or the path of a JSON model config.
+            CLIPModel and SiglipModel, a run folder (its exported student), or the path of a JSON model config.
         pretrained: open_clip's tag (`openai`) or the path of a checkpoint; None = random weights. Only for names
             without a prefix: the others carry their weights.
         allow_pickle: read weights stored as a pickle (.bin, .pt), still with `weights_only=True`.
@@ -234,9 +237,14 @@ def load_clip(name: str, pretrained: str | None = None, *, allow_pickle: bool = 
         _refuse_pretrained(name, pretrained)
         return _load_open_clip_folder(name, prefix, rest, allow_pickle=allow_pickle)
     if Path(name).is_dir():
-        raise UserError(
-            f"model {name!r} is a folder: write local-dir:{name} (open_clip's format) or transformers:{name}"
-        )
+        exported = Path(name) / "model"
+        if not (exported / "open_clip_config.json").is_file():
+            raise UserError(
+                f"model {name!r} is a folder and no finished run: write local-dir:{name} (open_clip's format) or "
+                f"transformers:{name}"
+            )
+        _refuse_pretrained(name, pretrained)
+        return _load_open_clip_folder(name, "local-dir", str(exported), allow_pickle=allow_pickle)
     return _load_open_clip(name, pretrained, allow_pickle=allow_pickle)
 
 
@@ -263,7 +271,16 @@ def _quiet_open_clip():
         logging.disable(before)
 
 
-def _open_clip_clip(name: str, model: nn.Module, tokenizer: Any, model_cfg: dict) -> Clip:
+def as_clip(model: nn.Module, tokenizer: Any, *, name: str = "model") -> Clip:
+    """A Clip of an open_clip model (`CLIP` or `CustomTextCLIP`) and its tokenizer, as open_clip's factory gives them.
+
+    Size, mean and std are those that the model carries (`open_clip.get_model_preprocess_cfg`). Its configuration is not
+    known, so that it can be evaluated and be a teacher, and not be exported.
+    """
+    return _open_clip_clip(name, model, tokenizer, model_cfg=None)
+
+
+def _open_clip_clip(name: str, model: nn.Module, tokenizer: Any, model_cfg: dict | None) -> Clip:
     preprocess = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
     is_hf = isinstance(tokenizer, open_clip.tokenizer.HFTokenizer)
     return Clip(

@@ -33,8 +33,10 @@ from torch import nn
 from gkl_vl import cli, hub, report
 from gkl_vl.adversarial import USUAL_CLIP_EPSILON, ImageAttack, image_attack
 from gkl_vl.attacks import Norm, radius
+from gkl_vl.benchmark import TASK_OF, measure, metrics_of
 from gkl_vl.checkpoint import RunFolder
-from gkl_vl.data.benchmark_sets import load_benchmark_set
+from gkl_vl.data.benchmark_collections import BenchmarkTask
+from gkl_vl.data.benchmark_sets import BUNDLED, BenchmarkSet, load_benchmark_set, load_benchmark_sets
 from gkl_vl.data.pairs import (
     PairLoader,
     PairStream,
@@ -46,9 +48,10 @@ from gkl_vl.data.pairs import (
     mild_drawing_augmentation,
     open_source,
 )
+from gkl_vl.disk_cache import cache_folder
+from gkl_vl.embed import Embedder, milliseconds_per_image, top_names
 from gkl_vl.engine import FitConfig, fit
 from gkl_vl.errors import UserError
-from gkl_vl.evaluate import evaluate_clip, milliseconds_per_image, top_names
 from gkl_vl.launch import start
 from gkl_vl.objectives import ClipKd, ClipKdWeights, Teacher, online_teacher
 from gkl_vl.optim import adamw, warmup_cosine
@@ -60,7 +63,6 @@ BUNDLED_VIEWS = 6
 BUNDLED_STEPS = 300
 BUNDLED_LR = 6e-3
 BUNDLED_MIMICRY_WEIGHT, MIMICRY_WEIGHT = 10_000.0, 2000.0
-EVALUATION_SETS = ("emoji", "emoji_unseen")
 SHEET_IMAGES = 12
 
 
@@ -100,8 +102,12 @@ class Config:
     """Data-loading processes per training process."""
     seed: int = 0
     """Of initial weights, order, captions and augmentations."""
+    eval_data: tuple[str, ...] | None = None
+    """Sets to evaluate on, as eval/zero_shot.py names them. None = the bundled ones for bundled data, else none."""
+    eval_root: str | None = None
+    """Folder of these sets, or its URL on the Hub; {dataset} and {dataset_cleaned} are filled in."""
     eval_every_steps: int = 100
-    """Evaluate every so many steps on the bundled sets and at the end; 0 = at the end only."""
+    """Evaluate every so many steps and at the end; 0 = at the end only."""
     checkpoint_every_steps: int = 250
     """Save every so many steps and at the end; 0 = at the end only."""
     resume: str | None = None
@@ -153,6 +159,7 @@ def main(config: Config) -> None:
             f"--student {config.student} is a transformers model, which cannot be exported: take an open_clip one"
         )
     student.towers.to(memory_format=torch.channels_last)
+    sets = evaluation_sets(config)
     source = open_source(config.train_data, columns=config.columns)
     steps = count_steps(config, source, accelerator.num_processes)
     if not config.resume:  # from here on there is a run
@@ -198,10 +205,12 @@ def main(config: Config) -> None:
             eval_every_steps=config.eval_every_steps,
             checkpoint_every_steps=config.checkpoint_every_steps,
         ),
-        evaluate=partial(evaluate, config, student, accelerator),
+        evaluate=partial(evaluate, sets, student, accelerator.device),
         after_step=partial(clamp_scale, student.towers),
         checkpoint=run.find_checkpoint(config.resume) if config.resume else None,
     )
+    if teacher is not None:
+        log_teacher(run, steps, evaluate_clip(teacher, "teacher", sets, accelerator.device, cache_folder("embeddings")))
     if accelerator.is_main_process:
         finish(config, run, replace(student, towers=exported.towers), teacher, steps, accelerator.device)
     accelerator.end_training()
@@ -326,32 +335,44 @@ def title(config: Config, steps: int) -> str:
 # ---- during and after -------------------------------------------------------------------------------------------
 
 
-def evaluate(config: Config, student: Clip, accelerator: Accelerator, model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Records of the student on the bundled sets; your own data has evaluation scripts in eval/."""
-    if config.train_data is None:
-        yield from evaluate_bundled(replace(student, towers=model.towers), "student", accelerator.device)
+def evaluation_sets(config: Config) -> list[BenchmarkSet]:
+    """What --eval-data names, found before the first step."""
+    if config.eval_data is None and config.train_data is not None:
+        return []
+    return load_benchmark_sets(config.eval_data or BUNDLED, root=config.eval_root, split="test")
 
 
-def evaluate_bundled(clip: Clip, role: str, device: torch.device) -> Iterator[dict[str, Any]]:
-    for name in EVALUATION_SETS:
-        dataset = load_benchmark_set(name)
-        metrics = evaluate_clip(
-            clip=clip, dataset=dataset, tasks=["zero_shot", "retrieval"], batch_size=256, device=device
-        )
-        yield {"model": role, "dataset": name} | metrics
+def evaluate(
+    sets: list[BenchmarkSet], student: Clip, device: torch.device, model: nn.Module
+) -> Iterator[dict[str, Any]]:
+    """Records of the student as it is."""
+    yield from evaluate_clip(replace(student, towers=model.towers), "student", sets, device, cache=None)
+
+
+def evaluate_clip(
+    clip: Clip, role: str, sets: list[BenchmarkSet], device: torch.device, cache: Path | None
+) -> Iterator[dict[str, Any]]:
+    """A record for each set, with CLIP_benchmark's keys. All processes share the work."""
+    embedder = Embedder(clip=clip, device=device, batch_size=256, cache=cache)
+    for dataset in sets:
+        tasks: list[BenchmarkTask] = [TASK_OF[dataset.kind]]
+        if dataset.name in BUNDLED:  # they have captions too
+            tasks.append("zeroshot_retrieval")
+        yield {"model": role, "dataset": dataset.name} | metrics_of(measure(embedder, dataset, tasks))
+
+
+def log_teacher(run: RunFolder, step: int, records: Iterator[dict[str, Any]]) -> None:
+    """Once in a run, also where it was taken up after its end. All processes measure, the main one writes."""
+    measured = list(records)  # all ranks
+    if not any(record.get("model") == "teacher" for record in run.records()):
+        for record in measured:
+            run.log({"step": step} | record)
 
 
 def finish(
     config: Config, run: RunFolder, student: Clip, teacher: Clip | None, steps: int, device: torch.device
 ) -> None:
-    """Evaluate the teacher once, export the student, draw the report, print the table. Main process."""
-    if (
-        teacher is not None
-        and config.train_data is None
-        and not any(r.get("model") == "teacher" for r in run.records())
-    ):
-        for record in evaluate_bundled(teacher, "teacher", device):
-            run.log({"step": steps} | record)
+    """Export the student, draw the report, print the table. Main process."""
     final = [r for r in run.records() if "model" in r and r["step"] == steps]
     student.towers.eval()
     card = hub.ModelCard(
@@ -396,12 +417,13 @@ def table_row(role: str, clip: Clip, records: list[dict[str, Any]], device: torc
 
 def draw_sheet(student: Clip, device: torch.device) -> list[report.SheetItem]:
     """Held-out drawings, evenly spaced through the set, with the student's three best names."""
-    dataset = load_benchmark_set(EVALUATION_SETS[0])
+    dataset = load_benchmark_set(BUNDLED[0])
     names = dataset.classnames
     assert names is not None  # the bundled set has them
     drawings: list[Any] = list(dataset)
     chosen = drawings[:: max(len(drawings) // SHEET_IMAGES, 1)][:SHEET_IMAGES]
-    best = top_names(clip=student, images=[image for image, _ in chosen], dataset=dataset, k=3, device=device)
+    embedder = Embedder(clip=student, device=device, batch_size=256)
+    best = top_names(embedder, images=[image for image, _ in chosen], dataset=dataset, k=3)
     return [report.SheetItem(image, names[label], top) for (image, label), top in zip(chosen, best, strict=True)]
 
 

@@ -35,6 +35,19 @@ def write_set(root: Path, shards: list[list[tuple[str, dict[str, bytes]]]], **fi
     return root
 
 
+def write_picture(path: Path, colour: str, **size: int) -> None:
+    """A file with its folders; the ending says the format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ending = path.suffix[1:].lower()
+    path.write_bytes(picture(colour, ending="jpg" if ending == "jpeg" else ending, **size))
+
+
+def colour_of(image: Image.Image) -> str:
+    """The nearest of COLOURS: JPEG changes them a little."""
+    pixel = image.convert("RGB").getpixel((3, 3))
+    return min(COLOURS, key=lambda name: sum((a - b) ** 2 for a, b in zip(COLOURS[name], pixel, strict=True)))
+
+
 def colour_set(root: Path, colours: list[str], *, shards: int = 2) -> Path:
     """A classification set of red, green and blue pictures that carries captions too; `colours` in order."""
     names = list(COLOURS)

@@ -2,18 +2,28 @@
 in which it can be absent, cut short or inconsistent ends in one line that says where."""
 
 import io
+import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from PIL import Image
 from small_sets import COLOURS, colour_set, picture, write_set, write_shard
 
-from gkl_vl.data.benchmark_sets import BUNDLED, load_benchmark_set, load_benchmark_sets
+from gkl_vl.data.benchmark_sets import (
+    BUNDLED,
+    CIFAR_TEMPLATES,
+    TARGET_OF,
+    BrokenImage,
+    load_benchmark_set,
+    load_benchmark_sets,
+)
 from gkl_vl.errors import UserError
 
 
@@ -32,7 +42,7 @@ def complaint(call) -> str:
 def test_samples_come_in_order_with_their_labels(tmp_path):
     order = ["red", "blue", "green", "green", "red"]
     dataset = folder_set(colour_set(tmp_path / "set", order, shards=2))
-    assert (dataset.name, dataset.kind, len(dataset.shards)) == ("colours", "classification", 2)
+    assert (dataset.name, dataset.kind, len(dataset.samples.shards)) == ("colours", "classification", 2)
     assert dataset.classnames == ["red", "green", "blue"]
     assert dataset.templates == ["{c}", "something {c}"]
     for colour, (image, label) in zip(order, dataset, strict=True):
@@ -51,6 +61,88 @@ def test_a_retrieval_set_yields_all_captions_of_an_image(tmp_path):
     dataset = folder_set(write_set(tmp_path / "set", [samples], dataset_type=["Retrieval "]))
     assert dataset.kind == "retrieval" and dataset.classnames is None
     assert [captions for _, captions in dataset] == [["one", "two", "three"]]
+
+
+def npy(values, dtype: str = "float32") -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array(values, dtype=dtype))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int64", "uint8", "bool"])
+def test_a_multilabel_set_has_a_row_for_each_image(tmp_path, dtype):
+    samples = [
+        ("a", {"png": picture("red"), "npy": npy([1, 0, 1], dtype)}),
+        ("b", {"png": picture("blue"), "npy": npy([0, 0, 0], dtype)}),
+    ]
+    files = {"dataset_type": ["multilabel"], "classnames": list(COLOURS), "zeroshot_classification_templates": ["{c}"]}
+    dataset = folder_set(write_set(tmp_path / "set", [samples], **files))
+    assert (dataset.kind, dataset.classnames, dataset.templates) == ("multilabel", list(COLOURS), ["{c}"])
+    rows = [row for _, row in dataset]
+    assert rows == [[1, 0, 1], [0, 0, 0]] and {type(number) for row in rows for number in row} == {int}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (npy([0, 1]), "has 2 numbers in its .npy member for 3 class names"),
+        (npy([0, 1, 2]), "of shape [3] and type float32: expected 0s and 1s"),
+        (npy([0, -1, 1]), "expected 0s and 1s"),
+        (npy([0, float("nan"), 1]), "expected 0s and 1s"),
+        (npy([[0, 1, 1]]), "of shape [1, 3]"),
+        (npy(["0", "1", "1"], "U1"), "type <U1"),
+        (npy([0, 1, 1])[:-1], "is no array"),
+        (b"0 1 1", "is no array"),
+        (b"", "is no array"),
+    ],
+)
+def test_a_row_that_is_not_one_number_by_class_is_refused(tmp_path, content, told):
+    samples = [("a", {"png": picture("red"), "npy": content})]
+    root = write_set(tmp_path / "set", [samples], dataset_type=["multilabel"], classnames=list(COLOURS))
+    line = complaint(lambda: list(folder_set(root)))
+    assert told in line and "sample 'a'" in line
+
+
+def test_a_pickle_within_npy_is_not_read(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "sprung"),))
+
+    file = io.BytesIO()
+    np.save(file, np.array([Trap()], dtype=object), allow_pickle=True)
+    samples = [("a", {"png": picture("red"), "npy": file.getvalue()})]
+    root = write_set(tmp_path / "set", [samples], dataset_type=["multilabel"], classnames=["x"])
+    assert "is no array" in complaint(lambda: list(folder_set(root)))
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_every_kind_has_a_target():
+    assert TARGET_OF == {"classification": "cls", "multilabel": "npy", "retrieval": "txt", "choice": "txt"}
+
+
+def test_an_image_is_read_when_it_is_asked_for_and_not_before(tmp_path):
+    root = colour_set(tmp_path / "set", ["red", "blue"], shards=1)
+    first, second = folder_set(root).records("cls")
+    assert first.read() == picture("red") and first.read() == picture("red")
+    sent = pickle.loads(pickle.dumps(second))
+    assert sent.read() == picture("blue") and sent.targets == {"cls": 2} and len(pickle.dumps(second)) < 1000
+    (root / "test" / "0.tar").unlink()
+    line = complaint(first.decode)
+    assert "0.tar' cannot be read" in line
+
+
+def test_a_file_that_is_gone_is_not_a_broken_image(tmp_path):
+    """What may be passed over and counted is an image that does not decode, and nothing else."""
+    samples = [(key, {"png": content, "cls": b"0"}) for key, content in (("a", b"none"), ("b", picture("red")))]
+    root = write_set(tmp_path / "set", [samples])
+    broken, whole = folder_set(root).records("cls")
+    with pytest.raises(BrokenImage, match="sample 'a' cannot be decoded"):
+        broken.decode()
+    shard = root / "test" / "0.tar"
+    shard.write_bytes(shard.read_bytes()[:2600])
+    with pytest.raises(UserError, match="0.tar' ends before byte") as caught:
+        whole.decode()
+    assert not isinstance(caught.value, BrokenImage)
 
 
 @pytest.mark.parametrize("ending", ["webp", "png", "jpg", "jpeg"])
@@ -101,7 +193,7 @@ def test_placeholders_of_the_root_are_filled_in(tmp_path):
 
 def test_braces_in_a_root_mean_themselves(tmp_path):
     colour_set(tmp_path / "{0}" / "colours", ["red"])
-    assert folder_set(tmp_path / "{0}" / "{dataset}").shards
+    assert len(list(folder_set(tmp_path / "{0}" / "{dataset}"))) == 1
 
 
 def test_a_folder_is_a_name_too(tmp_path):
@@ -114,12 +206,14 @@ def test_one_root_for_two_sets_needs_a_placeholder(tmp_path):
     assert len(load_benchmark_sets(["a"], root=root, split="test")) == 1
 
 
-@pytest.mark.parametrize(("name", "named"), [("imagenet1k", True), ("wds/imagenetv2", True), ("imagenet-r", False)])
-def test_imagenet_has_open_clips_names_and_prompts(tmp_path, name, named):
+@pytest.mark.parametrize(("name", "classes"), [("imagenet1k", 1000), ("wds/imagenetv2", 1000), ("imagenet-r", 200)])
+def test_imagenet_has_open_clips_names_and_prompts(tmp_path, name, classes):
     root = write_set(tmp_path / "set", [[("a", {"png": picture("red"), "cls": b"7"})]])
     dataset = folder_set(root, name)
-    # imagenet-r numbers 200 classes of its own: 1000 names would give a wrong score, none gives an error.
-    assert dataset.classnames == (list(IMAGENET_CLASSNAMES) if named else None)
+    # imagenet-r numbers 200 classes of its own: the names of all 1000 would give a wrong score.
+    assert dataset.classnames is not None and len(dataset.classnames) == classes
+    assert dataset.classnames[:2] == (["tench", "goldfish"] if classes == 1000 else ["goldfish", "great white shark"])
+    assert (dataset.classnames == list(IMAGENET_CLASSNAMES)) == (classes == 1000)
     assert dataset.templates is not None and len(dataset.templates) == 80
     filled = [template.replace("{c}", "cat") for template in dataset.templates]
     assert filled == [template("cat") for template in OPENAI_IMAGENET_TEMPLATES]
@@ -170,6 +264,13 @@ def test_an_unknown_set_offline_names_what_there_is():
     assert "clip-benchmark/wds_no_such_set" in line and "HF_HUB_OFFLINE" in line and "emoji_unseen" in line
 
 
+def test_an_unknown_set_is_told_the_nearest_names():
+    assert "names near it are imagenet_sketch, " in complaint(lambda: load_benchmark_set("imagenet-sketch"))
+    assert "names near it are emoji_unseen" in complaint(lambda: load_benchmark_set("emoji_unsen"))
+    assert "near it" not in complaint(lambda: load_benchmark_set("xyzzy"))
+    assert "near it" not in complaint(lambda: load_benchmark_set("vtab/pets"))  # known, only not here
+
+
 def test_an_unknown_set_online_says_that_the_hub_has_none(monkeypatch):
     class Response:
         headers, request, status_code = {}, None, 404
@@ -196,8 +297,8 @@ def test_an_absent_folder_or_split_or_shard_is_named(tmp_path):
 
 
 def test_other_types_and_counts_are_refused(tmp_path):
-    root = write_set(tmp_path / "set", [], dataset_type=["multilabel"])
-    assert "'multilabel'" in complaint(lambda: folder_set(root))
+    root = write_set(tmp_path / "set", [], dataset_type=["captioning"])
+    assert "'captioning': classification, multilabel and retrieval" in complaint(lambda: folder_set(root))
     (root / "dataset_type.txt").unlink()
     assert "no samples in its 0 shards" in complaint(lambda: list(folder_set(root)))
     (root / "test" / "nshards.txt").write_text("two")
@@ -256,3 +357,92 @@ def test_an_empty_shard_among_others_is_fine(tmp_path):
     root = colour_set(tmp_path / "set", ["red", "blue"], shards=2)
     write_shard(root / "test" / "0.tar", [])
     assert [label for _, label in folder_set(root)] == [2]
+
+
+# ---- class names and prompts from files
+
+
+def written(path: Path, content) -> str:
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+CUPL = {"red": ["a ripe tomato."], "green": ["grass."], "blue": ["the sky.", "the sea."]}
+
+
+def test_files_of_names_and_prompts_win_over_the_sets_own(tmp_path):
+    root = str(colour_set(tmp_path / "set", ["blue"]))
+    names = written(tmp_path / "names.json", {"colours": ["rot", "gruen", "blau"], "other": ["x"]})
+    prompts = written(tmp_path / "prompts.json", {"colours": ["ein {c}er Fleck"], "cupl": CUPL, "imagenet1k": ["{c}!"]})
+    dataset = load_benchmark_set("wds/colours", root=root, classname_file=names, template_file=prompts)
+    assert (dataset.classnames, dataset.templates) == (["rot", "gruen", "blau"], ["ein {c}er Fleck"])
+    assert load_benchmark_set("cupl", root=root, template_file=prompts).templates == CUPL
+    # CLIP_benchmark's fallback is for prompts alone
+    assert load_benchmark_set("unnamed", root=root, template_file=prompts).templates == ["{c}!"]
+    line = complaint(lambda: load_benchmark_set("unnamed", root=root, classname_file=names))
+    assert "has no class names for 'unnamed': sets in it are colours, other" in line
+
+
+@pytest.mark.parametrize(
+    ("key", "found"), [("wds/vtab/pets", 1), ("vtab/pets", 1), ("pets", 1), ("wds/pets", 0), ("VTAB/pets", 0)]
+)
+def test_a_set_goes_by_several_names_in_these_files(tmp_path, key, found):
+    root = str(colour_set(tmp_path / "set", ["blue"]))
+    prompts = written(tmp_path / "prompts.json", {key: ["{c} of these"], "imagenet1k": ["{c} of others"]})
+    dataset = load_benchmark_set("wds/vtab/pets", root=root, template_file=prompts)
+    assert dataset.templates == (["{c} of these"] if found else ["{c} of others"])
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"other": ["{c}"]}, "has no templates for 'colours' or imagenet1k: sets in it are other"),
+        ({"colours": ["a photo"]}, "the template 'a photo' of 'colours' has no place for the class name: write {c}"),
+        ({"colours": "{c}"}, "the templates of 'colours' are no list of texts"),
+        ({"colours": []}, "no list of texts"),
+        ({"colours": {"red": "a tomato"}}, "no list of texts, nor one for each class name"),
+        (["{c}"], "holds a list where a dict is expected"),
+    ],
+)
+def test_a_file_of_prompts_that_is_no_use_is_refused(tmp_path, content, told):
+    root, file = str(colour_set(tmp_path / "set", ["blue"])), written(tmp_path / "prompts.json", content)
+    assert told in complaint(lambda: load_benchmark_set("colours", root=root, template_file=file))
+
+
+def test_a_file_of_class_names_that_is_no_use_is_refused(tmp_path):
+    root, file = str(colour_set(tmp_path / "set", ["blue"])), tmp_path / "names.json"
+
+    def refusal() -> str:
+        return complaint(lambda: load_benchmark_set("colours", root=root, classname_file=str(file)))
+
+    assert "names.json' does not exist" in refusal()
+    file.write_bytes(b"\xff{")
+    assert "names.json' is no JSON" in refusal()
+    written(file, {"colours": ["red", "green"]})
+    assert "has 2 class names for 'colours', which has 3 classes" in refusal()
+    written(file, {"colours": [0, 1, 2]})
+    assert "the class names of 'colours' are no list of texts" in refusal()
+
+
+def test_names_that_do_not_cover_the_labels_are_refused_where_the_shards_have_none(tmp_path):
+    root = colour_set(tmp_path / "set", ["red", "blue"])
+    (root / "classnames.txt").unlink()
+    names = written(tmp_path / "names.json", {"colours": ["red", "green"]})
+    dataset = load_benchmark_set("colours", root=str(root), classname_file=names)
+    assert "label 2: 2 class names cover 0 to 1" in complaint(lambda: list(dataset.records("cls")))
+
+
+def test_captions_need_neither_names_nor_prompts(tmp_path):
+    samples = [("a", {"png": picture("red"), "txt": b"a caption"})]
+    root = write_set(tmp_path / "set", [samples], dataset_type=["retrieval"])
+    dataset = load_benchmark_set("x", root=str(root), classname_file="nowhere", template_file="nowhere")
+    assert dataset.classnames is None and dataset.templates is None
+
+
+def test_cifars_prompts_are_the_18_of_clip(tmp_path):
+    root = write_set(tmp_path / "set", [[]], classnames=["x"])
+    assert folder_set(root, "wds/vtab/cifar100").templates == CIFAR_TEMPLATES and len(set(CIFAR_TEMPLATES)) == 18
+    assert CIFAR_TEMPLATES[:3] == ["a photo of a {c}.", "a blurry photo of a {c}.", "a black and white photo of a {c}."]
+    assert CIFAR_TEMPLATES[7:10] == ["a photo of a small {c}.", "a photo of a big {c}.", "a photo of the {c}."]
+    assert CIFAR_TEMPLATES[-1] == "a photo of the big {c}."
+    assert folder_set(root, "others").templates is None  # shards come with theirs

@@ -5,11 +5,10 @@ from itertools import islice
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from gkl_vl.classifiers import Classifier
-from gkl_vl.data.labelled import LabelledSet
+from gkl_vl.data.labelled import EncodedImage, LabelledSet, pixel_image
 from gkl_vl.data.views import (
     PLAIN,
     DiskViews,
@@ -19,7 +18,7 @@ from gkl_vl.data.views import (
     imagenet_augmentation,
     imagenet_center,
 )
-from gkl_vl.evaluate import predict
+from gkl_vl.embed import predict
 from gkl_vl.objectives import online_label_teacher
 from gkl_vl.teacher_cache import store_logits, stored_label_teacher
 
@@ -50,12 +49,12 @@ def memory(seed: int = 0) -> MemoryViews:
 class Pictures:
     pixels: Tensor
 
-    def __call__(self, index: int) -> Image.Image:
-        return Image.fromarray(self.pixels[index].permute(1, 2, 0).numpy())
+    def __call__(self, index: int) -> EncodedImage:
+        return pixel_image(f"picture {index}", self.pixels[index].permute(1, 2, 0).numpy())
 
 
 def disk(size: int = SIDE) -> DiskViews:
-    data = LabelledSet(name="some", labels=LABELS, num_classes=CLASSES, classnames=None, read=Pictures(images()))
+    data = LabelledSet(name="some", labels=LABELS, num_classes=CLASSES, classnames=None, images=Pictures(images()))
     augment, plain = imagenet_augmentation(size), imagenet_center(SIDE)
     return DiskViews(data=data, augment=augment, plain=plain, seed=0, num_workers=0)
 

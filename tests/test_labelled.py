@@ -1,5 +1,6 @@
 """Every source of labelled images gives what was written to it, and says in one line what is wrong with it."""
 
+import gc
 import hashlib
 import io
 import pickle
@@ -18,7 +19,18 @@ from pyarrow import parquet
 from small_sets import write_shard
 from torch.utils.data import DataLoader, Dataset
 
-from gkl_vl.data.labelled import LabelledSet, first, in_memory, long_tailed, open_labelled, shot_groups
+from gkl_vl.data.labelled import (
+    BrokenImage,
+    EncodedImage,
+    LabelledSet,
+    first,
+    in_memory,
+    long_tailed,
+    open_labelled,
+    pixel_image,
+    shot_groups,
+)
+from gkl_vl.data.pairs import BrokenPair, RawPair, decode
 from gkl_vl.errors import UserError
 
 LABELS = [1, 0, 2, 1, 0, 0]
@@ -42,12 +54,15 @@ def is_picture(image: Image.Image, index: int) -> bool:
 class Solid:
     """A reader of one colour each."""
 
-    def __call__(self, index: int) -> Image.Image:
-        return Image.new("RGB", (2, 2), (index % 256, index // 256, 0))
+    def __call__(self, index: int) -> EncodedImage:
+        colour = np.array([index % 256, index // 256, 0], dtype=np.uint8)
+        return pixel_image(f"number {index}", np.broadcast_to(colour, (2, 2, 3)))
 
 
 def toy(labels: list[int], num_classes: int) -> LabelledSet:
-    return LabelledSet(name="toy", labels=torch.tensor(labels), num_classes=num_classes, classnames=None, read=Solid())
+    return LabelledSet(
+        name="toy", labels=torch.tensor(labels), num_classes=num_classes, classnames=None, images=Solid()
+    )
 
 
 def numbers(data: LabelledSet) -> list[int]:
@@ -179,7 +194,7 @@ def test_a_reader_goes_to_worker_processes(tmp_path, monkeypatch, kind):
     else:
         source = (SOURCES | {"folder": image_folder})[kind](tmp_path)
     data = open_labelled(source, "train").subset(torch.tensor([4, 1]))
-    sent = replace(data, read=pickle.loads(pickle.dumps(data.read)))  # as to a worker that is not forked
+    sent = replace(data, images=pickle.loads(pickle.dumps(data.images)))  # as to a worker that is not forked
     batches = list(DataLoader(Whole(sent), batch_size=2, num_workers=1))
     assert torch.equal(batches[0], torch.stack([Whole(data)[0], Whole(data)[1]]))
 
@@ -369,6 +384,45 @@ def test_a_broken_image_is_named_when_it_is_read(tmp_path):
     write_shard(tmp_path / "a.tar", [("k", {"jpg": b"nothing", "cls": b"0"})])
     with pytest.raises(UserError, match=r"a\.tar at byte 512 cannot be decoded"):
         open_labelled(f"{tmp_path}/a.tar", "train").read(0)
+
+
+def test_an_image_is_read_when_it_is_asked_for_and_its_file_is_closed(tmp_path):
+    """pytest makes an error of a file that is left open."""
+    data = open_labelled(list_file(tmp_path), "train")
+    path = tmp_path / "a folder" / "3.png"
+    image = data.images(3)
+    path.write_bytes(picture(5))
+    assert image.where == str(path) and image.read() == picture(5) and is_picture(image.decode(), 5)
+    whole = picture(3, side=64)
+    path.write_bytes(whole[: len(whole) // 2])  # the header is whole, the pixels are not
+    with pytest.raises(BrokenImage, match="3.png cannot be decoded"):
+        image.decode()
+    with pytest.raises(BrokenPair):
+        decode(RawPair("k", str(path), ("a caption",)))
+    gc.collect()
+    path.unlink()
+    with pytest.raises(UserError, match="3.png' cannot be read") as caught:
+        image.decode()
+    assert not isinstance(caught.value, BrokenImage)
+
+
+def test_a_row_without_an_image_is_a_broken_one(tmp_path):
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    (tmp_path / "x.png").write_bytes(picture(4))
+    rows = {"img": [None, {"bytes": None, "path": str(tmp_path / "x.png")}], "label": [0, 0]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train-0.parquet")
+    data = open_labelled(str(tmp_path), "train")
+    assert is_picture(data.read(1), 4)
+    with pytest.raises(BrokenImage, match="train row 0 cannot be decoded .*no image"):
+        data.read(0)
+
+
+def test_pixels_decode_to_themselves():
+    for side in (1, 7, 32):
+        image = pixel_image("here", pixels(0, side))
+        assert image.decode().size == (side, side) and np.array_equal(np.asarray(image.decode()), pixels(0, side))
+    turned = pixels(1).transpose(1, 0, 2)  # not contiguous
+    assert np.array_equal(np.asarray(pixel_image("here", turned).decode()), turned)
 
 
 # ---- parts of a set

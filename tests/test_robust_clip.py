@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from gkl_vl import attacks, robustness, towers
 from gkl_vl.adversarial import ImageAttack, image_attack
+from gkl_vl.benchmark import measure, metrics_of
 from gkl_vl.checkpoint import RunFolder
 from gkl_vl.data.benchmark_sets import load_benchmark_set
+from gkl_vl.embed import Embedder
 from gkl_vl.engine import FitConfig, fit
 from gkl_vl.errors import UserError
-from gkl_vl.evaluate import evaluate_clip
 from gkl_vl.image_text import image_text_loss, mimicry_loss
 from gkl_vl.objectives import ClipKd, ClipKdWeights
 from gkl_vl.optim import adamw
@@ -456,7 +457,9 @@ def test_what_is_left_is_what_algebra_says(brightest, shades, norm):
     brightest.towers.train()
     state = torch.get_rng_state()
     before = {name: tensor.clone() for name, tensor in brightest.towers.state_dict().items()}
-    metrics, _ = attack_zero_shot(clip=brightest, dataset=shades, norm=norm, epsilon=epsilon, images=500, batch_size=4)
+    metrics, _ = attack_zero_shot(
+        embedder=Embedder(clip=brightest, batch_size=4), dataset=shades, norm=norm, epsilon=epsilon, images=500
+    )
     low, high = robustness.wilson_interval(hits=5, n=10)
     assert metrics == {
         f"apgd_{norm}_acc1": 0.5,
@@ -472,9 +475,10 @@ def test_what_is_left_is_what_algebra_says(brightest, shades, norm):
 
 
 def test_between_no_radius_and_a_large_one(brightest, shades):
-    clean = evaluate_clip(clip=brightest, dataset=shades, tasks=["zero_shot"])["acc1"]
+    embedder = Embedder(clip=brightest)
+    clean = metrics_of(measure(embedder, shades))["acc1"]
     for epsilon, expected in ((1e-6, clean), (0.5, 0.0)):
-        metrics, _ = attack_zero_shot(clip=brightest, dataset=shades, norm="linf", epsilon=epsilon, images=10)
+        metrics, _ = attack_zero_shot(embedder=embedder, dataset=shades, norm="linf", epsilon=epsilon, images=10)
         assert (metrics["apgd_linf_clean_acc1"], metrics["apgd_linf_acc1"]) == (clean, expected)
 
 

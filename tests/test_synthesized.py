@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from gkl_vl.data.labelled import LabelledSet
+from gkl_vl.data.labelled import EncodedImage, LabelledSet, pixel_image
 from gkl_vl.data.synthesized import Synthesized, WithSynthesized, open_synthesized, synthesized_per_batch
 from gkl_vl.data.views import PLAIN, DiskViews, LabelledLoader, MemoryViews, MixedViews, Views, cifar_autoaugment
 from gkl_vl.errors import UserError
@@ -47,13 +46,13 @@ def noise(count: int) -> np.ndarray:
 class Originals:
     """A reader that can go to other processes."""
 
-    def __call__(self, index: int) -> Image.Image:
-        return Image.fromarray(plain_colours(N, ORIGINAL)[index])
+    def __call__(self, index: int) -> EncodedImage:
+        return pixel_image(f"original {index}", plain_colours(N, ORIGINAL)[index])
 
 
 def train_set() -> LabelledSet:
     labels = torch.from_numpy(labels_of(N))
-    return LabelledSet(name="colours", labels=labels, num_classes=CLASSES, classnames=None, read=Originals())
+    return LabelledSet(name="colours", labels=labels, num_classes=CLASSES, classnames=None, images=Originals())
 
 
 @pytest.fixture

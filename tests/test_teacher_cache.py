@@ -9,7 +9,7 @@ from open_clip.transformer import QuickGELU
 from safetensors.torch import load_file
 from torchvision.transforms import v2
 
-from gkl_vl import teacher_cache
+from gkl_vl import disk_cache, teacher_cache
 from gkl_vl.data.pairs import PairLoader, PairStream, RawPair, bundled_pairs, drawing_augmentation, memory_source
 from gkl_vl.objectives import online_teacher
 from gkl_vl.teacher_cache import store_views, stored_teacher
@@ -117,14 +117,14 @@ def test_another_question_has_another_key(teacher, some_pairs):
 
 
 def test_a_write_that_breaks_off_leaves_nothing_that_looks_whole(teacher, some_pairs, tmp_path, monkeypatch):
-    def broken(tensors, path):
+    def broken(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(teacher_cache, "save_file", broken)
+    monkeypatch.setattr(disk_cache, "save_file", broken)
     with pytest.raises(OSError):
         store(teacher, some_pairs, tmp_path)
-    assert not list(tmp_path.glob("*.safetensors"))
+    assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     store(teacher, some_pairs, tmp_path)
     (whole,) = tmp_path.glob("*.safetensors")

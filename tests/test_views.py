@@ -14,7 +14,7 @@ from helpers import run_ranks
 from PIL import Image
 from torch import Tensor
 
-from gkl_vl.data.labelled import LabelledSet, open_labelled
+from gkl_vl.data.labelled import EncodedImage, LabelledSet, open_labelled, pixel_image
 from gkl_vl.data.views import (
     PLAIN,
     Cutout,
@@ -41,8 +41,8 @@ def noise(index: int) -> np.ndarray:
 class Noise:
     """A reader that can go to other processes."""
 
-    def __call__(self, index: int) -> Image.Image:
-        return Image.fromarray(noise(index))
+    def __call__(self, index: int) -> EncodedImage:
+        return pixel_image(f"noise {index}", noise(index))
 
 
 def memory(*, count: int = N, seed: int = 0) -> MemoryViews:
@@ -52,7 +52,7 @@ def memory(*, count: int = N, seed: int = 0) -> MemoryViews:
 
 
 def disk(*, seed: int = 0, workers: int = 0, data: LabelledSet | None = None) -> DiskViews:
-    data = data or LabelledSet(name="noise", labels=LABELS, num_classes=3, classnames=None, read=Noise())
+    data = data or LabelledSet(name="noise", labels=LABELS, num_classes=3, classnames=None, images=Noise())
     augment, plain = imagenet_augmentation(8), imagenet_center(8)
     return DiskViews(data=data, augment=augment, plain=plain, seed=seed, num_workers=workers)
 

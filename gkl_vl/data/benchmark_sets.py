@@ -1,154 +1,308 @@
-"""Evaluation sets in CLIP_benchmark's WebDataset layout: bundled, in a folder, or on the Hub.
+"""Evaluation sets by CLIP_benchmark's names: bundled, on the Hub, or in a folder, in the layouts that it reads.
+
+CLIP_benchmark's WebDataset layout, the bundled sets' and that of the Hub's clip-benchmark/wds_*:
 
     ROOT/{classnames.txt, zeroshot_classification_templates.txt, dataset_type.txt}
-    ROOT/SPLIT/{nshards.txt, 0.tar, 1.tar, ...}     members KEY.{webp,png,jpg,jpeg}, KEY.cls and/or KEY.txt
+    ROOT/SPLIT/{nshards.txt, 0.tar, 1.tar, ...}     members KEY.{webp,png,jpg,jpeg}, KEY.cls, KEY.npy and/or KEY.txt
 
-Source of the layout: CLIP_benchmark 1.6.2, `datasets/builder.py::build_wds_dataset`.
+A folder without shards is read by what it holds: captions (COCO, Flickr), SugarCrepe, ObjectNet, ImageNet's class
+folders, CIFAR's own files, parquet, or an image folder.
 
 A benchmark number is about all images of a set. Training skips a broken image and counts it; here a sample
 that cannot be read, or a shard that ends early, is an error.
 """
 
-import io
-import tarfile
+import difflib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+from open_clip import OPENAI_IMAGENET_TEMPLATES
 from PIL import Image
 
-from gkl_vl.errors import UserError
+from gkl_vl.data.benchmark_collections import COLLECTIONS
+from gkl_vl.data.benchmark_sources import (
+    IMAGENET,
+    LabelledSamples,
+    Record,
+    Samples,
+    Target,
+    WebShards,
+    captioned_files,
+    captions_file,
+    imagenet_classes,
+    imagenet_folders,
+    objectnet_folders,
+    objectnet_mappings,
+    read_json,
+    sugar_crepe,
+)
+from gkl_vl.data.labelled import BrokenImage as BrokenImage
+from gkl_vl.data.labelled import LabelledSet, open_cifar, open_labelled
+from gkl_vl.errors import UserError, first_line
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = ("emoji", "emoji_unseen")
 HUB_ROOT = "https://huggingface.co/datasets/clip-benchmark/wds_{dataset_cleaned}/tree/main"
-IMAGE_ENDINGS = ("webp", "png", "jpg", "jpeg")
-# Sets whose labels number all 1000 classes; imagenet-a, -r and -o number their own 200.
-IMAGENET_1000 = ("imagenet1k", "imagenetv2", "imagenet_sketch")
+HUB_DATASET = "hf-hub:"
 
-Target = Literal["cls", "txt"]
+Kind = Literal["classification", "multilabel", "retrieval", "choice"]
+TARGET_OF: dict[Kind, Target] = {"classification": "cls", "multilabel": "npy", "retrieval": "txt", "choice": "txt"}
 
-
-@dataclass(frozen=True)
-class Record:
-    """One sample as it lies in its shard: the image still encoded, so that skipping it costs nothing."""
-
-    where: str
-    """Shard and key, for messages."""
-    image: bytes
-    targets: dict[Target, Any]
-    """What was asked for: "cls" an integer, "txt" a list of captions."""
-
-    def decode(self) -> Image.Image:
-        """The image as RGB, the first frame of an animated one."""
-        try:
-            return Image.open(io.BytesIO(self.image)).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{self.where}: the image cannot be decoded ({first_line(error)})") from error
+Templates = list[str] | dict[str, list[str]]
+IMAGENET_TEMPLATES = [template("{c}") for template in OPENAI_IMAGENET_TEMPLATES]
+_CIFAR_PICTURES = ("a photo", "a blurry photo", "a black and white photo", "a low contrast photo")
+_CIFAR_PICTURES += ("a high contrast photo", "a bad photo", "a good photo")
+CIFAR_TEMPLATES = [
+    template
+    for article in ("a", "the")
+    for template in (
+        *(f"{picture} of {article} {{c}}." for picture in _CIFAR_PICTURES),
+        *(f"a photo of {article} {size} {{c}}." for size in ("small", "big")),
+    )
+]
+"""CLIP's 18 prompts for CIFAR-10 and CIFAR-100."""
+CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
 
 @dataclass(frozen=True)
 class BenchmarkSet:
-    """One split of an evaluation set; iterating gives (RGB image, label or captions) in the shards' order."""
+    """One split of an evaluation set; iterating gives (RGB image, label, row or captions) in the set's own order."""
 
     name: str
-    kind: Literal["classification", "retrieval"]
+    kind: Kind
     classnames: list[str] | None
-    """Names by label; None for a retrieval set, or where the folder has none."""
-    templates: list[str] | dict[str, list[str]] | None
+    """Names by label; None for a set of captions, or where the set has none."""
+    templates: Templates | None
     """Prompts with {c} for the class name, or CuPL's form {class name: [prompts]}."""
-    shards: list[Path]
+    samples: Samples
 
-    def __iter__(self) -> Iterator[tuple[Image.Image, int | list[str]]]:
-        target: Target = "cls" if self.kind == "classification" else "txt"
+    def __iter__(self) -> Iterator[tuple[Image.Image, int | list[int] | list[str]]]:
+        target = TARGET_OF[self.kind]
         for record in self.records(target):
             yield record.decode(), record.targets[target]
 
     def records(self, *targets: Target) -> Iterator[Record]:
-        """Undecoded samples with their label ("cls"), their captions ("txt"), or both.
+        """Samples with an image that is not read yet, and their label ("cls"), row ("npy") or captions ("txt").
 
-        A classification set may carry captions too (the bundled ones do), so the caller says which.
+        A classification set may carry captions too (the bundled ones do), so the caller says which. The captions of a
+        "choice" are the right one, then the wrong ones.
 
         Raises:
             UserError: a shard that cannot be read to its end, a sample without image or target, an empty
-                caption, a label that is no index of `classnames`, no sample at all.
+                caption, a label that is no index of `classnames`, a row of another length, no sample at all.
         """
-        found = False
-        for shard in self.shards:
-            for key, members in _samples(shard):
-                found = True
-                where = f"{self.name}: {shard} sample {key!r}"
-                image = next((members[ending] for ending in IMAGE_ENDINGS if ending in members), None)
-                if image is None:
-                    raise UserError(f"{where} has no image: expected one of .{', .'.join(IMAGE_ENDINGS)}")
-                for target in targets:
-                    if target not in members:
-                        other = "eval/zero_shot.py" if target == "txt" else "eval/retrieval.py"
-                        raise UserError(f"{where} has no .{target} member, this set may be one for {other}")
-                yield Record(where, image, {name: self._parse(members[name], name, where) for name in targets})
-        if not found:
-            raise UserError(f"{self.name}: no samples in its {len(self.shards)} shards")
+        for record in self.samples(targets):
+            self._check_classes(record)
+            yield record
 
-    def _parse(self, value: bytes, target: Target, where: str) -> int | list[str]:
-        text = value.decode("utf-8", errors="replace")
-        if target == "txt":
-            captions = [line.strip() for line in text.splitlines() if line.strip()]
-            if not captions:
-                raise UserError(f"{where} has an empty caption file")
-            return captions
-        if not text.strip().isdecimal():
-            raise UserError(f"{where} has the label {text.strip()!r}: expected an integer from 0")
-        label = int(text)
-        if self.classnames is not None and label >= len(self.classnames):
-            classes = len(self.classnames)
-            raise UserError(f"{where} has the label {label}: {classes} class names cover 0 to {classes - 1}")
-        return label
+    def _check_classes(self, record: Record) -> None:
+        if self.classnames is None:
+            return
+        classes = len(self.classnames)
+        if "cls" in record.targets and record.targets["cls"] >= classes:
+            label = record.targets["cls"]
+            raise UserError(f"{record.where} has the label {label}: {classes} class names cover 0 to {classes - 1}")
+        if "npy" in record.targets and len(record.targets["npy"]) != classes:
+            numbers = len(record.targets["npy"])
+            raise UserError(f"{record.where} has {numbers} numbers in its .npy member for {classes} class names")
 
 
-def load_benchmark_set(name: str, *, root: str | None = None, split: str = "test") -> BenchmarkSet:
+def load_benchmark_set(
+    name: str,
+    *,
+    root: str | None = None,
+    split: str = "test",
+    classname_file: str | None = None,
+    template_file: str | None = None,
+) -> BenchmarkSet:
     """Find an evaluation set and read everything but its samples.
 
     Args:
-        name: without `root`: a bundled name ("emoji", "emoji_unseen"), a folder in CLIP_benchmark's layout,
-            or NAME or wds/NAME for the Hub's clip-benchmark/wds_NAME, "/" in NAME read as "-".
+        name: without `root`: a bundled name ("emoji", "emoji_unseen"), a folder, or NAME or wds/NAME for the Hub's
+            clip-benchmark/wds_NAME, "/" in NAME read as "-". "hf-hub:ORG/NAME" = the images and labels of another
+            dataset on the Hub, wherever `root` is.
         root: CLIP_benchmark's --dataset_root: the folder of the set, or
             https://huggingface.co/datasets/ORG/REPO/tree/BRANCH. {dataset} stands for NAME, {dataset_cleaned}
-            for NAME with "/" replaced by "-".
-        split: folder of the shards.
+            for NAME with "/" replaced by "-". The last part of NAME says what a folder holds where that is not plain:
+            imagenet1k, imagenetv2, imagenet_sketch, imagenet-a, imagenet-r, imagenet-o, cifar10, cifar100,
+            mscoco_captions, flickr30k, flickr8k; and sugar_crepe/TASK.
+        split: of the set, as its folder or the Hub calls it.
+        classname_file: CLIP_benchmark's JSON of {set: [class names]}, which replace the set's own.
+        template_file: the same of {set: [prompts with {c}]} or {set: {class: [prompts]}}; "imagenet1k" stands for
+            a set that it does not name.
 
-    ImageNet's class names and templates come from open_clip where the set has none. Sets on the Hub are
-    downloaded once into its cache and found there without a connection (HF_HUB_OFFLINE=1).
+    Where a set has no class names, ImageNet's family has open_clip's; class names of folders and of the Hub have
+    spaces for "_". Where it has no templates, CIFAR has its 18, and ImageNet's 80 are for the rest, but not for shards,
+    whose folder should say. Sets on the Hub are downloaded once into its cache and found there without a connection
+    (HF_HUB_OFFLINE=1).
 
     Raises:
-        UserError: unknown name, no connection, no such split, a missing shard, a multilabel set.
+        UserError: unknown name, no connection, no such split, a missing shard or image, malformed annotations, names
+            or templates; as many class names as the set does not have.
     """
     bare = name.removeprefix("wds/")
-    folder = _find_folder(bare, root, split)
-    kind = (_read(folder / "dataset_type.txt") or "classification").strip().lower()
-    if kind not in ("classification", "retrieval"):
-        raise UserError(f"{name}: dataset_type.txt says {kind!r}: classification and retrieval are supported")
-    classnames = templates = None
-    if kind == "classification":
-        classnames = _lines(folder / "classnames.txt")
-        templates = _lines(folder / "zeroshot_classification_templates.txt")
-        if classnames is None and bare in IMAGENET_1000:
-            classnames = list(IMAGENET_CLASSNAMES)
-        if templates is None and bare.startswith("imagenet"):
-            templates = [template("{c}") for template in OPENAI_IMAGENET_TEMPLATES]
-    return BenchmarkSet(bare, kind, classnames, templates, _shards(name, folder, split))
+    if bare.startswith(HUB_DATASET):
+        found = _of_labelled(open_labelled(bare.removeprefix(HUB_DATASET), split))
+    else:
+        found = _in_folder(bare, _find_folder(bare, root, split), split)
+    if found.kind in ("retrieval", "choice"):
+        return BenchmarkSet(bare, found.kind, None, None, found.samples)
+    classnames = _own_classnames(bare, found)
+    if classname_file is not None:
+        classnames = _custom_classnames(name, classname_file, own=classnames)
+    elif classnames and all(re.fullmatch(r"n\d{8}", written) for written in classnames):
+        raise UserError(
+            f"dataset {bare!r}: its classes are called {classnames[0]} and so on: for ImageNet's class names call it "
+            "imagenet1k, imagenet-a or as it is, and name its folder with --dataset_root"
+        )
+    templates = _own_templates(bare, found) if template_file is None else _custom_templates(name, template_file)
+    return BenchmarkSet(bare, found.kind, classnames, templates, found.samples)
 
 
-def load_benchmark_sets(names: Sequence[str], *, root: str | None, split: str) -> list[BenchmarkSet]:
+def load_benchmark_sets(
+    names: Sequence[str],
+    *,
+    root: str | None,
+    split: str,
+    classname_file: str | None = None,
+    template_file: str | None = None,
+) -> list[BenchmarkSet]:
     """`load_benchmark_set` for several names.
 
     Raises:
-        UserError: as there; or several names for a root that is one and the same folder for all of them.
+        UserError: as there; or several names for a root that is one and the same folder for all of them, unless
+            their files go by their names (CIFAR's own, SugarCrepe's tasks).
     """
-    if root is not None and len(names) > 1 and "{dataset" not in root:
+    if root is not None and len(names) > 1 and "{dataset" not in root and not _one_folder_holds(names, root):
         raise UserError(f"--dataset_root {root} is one folder for {len(names)} sets: write {{dataset}} in it")
-    return [load_benchmark_set(name, root=root, split=split) for name in names]
+    return [
+        load_benchmark_set(name, root=root, split=split, classname_file=classname_file, template_file=template_file)
+        for name in names
+    ]
+
+
+def _one_folder_holds(names: Sequence[str], root: str) -> bool:
+    bare = [name.removeprefix("wds/") for name in names]
+    by_name = all(name in CIFAR_FOLDERS or name.startswith("sugar_crepe/") for name in bare)
+    return by_name and not any(Path(root).glob("*/nshards.txt"))
+
+
+# ---- what a folder holds -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A set as it lies there, with its own class names and templates if it has them."""
+
+    kind: Kind
+    samples: Samples
+    classnames: list[str] | None = None
+    templates: list[str] | None = None
+
+
+def _in_folder(bare: str, folder: Path, split: str) -> _Found:
+    short = Path(bare).name
+    if any(folder.glob("*/nshards.txt")) or any((folder / split).glob("*.tar")):
+        return _of_shards(bare, folder, split)
+    if bare.startswith("sugar_crepe/"):
+        return _Found("choice", sugar_crepe(short, folder))
+    if file := captions_file(short, folder, split):
+        return _Found("retrieval", captioned_files(bare, file, split))
+    if mappings := objectnet_mappings(folder):
+        return _of_labelled(objectnet_folders(folder, mappings))
+    if short in CIFAR_FOLDERS and any((folder / files).is_dir() for files in CIFAR_FOLDERS.values()):
+        return _of_labelled(open_cifar(str(folder), split, CIFAR_FOLDERS[short]))
+    if short in IMAGENET and not any(folder.glob("*.parquet")) and not any(folder.glob("*/*.parquet")):
+        return _of_labelled(imagenet_folders(short, folder, split))
+    if not any(folder.glob("*/*")) and not any(folder.glob("*.parquet")):
+        layouts = f"shards ({split}/nshards.txt), an image folder ({split}/CLASS/*.jpg), parquet, or CIFAR's own files"
+        raise UserError(f"dataset {bare!r}: {folder} holds none of {layouts}")
+    return _of_labelled(open_labelled(str(folder), split))
+
+
+def _of_labelled(data: LabelledSet) -> _Found:
+    names = None if data.classnames is None else [name.replace("_", " ") for name in data.classnames]
+    return _Found("classification", LabelledSamples(data), names)
+
+
+def _of_shards(bare: str, folder: Path, split: str) -> _Found:
+    written = (_read(folder / "dataset_type.txt") or "classification").strip().lower()
+    kind: Kind | None = next(
+        (known for known in ("classification", "multilabel", "retrieval") if known == written), None
+    )
+    if kind is None:
+        expected = "classification, multilabel and retrieval are supported"
+        raise UserError(f"{bare}: dataset_type.txt says {written!r}: {expected}")
+    samples = WebShards(bare, _shards(bare, folder, split))
+    classnames = _lines(folder / "classnames.txt")
+    return _Found(kind, samples, classnames, _lines(folder / "zeroshot_classification_templates.txt"))
+
+
+# ---- class names and templates -----------------------------------------------------------------------------------
+
+
+def _own_classnames(bare: str, found: _Found) -> list[str] | None:
+    short = Path(bare).name
+    if found.classnames is None and short in IMAGENET:
+        return list(imagenet_classes(short).values())
+    return found.classnames
+
+
+def _own_templates(bare: str, found: _Found) -> Templates | None:
+    short = Path(bare).name
+    if found.templates is not None:
+        return found.templates
+    if short in CIFAR_FOLDERS:
+        return list(CIFAR_TEMPLATES)
+    if short.startswith("imagenet") or not isinstance(found.samples, WebShards):
+        return list(IMAGENET_TEMPLATES)
+    return None
+
+
+def _custom_classnames(name: str, file: str, *, own: list[str] | None) -> list[str]:
+    of_set = read_json(Path(file), dict)
+    key = next((key for key in _keys(name) if key in of_set), None)
+    if key is None:
+        raise UserError(f"{file!r} has no class names for {name!r}: sets in it are {', '.join(of_set) or 'none'}")
+    names = of_set[key]
+    if not _is_texts(names):
+        raise UserError(f"{file!r}: the class names of {key!r} are no list of texts")
+    if own is not None and len(names) != len(own):
+        raise UserError(f"{file!r} has {len(names)} class names for {key!r}, which has {len(own)} classes")
+    return names
+
+
+def _custom_templates(name: str, file: str) -> Templates:
+    of_set = read_json(Path(file), dict)
+    key = next((key for key in (*_keys(name), "imagenet1k") if key in of_set), None)
+    if key is None:
+        raise UserError(f"{file!r} has no templates for {name!r} or imagenet1k: sets in it are {', '.join(of_set)}")
+    templates = of_set[key]
+    if isinstance(templates, dict) and all(_is_texts(prompts) for prompts in templates.values()):
+        return templates
+    if not _is_texts(templates):
+        raise UserError(f"{file!r}: the templates of {key!r} are no list of texts, nor one for each class name")
+    if without := [template for template in templates if "{c}" not in template]:
+        raise UserError(
+            f"{file!r}: the template {without[0]!r} of {key!r} has no place for the class name: write {{c}}"
+        )
+    return templates
+
+
+def _keys(name: str) -> list[str]:
+    """What a set may be called in these files: CLIP_benchmark's own name `pets` where `wds/vtab/pets` is asked for."""
+    bare = name.removeprefix("wds/")
+    return [name, bare, bare.removeprefix("vtab/")]
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+# ---- where a set lies --------------------------------------------------------------------------------------------
 
 
 def _find_folder(bare: str, root: str | None, split: str) -> Path:
@@ -156,13 +310,19 @@ def _find_folder(bare: str, root: str | None, split: str) -> Path:
         return ASSETS / bare
     if root is None and Path(bare).is_dir():
         return Path(bare)
+    if root is None and bare.startswith("sugar_crepe/"):
+        task = bare.removeprefix("sugar_crepe/")
+        raise UserError(f"{bare}: give the folder of {task}.json and COCO's val2017/ as --dataset_root")
     # replace(), not format(): other braces in a path mean themselves
     place = (root or HUB_ROOT).replace("{dataset_cleaned}", bare.replace("/", "-")).replace("{dataset}", bare)
     if place.startswith("https://"):
         return _download(bare, place, split)
-    if not Path(place).is_dir():
+    folder = Path(place)
+    if not folder.is_dir() and bare.startswith("sugar_crepe/") and folder.parent.is_dir():
+        folder = folder.parent  # ROOT/{dataset}: the tasks lie in one folder
+    if not folder.is_dir():
         raise UserError(f"dataset {bare!r}: the folder {place} of --dataset_root does not exist")
-    return Path(place)
+    return folder
 
 
 def _download(bare: str, url: str, split: str) -> Path:
@@ -182,9 +342,14 @@ def _download(bare: str, url: str, split: str) -> Path:
     except Exception as error:  # a handful of unrelated types, of httpx or requests by the Hub's version
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else first_line(error)
         reason, cause = f"{repo} is not in the Hub's local cache and cannot be fetched ({why})", error
-    raise UserError(
-        f"dataset {bare!r}: {reason}; bundled are {' and '.join(BUNDLED)}, a folder goes to --dataset_root"
-    ) from cause
+    bundled = f"bundled are {' and '.join(BUNDLED)}, a folder goes to --dataset_root"
+    raise UserError(f"dataset {bare!r}: {reason}{_nearest(bare)}; {bundled}") from cause
+
+
+def _nearest(bare: str) -> str:
+    known = {entry.dataset for entries in COLLECTIONS.values() for entry in entries}
+    near = [] if bare in known else difflib.get_close_matches(bare, sorted(known), n=3)
+    return f"; names near it are {', '.join(near)}" if near else ""
 
 
 def _shards(name: str, folder: Path, split: str) -> list[Path]:
@@ -202,39 +367,6 @@ def _shards(name: str, folder: Path, split: str) -> list[Path]:
     return shards
 
 
-def _samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Key and members (by lower-case ending) of each sample: neighbours equal up to the first dot."""
-    key, members = "", {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                directory, slash, file = member.name.rpartition("/")
-                stem, _, ending = file.partition(".")
-                # As in webdataset: hidden files, files without an ending and __meta__ ones are no samples.
-                if not (member.isfile() and stem and ending) or stem.startswith("__"):
-                    continue
-                if directory + slash + stem != key:
-                    if members:
-                        yield key, members
-                    key, members = directory + slash + stem, {}
-                content = tar.extractfile(member)
-                assert content is not None  # it is a file
-                members[ending.lower()] = content.read()
-            require_end(shard, tar.offset)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"the shard {shard} ends early or is damaged ({first_line(error)})") from error
-    if members:
-        yield key, members
-
-
-def require_end(shard: Path, offset: int) -> None:
-    # tarfile takes the end of the file, or garbage, for the end of the archive, which is a block of zeros.
-    with shard.open("rb") as file:
-        file.seek(offset)
-        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-            raise tarfile.ReadError(f"no end-of-archive mark at byte {offset}")
-
-
 def _lines(path: Path) -> list[str] | None:
     text = _read(path)
     return None if text is None else [line.strip() for line in text.splitlines()]
@@ -242,7 +374,3 @@ def _lines(path: Path) -> list[str] | None:
 
 def _read(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

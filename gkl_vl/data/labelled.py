@@ -14,6 +14,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ import torchvision
 from jaxtyping import Bool, Int, Int64, UInt8
 from PIL import Image
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 from webdataset.shardlists import expand_urls
 
-from gkl_vl.data.benchmark_sets import first_line, require_end
 from gkl_vl.data.pairs import (
     IMAGE_SUFFIXES,
     BrokenPair,
@@ -39,7 +40,7 @@ from gkl_vl.data.pairs import (
     need_columns,
     undecoded,
 )
-from gkl_vl.errors import UserError
+from gkl_vl.errors import UserError, first_line
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
@@ -47,6 +48,32 @@ CIFAR = {
     "cifar-10-batches-py": torchvision.datasets.CIFAR10,
     "cifar-100-python": torchvision.datasets.CIFAR100,
 }
+
+
+class BrokenImage(UserError):
+    """An image that was read and cannot be decoded."""
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image as it lies in its file, not read yet; small, so that it can go to other processes."""
+
+    where: str
+    """File and place in it, for messages."""
+    read: Callable[[], bytes]
+    """Reads it, anew at each call. Raises: UserError for a file that cannot be read."""
+
+    def decode(self) -> Image.Image:
+        """The image as RGB, the first frame of an animated one.
+
+        Raises: BrokenImage; UserError for a file that cannot be read.
+        """
+        try:
+            return decode(RawPair(self.where, self.read(), ()))
+        except BrokenPair as error:
+            raise BrokenImage(
+                f"{self.where} cannot be decoded ({first_line(error)}): fetch it again or take it out"
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +85,12 @@ class LabelledSet:
     num_classes: int
     classnames: tuple[str, ...] | None
     """Names by label; None where the source has none."""
-    read: Callable[[int], Image.Image]
-    """Image by number, decoded, RGB; it goes to worker processes. Raises: UserError for one that cannot be decoded."""
+    images: Callable[[int], EncodedImage]
+    """Image by number, not read yet; it goes to worker processes."""
+
+    def read(self, index: int) -> Image.Image:
+        """Image by number, decoded, RGB. Raises: UserError for one that cannot be decoded."""
+        return self.images(index).decode()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -70,7 +101,7 @@ class LabelledSet:
 
     def subset(self, indices: Int[Tensor, " m"]) -> "LabelledSet":
         """The images of these numbers, in their order, of the same classes."""
-        return replace(self, labels=self.labels[indices], read=_Chosen(self.read, indices))
+        return replace(self, labels=self.labels[indices], images=_Chosen(self.images, indices))
 
 
 def open_labelled(
@@ -181,13 +212,36 @@ def shot_groups(counts: Int[Tensor, " C"]) -> dict[str, Bool[Tensor, " C"]]:
 # ---- readers: they are pickled for worker processes --------------------------------------------------------------
 
 
+def read_file(path: str, offset: int = 0, size: int = -1) -> bytes:
+    """A file's bytes from `offset` on, `size` of them or all. Raises: UserError for a file that has not as many."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            body = file.read(size)
+    except OSError as error:
+        raise UserError(f"{path!r} cannot be read ({first_line(error)}): fetch it again") from error
+    if len(body) < size:
+        raise UserError(f"{path!r} ends before byte {offset + size}: fetch it again")
+    return body
+
+
+def pixel_image(where: str, pixels: UInt8[np.ndarray, "h w 3"]) -> EncodedImage:
+    """Pixels in memory as an image that decodes to them, through PPM: header and the bytes themselves."""
+    return EncodedImage(where, partial(_as_ppm, pixels))
+
+
+def _as_ppm(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    h, w, _ = pixels.shape
+    return b"P6 %d %d 255\n" % (w, h) + pixels.tobytes()
+
+
 @dataclass(frozen=True)
 class _Chosen:
-    read: Callable[[int], Image.Image]
+    images: Callable[[int], EncodedImage]
     indices: Int[Tensor, " m"]
 
-    def __call__(self, index: int) -> Image.Image:
-        return self.read(int(self.indices[index]))
+    def __call__(self, index: int) -> EncodedImage:
+        return self.images(int(self.indices[index]))
 
 
 @dataclass(frozen=True)
@@ -196,16 +250,23 @@ class _TableImages:
     table: Any  # datasets.Dataset, undecoded
     column: str
 
-    def __call__(self, index: int) -> Image.Image:
-        return _decoded(f"{self.name} row {index}", encoded_image(self.table[index][self.column]))
+    def __call__(self, index: int) -> EncodedImage:
+        return EncodedImage(f"{self.name} row {index}", partial(_read_cell, self.table, self.column, index))
+
+
+def _read_cell(table: Any, column: str, index: int) -> bytes:
+    image = encoded_image(table[index][column])
+    # A cell without an image decodes as an empty file would.
+    return read_file(image) if isinstance(image, str) else (image or b"")
 
 
 @dataclass(frozen=True)
 class _Pixels:
-    images: UInt8[np.ndarray, "N h w 3"]
+    name: str
+    pixels: UInt8[np.ndarray, "N h w 3"]
 
-    def __call__(self, index: int) -> Image.Image:
-        return Image.fromarray(self.images[index])
+    def __call__(self, index: int) -> EncodedImage:
+        return pixel_image(f"{self.name} image {index}", self.pixels[index])
 
 
 @dataclass(frozen=True)
@@ -214,9 +275,9 @@ class _Files:
     # One block of bytes: a list of a million strings would be copied into every worker, reference by reference.
     paths: np.ndarray
 
-    def __call__(self, index: int) -> Image.Image:
+    def __call__(self, index: int) -> EncodedImage:
         path = os.path.join(self.folder, os.fsdecode(self.paths[index]))
-        return _decoded(path, path)
+        return EncodedImage(path, partial(read_file, path))
 
 
 @dataclass(frozen=True)
@@ -225,18 +286,10 @@ class _ShardImages:
     places: Int64[Tensor, "N 3"]
     """Number of the shard, first byte, number of bytes."""
 
-    def __call__(self, index: int) -> Image.Image:
+    def __call__(self, index: int) -> EncodedImage:
         number, offset, size = self.places[index].tolist()
-        with open(self.shards[number], "rb") as file:
-            file.seek(offset)
-            return _decoded(f"{self.shards[number]} at byte {offset}", file.read(size))
-
-
-def _decoded(where: str, image: Any) -> Image.Image:
-    try:
-        return decode(RawPair(where, image, ()))
-    except BrokenPair as error:
-        raise UserError(f"{where} cannot be decoded ({first_line(error)}): fetch it again or take it out") from error
+        shard = self.shards[number]
+        return EncodedImage(f"{shard} at byte {offset}", partial(read_file, shard, offset, size))
 
 
 # ---- sources -----------------------------------------------------------------------------------------------------
@@ -246,7 +299,7 @@ def _set(
     name: str,
     labels: np.ndarray | Sequence[int],
     classnames: Sequence[str] | None,
-    read: Callable[[int], Image.Image],
+    images: Callable[[int], EncodedImage],
 ) -> LabelledSet:
     """The set with its labels checked. Without class names there are as many classes as the largest label says."""
     numbers = torch.from_numpy(np.array(labels, dtype=np.int64))
@@ -263,13 +316,13 @@ def _set(
             f"{name} has the label {int(numbers.max())}, its {num_classes} classes end at {num_classes - 1}"
         )
     names = None if classnames is None else tuple(classnames)
-    return LabelledSet(name=name, labels=numbers, num_classes=num_classes, classnames=names, read=read)
+    return LabelledSet(name=name, labels=numbers, num_classes=num_classes, classnames=names, images=images)
 
 
 def _folder_set(source: str, split: str, columns: tuple[str, str] | None) -> LabelledSet:
     folder = Path(source)
     if cifar := next((name for name in CIFAR if (folder / name).is_dir()), None):
-        return _cifar_set(source, split, cifar)
+        return open_cifar(source, split, cifar)
     # No deeper: an image folder has a million files down there.
     if files := sorted([*folder.glob("*.parquet"), *folder.glob("*/*.parquet")]):
         return _parquet_set(source, split, files, columns)
@@ -325,7 +378,8 @@ def _table_set(name: str, table: Any, columns: tuple[str, str] | None) -> Labell
     return _set(name, labels.to_numpy(), classnames, _TableImages(name, images, image_column))
 
 
-def _cifar_set(source: str, split: str, folder: str) -> LabelledSet:
+def open_cifar(source: str, split: str, folder: str) -> LabelledSet:
+    """CIFAR's own files: `folder`, a key of `CIFAR`, within `source`. Raises: UserError, as `open_labelled`."""
     split = _split_among(["train", "test"], split=split, source=source)
     try:
         files = CIFAR[folder](source, train=split == "train", download=False)
@@ -333,18 +387,38 @@ def _cifar_set(source: str, split: str, folder: str) -> LabelledSet:
         raise UserError(
             f"{str(Path(source) / folder)!r} is not what torchvision downloads ({first_line(error)}): fetch it again"
         ) from error
-    return _set(f"{source}:{split}", files.targets, files.classes, _Pixels(files.data))
+    return _set(f"{source}:{split}", files.targets, files.classes, _Pixels(f"{source}:{split}", files.data))
 
 
 def _image_folder_set(source: str, split: str) -> LabelledSet:
     split = _split_among((path.name for path in Path(source).iterdir() if path.is_dir()), split=split, source=source)
     folder = os.path.join(source, split)
     try:
-        found = torchvision.datasets.ImageFolder(folder)
+        classes, label_of = find_classes(folder)
     except FileNotFoundError as error:
-        raise UserError(f"{folder!r} is no image folder, CLASS/*.jpg or png or webp ({first_line(error)})") from error
-    paths, labels = zip(*found.samples, strict=True)
-    return _set(f"{source}:{split}", labels, found.classes, _files(folder, [os.path.relpath(p, folder) for p in paths]))
+        raise _no_image_folder(folder, error) from error
+    return class_folders(f"{source}:{split}", folder, label_of, classes)
+
+
+def class_folders(name: str, folder: str, label_of: dict[str, int], classnames: Sequence[str]) -> LabelledSet:
+    """The images of FOLDER/CLASS/ for the classes of `label_of`, in order of CLASS and of their own names.
+
+    Args:
+        label_of: label by the name of the class's folder; other folders are left alone.
+        classnames: by label; more than there are folders where the set is not complete.
+
+    Raises: UserError for a class without images.
+    """
+    try:
+        samples = make_dataset(folder, label_of, extensions=IMG_EXTENSIONS)
+    except FileNotFoundError as error:
+        raise _no_image_folder(folder, error) from error
+    paths, labels = zip(*samples, strict=True)
+    return _set(name, labels, classnames, _files(folder, [os.path.relpath(path, folder) for path in paths]))
+
+
+def _no_image_folder(folder: str, error: Exception) -> UserError:
+    return UserError(f"{folder!r} is no image folder, CLASS/*.jpg or png or webp ({first_line(error)})")
 
 
 def _files(folder: str, paths: Sequence[str]) -> _Files:
@@ -363,13 +437,18 @@ def _list_set(source: str, root: str | None) -> LabelledSet:
             paths.append(words[0])
             labels.append(int(words[1]))
     folder = str(Path(source).parent) if root is None else root
+    require_images(source, folder, paths)
+    return _set(source, labels, None, _files(folder, paths))
+
+
+def require_images(source: str, folder: str, paths: Sequence[str]) -> None:
+    """Raises: UserError when a file that `source` names is not below `folder`."""
     missing = [path for path in paths if not os.path.isfile(os.path.join(folder, path))]
     if missing:
         raise UserError(
             f"{len(missing)} of the {len(paths)} images of {source!r} are not below {folder!r}, the first is "
             f"{missing[0]!r}: fetch them or name another root"
         )
-    return _set(source, labels, None, _files(folder, paths))
 
 
 def _shard_set(source: str) -> LabelledSet:
@@ -408,7 +487,7 @@ def _index(shard: str) -> list[tuple[int, int, int]]:
                     images[key] = (member.offset_data, member.size)
                 elif ending.lower() == "cls":
                     labels[key] = _label_in(tar, member, shard)
-            require_end(Path(shard), tar.offset)
+            require_end(shard, tar.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(
             f"the shard {shard!r} ends early or is damaged ({first_line(error)}): fetch it again"
@@ -416,6 +495,15 @@ def _index(shard: str) -> list[tuple[int, int, int]]:
     if alone := sorted(images.keys() ^ labels.keys()):
         raise UserError(f"{shard!r}: sample {alone[0]!r} has no {'.cls member' if alone[0] in images else 'image'}")
     return [(*images[key], labels[key]) for key in images]
+
+
+def require_end(shard: str, offset: int) -> None:
+    """Raises: tarfile.ReadError for a tar whose end is not marked where its members end."""
+    # tarfile takes the end of the file, or garbage, for the end of the archive, which is a block of zeros.
+    with open(shard, "rb") as file:
+        file.seek(offset)
+        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            raise tarfile.ReadError(f"no end-of-archive mark at byte {offset}")
 
 
 def _label_in(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: str) -> int:

@@ -295,11 +295,13 @@ def decode(pair: RawPair) -> Image.Image:
     """The image as RGB. Raises BrokenPair."""
     try:
         image = pair.image
-        if image is None:
+        if image is None or image == b"":
             raise ValueError("no image")
-        if not isinstance(image, Image.Image):
-            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-        return image.convert("RGB")
+        if isinstance(image, Image.Image):
+            return image.convert("RGB")
+        # with: PIL itself leaves the file of an image open whose pixels end early
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            return opened.convert("RGB")
     except Exception as error:  # PIL raises nearly anything on broken files, and all of it means the same
         raise BrokenPair(f"image: {error}") from error
 

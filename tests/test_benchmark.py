@@ -1,0 +1,249 @@
+"""Results have CLIP_benchmark's keys and values, one number for one set and model, whatever the way it was asked for;
+beside them stands what a teacher says of the same images."""
+
+import io
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg
+from small_sets import COLOURS, colour_set, picture, write_set
+from torch import nn
+
+from gkl_vl.benchmark import (
+    against,
+    append_result,
+    evaluate,
+    measure,
+    metrics_of,
+    refuse_random_weights,
+    result,
+    result_path,
+)
+from gkl_vl.data.benchmark_sets import load_benchmark_set
+from gkl_vl.embed import Embedder
+from gkl_vl.errors import UserError
+from gkl_vl.towers import BUNDLED_TEACHER, Clip, OpenClipTowers, load_clip
+
+CLASSIFICATION, RETRIEVAL, CHOICE = "zeroshot_classification", "zeroshot_retrieval", "image_caption_selection"
+
+
+class ColourBlind(nn.Module):
+    """An image is the mean of its channels; a text the colour it names, and everything blue looks green."""
+
+    def __init__(self):
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor(3.0))
+
+    def encode_image(self, pixels, normalize):
+        red, green, blue = pixels.mean(dim=(2, 3)).clamp(min=0.01).unbind(dim=1)
+        return F.normalize(torch.stack([red, green + blue, 0 * blue], dim=1), dim=-1)
+
+    def encode_text(self, tokens, normalize):
+        return F.normalize(F.one_hot(tokens[:, 0], 4)[:, :3].float() + 0.1, dim=-1)
+
+
+def name_colours(texts: list[str]) -> torch.Tensor:
+    rows = [next((i for i, colour in enumerate(COLOURS) if colour in text), 3) for text in texts]
+    return torch.tensor(rows)[:, None]
+
+
+@pytest.fixture
+def colour_blind() -> Clip:
+    return Clip(
+        name="colour-blind",
+        towers=OpenClipTowers(ColourBlind()),
+        preprocess=PreprocessCfg(size=8, mean=(0, 0, 0), std=(1, 1, 1)),
+        tokenize=name_colours,
+        hf_tokenizer=None,
+        model_cfg={"embed_dim": 3},
+    )
+
+
+@pytest.fixture
+def colours(tmp_path):
+    order = ["red", "green", "blue", "blue", "red", "red", "green"]
+    return load_benchmark_set(str(colour_set(tmp_path / "colours", order)))
+
+
+def test_zero_shot_of_a_colour_blind_model(colour_blind, colours):
+    (outcome,) = measure(Embedder(clip=colour_blind, batch_size=3), colours)
+    metrics = metrics_of([outcome])
+    assert metrics["acc1"] == 5 / 7  # the two blue ones are taken for green
+    assert metrics["mean_per_class_recall"] == pytest.approx(2 / 3)
+    assert np.isnan(metrics["acc5"])
+    assert (outcome.task, outcome.images, outcome.broken) == (CLASSIFICATION, 7, 0)
+
+
+def test_retrieval_of_a_model_that_sees_colours(tmp_path, colour_blind):
+    def recalls(colours: list[str], recall_k: tuple[int, ...]) -> dict[str, float]:
+        dataset = load_benchmark_set(str(colour_set(tmp_path / colours[0], colours)))
+        return metrics_of(measure(Embedder(clip=colour_blind), dataset, [RETRIEVAL], recall_k=recall_k))
+
+    assert recalls(["red", "green"], (1,)) == {"image_retrieval_recall@1": 1, "text_retrieval_recall@1": 1}
+    # Both pictures look green: green texts come first for either, so only the green one finds its own.
+    metrics = recalls(["green", "blue"], (2, 3))
+    assert metrics["text_retrieval_recall@2"] == 0.5 and metrics["text_retrieval_recall@3"] == 1
+
+
+def npy(labels: list[int]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array(labels))
+    return file.getvalue()
+
+
+def test_labels_and_classes_may_be_several(tmp_path, colour_blind):
+    samples = [
+        (f"s{i}", {"png": picture(colour), "npy": npy(labels)})
+        for i, (colour, labels) in enumerate([("red", [1, 0, 0]), ("green", [0, 1, 1]), ("red", [0, 1, 0])])
+    ]
+    files = dict(dataset_type=["multilabel"], classnames=list(COLOURS), zeroshot_classification_templates=["{c}"])
+    dataset = load_benchmark_set(str(write_set(tmp_path / "set", [samples], **files)))
+    (outcome,) = measure(Embedder(clip=colour_blind), dataset)
+    # red: images 0 and 2 score alike, the positive comes first: 1. green: image 1, then 0 and 2 alike: (1 + 2/3) / 2.
+    # blue: nothing looks blue, and what looks red is a little nearer than what looks green: its positive comes third.
+    assert metrics_of([outcome]) == {"mean_average_precision": pytest.approx((1 + 5 / 6 + 1 / 3) / 3)}
+
+
+def test_a_choice_takes_the_first_caption_for_the_right_one(tmp_path, colour_blind):
+    captions = [("red", b"something red\nsomething green"), ("green", b"something red\nsomething green")]
+    samples = [(f"s{i}", {"png": picture(c), "txt": text}) for i, (c, text) in enumerate(captions)]
+    dataset = load_benchmark_set(str(write_set(tmp_path / "set", [samples], dataset_type=["retrieval"])))
+    found = metrics_of(measure(Embedder(clip=colour_blind), dataset, [CHOICE]))
+    assert found == {"image_acc": 1, "text_acc": 0.5, "acc": 0.5}
+
+
+def test_both_tasks_together_are_each_alone_and_embed_an_image_once(colour_blind, colours):
+    embedder = Embedder(clip=colour_blind, batch_size=3)
+    alone = [measure(embedder, colours, [task])[0] for task in (CLASSIFICATION, RETRIEVAL)]
+    seen = []
+    encode = colour_blind.towers.model.encode_image
+    colour_blind.towers.model.encode_image = lambda pixels, normalize: (seen.append(len(pixels)), encode(pixels, 0))[1]
+    both = measure(embedder, colours, [CLASSIFICATION, RETRIEVAL])
+    assert metrics_of(both) == pytest.approx(metrics_of(alone), nan_ok=True)
+    assert seen == [3, 3, 1]
+
+
+def test_sets_that_do_not_fit_the_task_are_refused(tmp_path, colour_blind):
+    def refusal(**files) -> str:
+        root = write_set(tmp_path / str(len(list(tmp_path.iterdir()))), [[]], **files)
+        with pytest.raises(UserError) as caught:
+            measure(Embedder(clip=colour_blind), load_benchmark_set(str(root)), [CLASSIFICATION])
+        return str(caught.value)
+
+    assert "it has no classes" in refusal(dataset_type=["retrieval"])
+    assert "class" in refusal()
+
+
+def test_settings_without_sense_are_refused_before_the_work(colour_blind, colours):
+    for recall_k in ((), (5, 0)):
+        with pytest.raises(ValueError, match="recall_k"):
+            measure(Embedder(clip=colour_blind), colours, [RETRIEVAL], recall_k=recall_k)
+
+
+# ---- results
+
+
+def test_a_result_is_clip_benchmarks_with_more_beside(colour_blind, colours):
+    (outcome,) = measure(Embedder(clip=colour_blind), colours)
+    found = result(outcome, colours, model="m", pretrained="p", asked="wds/colours", draws=50, seed=4)
+    theirs = {"dataset": "wds/colours", "model": "m", "pretrained": "p", "task": CLASSIFICATION, "language": "en"}
+    assert theirs.items() <= found.items()
+    assert found["metrics"].keys() == {"acc1", "acc5", "mean_per_class_recall"}
+    assert (found["n"], found["broken"], found["seed"]) == (7, 0, 4)
+    low, high = found["intervals"]["acc1"]
+    assert low <= 5 / 7 <= high and low < high
+    assert 0 <= found["extra"]["ece"] <= 1
+    json.dumps(found)
+    again = result(outcome, colours, model="m", pretrained="p", draws=50, seed=4)
+    assert again["intervals"]["acc1"] == [low, high] and again["dataset"] == colours.name
+
+
+class Seeing(ColourBlind):
+    """Tells blue from green."""
+
+    def encode_image(self, pixels, normalize):
+        return F.normalize(pixels.mean(dim=(2, 3)).clamp(min=0.01), dim=-1)
+
+
+def test_a_student_is_measured_against_its_teacher(colour_blind, colours):
+    seeing = replace(colour_blind, name="seeing", towers=OpenClipTowers(Seeing()))
+    student, teacher = (measure(Embedder(clip=clip), colours)[0] for clip in (colour_blind, seeing))
+    found = against(student, teacher, colours, teacher_name="seeing", draws=200)["teacher"]
+    assert found["model"] == "seeing" and found["metrics"]["acc1"] == 1
+    assert found["kept"]["acc1"] == pytest.approx(5 / 7) and "ece" not in found["kept"]
+    low, high = found["kept_intervals"]["acc1"]
+    assert low < 5 / 7 < high <= 1
+    assert found["difference"]["acc1"]["value"] == pytest.approx(-2 / 7)
+    assert found["likeness"]["agreement@1"] == pytest.approx(5 / 7)
+    assert found["likeness"]["top5_overlap"] == 1 and found["likeness"]["kl"] > 0
+    assert found["per_class"] == {"red": [1, 1], "green": [1, 1], "blue": [0, 1]}
+    # Of itself a model keeps everything, and nothing differs.
+    same = against(teacher, teacher, colours, teacher_name="seeing", draws=20)["teacher"]
+    assert same["kept"]["acc1"] == 1 and same["difference"]["acc1"]["p"] == 1
+    assert same["likeness"] == {"agreement@1": 1, "top5_overlap": 1, "kl": pytest.approx(0, abs=1e-9)}
+
+
+def test_probabilities_are_those_of_the_models_own_scale(colour_blind, colours):
+    (outcome,) = measure(Embedder(clip=colour_blind), colours)
+    text = F.normalize(torch.eye(3) + 0.1, dim=-1)
+    image = F.normalize(torch.tensor([1.0, 0.02, 0.0]), dim=-1)
+    expected = math.exp(3) * text @ image  # log scale 3; a red picture
+    assert outcome.logits is not None
+    torch.testing.assert_close(outcome.logits[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_evaluate_returns_plain_dicts_for_names_folders_and_objects(tmp_path, colour_blind):
+    root = colour_set(tmp_path / "sets" / "colours", ["red", "green", "blue"])
+    seeing = replace(colour_blind, name="seeing", towers=OpenClipTowers(Seeing()))
+    (by_name,) = evaluate(seeing, ["colours"], dataset_root=str(root), teacher=colour_blind, draws=20)
+    (by_object,) = evaluate(seeing, [load_benchmark_set(str(root))], draws=20)
+    assert json.dumps(by_name["metrics"]) == json.dumps(by_object["metrics"])
+    assert by_name["model"] == "seeing" and by_name["teacher"]["model"] == "colour-blind"
+    assert "teacher" not in by_object and type(by_object) is dict
+    tasks = [line["task"] for line in evaluate(seeing, [str(root)], tasks=[RETRIEVAL, CLASSIFICATION], draws=20)]
+    assert tasks == [RETRIEVAL, CLASSIFICATION]
+
+
+def test_a_run_folder_is_its_exported_student(tmp_path):
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    with pytest.raises(UserError, match="no finished run"):
+        load_clip(str(run))
+    (run / "model").symlink_to(BUNDLED_TEACHER.removeprefix("local-dir:"))
+    clip = load_clip(str(run))
+    assert clip.name == str(run) and clip.embed_dim == load_clip(BUNDLED_TEACHER).embed_dim
+    refuse_random_weights(str(run), None)
+    with pytest.raises(UserError, match="carries its own weights"):
+        load_clip(str(run), "openai")
+
+
+def test_result_files_are_named_as_clip_benchmark_names_them(tmp_path):
+    names = {"dataset": "vtab/pets", "model": "local-dir:/runs/a/model/", "pretrained": "laion2b_s34b_b79k"}
+    template = f"{tmp_path}/out/{{dataset}}_{{pretrained}}_{{model}}_{{language}}_{{task}}.json"
+    path = result_path(template, task="zeroshot_retrieval", **names)
+    expected = "vtab_pets_laion2b_s34b_b79k_local-dir_runs_a_model_en_zeroshot_retrieval.json"
+    assert path == tmp_path / "out" / expected
+    with pytest.raises(UserError, match="known are {dataset}"):
+        result_path("{size}.json", task="t", **names)
+    with pytest.raises(UserError, match="name another file"):
+        result_path(str(tmp_path), task="t", **names)
+
+
+def test_results_are_appended_one_json_line_each(tmp_path):
+    path = tmp_path / "result.json"
+    for metrics in ({"acc1": 0.25}, {"acc1": 0.5}):
+        append_result(path, {"dataset": "d", "metrics": metrics})
+    lines = list(map(json.loads, path.read_text().splitlines()))
+    assert lines == [{"dataset": "d", "metrics": {"acc1": 0.25}}, {"dataset": "d", "metrics": {"acc1": 0.5}}]
+
+
+def test_an_architecture_without_weights_is_not_scored():
+    with pytest.raises(UserError, match="'ViT-B-32' has random weights"):
+        refuse_random_weights("ViT-B-32", None)
+    refuse_random_weights("ViT-B-32", "openai")
+    refuse_random_weights("local-dir:runs/x/model", None)

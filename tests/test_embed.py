@@ -1,0 +1,343 @@
+"""Every image and text is embedded once, in the order of the set, by all processes together and to the same bits; what
+is kept on disk is what would be computed, or is computed again; evaluating leaves model and random states as they
+were."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import run_ranks
+from open_clip.transform import PreprocessCfg
+from small_models import tiny_clip
+from small_sets import COLOURS, colour_set, picture, write_set
+from torch import nn
+
+from gkl_vl import disk_cache, embed
+from gkl_vl.data.benchmark_sets import load_benchmark_set
+from gkl_vl.embed import Embedder, embed_images, embed_texts, top_names, zero_shot_classifier
+from gkl_vl.errors import UserError
+from gkl_vl.towers import BUNDLED_TEACHER, Clip, OpenClipTowers, as_clip, load_clip
+
+
+def clip_benchmark_classifier(encode_text, tokenizer, classnames, templates):
+    weights = []
+    for classname in classnames:
+        if type(templates) is dict:
+            texts = templates[classname]
+        else:
+            texts = [template.format(c=classname) for template in templates]
+        embedding = F.normalize(encode_text(tokenizer(texts)), dim=-1).mean(dim=0)
+        weights.append(embedding / embedding.norm())
+    return torch.stack(weights, dim=1)
+
+
+# ---- prompts
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Clip:
+    return tiny_clip(tmp_path_factory.mktemp("model"))
+
+
+CLASSES = ["cat", "dog {x}", "red panda", "emu"]
+TEMPLATES = ["a photo of a {c}.", "{c}", "{c} or {c}?"]
+CUPL = {name: [f"{name} {index}" for index in range(1 + index)] for index, name in enumerate(CLASSES)}
+
+
+@pytest.mark.parametrize("templates", [TEMPLATES, CUPL], ids=["templates", "cupl"])
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+def test_the_classifier_is_clip_benchmarks_whatever_the_batch(tiny, templates, batch_size):
+    embedder = Embedder(clip=tiny, batch_size=batch_size)
+    ours = zero_shot_classifier(embedder, classnames=CLASSES, templates=templates)
+    with torch.no_grad():
+        theirs = clip_benchmark_classifier(tiny.towers.encode_text, tiny.tokenize, CLASSES, templates)
+    torch.testing.assert_close(ours, theirs.T, rtol=0, atol=1e-6)  # fp32 rounding of unit vectors
+
+
+def test_the_classifier_is_open_clips(tiny):
+    theirs = open_clip.build_zero_shot_classifier(
+        tiny.towers.model, tiny.tokenize, CLASSES, [template.replace("{c}", "{0}") for template in TEMPLATES]
+    )
+    ours = zero_shot_classifier(Embedder(clip=tiny, batch_size=7), classnames=CLASSES, templates=TEMPLATES)
+    torch.testing.assert_close(ours, theirs.T, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("templates", "told"), [(["a cat"], "'a cat'"), ({"cat": ["x"], "emu": []}, "'emu'")])
+def test_prompts_without_a_class_are_refused(tiny, templates, told):
+    with pytest.raises(UserError, match=told):
+        zero_shot_classifier(Embedder(clip=tiny), classnames=["cat", "emu"], templates=templates)
+
+
+def test_equal_texts_are_embedded_once(tiny):
+    seen = []
+    handle = tiny.towers.model.transformer.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    rows = embed_texts(Embedder(clip=tiny, batch_size=2), ["a", "b", "a", "c", "a"])
+    handle.remove()
+    assert seen == [2, 1]
+    assert torch.equal(rows[0], rows[2]) and torch.equal(rows[0], rows[4]) and not torch.equal(rows[0], rows[1])
+    with torch.no_grad():
+        expected = F.normalize(tiny.towers.encode_text(tiny.tokenize(["a", "b", "a", "c", "a"])), dim=-1)
+    torch.testing.assert_close(rows, expected, rtol=0, atol=1e-6)
+
+
+# ---- whole sets
+
+
+class ColourBlind(nn.Module):
+    """An image is the mean of its channels; a text the colour it names, and everything blue looks green."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+        self.dropout = nn.Dropout(0.5)
+        self.norm = nn.BatchNorm1d(3)
+
+    def encode_image(self, pixels, normalize):
+        red, green, blue = pixels.mean(dim=(2, 3)).clamp(min=0.01).unbind(dim=1)
+        seen = self.norm(self.dropout(torch.stack([red, green + blue, 0 * blue], dim=1)))
+        return F.normalize(self.gain * seen, dim=-1)
+
+    def encode_text(self, tokens, normalize):
+        return F.normalize(F.one_hot(tokens[:, 0], 4)[:, :3].float() + 0.1, dim=-1)
+
+
+def name_colours(texts: list[str]) -> torch.Tensor:
+    rows = [next((i for i, colour in enumerate(COLOURS) if colour in text), 3) for text in texts]
+    return torch.tensor(rows)[:, None]
+
+
+@pytest.fixture
+def colour_blind() -> Clip:
+    return Clip(
+        name="colour-blind",
+        towers=OpenClipTowers(ColourBlind()),
+        preprocess=PreprocessCfg(size=8, mean=(0, 0, 0), std=(1, 1, 1)),
+        tokenize=name_colours,
+        hf_tokenizer=None,
+        model_cfg={"embed_dim": 3},
+    )
+
+
+@pytest.fixture
+def colours(tmp_path):
+    order = ["red", "green", "blue", "blue", "red", "red", "green"]
+    return load_benchmark_set(str(colour_set(tmp_path / "colours", order)))
+
+
+@pytest.mark.filterwarnings("default:.*fork:DeprecationWarning")
+@pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (3, 0), (100, 0), (2, 1), (1, 2), (3, 2)])
+def test_rows_keep_the_order_of_the_set(colour_blind, colours, batch_size, num_workers):
+    embedder = Embedder(clip=colour_blind, batch_size=batch_size, num_workers=num_workers)
+    found = embed_images(embedder, colours, "cls", "txt")
+    assert found.targets["cls"] == [0, 1, 2, 2, 0, 0, 1] and found.broken == 0
+    assert found.targets["txt"][2] == ["something blue", "a blue square"]
+    assert found.rows.argmax(dim=1).tolist() == [0, 1, 1, 1, 0, 0, 1]  # blue looks green
+    torch.testing.assert_close(found.rows.norm(dim=1), torch.ones(7))
+
+
+def test_evaluating_leaves_no_trace(colour_blind, colours):
+    towers = colour_blind.towers
+    towers.train()
+    towers.model.norm.eval()  # a student with frozen statistics
+    weights = {name: value.clone() for name, value in towers.state_dict().items()}
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1]
+    embedder = Embedder(clip=colour_blind)
+    first = embed_images(embedder, colours).rows
+    text = embed_texts(embedder, ["red", "green"])
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all()
+    assert [towers.training, towers.model.dropout.training, towers.model.norm.training] == [True, True, False]
+    assert all(torch.equal(value, weights[name]) for name, value in towers.state_dict().items())
+    assert torch.equal(embed_images(embedder, colours).rows, first)  # no dropout
+    assert towers.encode_image(torch.rand(4, 3, 8, 8)).requires_grad
+    assert not text.is_inference()  # it may meet a gradient
+
+
+def broken_set(folder, *, good: int):
+    samples = [(f"good{i}", {"png": picture("red"), "cls": b"0"}) for i in range(good)]
+    samples.insert(1, ("bad", {"png": b"x", "cls": b"1"}))
+    files = {"classnames": ["red", "green"], "zeroshot_classification_templates": ["{c}"]}
+    return load_benchmark_set(str(write_set(folder, [samples], **files)))
+
+
+@pytest.mark.filterwarnings("default:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_broken_image_ends_in_one_line_and_the_mode_comes_back(tmp_path, colour_blind, num_workers):
+    colour_blind.towers.train()
+    embedder = Embedder(clip=colour_blind, batch_size=1, num_workers=num_workers)
+    with pytest.raises(UserError, match="^1 of 3 images[^\n]*--max_broken lets 0.001[^\n]*sample 'bad'[^\n]*$"):
+        embed_images(embedder, broken_set(tmp_path / "set", good=2), "cls")
+    assert colour_blind.towers.model.dropout.training
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 9])
+def test_few_broken_images_are_left_out_and_counted(tmp_path, colour_blind, batch_size):
+    embedder = Embedder(clip=colour_blind, batch_size=batch_size, max_broken=0.25)
+    found = embed_images(embedder, broken_set(tmp_path / "set", good=3), "cls")
+    assert (found.broken, len(found.rows), found.targets["cls"]) == (1, 3, [0, 0, 0])
+    with pytest.raises(UserError, match="1 of 4 images"):
+        embed_images(replace(embedder, max_broken=0.24), broken_set(tmp_path / "again", good=3), "cls")
+    with pytest.raises(UserError, match="1 of 1 images"):  # nothing would be left
+        embed_images(replace(embedder, max_broken=1), broken_set(tmp_path / "alone", good=0), "cls")
+
+
+def test_embeddings_that_are_not_finite_are_no_result(colour_blind, colours):
+    colour_blind.towers.model.gain.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="image tower of 'colour-blind'"):
+        embed_images(Embedder(clip=colour_blind), colours)
+
+
+def test_a_batch_of_nothing_is_refused_before_the_work(colour_blind, colours):
+    with pytest.raises(UserError, match="batch_size=0"):
+        embed_images(Embedder(clip=colour_blind, batch_size=0), colours)
+
+
+def test_autocast_is_what_amp_asks_for(tiny, colours):
+    whole, half = (embed_images(Embedder(clip=tiny, amp=amp), colours).rows for amp in (False, True))
+    assert 0 < (whole - half).abs().max() < 0.05 and half.dtype == torch.float32
+
+
+# ---- several processes
+
+
+def emoji_part(rank: int, world_size: int, folder: str) -> tuple:
+    clip = load_clip(BUNDLED_TEACHER)
+    dataset = load_benchmark_set(folder)
+    embedder = Embedder(clip=clip, batch_size=2)
+    images = embed_images(embedder, dataset, "cls")
+    return images.rows, images.targets, embed_texts(embedder, ["red", "green", "a blue square", "red", "x"])
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_share_a_set_and_say_the_same_to_the_last_bit(tmp_path, world_size):
+    folder = str(colour_set(tmp_path / "set", ["red", "green", "blue", "blue", "red"], shards=2))
+    rows, targets, text = emoji_part(0, 1, folder)
+    for theirs in run_ranks(emoji_part, world_size, folder):
+        assert torch.equal(theirs[0], rows) and theirs[1] == targets and torch.equal(theirs[2], text)
+
+
+def read_by(rank: int, world_size: int, folder: str, log: str) -> None:
+    dataset = load_benchmark_set(folder)
+    read = type(next(dataset.records())).decode
+    seen = []
+    embed.Record.decode = lambda record: (seen.append(record.where), read(record))[1]  # type: ignore[method-assign]
+    embed_images(Embedder(clip=load_clip(BUNDLED_TEACHER), batch_size=2), dataset)
+    with open(f"{log}-{rank}", "w") as file:
+        file.write("\n".join(seen))
+
+
+def test_a_process_decodes_its_own_batches_only(tmp_path):
+    folder = str(colour_set(tmp_path / "set", ["red", "green", "blue", "blue", "red"], shards=1))
+    run_ranks(read_by, 2, folder, str(tmp_path / "log"))
+    first, second = ((tmp_path / f"log-{rank}").read_text().split("\n") for rank in (0, 1))
+    assert [where[-6:-1] for where in first] == ["s0000"[-5:], "s0001", "s0004"]
+    assert [where[-6:-1] for where in second] == ["s0002", "s0003"]
+
+
+def one_of_two(rank: int, world_size: int) -> list:
+    if rank == 1:
+        return []
+    clip = load_clip(BUNDLED_TEACHER)
+    dataset = load_benchmark_set("emoji")
+    images = [next(iter(dataset))[0]]
+    return top_names(Embedder(clip=clip, batch_size=512), images=images, dataset=dataset, k=2)
+
+
+def test_one_process_of_several_can_ask_alone():
+    (best,) = run_ranks(one_of_two, 2)[0]  # the other asks nothing, so that waiting for it would be forever
+    assert len(best) == 2 and best[0][1] >= best[1][1]
+
+
+# ---- what is kept on disk
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often images and texts were really embedded."""
+    calls = []
+    for name in ("_embed_batches", "_embed_tokens"):
+        real = vars(embed)[name]
+        monkeypatch.setattr(embed, name, lambda *args, _real=real, _name=name: (calls.append(_name), _real(*args))[1])
+    return calls
+
+
+def test_what_was_embedded_is_not_embedded_again(tmp_path, colour_blind, colours, counted):
+    embedder = Embedder(clip=colour_blind, cache=tmp_path / "cache")
+    first = embed_images(embedder, colours, "cls"), embed_texts(embedder, ["red", "blue"])
+    again = embed_images(embedder, colours, "cls"), embed_texts(embedder, ["red", "blue"])
+    assert counted == ["_embed_batches", "_embed_tokens"]
+    assert torch.equal(first[0].rows, again[0].rows) and first[0].targets == again[0].targets
+    assert torch.equal(first[1], again[1])
+    # Another order, other words over the same images: known images need no tower, labels come from the set.
+    assert embed_images(embedder, colours, "txt").targets["txt"][0] == ["something red", "a red square"]
+    assert counted == ["_embed_batches", "_embed_tokens"]
+
+
+def test_broken_images_are_remembered_as_broken(tmp_path, colour_blind, counted):
+    dataset = broken_set(tmp_path / "set", good=3)
+    embedder = Embedder(clip=colour_blind, cache=tmp_path / "cache", max_broken=0.5)
+    for _ in range(2):
+        found = embed_images(embedder, dataset, "cls")
+        assert (found.broken, found.targets["cls"], len(found.rows)) == (1, [0, 0, 0], 3)
+    assert counted == ["_embed_batches"]
+
+
+def test_another_model_preprocessing_precision_or_image_is_another_entry(tmp_path, tiny, counted):
+    cache, order = tmp_path / "cache", ["red", "green", "blue"]
+    dataset = load_benchmark_set(str(colour_set(tmp_path / "set", order)))
+    embedder = Embedder(clip=tiny, cache=cache)
+    embed_images(embedder, dataset)
+    squashed = replace(tiny, preprocess=replace(tiny.preprocess, interpolation="bilinear"))
+    others = [replace(embedder, clip=squashed), replace(embedder, amp=True)]
+    for other in others:
+        embed_images(other, dataset)
+    embed_images(embedder, load_benchmark_set(str(colour_set(tmp_path / "other", ["red", "green", "red"]))))
+    bias = tiny.towers.model.visual.ln_post.bias.data
+    bias += 1
+    try:
+        embed_images(Embedder(clip=tiny, cache=cache), dataset)
+    finally:
+        bias -= 1
+    assert len(counted) == 5
+    # The same images in other shards are the same images.
+    embed_images(embedder, load_benchmark_set(str(colour_set(tmp_path / "reshard", order, shards=3))))
+    assert len(counted) == 5
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign"])
+def test_a_damaged_cache_is_rebuilt_and_not_trusted(tmp_path, colour_blind, colours, counted, damage):
+    embedder = Embedder(clip=colour_blind, cache=tmp_path / "cache")
+    first = embed_images(embedder, colours)
+    (path,) = (tmp_path / "cache").glob("images_*.safetensors")
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-3] ^= 0x40  # a bit of a number: the file still loads
+    path.write_bytes({"cut": whole[:-9], "flipped": bytes(flipped), "empty": b"", "foreign": b"{}"}[damage])
+    assert torch.equal(embed_images(embedder, colours).rows, first.rows)
+    assert counted == 2 * ["_embed_batches"]
+    assert path.read_bytes() == whole
+    assert disk_cache.read(path) is not None and len(list(path.parent.iterdir())) == 1
+
+
+def cached_in_two(rank: int, world_size: int, folder: str, cache: str) -> torch.Tensor:
+    # Only rank 0 finds anything in its folder, as on two machines: both have to embed.
+    embedder = Embedder(clip=load_clip(BUNDLED_TEACHER), batch_size=2, cache=Path(f"{cache}-{rank}"))
+    return embed_images(embedder, load_benchmark_set(folder)).rows
+
+
+def test_processes_agree_on_whether_it_is_there(tmp_path):
+    folder = str(colour_set(tmp_path / "set", ["red", "green", "blue", "blue", "red"]))
+    expected = cached_in_two(0, 1, folder, str(tmp_path / "cache"))  # fills the folder of rank 0
+    for rows in run_ranks(cached_in_two, 2, folder, str(tmp_path / "cache")):
+        assert torch.equal(rows, expected)
+
+
+def test_an_open_clip_model_object_is_a_clip(tiny, colours):
+    clip = as_clip(tiny.towers.model, tiny.tokenize, name="mine")
+    assert (clip.name, clip.embed_dim, clip.preprocess) == ("mine", tiny.embed_dim, tiny.preprocess)
+    ours, theirs = (embed_images(Embedder(clip=c), colours).rows for c in (clip, tiny))
+    assert torch.equal(ours, theirs)

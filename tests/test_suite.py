@@ -1,0 +1,275 @@
+"""A suite measures what can be had, says what cannot, averages over nothing else, keeps what it has when it is stopped,
+and takes nothing for measured that was measured of other weights."""
+
+import csv
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import run_ranks
+from PIL import Image
+from small_models import tiny_clip
+from small_sets import colour_set
+
+from gkl_vl import suite
+from gkl_vl.data.benchmark_collections import Entry
+from gkl_vl.data.benchmark_sets import load_benchmark_set
+from gkl_vl.embed import Embedder
+from gkl_vl.errors import UserError
+from gkl_vl.report import draw_tradeoff
+from gkl_vl.suite import Flags, Skipped, Subject, Suite, load_entries, run_suite, suite_text, tradeoff
+from gkl_vl.towers import BUNDLED_TEACHER, load_clip
+
+SCRIPT = Path(__file__).parents[1] / "eval" / "suite.py"
+
+
+@pytest.fixture
+def subject(tmp_path) -> Subject:
+    return Subject(model="tiny", pretrained="", embedder=Embedder(clip=tiny_clip(tmp_path)))
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """Two sets of classes, one of captions, as a suite takes them."""
+    found = []
+    for name, colours in (("one", ["red", "green", "blue"]), ("vtab/two", ["blue", "red", "green", "red"])):
+        dataset = load_benchmark_set(str(colour_set(tmp_path / "sets" / name.replace("/", "-"), colours)))
+        found.append((name, dataset, [Entry(name)]))
+    captions = colour_set(tmp_path / "sets" / "three", ["red", "blue"])
+    (captions / "dataset_type.txt").write_text("retrieval")
+    entries = [Entry("three", "zeroshot_retrieval", "mean_recall@1")]
+    return [*found, ("three", load_benchmark_set(str(captions)), entries)]
+
+
+def suite_of(sets, output: Path, *, resume: bool = False, is_main: bool = True) -> Suite:
+    output.mkdir(exist_ok=True)
+    return Suite(sets=sets, output=output, recall_k=(1, 2), seed=0, resume=resume, is_main=is_main)
+
+
+def test_each_result_is_a_file_as_soon_as_it_is_there(tmp_path, subject, sets):
+    lines = run_suite(suite_of(sets, tmp_path / "out"), subject, None)
+    first = next(lines)
+    (file,) = (tmp_path / "out").iterdir()
+    assert file.name == "one__tiny_en_zeroshot_classification.json"
+    assert same(json.loads(file.read_text()), first)
+    rest = list(lines)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names[1:] == ["three__tiny_en_zeroshot_retrieval.json", "vtab_two__tiny_en_zeroshot_classification.json"]
+    assert [line["dataset"] for line in (first, *rest)] == ["one", "vtab/two", "three"]
+    assert rest[1]["metrics"].keys() >= {"image_retrieval_recall@2", "text_retrieval_recall@1"}
+    assert first["cost"]["parameters"] > first["cost"]["image_parameters"] > 0 and first["cost"]["ms_per_image"] > 0
+
+
+def same(one: object, other: object) -> bool:
+    """As JSON: a nan is not equal to itself."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The (set, task) that were really measured."""
+    calls = []
+    real = suite.evaluate_set
+
+    def evaluate_set(subject, teacher, dataset, tasks, **how):
+        calls.extend((how["asked"], task) for task in tasks)
+        return real(subject, teacher, dataset, tasks, **how)
+
+    monkeypatch.setattr(suite, "evaluate_set", evaluate_set)
+    return calls
+
+
+def test_what_is_there_is_not_measured_again(tmp_path, subject, sets, measured):
+    stopped = run_suite(suite_of(sets, tmp_path / "out"), subject, None)
+    before = [next(stopped), next(stopped)]
+    stopped.close()
+    assert len(measured) == 2
+    resumed = list(run_suite(suite_of(sets, tmp_path / "out", resume=True), subject, None))
+    assert measured[2:] == [("three", "zeroshot_retrieval")]
+    assert same(resumed[:2], before)
+    # without --resume all is measured
+    list(run_suite(suite_of(sets, tmp_path / "out"), subject, None))
+    assert len(measured) == 6
+
+
+def test_what_was_measured_of_other_weights_or_settings_is_measured_again(tmp_path, subject, sets, measured):
+    list(run_suite(suite_of(sets, tmp_path / "out"), subject, None))
+    del measured[:]
+    again = suite_of(sets, tmp_path / "out", resume=True)
+    list(run_suite(again, subject, subject))  # with a teacher
+    assert len(measured) == 3
+    bias = subject.embedder.clip.towers.model.visual.ln_post.bias.data
+    bias += 1
+    try:
+        trained_on = Subject(model="tiny", pretrained="", embedder=Embedder(clip=subject.embedder.clip))
+        list(run_suite(again, trained_on, trained_on))
+    finally:
+        bias -= 1
+    assert len(measured) == 6
+    (tmp_path / "out" / "one__tiny_en_zeroshot_classification.json").write_text('{"cut": ')
+    list(run_suite(again, trained_on, trained_on))
+    assert measured[6:] == [("one", "zeroshot_classification")]
+
+
+def test_the_average_goes_over_main_metrics_of_what_was_measured(tmp_path, subject, sets):
+    lines = list(run_suite(suite_of(sets, tmp_path / "out"), subject, None))
+    entries = {name: of_set for name, _, of_set in sets}
+    table = suite_text(lines, entries).splitlines()
+    scores = [lines[0]["metrics"]["acc1"], lines[1]["metrics"]["acc1"]]
+    recalls = lines[2]["metrics"]
+    scores.append((recalls["image_retrieval_recall@1"] + recalls["text_retrieval_recall@1"]) / 2)
+    assert table[-1].split() == ["average", "of", "3", f"{100 * sum(scores) / 3:.2f}", "%"]
+    assert "mean_recall@1" in table[3] and f"{100 * scores[2]:.2f} %" in table[3]
+    other = {name: [Entry(name, "zeroshot_classification", "mean_per_class_recall")] for name in ("one", "vtab/two")}
+    assert "mean_per_class_recall" in suite_text(lines, entries | other).splitlines()[1]
+
+
+def test_the_teacher_has_columns_of_its_own(tmp_path, subject, sets):
+    lines = list(run_suite(suite_of(sets, tmp_path / "out"), subject, subject))
+    head, first, *_, last = suite_text(lines, {}).splitlines()
+    assert head.split()[-5:] == ["teacher", "kept", "as", "teacher", "ECE"]
+    assert "100 %" in first and last.split()[-2:] == ["100", "%"]
+
+
+def test_what_cannot_be_had_is_listed_with_its_reason_and_not_averaged(tmp_path, monkeypatch):
+    colour_set(tmp_path / "one", ["red"])
+    entries = (
+        Entry("one", "zeroshot_classification", "acc1"),
+        Entry("gone", "zeroshot_classification", "acc1"),
+        Entry("odd", "zeroshot_classification", "acc1", "needs what nobody has"),
+    )
+    monkeypatch.setattr(suite, "expand", lambda names: [e for e in entries if e.dataset in names or "all" in names])
+    flags = Flags(dataset_root=str(tmp_path / "{dataset}"))
+    loaded, skipped = load_entries(["all"], flags)
+    assert [name for name, _, _ in loaded] == ["one"]
+    assert skipped[1] == Skipped("odd", "needs what nobody has") and skipped[0].dataset == "gone"
+    assert "gone" in skipped[0].reason
+    with pytest.raises(UserError, match="gone"):  # asked for by its own name, it is a mistake
+        load_entries(["one", "gone"], flags)
+    shutil.rmtree(tmp_path / "one")
+    with pytest.raises(UserError, match="none of the 3 sets of all"):
+        load_entries(["all"], flags)
+
+
+def size_of(picture: Path) -> tuple[int, int]:
+    with Image.open(picture) as image:
+        return image.size
+
+
+# ---- the script
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["suite.py", "--num_workers", "0", *flags])
+        code = 0
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_a_command_leaves_table_json_csv_and_picture(call, tmp_path):
+    for name in ("one", "two"):
+        colour_set(tmp_path / "sets" / name, ["red", "green", "blue"])
+    (tmp_path / "list.txt").write_text("one\ntwo\n")
+    flags = ["--collection", "list.txt", "--dataset_root", "sets/{dataset}", "--teacher", "bundled"]
+    code, out, err = call(*flags)
+    assert (code, err) == (0, "")
+    assert "average of 2" in out and "2 results in results" in out
+    with Path("results/benchmark.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    line = json.loads(Path("results/one__bundled_en_zeroshot_classification.json").read_text())
+    assert [row["dataset"] for row in rows] == ["one", "two"]
+    assert float(rows[0]["acc1"]) == line["metrics"]["acc1"] and rows[0]["model_fullname"] == "bundled "
+    assert size_of(Path("results/suite.png")) == (1200, 500)
+    # What is there is not overwritten by mistake; with --resume another model is added.
+    code, out, err = call(*flags)
+    assert code == 2 and err.count("\n") == 1 and "add --resume" in err
+    model = BUNDLED_TEACHER
+    code, out, err = call(*flags, "--resume", "--model", "bundled", model)
+    assert (code, err) == (0, "") and "4 results in results" in out
+
+
+def test_mistakes_end_in_one_line(call, tmp_path):
+    colour_set(tmp_path / "one", ["red", "green", "blue"])
+    one = ["--collection", str(tmp_path / "one")]
+    for flags, told in (
+        (["--collection", "imagenet1q"], "imagenet1k"),
+        ([*one, "--model", "RN50"], "has random weights"),
+        ([*one, "--model", "RN50", "RN50", "--pretrained", "openai"], "1 --pretrained for 2 --model"),
+        ([*one, "--teacher", "nothing"], "has random weights"),
+    ):
+        code, out, err = call(*flags)
+        assert code == 2 and err.count("\n") == 1 and told in err, err
+
+
+def two_processes(rank: int, world_size: int, folder: str, output: str) -> str:
+    dataset = load_benchmark_set(folder)
+    subject = Subject(model="m", pretrained="", embedder=Embedder(clip=load_clip(BUNDLED_TEACHER), batch_size=2))
+    tasks = [Entry("x", "zeroshot_classification"), Entry("x", "zeroshot_retrieval")]
+    run = suite_of([("x", dataset, tasks)], Path(output), is_main=rank == 0)
+    lines = list(run_suite(run, subject, subject))
+    for line in lines:
+        del line["cost"], line["teacher"]["cost"]  # milliseconds
+    return json.dumps(lines)
+
+
+def test_two_processes_say_what_one_says(tmp_path):
+    folder = str(colour_set(tmp_path / "set", ["red", "green", "blue", "red", "green"]))
+    alone = two_processes(0, 1, folder, str(tmp_path / "alone"))
+    assert run_ranks(two_processes, 2, folder, str(tmp_path / "two")) == [alone, alone]
+    assert len(list((tmp_path / "two").iterdir())) == 2
+
+
+# ---- the picture
+
+
+def line_of(model: str, dataset: str, acc1: float) -> dict:
+    cost = {"parameters": 1_000_000, "image_parameters": 1, "ms_per_image": 1.5}
+    task = "zeroshot_classification"
+    return {"model": model, "pretrained": "", "dataset": dataset, "task": task, "metrics": {"acc1": acc1}} | {
+        "extra": {},
+        "cost": cost,
+    }
+
+
+def test_models_are_compared_on_what_all_of_them_have():
+    lines = [line_of("a", "x", 0.5), line_of("a", "y", 0.9), line_of("b", "x", 0.25), line_of("b", "z", 1.0)]
+    points = tradeoff(lines, {})
+    assert [(point["name"], point["score"], point["results"]) for point in points] == [("a", 50, 1), ("b", 25, 1)]
+    assert tradeoff([line_of("a", "x", 1.0), line_of("b", "y", 1.0)], {}) == [] == tradeoff([], {})
+
+
+def test_a_teacher_is_a_point_of_its_own():
+    line = line_of("a", "x", 0.5)
+    teacher = {k: line_of("big", "x", 0.75)[k] for k in ("model", "metrics", "extra", "cost")}
+    names = [(point["name"], point["score"]) for point in tradeoff([line | {"teacher": teacher}], {})]
+    assert names == [("a", 50), ("big", 75)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_the_picture_takes_any_number_of_models(tmp_path, count):
+    points = [
+        {
+            "name": f"model_{i}$",
+            "score": 10.0 * i,
+            "results": 3,
+            "parameters": 10 ** (i + 1),
+            "ms_per_image": 0.1 * i + 0.1,
+        }
+        for i in range(count)
+    ]
+    draw_tradeoff(path=tmp_path / "suite.png", points=points)
+    assert [path.name for path in tmp_path.iterdir()] == ["suite.png"]
+    assert size_of(tmp_path / "suite.png") == (1200, 500)

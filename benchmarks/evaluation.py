@@ -12,10 +12,11 @@ Classification: both command lines on the first `--images` of CIFAR-10's test se
 Retrieval: `retrieval_metrics` and CLIP_benchmark's own on the same random embeddings, 5,000 images with five captions
 each; its function takes a model, so it is given one whose embeddings are the rows of a table.
 
-Each measurement is a fresh process, the two take turns. Time is that of the call itself, model loading included, after
-all imports; the imports are reported beside it. Memory is the peak resident memory during the call above what was
-resident before it: VmHWM of /proc/self/status (Linux), reset before the call. Given are ratios, ours over theirs: the
-median over the rounds with the smallest and the largest. Seconds, on stderr, depend on the machine.
+Each measurement is a fresh process with an empty cache of embeddings, the two take turns. Time is that of the call,
+model loading included (ours bootstraps intervals too), after all imports, and once more with them. Memory is the peak
+resident memory during the call above what was resident before it: VmHWM of /proc/self/status (Linux), reset before the
+call. Given are ratios, ours over theirs: the median over the rounds with the smallest and the largest. Seconds, on
+stderr, depend on the machine.
 """
 
 import argparse
@@ -180,8 +181,13 @@ def measure_here(side: str, task: str, model: str) -> None:
 def measure(side: str, task: str, model: str, folder: Path, threads: int) -> dict:
     """`measure_here` in a fresh process."""
     command = [sys.executable, str(Path(__file__).resolve()), "--child", side, task, model]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(threads),
+            "CUDA_VISIBLE_DEVICES": "",
+            "XDG_CACHE_HOME": cache,
+        }
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{side}, {task}: {done.stderr[-2000:]}")
     found = json.loads(done.stdout.splitlines()[-1])

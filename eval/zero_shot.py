@@ -15,7 +15,10 @@ A student that was trained against attacks, under APGD within 4/255:
 
     python eval/zero_shot.py --model runs/NAME --attack apgd --epsilon 4/255
 
-Several processes share a set (`accelerate launch --num_processes 8 eval/zero_shot.py ...`); the numbers stay the same.
+Several processes share a set, and the numbers stay the same:
+
+    accelerate launch --num_processes 8 eval/zero_shot.py --model runs/NAME --dataset wds/imagenet1k
+
 Results are appended to --output, one JSON line per dataset. `clip_benchmark build` reads one result per file:
 --output "{dataset}_{pretrained}_{model}_{language}_{task}.json". A collection of sets in one go: eval/suite.py.
 """

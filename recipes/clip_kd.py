@@ -104,8 +104,8 @@ class Config:
     """Of initial weights, order, captions and augmentations."""
     eval_data: tuple[str, ...] | None = None
     """Sets to evaluate on, as eval/zero_shot.py names them. None = the bundled ones for bundled data, else none."""
-    eval_root: str | None = None
-    """Folder of these sets, or its URL on the Hub; {dataset} and {dataset_cleaned} are filled in."""
+    dataset_root: str | None = None
+    """Folder of the sets of --eval-data, or its URL on the Hub; {dataset} and {dataset_cleaned} are filled in."""
     eval_every_steps: int = 100
     """Evaluate every so many steps and at the end; 0 = at the end only."""
     checkpoint_every_steps: int = 250
@@ -339,7 +339,7 @@ def evaluation_sets(config: Config) -> list[BenchmarkSet]:
     """What --eval-data names, found before the first step."""
     if config.eval_data is None and config.train_data is not None:
         return []
-    return load_benchmark_sets(config.eval_data or BUNDLED, root=config.eval_root, split="test")
+    return load_benchmark_sets(config.eval_data or BUNDLED, root=config.dataset_root, split="test")
 
 
 def evaluate(

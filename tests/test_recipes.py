@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import tyro
+from small_sets import colour_set
 from test_pairs import good, write_shard
 
+from gkl_vl.benchmark import evaluate
 from gkl_vl.data import pairs
 from gkl_vl.errors import UserError
 from gkl_vl.hub import ModelCard, export_clip
@@ -54,6 +56,7 @@ def module(script: Path):
     """A script as a module, without running it."""
     spec = importlib.util.spec_from_file_location(f"the_script_{script.stem}", script)
     loaded = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = loaded  # where tyro looks for the strings under fields
     spec.loader.exec_module(loaded)
     return loaded
 
@@ -97,6 +100,11 @@ def run(place) -> Path:
     flags = ["--teacher", f"local-dir:{place}/teacher", "--train-data", place / "pairs.tar", "--steps", "2"]
     flags += ["--batch_size", "4", "--mimicry_weight", "10", "--gamma", "0.5", "--workers", "0", "--output-dir", "run"]
     flags += ["--train-data", f"{place}/pairs.tar::{place}/pairs.tar"]
+    colour_set(place / "sets" / "colours", ["red", "green", "blue", "red"])
+    captions = colour_set(place / "sets" / "vtab-captions", ["red", "green", "blue", "red"])
+    (captions / "dataset_type.txt").write_text("retrieval")
+    flags += ["--eval-data", "wds/colours", "vtab/captions", "--dataset-root", f"{place}/sets/{{dataset_cleaned}}"]
+    flags += ["--eval-every-steps", "1"]
     done = python("-m", "torch.distributed.run", "--nproc_per_node", "2", RECIPE, *flags, cwd=place)
     assert done.returncode == 0, done.stderr
     assert "create_model_and_transforms" in done.stdout and "student emoji-student" in done.stdout
@@ -106,7 +114,8 @@ def run(place) -> Path:
 def test_two_processes_write_one_run(run):
     names = {path.name for path in run.iterdir()}
     assert names == {"config.json", "results.jsonl", "checkpoints", "model", "report.png"}
-    (record,) = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    (record,) = [record for record in records if "model" not in record]
     assert record["step"] == 2
     terms = {"loss", "contrastive", "soft_ce", "wmse", "mimicry", "agreement@1", "grad_norm", "lr", "skipped"}
     assert {f"train/{name}" for name in terms} <= set(record)
@@ -114,6 +123,22 @@ def test_two_processes_write_one_run(run):
     assert len(loop["positions"]) == 2
     config = json.loads((run / "config.json").read_text())
     assert config["gamma"] == 0.5 and config["command"].startswith("accelerate launch")
+
+
+def test_while_training_a_student_is_measured_on_the_sets_that_were_named(run):
+    records = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    measured = [(r["step"], r["model"], r["dataset"]) for r in records if "model" in r]
+    both = ("colours", "vtab/captions")
+    expected = [(1, "student", name) for name in both] + [(2, "student", name) for name in both]
+    assert measured == expected + [(2, "teacher", name) for name in both]
+    last = {r["dataset"]: r for r in records if r.get("model") == "student" and r["step"] == 2}
+    assert last["colours"].keys() >= {"acc1", "acc5", "mean_per_class_recall"}
+    assert last["vtab/captions"].keys() >= {"image_retrieval_recall@1", "text_retrieval_recall@10"}
+    # and the same numbers come of the exported folder, in one process
+    sets = str(run.parent / "sets" / "{dataset_cleaned}")
+    for line in evaluate(str(run), both, dataset_root=sets, batch_size=256, draws=2):
+        for name, value in line["metrics"].items():
+            assert last[line["dataset"]][name] == value or value != value, name
 
 
 def test_the_exported_student_needs_nothing_of_this_project(run):
@@ -152,7 +177,7 @@ def test_help_explains_its_few_flags(place):
     body = config[config.index("class Config:") : config.index("\ndef main(")]
     fields = re.findall(r"^    ([a-z_0-9]+): .*\n    \"\"\"", body, flags=re.MULTILINE)
     every = re.findall(r"^    ([a-z_0-9]+): ", body, flags=re.MULTILINE)
-    assert fields == every and len(fields) <= 33  # each has its explanation
+    assert fields == every and len(fields) <= 35  # each has its explanation
 
 
 def test_the_documentation_has_commands_of_every_script():

@@ -426,7 +426,7 @@ def brightest() -> Clip:
         return torch.tensor([[["red", "green", "blue"].index(text.split()[-1])] for text in texts])
 
     preprocess = PreprocessCfg(size=8, mean=(0.1, 0.1, 0.1), std=(0.5, 0.5, 0.5))
-    return Clip("brightest", OpenClipTowers(Brightest()), preprocess, tokenize, None, None)
+    return Clip("brightest", OpenClipTowers(Brightest()), preprocess, tokenize, None, {"embed_dim": 3})
 
 
 @pytest.fixture

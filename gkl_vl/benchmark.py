@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -40,9 +40,11 @@ from gkl_vl.evaluate import (
     retrieval_statistics,
     values,
 )
+from gkl_vl.linear_probe import Probe, probe
 from gkl_vl.provenance import git_commit
 from gkl_vl.towers import Clip, load_clip
 
+Task = BenchmarkTask | Literal["linear_probe"]
 TASK_OF: dict[Kind, BenchmarkTask] = {
     "classification": "zeroshot_classification",
     "multilabel": "zeroshot_classification",
@@ -57,7 +59,7 @@ DRAWS = 1000
 class Outcome:
     """Of one task on one set, before it becomes numbers."""
 
-    task: BenchmarkTask
+    task: Task
     images: int
     broken: int
     """Images that could not be decoded, and are not among `images`."""
@@ -131,6 +133,42 @@ def _classified(embedder: Embedder, dataset: BenchmarkSet, rows: Tensor, labels:
         "logits": logits,
         "labels": numbers,
     }
+
+
+def measure_probe(
+    embedder: Embedder, train: BenchmarkSet, test: BenchmarkSet, *, shots: int | None = None, seed: int = 0
+) -> tuple[Outcome, Probe]:
+    """The test set under a linear probe of the training set (`linear_probe.probe`), and the probe. All processes.
+
+    Metrics are those of a zero-shot classification with lp_ before their names, as CLIP_benchmark has it.
+
+    Raises:
+        UserError: as `measure` and `probe`; sets without labels.
+    """
+    label = TARGET_OF[train.kind]
+    if label == "txt":
+        raise UserError(f"{train.name} is a {train.kind} set: it has no labels to fit a probe to")
+    fitted_on, measured_on = embed_images(embedder, train, label), embed_images(embedder, test, label)
+    targets, wanted = torch.tensor(fitted_on.targets[label]), torch.tensor(measured_on.targets[label])
+    several = targets.ndim == 2
+    most = targets.shape[1] if several else int(torch.cat([targets, wanted]).max()) + 1
+    found = probe(
+        features=fitted_on.rows.to(embedder.device),
+        targets=targets.to(embedder.device),
+        num_classes=len(train.classnames or ()) or most,
+        shots=shots,
+        seed=seed,
+    )
+    logits = found.classifier.logits(measured_on.rows.to(embedder.device)).cpu()
+    count = {"task": "linear_probe", "images": len(wanted), "broken": measured_on.broken, "extra": {}}
+    if several:
+        return Outcome(**count, metrics=_prefixed(multilabel_statistics(scores=logits, targets=wanted))), found
+    metrics = _prefixed(classification_statistics(logits=logits, labels=wanted))
+    return Outcome(**count, metrics=metrics, logits=logits, labels=wanted), found
+
+
+def _prefixed(statistics: Statistics) -> Statistics:
+    return {f"lp_{name}": statistic for name, statistic in statistics.items()}
 
 
 def metrics_of(outcomes: Sequence[Outcome]) -> dict[str, float]:

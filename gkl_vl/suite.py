@@ -21,6 +21,7 @@ from gkl_vl.benchmark import (
     against,
     file_safe,
     measure,
+    measure_probe,
     refuse_random_weights,
     result,
 )
@@ -64,12 +65,12 @@ class Flags:
     """Read weights stored as a pickle."""
 
 
-def load_sets(names: Sequence[str], flags: Flags) -> list[BenchmarkSet]:
-    """The sets that the flags name."""
+def load_sets(names: Sequence[str], flags: Flags, *, split: str | None = None) -> list[BenchmarkSet]:
+    """The sets that the flags name; another split than theirs where one is given."""
     return load_benchmark_sets(
         names,
         root=flags.dataset_root,
-        split=flags.split,
+        split=split or flags.split,
         classname_file=flags.custom_classname_file,
         template_file=flags.custom_template_file,
     )
@@ -130,6 +131,26 @@ def evaluate_set(
     return lines
 
 
+def evaluate_probe(
+    subject: Subject,
+    teacher: Subject | None,
+    train: BenchmarkSet,
+    test: BenchmarkSet,
+    *,
+    asked: str,
+    shots: int | None,
+    seed: int,
+) -> Line:
+    """The result of a linear probe, and of the teacher's on the same images. All processes take part."""
+    outcome, fitted = measure_probe(subject.embedder, train, test, shots=shots, seed=seed)
+    line = result(outcome, test, model=subject.model, pretrained=subject.pretrained, asked=asked, seed=seed)
+    line["probe"] = {"fewshot_k": -1 if shots is None else shots, "c": fitted.c, "validation": fitted.validation}
+    if teacher is not None:
+        of_teacher, _ = measure_probe(teacher.embedder, train, test, shots=shots, seed=seed)
+        line |= against(outcome, of_teacher, test, teacher_name=teacher.model, seed=seed)
+    return line
+
+
 # ---- for people --------------------------------------------------------------------------------------------------
 
 
@@ -160,11 +181,12 @@ def _result_text(line: Line) -> str:
 
 
 def _likeness_text(teacher: Mapping[str, Any]) -> str:
-    likeness, test = teacher["likeness"], teacher["difference"]["acc1"]
+    likeness = teacher["likeness"]
+    name, test = next((name, test) for name, test in teacher["difference"].items() if name.endswith("acc1"))
     lines = [
         f"as the teacher: top-1 {percent(likeness['agreement@1'])}, top-5 overlap {percent(likeness['top5_overlap'])}, "
         f"KL {likeness['kl']:.3f} nats",
-        f"acc1 against the teacher's: {100 * test['value']:+.2f} points ({100 * test['low']:+.2f} to "
+        f"{name} against the teacher's: {100 * test['value']:+.2f} points ({100 * test['low']:+.2f} to "
         f"{100 * test['high']:+.2f}, paired bootstrap, p {'<=' if test['p'] < 0.005 else '='} {test['p']:.3f})",
     ]
     change = sorted(teacher["per_class"].items(), key=lambda pair: pair[1][0] - pair[1][1])

@@ -155,6 +155,50 @@ def test_the_documented_file_runs_as_a_program(tmp_path, model, colours):
     assert "acc1" in done.stdout and (tmp_path / "result.json").is_file()
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes_say_it_once_and_say_the_same(call, tmp_path, model, colours, script):
+    flags = ["--model", model, "--dataset", str(colours), "--batch_size", "3", "--num_workers", "0", "--no-cache"]
+    assert call(script, *flags)[0] == 0
+    environment = dict(os.environ) | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(EVAL / f"{script}.py")]
+    done = subprocess.run([*launch, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("4 images") == 1
+    one, two = Path("result.json").read_text().splitlines()
+    assert one == two
+
+
+def probe_sets(folder: Path) -> Path:
+    """A training split of more images beside the test split."""
+    colours = colour_set(folder / "colours", ["red", "green", "blue", "red"])
+    train = colour_set(folder / "other", ["red", "green", "blue"] * 4)
+    shutil.move(train / "test", colours / "train")
+    return colours
+
+
+def test_a_linear_probe_is_fitted_to_the_training_split(call, model, tmp_path):
+    colours = str(probe_sets(tmp_path / "sets"))
+    code, out, err = call("linear_probe", "--model", model, "--teacher", model, "--dataset", colours)
+    assert (code, err) == (0, "")
+    line = json.loads(Path("result.json").read_text())
+    assert line["task"] == "linear_probe" and line["n"] == 4
+    assert line["metrics"].keys() == {"lp_acc1", "lp_acc5", "lp_mean_per_class_recall"}
+    assert line["metrics"]["lp_acc1"] == 1  # three colours lie apart, whatever the weights
+    assert line["probe"]["fewshot_k"] == -1 and line["probe"]["validation"] == 1
+    assert line["teacher"]["kept"]["lp_acc1"] == 1 and "lp_acc1 against the teacher's" in out
+    assert call("linear_probe", "--model", model, "--dataset", colours, "--fewshot_k", "2")[0] == 0
+    assert json.loads(Path("result.json").read_text().splitlines()[1])["probe"]["fewshot_k"] == 2
+
+
+def test_a_probe_that_cannot_be_fitted_ends_in_one_line(call, model, tmp_path):
+    colours = probe_sets(tmp_path / "sets")
+    flags = ["--model", model, "--dataset", str(colours)]
+    assert "5 shots: class 0 has 4 images" in complaint(call, "linear_probe", *flags, "--fewshot_k", "5")
+    assert "validation/nshards.txt" in complaint(call, "linear_probe", *flags, "--train_split", "validation")
+    (colours / "dataset_type.txt").write_text("retrieval")
+    assert "no labels to fit a probe to" in complaint(call, "linear_probe", *flags)
+
+
 def complaint(call, script: str, *flags: str) -> str:
     code, out, err = call(script, *flags)
     assert code == 2 and out == "" and err.count("\n") == 1 and not Path("result.json").exists()

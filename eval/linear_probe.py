@@ -1,0 +1,77 @@
+"""Linear probe: logistic regression on a model's image embeddings, all of the training split or a few shots, with
+CLIP_benchmark's flags and keys (lp_acc1, lp_acc5, lp_mean_per_class_recall, or lp_mean_average_precision).
+
+The regularisation is chosen on a part of the training split; the test split is looked at once, at the end.
+
+    python eval/linear_probe.py --model runs/NAME --dataset wds/cifar10 wds/vtab/pets
+    python eval/linear_probe.py --model runs/NAME --dataset cifar10 --dataset_root CIFAR10 --fewshot_k 16
+
+Results are appended to --output, one JSON line per dataset, as those of eval/zero_shot.py.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+from accelerate import Accelerator
+
+from gkl_vl.benchmark import append_result, result_path
+from gkl_vl.cli import run
+from gkl_vl.suite import Flags, evaluate_probe, load_sets, load_subject, results_text
+
+TASK = "linear_probe"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    dataset: tuple[str, ...]
+    """Sets with a training split: wds/NAME or hf-hub:ORG/NAME on the Hub, a folder."""
+    train_split: str = "train"
+    """Where the probe is fitted; --split is where it is measured."""
+    model: str = "bundled"
+    """A run folder, open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, or a .json model config."""
+    pretrained: str | None = None
+    """open_clip's tag or a checkpoint, for models given by name."""
+    teacher: str | None = None
+    """A model to compare with on the same images, as --model; `bundled` is the bundled one."""
+    fewshot_k: int = -1
+    """Images of each class to fit on, drawn by --seed; -1 = all."""
+    flags: Annotated[Flags, tyro.conf.arg(name="")] = field(default_factory=Flags)
+    output: str = "result.json"
+    """Results file; {dataset}, {pretrained}, {model}, {language} and {task} are filled in."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def main(config: Config) -> None:
+    tests = load_sets(config.dataset, config.flags)
+    trains = load_sets(config.dataset, config.flags, split=config.train_split)
+    names = dict(model=config.model, pretrained=config.pretrained or "", task=TASK)
+    paths = [result_path(config.output, dataset=dataset.name, **names) for dataset in tests]
+    accelerator = Accelerator()
+    subject = load_subject(config.model, config.pretrained, config.flags, accelerator.device)
+    teacher = None
+    if config.teacher is not None:
+        teacher = load_subject(config.teacher, None, config.flags, accelerator.device)
+    lines = []
+    for asked, train, test, path in zip(config.dataset, trains, tests, paths, strict=True):
+        line = evaluate_probe(
+            subject,
+            teacher,
+            train,
+            test,
+            asked=asked,
+            shots=None if config.fewshot_k == -1 else config.fewshot_k,
+            seed=config.flags.seed,
+        )
+        lines.append(line)
+        if accelerator.is_main_process:
+            append_result(path, line)
+    if accelerator.is_main_process:
+        print(results_text(lines))
+        print(f"appended to {', '.join(dict.fromkeys(map(str, paths)))}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -285,7 +285,7 @@ def against(
     kept         {metric: student / teacher}, and kept_intervals
     difference   {metric: {value, low, high, p}}: student minus teacher, paired bootstrap
     likeness     of classifications: agreement@1, top5_overlap, kl, and likeness_intervals
-    per_class    {class name: [accuracy of the student, of the teacher]}; classes without images left out
+    per_class    {class name: {student, teacher, n}}: accuracies, and images; classes without images left out
     """
     how = {"images": student.images, "draws": draws, "seed": seed}
     own, every = ({**outcome.metrics, **outcome.extra} for outcome in (student, teacher))
@@ -316,10 +316,13 @@ def _ratio(one: Statistic, other: Statistic) -> Statistic:
     return ratio
 
 
-def _per_class(student: Tensor, teacher: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, list[float]]:
-    both = torch.stack([class_accuracies(logits=logits, labels=labels) for logits in (student, teacher)], dim=1)
-    pairs = zip(names, both.tolist(), strict=True)
-    return {name: pair for name, pair in pairs if pair[0] == pair[0]}  # nan: no images
+def _per_class(
+    student: Tensor, teacher: Tensor, labels: Tensor, names: Sequence[str]
+) -> dict[str, dict[str, float | int]]:
+    own, other = (class_accuracies(logits=logits, labels=labels).tolist() for logits in (student, teacher))
+    counts = torch.bincount(labels, minlength=len(own)).tolist()
+    rows = zip(names or map(str, range(len(own))), own, other, counts, strict=True)
+    return {name: {"student": mine, "teacher": theirs, "n": n} for name, mine, theirs, n in rows if n}
 
 
 def _lists(found: Mapping[str, tuple[float, float]]) -> dict[str, list[float]]:

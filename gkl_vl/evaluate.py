@@ -334,7 +334,7 @@ def intervals(
     """95 % percentile bootstrap intervals over images; a caption is drawn with its image.
 
     That of mean_per_class_recall is too narrow where classes have one or two images: a class that is not drawn is no
-    part of that draw's mean.
+    part of that draw's mean. That of ece lies too high: drawing again adds to the gaps that are summed.
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
     """

@@ -151,6 +151,8 @@ def evaluate_probe(
     return line
 
 
+LEAST_IMAGES = 10
+
 # ---- for people --------------------------------------------------------------------------------------------------
 
 
@@ -189,9 +191,11 @@ def _likeness_text(teacher: Mapping[str, Any]) -> str:
         f"{name} against the teacher's: {100 * test['value']:+.2f} points ({100 * test['low']:+.2f} to "
         f"{100 * test['high']:+.2f}, paired bootstrap, p {'<=' if test['p'] < 0.005 else '='} {test['p']:.3f})",
     ]
-    change = sorted(teacher["per_class"].items(), key=lambda pair: pair[1][0] - pair[1][1])
+    # Of a class with a few images a change says little.
+    classes = {name: of for name, of in teacher["per_class"].items() if of["n"] >= LEAST_IMAGES}
+    change = sorted((of["student"] - of["teacher"], name) for name, of in classes.items())
     for word, some in (("lost most", change[:3]), ("gained most", change[::-1][:3])):
-        told = [f"{name} {100 * (own - other):+.0f}" for name, (own, other) in some if own != other]
+        told = [f"{name} {100 * by:+.0f}" for by, name in some if (by < 0) == (word == "lost most") and by]
         if told:
             lines.append(f"{word}: {', '.join(told)}")
     return "\n".join(lines)

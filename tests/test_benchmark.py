@@ -181,7 +181,8 @@ def test_a_student_is_measured_against_its_teacher(colour_blind, colours):
     assert found["difference"]["acc1"]["value"] == pytest.approx(-2 / 7)
     assert found["likeness"]["agreement@1"] == pytest.approx(5 / 7)
     assert found["likeness"]["top5_overlap"] == 1 and found["likeness"]["kl"] > 0
-    assert found["per_class"] == {"red": [1, 1], "green": [1, 1], "blue": [0, 1]}
+    assert found["per_class"]["blue"] == {"student": 0, "teacher": 1, "n": 2}
+    assert found["per_class"]["red"] == {"student": 1, "teacher": 1, "n": 3}
     # Of itself a model keeps everything, and nothing differs.
     same = against(teacher, teacher, colours, teacher_name="seeing", draws=20)["teacher"]
     assert same["kept"]["acc1"] == 1 and same["difference"]["acc1"]["p"] == 1

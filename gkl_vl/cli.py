@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import disable_progress_bars
 
 from gkl_vl.errors import UserError
 
@@ -66,6 +67,7 @@ def run(main: Callable[[ConfigT], None], config: Callable[..., ConfigT], argv: S
     settings = parse(config, argv)
     if not sys.stderr.isatty():  # `datasets`, imported where it is needed, asks for its bars only here
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        disable_progress_bars()  # the Hub's, over downloads
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it warns of on its way, our line says
     try:
         main(settings)

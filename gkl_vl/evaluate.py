@@ -117,7 +117,9 @@ def multilabel_statistics(*, scores: Float[Tensor, "n C"], targets: Num[Tensor, 
 
     def mean_average_precision(counts: Counts) -> Tensor:
         total = counts.new_zeros(len(counts))
-        harmonic = F.pad((1 / torch.arange(1.0, counts.sum(dim=1).max() + 1, dtype=torch.float64)).cumsum(0), (1, 0))
+        harmonic = F.pad(
+            (1 / torch.arange(1.0, counts.sum(dim=1).max().item() + 1, dtype=torch.float64)).cumsum(0), (1, 0)
+        )
         for ordered, positive in zip(order.T, positives.T, strict=True):  # class by class: [r, n] at a time
             times = counts[:, ordered]
             seen, found = times.cumsum(dim=1), (times * positive).cumsum(dim=1)

@@ -2,11 +2,18 @@
 and takes nothing for measured that was measured of other weights."""
 
 import csv
+import hashlib
 import json
+import os
 import runpy
 import shutil
+import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from helpers import run_ranks
@@ -273,3 +280,79 @@ def test_the_picture_takes_any_number_of_models(tmp_path, count):
     draw_tradeoff(path=tmp_path / "suite.png", points=points)
     assert [path.name for path in tmp_path.iterdir()] == ["suite.png"]
     assert size_of(tmp_path / "suite.png") == (1200, 500)
+
+
+# ---- the Hub, on this machine
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """Data sets of `server.root` as ORG/REPO/..., by the Hub's own paths."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(self.path).split("?")[0].strip("/").split("/")
+        if path[:2] == ["api", "datasets"]:
+            repo = self.server.root / path[2] / path[3]  # type: ignore[attr-defined]
+            files = sorted(file for file in repo.rglob("*") if file.is_file())
+            names = [str(file.relative_to(repo)) for file in files]
+            info: Any = {"id": "/".join(path[2:4]), "sha": "a" * 40, "siblings": [{"rfilename": n} for n in names]}
+            if path[4] == "tree":
+                info = [
+                    {"type": "file", "path": name, "size": file.stat().st_size, "oid": "b" * 40}
+                    for name, file in zip(names, files, strict=True)
+                ]
+            self.answer(json.dumps(info).encode() if files else None)
+        elif path[0] == "datasets":  # datasets/ORG/REPO/resolve/REVISION/FILE
+            file = self.server.root.joinpath(path[1], path[2], *path[5:])  # type: ignore[attr-defined]
+            self.answer(file.read_bytes() if file.is_file() else None)
+        else:
+            self.answer(None)
+
+    def answer(self, body: bytes | None) -> None:
+        self.send_response(404 if body is None else 200)
+        if body is None:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("X-Repo-Commit", "a" * 40)
+        self.send_header("ETag", f'"{hashlib.sha256(body or b"").hexdigest()}"')
+        self.send_header("Content-Length", str(len(body or b"")))
+        self.end_headers()
+        if self.command == "GET" and body is not None:
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def address(tmp_path):
+    """Of a Hub with two of the three sets of `retrieval`."""
+    for name, colours in (("flickr8k", ["red", "green", "blue"]), ("mscoco_captions", ["blue", "red"])):
+        root = colour_set(tmp_path / "hub" / "clip-benchmark" / f"wds_{name}", colours)
+        (root / "dataset_type.txt").write_text("retrieval")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    server.root = tmp_path / "hub"  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_collection_comes_from_the_hub_and_what_it_lacks_is_told(tmp_path, address):
+    # HF_ENDPOINT is read when huggingface_hub is imported, hence a process of its own
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+    environment |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, str(SCRIPT), "--collection", "retrieval", "--num_workers", "0"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "average of 2" in done.stdout
+    (skipped,) = [line for line in done.stdout.splitlines() if line.startswith("skipped")]
+    assert skipped.startswith("skipped flickr30k: ") and "the Hub has no clip-benchmark/wds_flickr30k" in skipped
+    found = {json.loads(path.read_text())["dataset"] for path in (tmp_path / "results").glob("*.json")}
+    assert found == {"flickr8k", "mscoco_captions"}

@@ -15,9 +15,9 @@ from typing import Annotated
 import tyro
 from accelerate import Accelerator
 
-from gkl_vl.benchmark import append_result, result_path
+from gkl_vl.benchmark import append_result, evaluate_probe, result_path
 from gkl_vl.cli import run
-from gkl_vl.suite import Flags, evaluate_probe, load_sets, load_subject, results_text
+from gkl_vl.suite import Flags, load_sets, load_subjects, tell
 
 TASK = "linear_probe"
 
@@ -49,10 +49,7 @@ def main(config: Config) -> None:
     names = dict(model=config.model, pretrained=config.pretrained or "", task=TASK)
     paths = [result_path(config.output, dataset=dataset.name, **names) for dataset in tests]
     accelerator = Accelerator()
-    subject = load_subject(config.model, config.pretrained, config.flags, accelerator.device)
-    teacher = None
-    if config.teacher is not None:
-        teacher = load_subject(config.teacher, None, config.flags, accelerator.device)
+    subject, teacher = load_subjects(config.model, config.pretrained, config.teacher, config.flags, accelerator.device)
     lines = []
     for asked, train, test, path in zip(config.dataset, trains, tests, paths, strict=True):
         line = evaluate_probe(
@@ -68,8 +65,7 @@ def main(config: Config) -> None:
         if accelerator.is_main_process:
             append_result(path, line)
     if accelerator.is_main_process:
-        print(results_text(lines))
-        print(f"appended to {', '.join(dict.fromkeys(map(str, paths)))}")
+        tell(lines, paths)
     accelerator.end_training()
 
 

@@ -23,10 +23,10 @@ from typing import Annotated
 import tyro
 from accelerate import Accelerator
 
-from gkl_vl.benchmark import append_result, result_path
+from gkl_vl.benchmark import append_result, evaluate_set, result_path
 from gkl_vl.cli import run
 from gkl_vl.data.benchmark_sets import BUNDLED
-from gkl_vl.suite import Flags, evaluate_set, load_sets, load_subject, results_text, text_task
+from gkl_vl.suite import Flags, load_sets, load_subjects, tell, text_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +53,7 @@ def main(config: Config) -> None:
     names = dict(model=config.model, pretrained=config.pretrained or "")
     paths = [result_path(config.output, dataset=of.name, task=text_task(of), **names) for of in sets]
     accelerator = Accelerator()
-    subject = load_subject(config.model, config.pretrained, config.flags, accelerator.device)
-    teacher = None
-    if config.teacher is not None:
-        teacher = load_subject(config.teacher, None, config.flags, accelerator.device)
+    subject, teacher = load_subjects(config.model, config.pretrained, config.teacher, config.flags, accelerator.device)
     lines = []
     for asked, dataset, path in zip(config.dataset, sets, paths, strict=True):
         (line,) = evaluate_set(
@@ -72,8 +69,7 @@ def main(config: Config) -> None:
         if accelerator.is_main_process:
             append_result(path, line)
     if accelerator.is_main_process:
-        print(results_text(lines))
-        print(f"appended to {', '.join(dict.fromkeys(map(str, paths)))}")
+        tell(lines, paths)
     accelerator.end_training()
 
 

@@ -31,13 +31,13 @@ from accelerate import Accelerator
 
 from gkl_vl.adversarial import USUAL_CLIP_EPSILON
 from gkl_vl.attacks import Norm, radius
-from gkl_vl.benchmark import append_result, result_path
+from gkl_vl.benchmark import append_result, evaluate_set, result_path
 from gkl_vl.cli import run
 from gkl_vl.data.benchmark_sets import BUNDLED, BenchmarkSet
 from gkl_vl.embed import Embedder
 from gkl_vl.errors import UserError
 from gkl_vl.robustness import attack_zero_shot, import_autoattack
-from gkl_vl.suite import Flags, evaluate_set, load_sets, load_subject, results_text
+from gkl_vl.suite import Flags, load_sets, load_subjects, tell
 
 TASK = "zeroshot_classification"
 
@@ -73,10 +73,7 @@ def main(config: Config) -> None:
     names = dict(model=config.model, pretrained=config.pretrained or "", task=TASK)
     paths = [result_path(config.output, dataset=dataset.name, **names) for dataset in sets]
     accelerator = Accelerator()
-    subject = load_subject(config.model, config.pretrained, config.flags, accelerator.device)
-    teacher = None
-    if config.teacher is not None:
-        teacher = load_subject(config.teacher, None, config.flags, accelerator.device)
+    subject, teacher = load_subjects(config.model, config.pretrained, config.teacher, config.flags, accelerator.device)
     lines, told = [], []
     for asked, dataset, path in zip(config.dataset, sets, paths, strict=True):
         (line,) = evaluate_set(subject, teacher, dataset, [TASK], asked=asked, seed=config.flags.seed)
@@ -88,8 +85,7 @@ def main(config: Config) -> None:
         if accelerator.is_main_process:
             append_result(path, line)
     if accelerator.is_main_process:
-        print("\n".join([results_text(lines), *told]))
-        print(f"appended to {', '.join(dict.fromkeys(map(str, paths)))}")
+        tell(lines, paths, *told)
     accelerator.end_training()
 
 

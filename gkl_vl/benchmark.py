@@ -45,6 +45,8 @@ from gkl_vl.provenance import git_commit
 from gkl_vl.towers import Clip, load_clip
 
 Task = BenchmarkTask | Literal["linear_probe"]
+Line = dict[str, Any]
+"""A result, as `result` makes it."""
 TASK_OF: dict[Kind, BenchmarkTask] = {
     "classification": "zeroshot_classification",
     "multilabel": "zeroshot_classification",
@@ -179,6 +181,62 @@ def metrics_of(outcomes: Sequence[Outcome]) -> dict[str, float]:
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model under the name that it was asked for."""
+
+    model: str
+    pretrained: str
+    embedder: Embedder
+
+
+def evaluate_set(
+    subject: Subject,
+    teacher: Subject | None,
+    dataset: BenchmarkSet,
+    tasks: Sequence[BenchmarkTask],
+    *,
+    asked: str,
+    recall_k: Sequence[int] = (1, 5, 10),
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> list[Line]:
+    """A result for each task of a set, with what the teacher says of the same images. All processes take part."""
+    outcomes = measure(subject.embedder, dataset, tasks, recall_k=recall_k)
+    taught: Sequence[Outcome | None] = [None] * len(outcomes)
+    if teacher is not None:
+        taught = measure(teacher.embedder, dataset, tasks, recall_k=recall_k)
+    lines = []
+    for outcome, of_teacher in zip(outcomes, taught, strict=True):
+        line = result(
+            outcome, dataset, model=subject.model, pretrained=subject.pretrained, asked=asked, draws=draws, seed=seed
+        )
+        if teacher is not None and of_teacher is not None:
+            line |= against(outcome, of_teacher, dataset, teacher_name=teacher.model, draws=draws, seed=seed)
+        lines.append(line)
+    return lines
+
+
+def evaluate_probe(
+    subject: Subject,
+    teacher: Subject | None,
+    train: BenchmarkSet,
+    test: BenchmarkSet,
+    *,
+    asked: str,
+    shots: int | None,
+    seed: int,
+) -> Line:
+    """The result of a linear probe, and of the teacher's on the same images. All processes take part."""
+    outcome, fitted = measure_probe(subject.embedder, train, test, shots=shots, seed=seed)
+    line = result(outcome, test, model=subject.model, pretrained=subject.pretrained, asked=asked, seed=seed)
+    line["probe"] = {"fewshot_k": -1 if shots is None else shots, "c": fitted.c, "validation": fitted.validation}
+    if teacher is not None:
+        of_teacher, _ = measure_probe(teacher.embedder, train, test, shots=shots, seed=seed)
+        line |= against(outcome, of_teacher, test, teacher_name=teacher.model, seed=seed)
+    return line
+
+
 def evaluate(
     model: str | Clip,
     datasets: Sequence[str | BenchmarkSet],
@@ -212,27 +270,23 @@ def evaluate(
     Raises: UserError as `load_clip`, `load_benchmark_set` and `measure`.
     """
     how = {"device": device, "batch_size": batch_size, "num_workers": num_workers, "amp": amp, "cache": cache}
-    student = Embedder(clip=_on_device(model, pretrained, device), **how)
-    other = None if teacher is None else Embedder(clip=_on_device(teacher, None, device), **how)
+    student = _subject(model, pretrained, how)
+    other = None if teacher is None else _subject(teacher, None, how)
     found = []
     for dataset in datasets:
         loaded = dataset
         if isinstance(loaded, str):
             (loaded,) = load_benchmark_sets([loaded], root=dataset_root, split=split)
-        outcomes = measure(student, loaded, tasks, recall_k=recall_k)
-        taught = [None] * len(outcomes) if other is None else measure(other, loaded, tasks, recall_k=recall_k)
-        for outcome, of_teacher in zip(outcomes, taught, strict=True):
-            line = result(outcome, loaded, model=student.clip.name, pretrained=pretrained or "", draws=draws, seed=seed)
-            if of_teacher is not None and other is not None:
-                line |= against(outcome, of_teacher, loaded, teacher_name=other.clip.name, draws=draws, seed=seed)
-            found.append(line)
+        found += evaluate_set(
+            student, other, loaded, tasks, asked=loaded.name, recall_k=recall_k, draws=draws, seed=seed
+        )
     return found
 
 
-def _on_device(model: str | Clip, pretrained: str | None, device: torch.device | str) -> Clip:
-    clip = load_clip(model, pretrained) if isinstance(model, str) else model
-    clip.towers.to(device)
-    return clip
+def _subject(model: str | Clip, pretrained: str | None, how: dict[str, Any]) -> Subject:
+    clip, name = (load_clip(model, pretrained), model) if isinstance(model, str) else (model, model.name)
+    clip.towers.to(how["device"])
+    return Subject(model=name, pretrained=pretrained or "", embedder=Embedder(clip=clip, **how))
 
 
 # ---- results ----------------------------------------------------------------------------------------------------
@@ -335,7 +389,7 @@ def refuse_random_weights(model: str, pretrained: str | None) -> None:
     Raises:
         UserError: no weights.
     """
-    if ":" not in model and not pretrained and not Path(model).is_dir():
+    if ":" not in model and model != "bundled" and not pretrained and not Path(model).is_dir():
         raise UserError(f"model {model!r} has random weights: give a tag or a checkpoint as --pretrained")
 
 

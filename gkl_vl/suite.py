@@ -17,13 +17,11 @@ import torch
 from gkl_vl.benchmark import (
     MEAN_RECALL,
     TASK_OF,
-    Outcome,
-    against,
+    Line,
+    Subject,
+    evaluate_set,
     file_safe,
-    measure,
-    measure_probe,
     refuse_random_weights,
-    result,
 )
 from gkl_vl.data.benchmark_collections import BenchmarkTask, Entry, expand
 from gkl_vl.data.benchmark_sets import BenchmarkSet, load_benchmark_sets
@@ -31,10 +29,7 @@ from gkl_vl.disk_cache import cache_folder
 from gkl_vl.embed import Embedder, milliseconds_per_image
 from gkl_vl.errors import UserError
 from gkl_vl.gkl import Number
-from gkl_vl.towers import BUNDLED_TEACHER, load_clip
-
-Line = dict[str, Any]
-"""A result, as `benchmark.result` makes it."""
+from gkl_vl.towers import load_clip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,23 +71,13 @@ def load_sets(names: Sequence[str], flags: Flags, *, split: str | None = None) -
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A model under the name that it was asked for."""
-
-    model: str
-    pretrained: str
-    embedder: Embedder
-
-
 def load_subject(model: str, pretrained: str | None, flags: Flags, device: torch.device) -> Subject:
-    """A model that is ready to embed. `bundled` is the bundled teacher.
+    """A model that is ready to embed.
 
     Raises: UserError as `load_clip`, and for an architecture without weights.
     """
-    name = BUNDLED_TEACHER if model == "bundled" else model
-    refuse_random_weights(name, pretrained)
-    clip = load_clip(name, pretrained, allow_pickle=flags.allow_pickle)
+    refuse_random_weights(model, pretrained)
+    clip = load_clip(model, pretrained, allow_pickle=flags.allow_pickle)
     clip.towers.to(device)
     embedder = Embedder(
         clip=clip,
@@ -107,48 +92,18 @@ def load_subject(model: str, pretrained: str | None, flags: Flags, device: torch
     return Subject(model=model, pretrained=pretrained or "", embedder=embedder)
 
 
-def evaluate_set(
-    subject: Subject,
-    teacher: Subject | None,
-    dataset: BenchmarkSet,
-    tasks: Sequence[BenchmarkTask],
-    *,
-    asked: str,
-    recall_k: Sequence[int] = (1, 5, 10),
-    seed: int,
-) -> list[Line]:
-    """A result for each task of a set, with what the teacher says of the same images. All processes take part."""
-    outcomes = measure(subject.embedder, dataset, tasks, recall_k=recall_k)
-    taught: Sequence[Outcome | None] = [None] * len(outcomes)
-    if teacher is not None:
-        taught = measure(teacher.embedder, dataset, tasks, recall_k=recall_k)
-    lines = []
-    for outcome, of_teacher in zip(outcomes, taught, strict=True):
-        line = result(outcome, dataset, model=subject.model, pretrained=subject.pretrained, asked=asked, seed=seed)
-        if teacher is not None and of_teacher is not None:
-            line |= against(outcome, of_teacher, dataset, teacher_name=teacher.model, seed=seed)
-        lines.append(line)
-    return lines
+def load_subjects(
+    model: str, pretrained: str | None, teacher: str | None, flags: Flags, device: torch.device
+) -> tuple[Subject, Subject | None]:
+    """A model, and the teacher that it is compared with."""
+    subject = load_subject(model, pretrained, flags, device)
+    return subject, None if teacher is None else load_subject(teacher, None, flags, device)
 
 
-def evaluate_probe(
-    subject: Subject,
-    teacher: Subject | None,
-    train: BenchmarkSet,
-    test: BenchmarkSet,
-    *,
-    asked: str,
-    shots: int | None,
-    seed: int,
-) -> Line:
-    """The result of a linear probe, and of the teacher's on the same images. All processes take part."""
-    outcome, fitted = measure_probe(subject.embedder, train, test, shots=shots, seed=seed)
-    line = result(outcome, test, model=subject.model, pretrained=subject.pretrained, asked=asked, seed=seed)
-    line["probe"] = {"fewshot_k": -1 if shots is None else shots, "c": fitted.c, "validation": fitted.validation}
-    if teacher is not None:
-        of_teacher, _ = measure_probe(teacher.embedder, train, test, shots=shots, seed=seed)
-        line |= against(outcome, of_teacher, test, teacher_name=teacher.model, seed=seed)
-    return line
+def tell(lines: Sequence[Line], paths: Sequence[Path], *also: str) -> None:
+    """What a script says at its end."""
+    print("\n".join([results_text(lines), *also]))
+    print(f"appended to {', '.join(dict.fromkeys(map(str, paths)))}")
 
 
 LEAST_IMAGES = 10

@@ -221,7 +221,8 @@ def load_clip(name: str, pretrained: str | None = None, *, allow_pickle: bool = 
     Args:
         name: an open_clip name (`ViT-B-32`) or one that ships here (`ViT-T-16`, see `list_students`), `hf-hub:org/repo`
             or `local-dir:path` in open_clip's format, `transformers:org/repo` or `transformers:path` for transformers'
-            CLIPModel and SiglipModel, a run folder (its exported student), or the path of a JSON model config.
+            CLIPModel and SiglipModel, a run folder (its exported student), a JSON model config, or `bundled`,
+            the bundled teacher.
         pretrained: open_clip's tag (`openai`) or the path of a checkpoint; None = random weights. Only for names
             without a prefix: the others carry their weights.
         allow_pickle: read weights stored as a pickle (.bin, .pt), still with `weights_only=True`.
@@ -229,6 +230,8 @@ def load_clip(name: str, pretrained: str | None = None, *, allow_pickle: bool = 
     Raises:
         UserError: unknown name or tag, folder without weights, pickled weights without `allow_pickle`.
     """
+    if name == "bundled":
+        return load_clip(BUNDLED_TEACHER, pretrained, allow_pickle=allow_pickle)
     prefix, _, rest = name.partition(":")
     if prefix == "transformers":
         _refuse_pretrained(name, pretrained)

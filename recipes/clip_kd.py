@@ -223,8 +223,7 @@ def load_teacher(config: Config, accelerator: Accelerator) -> Clip | None:
     """The frozen teacher on its device, unwrapped."""
     if config.teacher == "none":
         return None
-    name = BUNDLED_TEACHER if config.teacher == "bundled" else config.teacher
-    teacher = freeze(load_clip(name, config.teacher_pretrained, allow_pickle=config.allow_pickle))
+    teacher = freeze(load_clip(config.teacher, config.teacher_pretrained, allow_pickle=config.allow_pickle))
     device: torch.device = accelerator.device
     teacher.towers.to(device).to(memory_format=torch.channels_last)
     return teacher

@@ -2,10 +2,12 @@
 
 import os
 import random
+import runpy
 import socket
 import sys
 import tempfile
 from ipaddress import ip_address
+from pathlib import Path
 
 # Before anything that reads them at import. Programs that a test starts inherit them; the proxy that is
 # not there keeps those programs off the network.
@@ -94,3 +96,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """run_script(path, *flags) -> (exit code, stdout, stderr) of a script in this process, where its folder may be
+    chosen before."""
+
+    def run_script(path: Path, *flags: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [path.name, *map(str, flags)])
+        code = 0
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_script

@@ -1,11 +1,15 @@
-"""A CLIP of a few thousand random weights, in open_clip's architecture."""
+"""A CLIP of a few thousand random weights in open_clip's architecture, and one that sees two colours."""
 
 import json
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg
+from small_sets import COLOURS
+from torch import nn
 
-from gkl_vl.towers import Clip, load_clip
+from gkl_vl.towers import Clip, OpenClipTowers, load_clip
 
 CONFIG = {
     "embed_dim": 12,
@@ -20,3 +24,39 @@ def tiny_clip(folder: Path) -> Clip:
     path.write_text(json.dumps(CONFIG))
     torch.manual_seed(0)
     return load_clip(str(path))
+
+
+class ColourBlind(nn.Module):
+    """An image is the mean of its channels; a text the colour it names, and everything blue looks green."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+        self.logit_scale = nn.Parameter(torch.tensor(3.0))
+        self.dropout = nn.Dropout(0.5)
+        self.norm = nn.BatchNorm1d(3)
+
+    def encode_image(self, pixels, normalize):
+        red, green, blue = pixels.mean(dim=(2, 3)).clamp(min=0.01).unbind(dim=1)
+        seen = self.norm(self.dropout(torch.stack([red, green + blue, 0 * blue], dim=1)))
+        return F.normalize(self.gain * seen, dim=-1)
+
+    def encode_text(self, tokens, normalize):
+        return F.normalize(F.one_hot(tokens[:, 0], 4)[:, :3].float() + 0.1, dim=-1)
+
+
+def name_colours(texts: list[str]) -> torch.Tensor:
+    rows = [next((i for i, colour in enumerate(COLOURS) if colour in text), 3) for text in texts]
+    return torch.tensor(rows)[:, None]
+
+
+def colour_blind_clip() -> Clip:
+    """Untrained, so that its norm leaves the channels as they are."""
+    return Clip(
+        name="colour-blind",
+        towers=OpenClipTowers(ColourBlind()),
+        preprocess=PreprocessCfg(size=8, mean=(0, 0, 0), std=(1, 1, 1)),
+        tokenize=name_colours,
+        hf_tokenizer=None,
+        model_cfg={"embed_dim": 3},
+    )

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -107,19 +106,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def call(place, monkeypatch, capsys):
+def call(place, monkeypatch, run_script):
     """call(*flags) -> (exit code, stdout, stderr) in this process."""
     monkeypatch.chdir(place)
 
     def call(*flags: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["adversarial.py", *flags])
-        code = 0
-        try:
-            runpy.run_path(str(RECIPE), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return run_script(RECIPE, *flags)
 
     return call
 

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from open_clip.transform import PreprocessCfg
+from small_models import ColourBlind, colour_blind_clip
 from small_sets import COLOURS, colour_set, picture, write_set
-from torch import nn
 
 from gkl_vl.benchmark import (
     against,
@@ -32,36 +31,9 @@ from gkl_vl.towers import BUNDLED_TEACHER, Clip, OpenClipTowers, load_clip
 CLASSIFICATION, RETRIEVAL, CHOICE = "zeroshot_classification", "zeroshot_retrieval", "image_caption_selection"
 
 
-class ColourBlind(nn.Module):
-    """An image is the mean of its channels; a text the colour it names, and everything blue looks green."""
-
-    def __init__(self):
-        super().__init__()
-        self.logit_scale = nn.Parameter(torch.tensor(3.0))
-
-    def encode_image(self, pixels, normalize):
-        red, green, blue = pixels.mean(dim=(2, 3)).clamp(min=0.01).unbind(dim=1)
-        return F.normalize(torch.stack([red, green + blue, 0 * blue], dim=1), dim=-1)
-
-    def encode_text(self, tokens, normalize):
-        return F.normalize(F.one_hot(tokens[:, 0], 4)[:, :3].float() + 0.1, dim=-1)
-
-
-def name_colours(texts: list[str]) -> torch.Tensor:
-    rows = [next((i for i, colour in enumerate(COLOURS) if colour in text), 3) for text in texts]
-    return torch.tensor(rows)[:, None]
-
-
 @pytest.fixture
 def colour_blind() -> Clip:
-    return Clip(
-        name="colour-blind",
-        towers=OpenClipTowers(ColourBlind()),
-        preprocess=PreprocessCfg(size=8, mean=(0, 0, 0), std=(1, 1, 1)),
-        tokenize=name_colours,
-        hf_tokenizer=None,
-        model_cfg={"embed_dim": 3},
-    )
+    return colour_blind_clip()
 
 
 @pytest.fixture

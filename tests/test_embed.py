@@ -11,16 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import run_ranks
-from open_clip.transform import PreprocessCfg
-from small_models import tiny_clip
-from small_sets import COLOURS, colour_set, picture, write_set
-from torch import nn
+from small_models import colour_blind_clip, tiny_clip
+from small_sets import colour_set, picture, write_set
 
 from gkl_vl import disk_cache, embed
 from gkl_vl.data.benchmark_sets import load_benchmark_set
 from gkl_vl.embed import Embedder, embed_images, embed_texts, top_names, zero_shot_classifier
 from gkl_vl.errors import UserError
-from gkl_vl.towers import BUNDLED_TEACHER, Clip, OpenClipTowers, as_clip, load_clip
+from gkl_vl.towers import BUNDLED_TEACHER, Clip, as_clip, load_clip
 
 
 def clip_benchmark_classifier(encode_text, tokenizer, classnames, templates):
@@ -87,39 +85,9 @@ def test_equal_texts_are_embedded_once(tiny):
 # ---- whole sets
 
 
-class ColourBlind(nn.Module):
-    """An image is the mean of its channels; a text the colour it names, and everything blue looks green."""
-
-    def __init__(self):
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(()))
-        self.dropout = nn.Dropout(0.5)
-        self.norm = nn.BatchNorm1d(3)
-
-    def encode_image(self, pixels, normalize):
-        red, green, blue = pixels.mean(dim=(2, 3)).clamp(min=0.01).unbind(dim=1)
-        seen = self.norm(self.dropout(torch.stack([red, green + blue, 0 * blue], dim=1)))
-        return F.normalize(self.gain * seen, dim=-1)
-
-    def encode_text(self, tokens, normalize):
-        return F.normalize(F.one_hot(tokens[:, 0], 4)[:, :3].float() + 0.1, dim=-1)
-
-
-def name_colours(texts: list[str]) -> torch.Tensor:
-    rows = [next((i for i, colour in enumerate(COLOURS) if colour in text), 3) for text in texts]
-    return torch.tensor(rows)[:, None]
-
-
 @pytest.fixture
 def colour_blind() -> Clip:
-    return Clip(
-        name="colour-blind",
-        towers=OpenClipTowers(ColourBlind()),
-        preprocess=PreprocessCfg(size=8, mean=(0, 0, 0), std=(1, 1, 1)),
-        tokenize=name_colours,
-        hf_tokenizer=None,
-        model_cfg={"embed_dim": 3},
-    )
+    return colour_blind_clip()
 
 
 @pytest.fixture

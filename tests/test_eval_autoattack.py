@@ -3,7 +3,6 @@ every mistake ends in one line and exit code 2."""
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -59,20 +58,13 @@ def place(one_thread, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def call(place, tmp_path, monkeypatch, capsys):
+def call(place, tmp_path, monkeypatch, run_script):
     """call(*flags) -> (exit code, stdout, stderr), in a folder of its own."""
     monkeypatch.chdir(tmp_path)
 
     def call(*flags: str) -> tuple[int, str, str]:
         asked = ["--model", str(place / "runs" / "a"), "--data", str(place / "data"), *flags]
-        monkeypatch.setattr(sys, "argv", ["autoattack.py", *asked])
-        code = 0
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return run_script(SCRIPT, *asked)
 
     return call
 

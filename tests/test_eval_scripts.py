@@ -3,7 +3,6 @@ in one line and exit code 2. They are run as a user runs them, never imported.""
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from small_sets import colour_set
 
-from gkl_vl import suite
+from gkl_vl import towers
 from gkl_vl.towers import BUNDLED_TOKENIZER, BUNDLED_TOKENIZER_NAME, load_clip
 
 EVAL = Path(__file__).parents[1] / "eval"
@@ -58,19 +57,12 @@ def colours(tmp_path) -> Path:
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
+def call(tmp_path, monkeypatch, run_script):
     """call(script, *flags) -> (exit code, stdout, stderr), in a folder of its own."""
     monkeypatch.chdir(tmp_path)
 
     def call(script: str, *flags: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--num_workers", "0", *flags])
-        code = 0
-        try:
-            runpy.run_path(str(EVAL / f"{script}.py"), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return run_script(EVAL / f"{script}.py", "--num_workers", "0", *flags)
 
     return call
 
@@ -141,7 +133,7 @@ def test_a_template_gives_a_file_per_set(call, model, colours):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_without_flags_it_is_the_bundled_teacher_on_the_bundled_sets(call, model, monkeypatch, script):
-    monkeypatch.setattr(suite, "BUNDLED_TEACHER", model)
+    monkeypatch.setattr(towers, "BUNDLED_TEACHER", model)
     code, out, err = call(script)
     assert (code, err) == (0, "")
     lines = [json.loads(line) for line in Path("result.json").read_text().splitlines()]

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -171,19 +170,12 @@ def test_two_processes_write_one_run(place, name):
 
 
 @pytest.fixture
-def call(place, monkeypatch, capsys):
+def call(place, monkeypatch, run_script):
     """call(recipe, *flags) -> (exit code, stdout, stderr) in this process."""
     monkeypatch.chdir(place)
 
     def call(name: str, *flags: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
-        code = 0
-        try:
-            runpy.run_path(str(HOUSE / "recipes" / f"{name}.py"), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return run_script(HOUSE / "recipes" / f"{name}.py", *flags)
 
     return call
 

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -35,19 +34,12 @@ def python(*arguments, cwd: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
+def call(tmp_path, monkeypatch, run_script):
     """call(*flags) -> (exit code, stdout, stderr) of the recipe in this process, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
 
     def call(*flags) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["clip_kd.py", *map(str, flags)])
-        code = 0
-        try:
-            runpy.run_path(str(RECIPE), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return run_script(RECIPE, *flags)
 
     return call
 

@@ -512,9 +512,9 @@ colours = test_eval_scripts.colours
 
 
 @pytest.fixture
-def evaluate(tmp_path, monkeypatch, capsys):
+def evaluate(tmp_path, monkeypatch, run_script):
     """evaluate(*flags) -> (exit code, stdout, stderr) of zero_shot.py."""
-    calling = test_eval_scripts.call.__wrapped__(tmp_path, monkeypatch, capsys)
+    calling = test_eval_scripts.call.__wrapped__(tmp_path, monkeypatch, run_script)
     return lambda *flags: calling("zero_shot", *flags)
 
 

@@ -5,7 +5,6 @@ import csv
 import hashlib
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -170,18 +169,11 @@ def size_of(picture: Path) -> tuple[int, int]:
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
+def call(tmp_path, monkeypatch, run_script):
     monkeypatch.chdir(tmp_path)
 
     def call(*flags: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["suite.py", "--num_workers", "0", *flags])
-        code = 0
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return run_script(SCRIPT, "--num_workers", "0", *flags)
 
     return call
 

@@ -181,6 +181,7 @@ def emoji_part(rank: int, world_size: int, folder: str) -> tuple:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.usefixtures("one_thread")
 def test_processes_share_a_set_and_say_the_same_to_the_last_bit(tmp_path, world_size):
     folder = str(colour_set(tmp_path / "set", ["red", "green", "blue", "blue", "red"], shards=2))
     rows, targets, text = emoji_part(0, 1, folder)
@@ -297,6 +298,7 @@ def cached_in_two(rank: int, world_size: int, folder: str, cache: str) -> torch.
     return embed_images(embedder, load_benchmark_set(folder)).rows
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_processes_agree_on_whether_it_is_there(tmp_path):
     folder = str(colour_set(tmp_path / "set", ["red", "green", "blue", "blue", "red"]))
     expected = cached_in_two(0, 1, folder, str(tmp_path / "cache"))  # fills the folder of rank 0

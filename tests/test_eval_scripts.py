@@ -147,6 +147,7 @@ def test_the_documented_file_runs_as_a_program(tmp_path, model, colours):
     assert "acc1" in done.stdout and (tmp_path / "result.json").is_file()
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_processes_say_it_once_and_say_the_same(call, tmp_path, model, colours, script):
     flags = ["--model", model, "--dataset", str(colours), "--batch_size", "3", "--num_workers", "0", "--no-cache"]

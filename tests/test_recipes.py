@@ -117,6 +117,7 @@ def test_two_processes_write_one_run(run):
     assert config["gamma"] == 0.5 and config["command"].startswith("accelerate launch")
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_while_training_a_student_is_measured_on_the_sets_that_were_named(run):
     records = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
     measured = [(r["step"], r["model"], r["dataset"]) for r in records if "model" in r]

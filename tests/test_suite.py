@@ -224,6 +224,7 @@ def two_processes(rank: int, world_size: int, folder: str, output: str) -> str:
     return json.dumps(lines)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_say_what_one_says(tmp_path):
     folder = str(colour_set(tmp_path / "set", ["red", "green", "blue", "red", "green"]))
     alone = two_processes(0, 1, folder, str(tmp_path / "alone"))

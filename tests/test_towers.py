@@ -186,7 +186,7 @@ def test_what_cannot_be_loaded_is_one_line(name, pretrained, message):
 
 
 def test_a_plain_folder_gets_a_hint(tmp_path):
-    with pytest.raises(UserError, match=r"is a folder: write local-dir:.* or transformers:"):
+    with pytest.raises(UserError, match=r"is a folder and no finished run: write local-dir:.* or transformers:"):
         load_clip(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="no open_clip_config.json: try transformers:"):

@@ -153,6 +153,10 @@ def measure_probe(
     fitted_on, measured_on = embed_images(embedder, train, label), embed_images(embedder, test, label)
     targets, wanted = torch.tensor(fitted_on.targets[label]), torch.tensor(measured_on.targets[label])
     several = targets.ndim == 2
+    if train.classnames and not several and int(wanted.max()) >= len(train.classnames):
+        raise UserError(
+            f"{test.name} has the label {int(wanted.max())}, its {len(train.classnames)} classes end before"
+        )
     most = targets.shape[1] if several else int(torch.cat([targets, wanted]).max()) + 1
     found = probe(
         features=fitted_on.rows.to(embedder.device),

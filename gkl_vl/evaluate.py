@@ -267,7 +267,8 @@ def likeness_statistics(*, student: Float[Tensor, "n C"], teacher: Float[Tensor,
     k = min(5, student.shape[1])
     shared = student.topk(k, dim=1).indices[:, :, None] == teacher.topk(k, dim=1).indices[:, None, :]
     log_student, log_teacher = (logits.double().log_softmax(dim=1) for logits in (student, teacher))
-    kl = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
+    # A class that a teacher rules out (a linear probe that never saw it: -inf) adds nothing, whatever the student says.
+    kl = torch.where(log_teacher > -torch.inf, log_teacher.exp() * (log_teacher - log_student), 0.0).sum(dim=1)
     return {
         "agreement@1": _mean_of(student.argmax(dim=1) == teacher.argmax(dim=1)),
         "top5_overlap": _mean_of(shared.any(dim=2).double().mean(dim=1)),

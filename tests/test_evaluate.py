@@ -360,6 +360,8 @@ def test_likeness_by_hand():
     assert found["agreement@1"] == 0.5 and found["top5_overlap"] == 1  # of three classes all are among the first five
     p, q = teacher.softmax(1), student.softmax(1)
     assert found["kl"] == pytest.approx((p * (p / q).log()).sum(1).mean().item(), rel=1e-5)
+    ruled_out = torch.tensor([[1.0, 0, -torch.inf]])
+    assert values(likeness_statistics(student=ruled_out, teacher=ruled_out), images=1)["kl"] == 0
     student = torch.arange(10.0)[None]
     overlap = values(likeness_statistics(student=student, teacher=student.roll(2, dims=1)), images=1)["top5_overlap"]
     assert overlap == 3 / 5  # 5..9 against 7..9, 0, 1 moved by two: 5, 6, 7 of the shifted ones stay

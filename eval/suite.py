@@ -31,6 +31,7 @@ from gkl_vl.suite import (
     load_subject,
     refuse_mixing,
     run_suite,
+    skipped_text,
     suite_text,
     tradeoff,
     write_csv,
@@ -80,8 +81,8 @@ def main(config: Config) -> None:
         lines = list(run_suite(suite, subject, teacher))
         accelerator.print(f"{model} {pretrained or ''}".rstrip())
         accelerator.print(suite_text(lines, entries) + "\n")
-    for entry in skipped:
-        accelerator.print(f"skipped {entry.dataset}: {entry.reason}")
+    if skipped:
+        accelerator.print(skipped_text(skipped))
     if accelerator.is_main_process:
         found = all_lines(config.output)
         write_csv(config.output / "benchmark.csv", found)

@@ -7,6 +7,7 @@ it comes, `benchmark.csv` as `clip_benchmark build` writes it, and `suite.png`.
 import csv
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,6 +210,20 @@ def load_entries(
             f"none of the {len(by_name)} sets of {', '.join(names)} can be had; the first: {skipped[0].reason}"
         )
     return loaded, skipped
+
+
+def skipped_text(skipped: Sequence[Skipped]) -> str:
+    """A line for each reason, with all the sets that it holds for."""
+    alike: dict[str, list[Skipped]] = {}
+    for entry in skipped:
+        name = re.escape(entry.dataset).replace("/", "[/-]")
+        general = re.sub(f"(?<![A-Za-z0-9]){name}(?![A-Za-z0-9])", "NAME", entry.reason)
+        alike.setdefault(general, []).append(entry)
+    lines = []
+    for general, entries in alike.items():
+        reason = general if len(entries) > 1 else entries[0].reason
+        lines.append(f"skipped {', '.join(entry.dataset for entry in entries)}: {reason}")
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from gkl_vl.data.benchmark_sets import load_benchmark_set
 from gkl_vl.embed import Embedder
 from gkl_vl.errors import UserError
 from gkl_vl.report import draw_tradeoff
-from gkl_vl.suite import Flags, Skipped, Subject, Suite, load_entries, run_suite, suite_text, tradeoff
+from gkl_vl.suite import Flags, Skipped, Subject, Suite, load_entries, run_suite, skipped_text, suite_text, tradeoff
 from gkl_vl.towers import BUNDLED_TEACHER, load_clip
 
 SCRIPT = Path(__file__).parents[1] / "eval" / "suite.py"
@@ -163,6 +163,12 @@ def test_what_cannot_be_had_is_listed_with_its_reason_and_not_averaged(tmp_path,
 def size_of(picture: Path) -> tuple[int, int]:
     with Image.open(picture) as image:
         return image.size
+
+
+def test_a_reason_that_holds_for_many_is_told_once():
+    skipped = [Skipped(name, f"{name}: wds_{name.replace('/', '-')} is far") for name in ("a", "vtab/b")]
+    told = skipped_text([*skipped, Skipped("c", "c is odd")])
+    assert told.splitlines() == ["skipped a, vtab/b: NAME: wds_NAME is far", "skipped c: c is odd"]
 
 
 # ---- the script

@@ -19,7 +19,6 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from gkl_vl.gather import rank, sum_across_processes, world_size
-from gkl_vl.gkl import Number
 
 Counts = Float[Tensor, "r n"]
 """How often each image counts, float64."""
@@ -394,8 +393,3 @@ def _distributions(statistics: Statistics, images: int, draws: int, seed: int) -
 def _percentiles(of_draws: Float[Tensor, " draws"]) -> tuple[float, float]:
     low, high = of_draws.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
-
-
-def kept(student: Number, teacher: Number) -> float:
-    """The student's share of the teacher's metric; nan where the teacher has nothing."""
-    return student / teacher if teacher else float("nan")

@@ -334,7 +334,7 @@ def results_table(rows: list[dict]) -> str:
             kept = values["student"] / values["teacher"] if values.get("teacher") else math.nan
             note = "" if math.isnan(kept) else f"{100 * kept:.0f} % kept"
             lines.append([f"{shorten(dataset, 12)}  {shorten(key, 25)}", *cells, note])
-    return _align(lines)
+    return _underlined(lines)
 
 
 def _cost_line(label: str, key: str, sides: dict[str, dict], better: str) -> list[str]:
@@ -343,13 +343,18 @@ def _cost_line(label: str, key: str, sides: dict[str, dict], better: str) -> lis
     return [label, *cells, note]
 
 
-def _align(lines: list[list[str]]) -> str:
-    """Columns as wide as their longest cell, the first flush left, the others right, the head underlined."""
+def _underlined(lines: list[list[str]]) -> str:
+    """A table with a rule below its head."""
     width = max(len(line) for line in lines)
-    lines = [line + [""] * (width - len(line)) for line in lines]
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    rows = []
-    for first, *others in lines:
+    head, *rows = aligned([line + [""] * (width - len(line)) for line in lines]).split("\n")
+    return "\n".join([head, "-" * max(map(len, [head, *rows])), *rows])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their longest cell, the first flush left, the others right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        rows.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join([rows[0], "-" * max(map(len, rows)), *rows[1:]])
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)

@@ -27,9 +27,10 @@ from gkl_vl.benchmark import (
 from gkl_vl.data.benchmark_collections import BenchmarkTask, Entry, expand
 from gkl_vl.data.benchmark_sets import BenchmarkSet, load_benchmark_sets
 from gkl_vl.disk_cache import cache_folder
-from gkl_vl.embed import Embedder, milliseconds_per_image
+from gkl_vl.embed import Embedder
 from gkl_vl.errors import UserError
 from gkl_vl.gkl import Number
+from gkl_vl.report import aligned
 from gkl_vl.towers import load_clip
 
 
@@ -161,16 +162,6 @@ def percent(share: Number) -> str:
     return f"{100 * share:.2f} %"
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their longest cell, the first flush left, the others right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines)
-
-
 # ---- collections -------------------------------------------------------------------------------------------------
 
 
@@ -242,16 +233,14 @@ class Suite:
 
 def run_suite(suite: Suite, subject: Subject, teacher: Subject | None) -> Iterator[Line]:
     """The results of a model, one by one; each is written when it is there. All processes take part."""
-    cost = cost_of(subject.embedder)
-    cost_of_teacher = None if teacher is None else cost_of(teacher.embedder)
+    settings = {
+        "weights": subject.embedder.fingerprint.hex()[:16],
+        "teacher": None if teacher is None else teacher.embedder.fingerprint.hex()[:16],
+        "recall_k": list(suite.recall_k),
+        "seed": suite.seed,
+    }
     for name, dataset, entries in suite.sets:
         tasks = tasks_of(dataset, entries)
-        settings = {
-            "weights": subject.embedder.fingerprint.hex()[:16],
-            "teacher": None if teacher is None else teacher.embedder.fingerprint.hex()[:16],
-            "recall_k": list(suite.recall_k),
-            "seed": suite.seed,
-        }
         paths = {task: suite.output / file_name(name, subject, task) for task in tasks}
         there = {task: line for task in tasks if (line := read_line(paths[task])) and line.get("settings") == settings}
         missing: list[BenchmarkTask] = [task for task in tasks if not (suite.resume and task in there)]
@@ -262,8 +251,8 @@ def run_suite(suite: Suite, subject: Subject, teacher: Subject | None) -> Iterat
             )
             for line in lines:
                 if teacher is not None:
-                    line["teacher"]["cost"] = cost_of_teacher
-                found[line["task"]] = line | {"settings": settings, "cost": cost}
+                    line["teacher"]["cost"] = teacher.embedder.cost
+                found[line["task"]] = line | {"settings": settings, "cost": subject.embedder.cost}
                 if suite.is_main:
                     write_line(paths[line["task"]], found[line["task"]])
         yield from (found[task] for task in tasks)
@@ -278,16 +267,6 @@ def tasks_of(dataset: BenchmarkSet, entries: Sequence[Entry]) -> list[BenchmarkT
     """Of a collection's entries, or what the set is for."""
     named: list[BenchmarkTask] = [entry.task for entry in entries if entry.task is not None] or [TASK_OF[dataset.kind]]
     return list(dict.fromkeys(named))
-
-
-def cost_of(embedder: Embedder) -> dict[str, Number]:
-    """Parameters, and milliseconds of the image tower per image on this machine, in batches of 64."""
-    towers = embedder.clip.towers
-    return {
-        "parameters": sum(p.numel() for p in towers.parameters()),
-        "image_parameters": sum(p.numel() for p in towers.image_parameters()),
-        "ms_per_image": milliseconds_per_image(clip=embedder.clip, device=embedder.device),
-    }
 
 
 def file_name(dataset: str, subject: Subject, task: str) -> str:
@@ -314,7 +293,7 @@ def read_line(path: Path) -> Line | None:
 
 def refuse_mixing(output: Path, *, resume: bool) -> None:
     """Raises: UserError for a folder with results that are not to be gone on with."""
-    if not resume and any(read_line(path) for path in output.glob("*.json")):
+    if not resume and all_lines(output):
         raise UserError(f"{str(output)!r} already holds results: add --resume, or name another folder with --output")
 
 

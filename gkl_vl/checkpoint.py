@@ -2,6 +2,7 @@
 
 runs/clip_kd-20260102-030405/
     config.json          what was asked for
+    labelled.txt         semi-supervised: the images that keep their label
     results.jsonl        one line per log and per evaluation
     checkpoints/step_00000600/   to go on from: Accelerate's state, loop.json, ema.safetensors, memory_RANK.safetensors
     model/               the student as people load it
@@ -40,10 +41,14 @@ class RunFolder:
 
     def write_json(self, name: str, content: Any) -> None:
         """A JSON file, written aside and renamed."""
+        self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+    def write_text(self, name: str, content: str) -> None:
+        """A file, written aside and renamed."""
         if self._is_main:
             self.path.mkdir(parents=True, exist_ok=True)
             aside = self.path / (name + ".writing")
-            aside.write_text(json.dumps(content, indent=2) + "\n")
+            aside.write_text(content)
             aside.replace(self.path / name)
 
     def config(self) -> dict[str, Any]:

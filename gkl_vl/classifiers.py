@@ -22,6 +22,7 @@ import torchvision
 from huggingface_hub import snapshot_download
 from jaxtyping import Float, UInt8
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from gkl_vl.errors import UserError, first_line
@@ -32,6 +33,8 @@ CIFAR_MEAN_STD: tuple[RGB, RGB] = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.
 IMAGENET_MEAN_STD: tuple[RGB, RGB] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 _FOLDERS = ("hf-hub:", "local-dir:")
+_HEADS = ("head.", "fc.", "linear.", "classifier.", "mlp.", "mlp_head.")
+"""How the classifier's parameters begin: in the zoo, in timm's ViTs, in USB's checkpoints, which have more than one."""
 _PREFIXES = "timm:NAME, torchvision:NAME, hf-hub:org/repo or local-dir:path"
 _CONNECT = "connect, or give the path of a downloaded file"
 
@@ -81,7 +84,12 @@ class OnPixels(nn.Module):
 
 
 def load_classifier(
-    name: str, *, num_classes: int | None = None, weights: str | None = None, allow_pickle: bool = False
+    name: str,
+    *,
+    num_classes: int | None = None,
+    weights: str | None = None,
+    new_head: bool = False,
+    allow_pickle: bool = False,
 ) -> Classifier:
     """Load a label model by name.
 
@@ -91,6 +99,8 @@ def load_classifier(
         num_classes: classes of the data: how many logits the model gives; None = as many as the folder says.
         weights: None = random; `pretrained` = timm's or torchvision's own; else the path of a state dict, plain or
             under "model" or "state_dict", which must fit the model to the last key and shape.
+        new_head: to fine-tune weights on other classes: their classifier is left out, the model's is random; a ViT's
+            positions are interpolated to its own image size.
         allow_pickle: read weights that are not safetensors, still with `weights_only=True`.
 
     Raises:
@@ -104,13 +114,16 @@ def load_classifier(
     if not colon:
         model = _build_zoo(name, num_classes=num_classes, weights=weights)
     elif prefix == "timm":
-        model = _build_timm(rest, num_classes=num_classes, pretrained=weights == "pretrained")
+        model = _build_timm(rest, num_classes=num_classes, pretrained=weights == "pretrained", new_head=new_head)
     elif prefix == "torchvision":
         model = _build_torchvision(rest, num_classes=num_classes, pretrained=weights == "pretrained")
     else:
         raise UserError(f"unknown prefix {prefix!r} of classifier {name!r}: write {_PREFIXES}")
     if weights not in (None, "pretrained"):
-        _load_weights(model, Path(weights), name=name, num_classes=num_classes, allow_pickle=allow_pickle)
+        stored = _state_dict(Path(weights), allow_pickle=allow_pickle)
+        if new_head:
+            stored = _with_new_head(stored, model)
+        _load_weights(model, stored, path=weights, name=name, num_classes=num_classes)
     mean, std = _mean_std(name, model)
     return Classifier(name=name, model=model, mean=mean, std=std, num_classes=num_classes)
 
@@ -132,14 +145,15 @@ def _build_zoo(name: str, *, num_classes: int, weights: str | None) -> nn.Module
     return ZOO[name](num_classes)
 
 
-def _build_timm(name: str, *, num_classes: int, pretrained: bool) -> nn.Module:
+def _build_timm(name: str, *, num_classes: int, pretrained: bool, new_head: bool) -> nn.Module:
     names = timm.list_pretrained() if "." in name else timm.list_models()  # a tag of weights follows the dot
     if name not in names:
         raise UserError(f"timm has no model {name!r}: {_nearest(name, names)}")
     if not pretrained:
         return timm.create_model(name, num_classes=num_classes)
     config: Any = timm.get_pretrained_cfg(name)  # never None: the name is known
-    _check_classes(config.num_classes, num_classes, f"the pretrained weights of timm:{name}")
+    if not new_head:
+        _check_classes(config.num_classes, num_classes, f"the pretrained weights of timm:{name}")
     try:
         return timm.create_model(name, pretrained=True, num_classes=num_classes)
     except Exception as error:  # there are no weights, or whatever the Hub's client raises
@@ -186,7 +200,8 @@ def _load_folder(name: str, *, num_classes: int | None, weights: str | None, all
             architecture = f"timm:{config['architecture']}"
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"config.json of {rest!r} names no model that is known: {first_line(error)}") from error
-    _load_weights(model, found[0], name=name, num_classes=classes, allow_pickle=allow_pickle)
+    stored = _state_dict(found[0], allow_pickle=allow_pickle)
+    _load_weights(model, stored, path=str(found[0]), name=name, num_classes=classes)
     return Classifier(name=architecture, model=model, mean=tuple(mean), std=tuple(std), num_classes=classes)
 
 
@@ -217,25 +232,32 @@ def _check_classes(theirs: int, ours: int, whose: str) -> None:
 # ---- weights from a file
 
 
-def _load_weights(model: nn.Module, path: Path, *, name: str, num_classes: int, allow_pickle: bool) -> None:
-    """Fill `model` from a file; every key and every shape must agree.
+def _with_new_head(stored: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The weights with the model's own, random classifier in the place of theirs."""
+    if isinstance(model, VisionTransformer):
+        stored = checkpoint_filter_fn(stored, model)  # interpolates positions
+    body = {key: tensor for key, tensor in stored.items() if not key.startswith(_HEADS)}
+    return body | {key: tensor for key, tensor in model.state_dict().items() if key.startswith(_HEADS)}
+
+
+def _load_weights(model: nn.Module, stored: dict[str, Tensor], *, path: str, name: str, num_classes: int) -> None:
+    """Fill `model` with what lies at `path`; every key and every shape must agree.
 
     One exception: `num_batches_tracked`, a count that only averaging without momentum reads and that early versions
     of torch did not store, may be missing.
     """
-    stored = _state_dict(path, allow_pickle=allow_pickle)
     wanted = model.state_dict()
     missing = [k for k in wanted if k not in stored and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in stored if k not in wanted]
     misfits = [k for k in wanted if k in stored and stored[k].shape != wanted[k].shape]
     heads = [k for k in misfits if wanted[k].shape[:1] == (num_classes,) and wanted[k].shape[1:] == stored[k].shape[1:]]
     if misfits and heads == misfits and not missing and not unexpected:  # only the classifier differs
-        _check_classes(stored[heads[0]].shape[0], num_classes, f"weights {str(path)!r}")
+        _check_classes(stored[heads[0]].shape[0], num_classes, f"weights {path!r}")
     shapes = [f"{k} has {list(stored[k].shape)}, not {list(wanted[k].shape)}" for k in misfits]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     faults = [f"{len(keys)} {kind} ({_first_few(keys)})" for kind, keys in kinds.items() if keys]
     if faults:
-        raise UserError(f"weights {str(path)!r} do not fit {name!r}: {'; '.join(faults)}: take those of this model")
+        raise UserError(f"weights {path!r} do not fit {name!r}: {'; '.join(faults)}: take those of this model")
     model.load_state_dict(stored, strict=False)
 
 
@@ -528,8 +550,12 @@ def _preact_resnet18(num_classes: int) -> nn.Module:
     )
 
 
-def _wrn(depth: int, widen: int, num_classes: int, *, activation: type[nn.Module] = nn.ReLU) -> nn.Module:
-    """Wide ResNet of (depth - 4) / 6 blocks a stage; inside a stage they are called `layer`."""
+def _wrn(depth: int, widen: int, num_classes: int, *, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
+    """Wide ResNet of (depth - 4) / 6 blocks a stage; inside a stage they are called `layer`.
+
+    The 28-2 of the semi-supervised literature has leaky ReLUs; its convolutions have biases and its norms a momentum
+    of 0.001 there, not here.
+    """
     block = partial(WideBlock, activation=activation())
     layers: Layers = OrderedDict(conv1=_conv(3, 16, 3))
     c = 16
@@ -541,6 +567,18 @@ def _wrn(depth: int, widen: int, num_classes: int, *, activation: type[nn.Module
     nn.init.zeros_(linear.bias)
     layers |= {"bn1": nn.BatchNorm2d(c), "relu": activation(), "pool": _pool(), "fc": linear}
     return _initialise(nn.Sequential(layers))
+
+
+def _vit(size: int, patch: int, width: int, num_classes: int) -> nn.Module:
+    """timm's ViT of 12 blocks with heads of 64, for small images; USB's `vit_*_patch*_*`, whose weights load."""
+    return VisionTransformer(
+        img_size=size,
+        patch_size=patch,
+        embed_dim=width,
+        num_heads=width // 64,
+        drop_path_rate=0.2 if width > 192 else 0.1,
+        num_classes=num_classes,
+    )
 
 
 def _vgg(convolutions: tuple[int, int, int, int, int], num_classes: int) -> nn.Module:
@@ -601,6 +639,10 @@ ZOO: dict[str, Callable[[int], nn.Module]] = {
     **{f"resnet{depth}_a": partial(_resnet_a, depth) for depth in (20, 32, 44, 56, 110)},
     **{f"wrn_{depth}_{widen}": partial(_wrn, depth, widen) for depth in (16, 40) for widen in (1, 2)},
     **{f"wrn_{depth}_10": partial(_wrn, depth, 10) for depth in (28, 34)},
+    "wrn_28_2": partial(_wrn, 28, 2, activation=partial(nn.LeakyReLU, 0.1)),
+    "vit_tiny_patch2_32": partial(_vit, 32, 2, 192),
+    "vit_small_patch2_32": partial(_vit, 32, 2, 384),
+    "vit_base_patch16_96": partial(_vit, 96, 16, 768),
     "wrn_28_10_silu": partial(_wrn, 28, 10, activation=nn.SiLU),
     "preact_resnet18": _preact_resnet18,
     "vgg8": partial(_vgg, (1, 1, 1, 1, 1)),

@@ -35,9 +35,7 @@ class FitConfig:
     """math.inf = no clipping."""
     accum_steps: int = 1
     """Batches of one update; the loss is that of all of them as one, and memory that of one."""
-    ema_decay: float = 0.0
-    """Per step; 0 = no moving average."""
-    ema_start_step: int = 0
+    average_from_step: int = 0
     """The average begins with the weights after so many updates and one more; until then it is the model itself."""
     log_every_steps: int = 10
     eval_every_steps: int = 0
@@ -102,6 +100,7 @@ def fit(
     config: FitConfig,
     evaluate: Callable[[nn.Module], Iterable[Record]],
     after_step: Callable[[], None],
+    average: AveragedModel | None = None,
     checkpoint: Path | None = None,
 ) -> nn.Module:
     """Train `model` for `config.steps` updates and return what is to be exported: the model, or its moving average.
@@ -113,23 +112,26 @@ def fit(
         make_loader: a position of a checkpoint, or None for the start -> this rank's loader.
         evaluate: the model to evaluate -> records with `model`, `dataset` and metrics; called on every rank.
         after_step: called after each update, for constraints on parameters.
+        average: of the model over updates, see `moving_average`; evaluated and exported in its place. It is updated
+            here, and an objective may hold it as well.
         checkpoint: where to go on; the run is then bit for bit the one that was never stopped (on CPU).
 
     Raises:
         UserError: gradient accumulation is on; a loss that is not finite.
     """
     refuse_accumulation(accelerator)
-    refuse_of_fsdp(accelerator, config)
+    refuse_of_fsdp(accelerator, average)
     whole = before_sharding(accelerator, model)
     plain = model
     model, optimizer = accelerator.prepare(model, make_optimizer(model))
-    ema = moving_average(plain, config.ema_decay)
+    if average is not None:
+        average.to(accelerator.device)
     step, position = 0, None
     if checkpoint is not None:
         step, position = read_loop_state(
             checkpoint, rank=accelerator.process_index, world_size=accelerator.num_processes
         )
-        objective.load_state(load_checkpoint(accelerator, checkpoint, ema=ema))
+        objective.load_state(load_checkpoint(accelerator, checkpoint, ema=average))
         run.rewind(step)
     started_at = step
     loader = make_loader(position)
@@ -140,7 +142,7 @@ def fit(
 
     while True:
         last = step == config.steps
-        result = whole if ema is None or step <= config.ema_start_step else ema.module
+        result = whole if average is None or step <= config.average_from_step else average.module
         evaluating = last or is_time(step, config.eval_every_steps)
         saving = last or is_time(step, config.checkpoint_every_steps)
         if evaluating or saving:
@@ -153,7 +155,7 @@ def fit(
                     bar.write(evaluation_line(record, step))
         if fresh and saving:
             save_checkpoint(  # all ranks
-                accelerator, run, step=step, position=loader.position(), ema=ema, memory=objective.state()
+                accelerator, run, step=step, position=loader.position(), ema=average, memory=objective.state()
             )
         if last:
             break
@@ -165,7 +167,7 @@ def fit(
         keys = [key for part in parts for key in part["keys"]]
         lr = learning_rate(step)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)  # timm's name, for rates that fall from layer to layer
         with accelerator.autocast():
             parts = [objective.prepared(part) for part in parts]
         model.train()
@@ -179,8 +181,8 @@ def fit(
         optimizer.step()
         optimizer.zero_grad()
         after_step()
-        if ema is not None and step >= config.ema_start_step:
-            ema.update_parameters(plain)  # the first time a copy
+        if average is not None and step >= config.average_from_step:
+            average.update_parameters(plain)  # the first time a copy
         step += 1
         # ----------------------------------------------------------------
 
@@ -272,7 +274,10 @@ def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) 
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel | None:
-    """The average of weights and of buffers: BatchNorm statistics of today do not fit weights of yesterday."""
+    """For `fit`: average = decay * average + (1 - decay) * model after each update; decay 0 = no average.
+
+    Of weights and of buffers: BatchNorm statistics of today do not fit weights of yesterday.
+    """
     if not decay:
         return None
 
@@ -313,7 +318,7 @@ def refuse_accumulation(accelerator: Accelerator) -> None:
         )
 
 
-def refuse_of_fsdp(accelerator: Accelerator, config: FitConfig) -> None:
+def refuse_of_fsdp(accelerator: Accelerator, average: AveragedModel | None) -> None:
     """What shards of a model cannot do."""
     if accelerator.distributed_type != DistributedType.FSDP:
         return
@@ -321,8 +326,8 @@ def refuse_of_fsdp(accelerator: Accelerator, config: FitConfig) -> None:
         raise UserError(
             "fsdp_version 1 flattens parameters, which the checkpoints here do not know: set fsdp_version: 2"
         )
-    if config.ema_decay:
-        raise UserError(f"ema_decay {config.ema_decay} averages whole models, and FSDP has shards: set it to 0")
+    if average is not None:
+        raise UserError("a moving average is one of whole models, and FSDP has shards: set --ema-decay 0")
 
 
 def before_sharding(accelerator: Accelerator, model: nn.Module) -> nn.Module:

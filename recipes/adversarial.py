@@ -41,7 +41,7 @@ from gkl_vl.data.views import (
     cifar_autoaugment,
     cifar_cutout,
 )
-from gkl_vl.engine import FitConfig, fit
+from gkl_vl.engine import FitConfig, fit, moving_average
 from gkl_vl.errors import UserError
 from gkl_vl.label_training import conclude, evaluate_on, overridden, recompute_batchnorm
 from gkl_vl.launch import start
@@ -281,8 +281,7 @@ def main(config: Config) -> None:
         config=FitConfig(
             steps=steps,
             grad_clip_norm=float("inf"),
-            ema_decay=preset.ema_decay,
-            ema_start_step=preset.ema_epoch * per_epoch,
+            average_from_step=preset.ema_epoch * per_epoch,
             log_every_steps=min(50, per_epoch),
             eval_every_steps=config.eval_every_epochs * per_epoch,
             checkpoint_every_steps=config.checkpoint_every_epochs * per_epoch,
@@ -298,6 +297,7 @@ def main(config: Config) -> None:
             device=accelerator.device,
         ),
         after_step=lambda: None,
+        average=moving_average(model, preset.ema_decay),
         checkpoint=run.find_checkpoint(config.resume) if config.resume else None,
     )
     if accelerator.is_main_process:

@@ -50,7 +50,7 @@ from gkl_vl.data.pairs import (
 )
 from gkl_vl.disk_cache import cache_folder
 from gkl_vl.embed import Embedder, milliseconds_per_image, top_names
-from gkl_vl.engine import FitConfig, fit
+from gkl_vl.engine import FitConfig, fit, moving_average
 from gkl_vl.errors import UserError
 from gkl_vl.launch import start
 from gkl_vl.objectives import ClipKd, ClipKdWeights, Teacher, online_teacher
@@ -201,12 +201,12 @@ def main(config: Config) -> None:
         config=FitConfig(
             steps=steps,
             accum_steps=config.accum_steps,
-            ema_decay=config.ema_decay,
             eval_every_steps=config.eval_every_steps,
             checkpoint_every_steps=config.checkpoint_every_steps,
         ),
         evaluate=partial(evaluate, sets, student, accelerator.device),
         after_step=partial(clamp_scale, student.towers),
+        average=moving_average(model, config.ema_decay),
         checkpoint=run.find_checkpoint(config.resume) if config.resume else None,
     )
     if teacher is not None:

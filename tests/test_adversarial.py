@@ -16,7 +16,7 @@ from gkl_vl import attacks, objectives
 from gkl_vl.adversarial import AdversarialTraining, raised_loss, robust_loss, strength
 from gkl_vl.checkpoint import RunFolder
 from gkl_vl.classifiers import OnPixels
-from gkl_vl.engine import FitConfig, fit
+from gkl_vl.engine import FitConfig, fit, moving_average
 from gkl_vl.gkl import gkl_loss, kl_loss
 from gkl_vl.objectives import Adversarial, EpochPrior, Together
 from gkl_vl.optim import sgd
@@ -110,7 +110,7 @@ class Loader:
         return 0
 
 
-def trained(folder: Path, settings: AdversarialTraining, second: bool, ema_start_step: int = 2) -> tuple:
+def trained(folder: Path, settings: AdversarialTraining, second: bool, from_step: int = 2) -> tuple:
     """By the engine: the model, and its average."""
     model = Together(OnPixels(net(), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)).double())
     prior = EpochPrior(C, settings.prior_temperature) if settings.method in ("ikl", "gkl") else None
@@ -123,9 +123,10 @@ def trained(folder: Path, settings: AdversarialTraining, second: bool, ema_start
         learning_rate=lambda step: 0.1,
         make_loader=lambda position: Loader(batches(second)),
         run=RunFolder(folder / "run", is_main=True),
-        config=FitConfig(steps=6, grad_clip_norm=math.inf, ema_decay=0.9, ema_start_step=ema_start_step),
+        config=FitConfig(steps=6, grad_clip_norm=math.inf, average_from_step=from_step),
         evaluate=lambda model: [],
         after_step=lambda: None,
+        average=moving_average(model, 0.9),
     )
     return model.model.model, result.model.model
 
@@ -268,9 +269,9 @@ def test_natural_training_sees_no_attack(tmp_path, monkeypatch):
 
 
 def test_before_the_average_begins_it_is_the_model_itself(tmp_path):
-    model, average = trained(tmp_path / "never", SETTINGS, False, ema_start_step=6)
+    model, average = trained(tmp_path / "never", SETTINGS, False, from_step=6)
     assert average is model
-    model, average = trained(tmp_path / "last", SETTINGS, False, ema_start_step=5)
+    model, average = trained(tmp_path / "last", SETTINGS, False, from_step=5)
     assert average is not model and torch.equal(average[0].weight, model[0].weight)
 
 

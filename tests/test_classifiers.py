@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import torchvision
 from safetensors.torch import save_file
 from timm.models import save_for_hf
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from gkl_vl import classifiers
@@ -63,6 +64,11 @@ COUNTS = {
     "wrn_28_10": (36_536_884, 155),
     "wrn_28_10_silu": (36_536_884, 155),
     "preact_resnet18": (11_218_340, 107),
+    # USB's are its ViT-S/2 of 21.4 million and ViT-B/16 of 85.3; the semi-supervised literature has a WRN-28-2 of 1.5
+    "vit_tiny_patch2_32": (5_410_084, 152),
+    "vit_small_patch2_32": (21_436_900, 152),
+    "vit_base_patch16_96": (85_752_676, 152),
+    "wrn_28_2": (1_479_220, 155),
     # He et al. 2016, table 6, has 0.27, 0.46, 0.66, 0.85 and 1.7 million for 10 classes
     "resnet20_a": (275_572, 116),
     "resnet32_a": (470_004, 188),
@@ -418,6 +424,31 @@ def test_weights_from_a_file_go_into_every_library(tmp_path):
         save_file(model.state_dict(), tmp_path / "w.safetensors")
         loaded = load_classifier(name, num_classes=4, weights=f"{tmp_path}/w.safetensors")
         assert same_weights(loaded.model, model)
+
+
+def test_weights_of_other_classes_can_be_fine_tuned_under_a_new_head(tmp_path, source):
+    torch.save({"model": source.state_dict()}, tmp_path / "w.pth")
+    loaded = load_classifier("resnet8", num_classes=3, weights=f"{tmp_path}/w.pth", new_head=True, allow_pickle=True)
+    state = loaded.model.state_dict()
+    assert state["fc.weight"].shape == (3, 64)
+    assert all(torch.equal(state[key], value) for key, value in source.state_dict().items() if key[:3] != "fc.")
+    torch.save({"fc.weight": torch.ones(3, 64)}, tmp_path / "part.pth")
+    with pytest.raises(UserError, match="do not fit 'resnet8': .* missing"):
+        load_classifier("resnet8", num_classes=3, weights=f"{tmp_path}/part.pth", new_head=True, allow_pickle=True)
+
+
+def test_a_vit_takes_positions_of_another_size_and_leaves_every_other_head_out(tmp_path):
+    """As MAE's ViT-B/16 of 224 px goes into USB's of 96, and USB's own weights, which have an mlp beside the head."""
+    trained = VisionTransformer(img_size=64, patch_size=2, embed_dim=192, num_heads=3, num_classes=1000)
+    weights = {key: torch.randn_like(value) for key, value in trained.state_dict().items()}
+    torch.save({"model": weights | {"mlp.0.weight": torch.ones(4, 4)}}, tmp_path / "w.pth")
+    flags = {"weights": f"{tmp_path}/w.pth", "allow_pickle": True}
+    state = load_classifier("vit_tiny_patch2_32", num_classes=10, new_head=True, **flags).model.state_dict()
+    assert state["pos_embed"].shape == (1, 257, 192) and state["head.weight"].shape == (10, 192)
+    assert torch.equal(state["blocks.3.attn.qkv.weight"], weights["blocks.3.attn.qkv.weight"])
+    assert torch.equal(state["pos_embed"][:, 0], weights["pos_embed"][:, 0])
+    with pytest.raises(UserError, match="do not fit"):
+        load_classifier("vit_tiny_patch2_32", num_classes=10, **flags)
 
 
 def test_torchvisions_own_weights_load(tmp_path, monkeypatch):

@@ -171,10 +171,36 @@ def test_the_moving_average_is_its_closed_form_and_leaves_constants_alone():
 
 def test_the_average_is_what_comes_back_and_is_evaluated(tmp_path):
     seen = []
-    config = FitConfig(steps=3, ema_decay=0.5)
-    model, result, _ = run_fit(tmp_path, config=config, evaluate=lambda m: seen.append(m) or [])
+    model = net()
+    average = moving_average(model, 0.5)
+    config = FitConfig(steps=3)
+    _, result, _ = run_fit(
+        tmp_path, model=model, config=config, average=average, evaluate=lambda m: seen.append(m) or []
+    )
     assert result is seen[0] and result is not model
     assert not torch.equal(result[0].weight, model[0].weight)
+
+
+def test_a_groups_own_scale_multiplies_the_rate(tmp_path):
+    def make_optimizer(model):
+        first, *others = model.parameters()
+        return torch.optim.SGD([{"params": [first], "lr_scale": 0.25}, {"params": others}], lr=1.0)
+
+    optimizers = []
+    model = net()
+    fit(
+        accelerator=Accelerator(cpu=True),
+        model=model,
+        objective=Objective(),
+        make_optimizer=lambda module: optimizers.append(make_optimizer(module)) or optimizers[0],
+        learning_rate=lambda step: 0.1,
+        make_loader=Loader,
+        run=RunFolder(tmp_path, is_main=True),
+        config=FitConfig(steps=1),
+        evaluate=lambda model: [],
+        after_step=lambda: None,
+    )
+    assert [group["lr"] for group in optimizers[0].param_groups] == pytest.approx([0.025, 0.1])
 
 
 @pytest.mark.parametrize("by_environment", [False, True])

@@ -18,7 +18,7 @@ from helpers import Forgetful, RankFailed, run_ranks
 from torch.distributed.tensor import DTensor
 
 from gkl_vl.checkpoint import RunFolder
-from gkl_vl.engine import FitConfig, fit
+from gkl_vl.engine import FitConfig, fit, moving_average
 from gkl_vl.image_text import image_text_loss, mimicry_loss
 from gkl_vl.optim import adamw, warmup_cosine
 from gkl_vl.towers import Student, clamp_scale, load_clip
@@ -140,26 +140,28 @@ def test_shards_train_as_the_whole_and_resume(tmp_path):
             assert torch.equal(tensor, last[name]), name
 
 
-def refused(rank, world_size, folder, version, ema_decay):
+def refused(rank, world_size, folder, version, decay):
     torch.manual_seed(0)
+    model = torch.nn.Linear(2, 2)
     fit(
         accelerator=sharding_accelerator(version),
-        model=torch.nn.Linear(2, 2),
+        model=model,
         objective=Distil(),
         make_loader=lambda position: Loader(rank, 1, 1, position),
         run=RunFolder(Path(folder), is_main=False),
         make_optimizer=partial(adamw, lr=1.0, wd=0.0),
         learning_rate=lambda step: 1.0,
-        config=FitConfig(steps=1, ema_decay=ema_decay),
+        config=FitConfig(steps=1),
         evaluate=lambda model: [],
         after_step=lambda: None,
+        average=moving_average(model, decay),
     )
 
 
 @pytest.mark.parametrize(
-    "version, ema_decay, message",
-    [(1, 0.0, "fsdp_version 1 .*: set fsdp_version: 2"), (2, 0.9, "ema_decay 0.9 .*: set it to 0")],
+    "version, decay, message",
+    [(1, 0.0, "fsdp_version 1 .*: set fsdp_version: 2"), (2, 0.9, "a moving average .*: set --ema-decay 0")],
 )
-def test_what_shards_cannot_do_is_refused(tmp_path, version, ema_decay, message):
+def test_what_shards_cannot_do_is_refused(tmp_path, version, decay, message):
     with pytest.raises(RankFailed, match=message):
-        run_ranks(refused, 1, str(tmp_path), version, ema_decay)
+        run_ranks(refused, 1, str(tmp_path), version, decay)

@@ -26,6 +26,7 @@ from gkl_vl.data.labelled import (
     first,
     in_memory,
     long_tailed,
+    open_images,
     open_labelled,
     pixel_image,
     shot_groups,
@@ -133,6 +134,20 @@ def cifar_files(root: Path, monkeypatch: pytest.MonkeyPatch, folder: str, key: s
     monkeypatch.setattr(of, "meta", {"filename": names[0], "key": "names", "md5": names[1]})
     monkeypatch.setattr(of, "train_list", [write("first", {"data": data, key: LABELS})])
     monkeypatch.setattr(of, "test_list", [write("second", {"data": data[:2], key: LABELS[:2]})])
+    return str(root)
+
+
+def stl10_files(root: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """STL-10's own layout, six images in each split; its labels count from 1, its pixels go column by column."""
+    folder = root / "stl10_binary"
+    folder.mkdir()
+    data = np.stack([pixels(i, 96).transpose(2, 1, 0) for i in range(6)])
+    for split in ("train", "test", "unlabeled"):
+        (folder / f"{split}_X.bin").write_bytes(data.tobytes())
+        if split != "unlabeled":
+            (folder / f"{split}_y.bin").write_bytes((np.array(LABELS, dtype=np.uint8) + 1).tobytes())
+    (folder / "class_names.txt").write_text("\n".join(NAMES) + "\n")
+    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
     return str(root)
 
 
@@ -515,3 +530,64 @@ def test_all_images_in_memory(tmp_path):
     (tmp_path / "a folder" / "2.png").write_bytes(picture(2, side=5))
     with pytest.raises(UserError, match="image 0 is 4x4 and image 2 is 5x5: only images of one size .* from disk"):
         in_memory(data)
+
+
+# ---- images whose labels are not there
+
+
+def test_stl10s_own_files(tmp_path, monkeypatch):
+    source = stl10_files(tmp_path, monkeypatch)
+    data = open_labelled(source, "train")
+    assert data.labels.tolist() == LABELS and data.classnames == NAMES
+    more = open_images(source, "unlabeled")
+    assert len(more) == len(data) == 6
+    for index in range(6):
+        assert np.array_equal(np.asarray(more.read(index)), pixels(index, 96))
+        assert np.array_equal(np.asarray(data.read(index)), pixels(index, 96))
+    with pytest.raises(UserError, match="has the label -1, which stands for none"):
+        open_labelled(source, "unlabeled")
+    with pytest.raises(UserError, match="has no split 'validation', splits there: test, train, unlabeled"):
+        open_images(source, "validation")
+
+
+def test_a_torn_stl10_is_named(tmp_path):
+    (tmp_path / "stl10_binary").mkdir()
+    with pytest.raises(UserError, match="is not what torchvision downloads .*: fetch it again"):
+        open_images(str(tmp_path), "unlabeled")
+
+
+def test_images_of_a_folder_lie_at_any_depth_and_those_of_a_table_need_no_label(tmp_path):
+    for place, index in (("b.png", 1), ("a/deep/er.png", 0), ("c/d.PNG", 2), ("a/notes.txt", 3)):
+        path = tmp_path / "folder" / "extra" / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(index))
+    found = open_images(str(tmp_path / "folder"), "extra")
+    assert len(found) == 3 and all(is_picture(found.read(index), index) for index in range(3))
+    assert in_memory(found).shape == (3, 3, 4, 4)
+    table = datasets.Dataset.from_dict(
+        {"img": [Image.fromarray(pixels(i)) for i in range(3)]}, features=datasets.Features({"img": datasets.Image()})
+    )
+    (tmp_path / "table").mkdir()
+    table.to_parquet(tmp_path / "table" / "extra-00000-of-00001.parquet")
+    found = open_images(str(tmp_path / "table"), "extra")
+    assert len(found) == 3 and all(is_picture(found.read(index), index) for index in range(3))
+    (tmp_path / "folder" / "none").mkdir()
+    for source, split, message in (
+        ("folder", "none", "holds no image"),
+        ("folder", "other", "has no split 'other', splits there: extra, none"),
+        ("table", "train", "has no split 'train'"),
+        ("nowhere", "train", "could not be had from the Hub"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_images(str(tmp_path / source), split)
+    with pytest.raises(UserError, match="has no column 'photo'"):
+        open_images(str(tmp_path / "table"), "extra", columns=("photo", "label"))
+
+
+def test_images_in_memory_can_be_of_another_size(tmp_path):
+    data = open_labelled(parquet_folder(tmp_path), "train")
+    resized = in_memory(data, size=2)
+    assert resized.shape == (6, 3, 2, 2)
+    wanted = data.read(3).resize((2, 2), Image.Resampling.BILINEAR)
+    assert np.array_equal(resized[3].permute(1, 2, 0).numpy(), np.asarray(wanted))
+    assert torch.equal(in_memory(data, size=4), in_memory(data))

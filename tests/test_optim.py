@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from gkl_vl.optim import multi_step, parameter_groups, sgd, warmup_cosine
+from gkl_vl.classifiers import load_classifier
+from gkl_vl.optim import layered_adamw, multi_step, parameter_groups, sgd, warmup_cosine, warmup_fixmatch
 
 
 def test_the_schedule_warms_up_and_falls_to_zero():
@@ -39,3 +40,32 @@ def test_sgd_decays_everything_that_is_trained():
 def test_milestones_take_a_tenth_each():
     rates = [multi_step(step, lr=1.0, milestones=(2, 3)) for step in range(5)]
     assert rates == pytest.approx([1, 1, 0.1, 0.01, 0.01])
+
+
+def test_sgd_spares_biases_and_norms_where_told():
+    matrices, others = sgd(torch.nn.Linear(3, 2), lr=0.1, wd=0.5, nesterov=True, norms_decay=False).param_groups
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.5, 0) and matrices["nesterov"]
+    assert [p.ndim for p in (*matrices["params"], *others["params"])] == [2, 1]
+
+
+def test_fixmatchs_schedule_ends_at_a_fifth():
+    rate = partial(warmup_fixmatch, lr=2.0, steps=10, warmup_steps=2)
+    assert [rate(step) for step in range(3)] == [0, 1, 2]
+    assert rate(6) == pytest.approx(2 * math.cos(7 / 32 * math.pi))
+    assert rate(10) == pytest.approx(0.39, abs=1e-3)
+
+
+def test_the_rate_falls_from_layer_to_layer():
+    """Of a ViT of 12 blocks: the head at the whole rate, the norm with the last block, the patches at 0.5^13 of it."""
+    model = load_classifier("vit_tiny_patch2_32", num_classes=10).model
+    groups = layered_adamw(model, lr=0.1, wd=0.3, layer_decay=0.5).param_groups
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    scale, decay = (
+        {name_of[p]: group[key] for group in groups for p in group["params"]} for key in ("lr_scale", "weight_decay")
+    )
+    assert set(scale) == set(name_of.values())
+    assert (scale["head.weight"], scale["norm.weight"]) == (1, 0.5)
+    assert [scale[f"blocks.{block}.mlp.fc1.weight"] for block in (11, 10, 0)] == [0.5, 0.25, 0.5**12]
+    assert scale["patch_embed.proj.weight"] == 0.5**13
+    assert decay["blocks.3.mlp.fc1.weight"] == 0.3
+    assert {decay[name] for name in ("pos_embed", "cls_token", "head.bias", "norm.weight")} == {0}

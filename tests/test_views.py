@@ -1,7 +1,9 @@
 """A view depends on seed, view and image alone, and a batch on its number: whoever asks, and wherever a run goes on."""
 
+import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -24,8 +26,10 @@ from gkl_vl.data.views import (
     Views,
     cifar_autoaugment,
     cifar_cutout,
+    describe,
     imagenet_augmentation,
     imagenet_center,
+    randaugment_cutout,
 )
 from gkl_vl.errors import UserError
 
@@ -346,3 +350,45 @@ def test_second_views_go_on_where_they_were(done):
     rest = take(iter(made(json.loads(json.dumps(old.position())))), 7 - done)
     for one, other in zip(rest, whole[done:], strict=True):
         assert torch.equal(one.pop("second_image"), other.pop("second_image")) and same(one, other)
+
+
+# ---- weak and strong views of semi-supervised learning
+
+
+def test_a_border_can_be_what_lies_inside_it_mirrored_and_images_upside_down():
+    views = dataclasses.replace(memory(count=300), padding=2, reflect=True, upside_down=True)
+    (made,) = asked(views, (3, list(range(300))))
+    found = Counter()
+    for number, image in enumerate(views.images):
+        mirrored = np.pad(image.numpy(), ((0, 0), (2, 2), (2, 2)), mode="reflect")
+        for row in range(5):
+            for column in range(5):
+                crop = torch.from_numpy(mirrored[:, row : row + HEIGHT, column : column + WIDTH])
+                for flips in ((), (1,), (2,), (1, 2)):
+                    if torch.equal(crop.flip(flips), made[number]):
+                        found[flips, number] += 1
+    assert len({number for _, number in found}) == 300
+    assert all(60 < sum(1 for flips, _ in found if flips == wanted) for wanted in ((), (1,), (2,), (1, 2)))
+    assert views.description() != memory(count=300).description()
+    plain = dataclasses.replace(views, reflect=False, upside_down=False, padding=4)
+    (before,), (after,) = asked(plain, (3, [0, 5])), asked(memory(count=300), (3, [0, 5]))
+    assert torch.equal(before, after)
+
+
+def test_a_strong_view_is_operations_of_random_strength_and_a_grey_square():
+    augment = randaugment_cutout(16, upside_down=False)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    torch.manual_seed(0)
+    made = torch.stack([augment(image) for _ in range(200)])
+    assert made.shape == (200, 3, 16, 16) and made.dtype == torch.uint8
+    assert len({view.numpy().tobytes() for view in made}) > 190
+    grey = (made == torch.tensor([125, 123, 114], dtype=torch.uint8)[:, None, None]).all(dim=1).flatten(1).sum(1)
+    assert grey.max() <= 64 and (grey == 0).any() and (grey > 32).any()  # up to half of 16 wide, 0 included
+    assert "upside" not in describe(augment) and "RandomVerticalFlip" in describe(
+        randaugment_cutout(16, upside_down=True)
+    )
+
+
+def test_a_cutout_has_the_colour_it_is_told():
+    image = Cutout(9, fill=(1, 2, 3))(torch.zeros(3, 4, 4, dtype=torch.uint8))
+    assert torch.equal(image, torch.tensor([1, 2, 3], dtype=torch.uint8)[:, None, None].expand(3, 4, 4))

@@ -48,6 +48,7 @@ CIFAR = {
     "cifar-10-batches-py": torchvision.datasets.CIFAR10,
     "cifar-100-python": torchvision.datasets.CIFAR100,
 }
+STL10 = "stl10_binary"
 
 
 class BrokenImage(UserError):
@@ -74,6 +75,23 @@ class EncodedImage:
             raise BrokenImage(
                 f"{self.where} cannot be decoded ({first_line(error)}): fetch it again or take it out"
             ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """Images by number."""
+
+    name: str
+    size: int
+    images: Callable[[int], EncodedImage]
+    """Image by number, not read yet; it goes to worker processes."""
+
+    def read(self, index: int) -> Image.Image:
+        """Image by number, decoded, RGB. Raises: UserError for one that cannot be decoded."""
+        return self.images(index).decode()
+
+    def __len__(self) -> int:
+        return self.size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +129,10 @@ def open_labelled(
 
     Args:
         source: a folder of parquet in the Hub's layout (`train-*.parquet`, there or one folder down), a folder with
-            CIFAR's own files (`cifar-10-batches-py`, `cifar-100-python`), an image folder (SPLIT/CLASS/*.jpg), or a
-            dataset on the Hub. `a-{000..9}.tar`, `a-*.tar` = web shards here, members KEY.jpg|jpeg|png|webp and
-            KEY.cls. `x.txt` = a list of lines `path/of/image.jpg LABEL`, as ImageNet-LT, Places-LT and
-            iNaturalist 2018 have them.
+            CIFAR's or STL-10's own files (`cifar-10-batches-py`, `cifar-100-python`, `stl10_binary`), an image folder
+            (SPLIT/CLASS/*.jpg), or a dataset on the Hub. `a-{000..9}.tar`, `a-*.tar` = web shards here, members
+            KEY.jpg|jpeg|png|webp and KEY.cls. `x.txt` = a list of lines `path/of/image.jpg LABEL`, as ImageNet-LT,
+            Places-LT and iNaturalist 2018 have them.
         split: of a folder or a Hub dataset; "validation" also finds a folder's "val". Shards and lists are one split.
         root: where the paths of a list begin, by default its own folder.
         columns: image and label of parquet or a Hub dataset where they are not among `IMAGE_COLUMNS` and
@@ -135,14 +153,47 @@ def open_labelled(
     return _table_set(f"{source}:{split}", table, columns)
 
 
-def in_memory(data: LabelledSet) -> UInt8[Tensor, "N 3 h w"]:
-    """All images, decoded.
+def open_images(source: str, split: str, *, columns: tuple[str, str] | None = None) -> ImageSet:
+    """The images of a split whose labels are not there, or not to be read; STL-10 calls its own "unlabeled".
+
+    Args:
+        source: as for `open_labelled`, but shards and lists; in a folder's SPLIT images may lie at any depth.
+        columns: the first is that of the images.
+
+    Raises: UserError for what cannot be found or read.
+    """
+    name, folder = f"{source}:{split}", Path(source)
+    if (folder / STL10).is_dir():
+        files = _stl10(source, split)
+        return ImageSet(name=name, size=len(files.data), images=_Pixels(name, files.data.transpose(0, 2, 3, 1)))
+    if folder.is_dir() and not _parquet_files(folder):
+        inside = _split_among((path.name for path in folder.iterdir() if path.is_dir()), split=split, source=source)
+        place = folder / inside
+        paths = sorted(str(p.relative_to(place)) for p in place.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+        if not paths:
+            raise UserError(f"{str(place)!r} holds no image (jpg, png, webp)")
+        return ImageSet(name=name, size=len(paths), images=_files(str(place), paths))
+    if folder.is_dir():
+        table = _parquet_table(source, split, _parquet_files(folder))
+    else:
+        table = hub_table(source, split, asked=f"{source!r} (split {split!r})", hint="or name a folder")
+    column = columns[0] if columns else next((c for c in IMAGE_COLUMNS if c in table.column_names), IMAGE_COLUMNS[-1])
+    need_columns(name, table.column_names, column, column)
+    images = undecoded(table.select_columns([column]), column)
+    return ImageSet(name=name, size=len(table), images=_TableImages(name, images, column))
+
+
+def in_memory(data: LabelledSet | ImageSet, *, size: int | None = None) -> UInt8[Tensor, "N 3 h w"]:
+    """All images, decoded, and with `size` resized to size x size.
 
     Raises: UserError where they differ in size.
     """
     images = torch.empty(0, dtype=torch.uint8)
     for index in tqdm(range(len(data)), desc=f"decode {data.name}", unit="image", leave=False, disable=None):
-        image = pil_to_tensor(data.read(index))
+        decoded = data.read(index)
+        if size is not None and decoded.size != (size, size):
+            decoded = decoded.resize((size, size), Image.Resampling.BILINEAR)
+        image = pil_to_tensor(decoded)
         if index == 0:
             images = torch.empty(len(data), *image.shape, dtype=torch.uint8)
         if image.shape != images.shape[1:]:
@@ -323,10 +374,18 @@ def _folder_set(source: str, split: str, columns: tuple[str, str] | None) -> Lab
     folder = Path(source)
     if cifar := next((name for name in CIFAR if (folder / name).is_dir()), None):
         return open_cifar(source, split, cifar)
-    # No deeper: an image folder has a million files down there.
-    if files := sorted([*folder.glob("*.parquet"), *folder.glob("*/*.parquet")]):
-        return _parquet_set(source, split, files, columns)
+    if (folder / STL10).is_dir():
+        stl10 = _stl10(source, split)
+        pixels = _Pixels(f"{source}:{split}", stl10.data.transpose(0, 2, 3, 1))
+        return _set(f"{source}:{split}", np.asarray(stl10.labels), stl10.classes, pixels)
+    if files := _parquet_files(folder):
+        return _table_set(f"{source}:{split}", _parquet_table(source, split, files), columns)
     return _image_folder_set(source, split)
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    # No deeper: an image folder has a million files down there.
+    return sorted([*folder.glob("*.parquet"), *folder.glob("*/*.parquet")])
 
 
 def _split_among(there: Iterable[str], *, split: str, source: str) -> str:
@@ -340,7 +399,8 @@ def _split_among(there: Iterable[str], *, split: str, source: str) -> str:
     return split
 
 
-def _parquet_set(source: str, split: str, files: list[Path], columns: tuple[str, str] | None) -> LabelledSet:
+def _parquet_table(source: str, split: str, files: list[Path]) -> Any:
+    """The split's `datasets.Dataset`."""
     import datasets
 
     # train-00000-of-00002.parquet, on the Hub also with a hash behind, or train.parquet
@@ -351,12 +411,11 @@ def _parquet_set(source: str, split: str, files: list[Path], columns: tuple[str,
     if len(folders) > 1:
         raise UserError(f"{source!r} has parquet of {split!r} in {' and '.join(folders)}: name one of these folders")
     try:
-        table = datasets.load_dataset("parquet", data_files=[str(file) for file in chosen], split="train")
+        return datasets.load_dataset("parquet", data_files=[str(file) for file in chosen], split="train")
     except Exception as error:  # of datasets or of pyarrow, by what is damaged
         raise UserError(
             f"the parquet of {split!r} in {folders[0]!r} cannot be read ({first_line(error)}): fetch it again"
         ) from error
-    return _table_set(f"{source}:{split}", table, columns)
 
 
 def _table_set(name: str, table: Any, columns: tuple[str, str] | None) -> LabelledSet:
@@ -388,6 +447,17 @@ def open_cifar(source: str, split: str, folder: str) -> LabelledSet:
             f"{str(Path(source) / folder)!r} is not what torchvision downloads ({first_line(error)}): fetch it again"
         ) from error
     return _set(f"{source}:{split}", files.targets, files.classes, _Pixels(f"{source}:{split}", files.data))
+
+
+def _stl10(source: str, split: str) -> torchvision.datasets.STL10:
+    """STL-10's own files, pixels [N 3 h w]; labels of "unlabeled" are -1."""
+    split = _split_among(["train", "test", "unlabeled"], split=split, source=source)
+    try:
+        return torchvision.datasets.STL10(source, split=split, download=False)
+    except RuntimeError as error:
+        raise UserError(
+            f"{str(Path(source) / STL10)!r} is not what torchvision downloads ({first_line(error)}): fetch it again"
+        ) from error
 
 
 def _image_folder_set(source: str, split: str) -> LabelledSet:

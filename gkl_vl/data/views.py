@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import to_pil_image
 
 from gkl_vl.data.pairs import apply_seeded, number_of
 from gkl_vl.data.synthesized import Synthesized, synthesized_per_batch
@@ -56,32 +57,41 @@ class Images(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryViews:
-    """The whole set in memory, cropped from zero-padded images and flipped, a batch at a time: CIFAR's augmentation."""
+    """The whole set in memory, cropped from padded images and flipped, a batch at a time: CIFAR's augmentation."""
 
     images: UInt8[Tensor, "N 3 h w"]
     seed: int
     padding: int = 4
+    reflect: bool = False
+    """Pad with what lies inside the border, mirrored, instead of zeros."""
+    upside_down: bool = False
+    """Flip vertically too: pictures from above."""
 
     def batches(self, ids: Iterator[Ids]) -> Iterator[UInt8[Tensor, "n 3 h w"]]:
         drawn = PLAIN
-        shifts, flips = torch.empty(0), torch.empty(0)
+        shifts, flips, turned = torch.empty(0), torch.empty(0), torch.empty(0)
         for view, index in ids:
             if view == PLAIN:
                 yield self.images[index]
                 continue
             if view != drawn:
-                shifts, flips = self._draw(view)
+                shifts, flips, turned = self._draw(view)
                 drawn = view
-            yield cropped(self.images[index], shifts[index], flips[index], self.padding)
+            images = cropped(self.images[index], shifts[index], flips[index], self.padding, reflect=self.reflect)
+            if self.upside_down:
+                images = torch.where(turned[index][:, None, None, None], images.flip(2), images)
+            yield images
 
     def description(self) -> str:
-        return f"crop with padding {self.padding}, flip, seed {self.seed}"
+        more = (", reflected" if self.reflect else "") + (", upside down" if self.upside_down else "")
+        return f"crop with padding {self.padding}, flip{more}, seed {self.seed}"
 
-    def _draw(self, view: int) -> tuple[Int[Tensor, "N 2"], Tensor]:
-        """Of every image in a view: the crop's corner, and whether it is flipped."""
+    def _draw(self, view: int) -> tuple[Int[Tensor, "N 2"], Bool[Tensor, " N"], Bool[Tensor, " N"]]:
+        """Of every image in a view: the crop's corner, whether it is flipped, and whether it is upside down."""
         generator = torch.Generator().manual_seed(number_of(f"view {view} of seed {self.seed}"))
         shifts = torch.randint(0, 2 * self.padding + 1, (len(self.images), 2), generator=generator)
-        return shifts, torch.rand(len(self.images), generator=generator) < 0.5
+        flips, turned = (torch.rand(len(self.images), generator=generator) < 0.5 for _ in range(2))
+        return shifts, flips, turned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,11 +145,16 @@ class MixedViews:
 
 
 def cropped(
-    images: UInt8[Tensor, "n 3 h w"], shifts: Int[Tensor, "n 2"], flips: Bool[Tensor, " n"], padding: int
+    images: UInt8[Tensor, "n 3 h w"],
+    shifts: Int[Tensor, "n 2"],
+    flips: Bool[Tensor, " n"],
+    padding: int,
+    *,
+    reflect: bool = False,
 ) -> UInt8[Tensor, "n 3 h w"]:
-    """Parts of the zero-padded images, as large as these, from the given corners, and some of them flipped."""
+    """Parts of the padded images, as large as these, from the given corners, and some of them flipped."""
     n, _, h, w = images.shape
-    padded = F.pad(images, (padding,) * 4)
+    padded = F.pad(images, (padding,) * 4, mode="reflect" if reflect else "constant")
     rows = shifts[:, :1] + torch.arange(h)
     columns = torch.arange(w).expand(n, w)
     columns = shifts[:, 1:] + torch.where(flips[:, None], columns.flip(1), columns)
@@ -147,9 +162,19 @@ def cropped(
     return pixels.permute(0, 3, 1, 2)
 
 
+@dataclass(frozen=True)
+class MemoryImages:
+    """Images in memory, for transforms that want them one by one."""
+
+    images: UInt8[Tensor, "N 3 h w"]
+
+    def read(self, index: int, /) -> Image.Image:
+        return to_pil_image(self.images[index])
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiskViews:
-    """Images read and augmented one by one, in worker processes."""
+    """Images augmented one by one, in worker processes, which read them from disk if they are there."""
 
     data: Images
     augment: Callable[[Image.Image], Tensor]
@@ -247,21 +272,41 @@ def cifar_cutout(size: int) -> Callable[[Image.Image], Tensor]:
     return v2.Compose([v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip(), v2.PILToTensor(), Cutout(size // 2)])
 
 
+def randaugment_cutout(size: int, *, upside_down: bool) -> Callable[[Image.Image], Tensor]:
+    """The strong view of FixMatch as USB has it: crop, flip, three operations of random strength, a grey square.
+
+    Each operation is one of RandAugment's, at one of its 31 strengths, drawn uniformly; the square is 0 to half the
+    image wide. They are torchvision's operations, which shift by up to 45 % where USB's shift by 30 %, and brighten
+    and saturate where USB's only darken and fade.
+
+    Source: Cubuk et al., arXiv 1909.13719; USB, `semilearn/datasets/augmentation/randaugment.py`.
+    """
+    operation = v2.RandomChoice([v2.RandAugment(num_ops=1, magnitude=strength) for strength in range(31)])
+    square = v2.RandomChoice([Cutout(width, fill=_USB_GREY) for width in range(size // 2 + 1)])
+    flips = [v2.RandomHorizontalFlip(), *([v2.RandomVerticalFlip()] if upside_down else [])]
+    crop = v2.RandomCrop(size, padding=size // 8, padding_mode="reflect")
+    return v2.Compose([crop, *flips, operation, operation, operation, v2.PILToTensor(), square])
+
+
+_USB_GREY = (125, 123, 114)
+
+
 class Cutout(nn.Module):
-    """A square of zeros, `size` pixels wide; its centre is anywhere, and what lies beyond the border is cut off.
+    """A square of one colour, `size` pixels wide; its centre is anywhere, and what lies beyond the border is cut off.
 
     Source: DeVries and Taylor 2017, `Cutout/util/cutout.py`. RandomErasing keeps its square within the image.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, *, fill: tuple[int, int, int] = (0, 0, 0)):
         super().__init__()
-        self.size = size
+        self.size, self.fill = size, fill
 
     def forward(self, image: UInt8[Tensor, "3 h w"]) -> UInt8[Tensor, "3 h w"]:
         _, h, w = image.shape
         top, left = (int(torch.randint(length, ())) - self.size // 2 for length in (h, w))
         image = image.clone()
-        image[:, max(top, 0) : top + self.size, max(left, 0) : left + self.size] = 0
+        square = image[:, max(top, 0) : top + self.size, max(left, 0) : left + self.size]
+        square[:] = torch.tensor(self.fill, dtype=torch.uint8)[:, None, None]
         return image
 
 

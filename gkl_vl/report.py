@@ -20,7 +20,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-Pixels = int | float  # from the picture's top left corner
+Number = int | float
+Pixels = Number  # from the picture's top left corner
 
 _WIDTH, _HEIGHT = 1400, 780
 _INK, _QUIET, _RULE = "#1f2328", "#656d76", "#d8dee4"
@@ -36,7 +37,9 @@ _TERMS = {
     "ce": "labels",
     "distillation": "distillation",
     "robust": "attacked",
+    "consistency": "consistency",
 }
+_PSEUDO_LABELS = {"mask_rate": "Pseudo-labels that count", "acc1": "Right among those"}
 _MOST_DATASETS = 4
 _SHEET_COLUMNS, _SHEET_ROWS = 2, 6
 
@@ -54,12 +57,13 @@ class SheetItem:
 def draw_report(*, path: Path, records: list[dict], sheet: list[SheetItem], title: str) -> None:
     """Write a PNG: loss curves and top-1 accuracy at the left, the sheet of held-out images at the right.
 
-    What the records lack is left out: terms, evaluations, the teacher. Written beside `path` and renamed.
+    What the records lack is left out: terms, evaluations, the teacher. Where there are pseudo-labels they are drawn at
+    the right. Written beside `path` and renamed.
 
     Args:
         path: the .png to write.
         records: lines of results.jsonl, in the order of time.
-        sheet: up to twelve are drawn; none leaves the curves the whole width.
+        sheet: up to twelve are drawn; none, and no pseudo-labels, leave the curves the whole width.
         title: one line above everything.
 
     Raises:
@@ -68,12 +72,75 @@ def draw_report(*, path: Path, records: list[dict], sheet: list[SheetItem], titl
     figure = Figure(figsize=(_WIDTH / 100, _HEIGHT / 100), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
     _text(figure, 34, 40, shorten(title, 88), size=16, weight="bold")
-    width = 0.36 if sheet else 0.92
+    points = pseudo_labels(records, windows=12)
+    width = 0.36 if sheet else 0.43 if points else 0.92
     _draw_losses(figure.add_axes((0.052, 0.53, width, 0.325)), records)
     _draw_accuracy(figure.add_axes((0.052, 0.075, width, 0.335)), records)
     if sheet:
         _draw_sheet(figure, sheet[: _SHEET_COLUMNS * _SHEET_ROWS])
+    elif points:
+        for key, bottom, height in (("mask_rate", 0.53, 0.325), ("acc1", 0.075, 0.335)):
+            axes = figure.add_axes((0.545, bottom, width, height))
+            _draw_shares(axes, _PSEUDO_LABELS[key], {"": [(point["step"], point[key]) for point in points]})
     _save(figure, path)
+
+
+def pseudo_labels(records: list[dict], *, windows: int) -> list[dict[str, Number]]:
+    """How many pseudo-labels counted and how many of those were right, in percent, over the training.
+
+    Batches are few images, so the logged ones are pooled in so many parts of the training: {"step", the last one's;
+    "mask_rate"; "acc1", NaN where none counted}.
+    """
+    logged = [record for record in records if "train/mask_rate" in record]
+    points = []
+    for part in np.array_split(np.arange(len(logged)), min(windows, len(logged))) if logged else []:
+        rates = [logged[i]["train/mask_rate"] for i in part]
+        right = [logged[i]["train/mask_rate"] * logged[i]["train/pseudo_label_acc1"] for i in part]
+        acc1 = 100 * sum(right) / sum(rates) if sum(rates) else math.nan
+        points.append({"step": logged[part[-1]]["step"], "mask_rate": 100 * sum(rates) / len(rates), "acc1": acc1})
+    return points
+
+
+def draw_pseudo_labels(*, path: Path, runs: dict[str, dict[str, list[dict[str, Number]]]]) -> None:
+    """Write a PNG of `pseudo_labels`: a row for each setting, at the left how many count, at the right how many are
+    right, a line for each method.
+
+    Args:
+        path: the .png to write.
+        runs: setting -> method -> points.
+
+    Raises:
+        OSError: no permission, disk full; an existing picture is untouched.
+    """
+    figure = Figure(figsize=(12, 4.2 * len(runs)), dpi=100, facecolor="white")
+    FigureCanvasAgg(figure)
+    for row, (setting, methods) in enumerate(runs.items()):
+        for left, key in ((0.06, "mask_rate"), (0.56, "acc1")):
+            axes = figure.add_axes((left, (len(runs) - 1 - row + 0.13) / len(runs), 0.41, 0.64 / len(runs)))
+            lines = {name: [(point["step"], point[key]) for point in points] for name, points in methods.items()}
+            _draw_shares(axes, f"{_PSEUDO_LABELS[key]}, {setting}", lines)
+            axes.set_xlabel("step", fontsize=10.5, color=_QUIET)
+    _save(figure, path)
+
+
+def _draw_shares(axes: Axes, title: str, lines: dict[str, list[tuple[Number, Number]]]) -> None:
+    """Percents over steps; a name of "" is in no legend."""
+    _style(axes)
+    handles = []
+    for (name, points), colour in zip(lines.items(), _COLOURS, strict=False):
+        known = [(int(step), value) for step, value in points if math.isfinite(value)]
+        if known:
+            line = _draw_curve(axes, known, colour, width=2.0, marker="o")
+            line.set_label(f"{name}  {known[-1][1]:.0f} %".strip())
+            handles.append(line)
+    if not handles:
+        _say_none(axes, f"{title}: none")
+        return
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
+    _head(axes, title, handles, columns=len(handles) if len(handles) <= 3 else 2)
 
 
 def draw_tradeoff(*, path: Path, points: list[dict]) -> None:

@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 from matplotlib.figure import Figure
 
-from gkl_vl.report import SheetItem, draw_report, results_table, shorten
+from gkl_vl.report import SheetItem, draw_pseudo_labels, draw_report, pseudo_labels, results_table, shorten
 
 RED = PIL.Image.new("RGB", (64, 64), (255, 0, 0))
 TRAINING = [
@@ -207,3 +207,34 @@ def test_shorten_counts_the_ellipsis():
     assert shorten("abcdef", 6) == "abcdef"
     assert shorten("abcdefg", 6) == "abcde…"
     assert shorten("two\n  lines", 20) == "two lines"
+
+
+# ---- pseudo-labels
+
+
+def test_pseudo_labels_are_pooled_so_that_an_empty_batch_says_nothing():
+    given = [(10, 0.0, 0.0), (20, 0.25, 1.0), (30, 0.75, 0.5), (40, 0.5, 0.0), (50, 0.0, 0.0)]
+    logged = [{"step": s, "train/mask_rate": m, "train/pseudo_label_acc1": a} for s, m, a in given]
+    first, second = pseudo_labels([*logged, {"step": 50, "model": "student"}], windows=2)
+    assert first == pytest.approx({"step": 30, "mask_rate": 100 / 3, "acc1": 62.5})
+    assert second == pytest.approx({"step": 50, "mask_rate": 25, "acc1": 0})
+    (none,) = pseudo_labels(logged[:1], windows=2)
+    assert none["mask_rate"] == 0 and math.isnan(none["acc1"])
+    assert pseudo_labels(TRAINING, windows=3) == []
+
+
+def test_a_run_with_pseudo_labels_has_them_at_the_right(tmp_path: Path):
+    blue = (0, 114, 178)
+    pseudo = [{"step": s, "train/mask_rate": s / 100, "train/pseudo_label_acc1": 0.5} for s in range(0, 100, 10)]
+    with_them, without = (draw(tmp_path, TRAINING + STUDENT + more, []) for more in (pseudo, []))
+    right = (slice(None), slice(770, 1400))
+    assert count(with_them[right], blue) > 2000
+    assert count(with_them, blue) > count(without[:, :700], blue)
+
+
+def test_a_picture_of_several_settings_has_a_row_of_each(tmp_path: Path):
+    points = [{"step": s, "mask_rate": s / 2, "acc1": math.nan if s == 0 else 50.0} for s in range(0, 100, 10)]
+    draw_pseudo_labels(path=tmp_path / "p.png", runs={"40 labels": {"kl": points, "gkl": points}, "250": {"kl": []}})
+    pixels = np.asarray(PIL.Image.open(tmp_path / "p.png").convert("RGB"))
+    assert pixels.shape == (840, 1200, 3)
+    assert count(pixels[:420], (213, 94, 0)) > 500 and count(pixels[420:], (213, 94, 0)) == 0

@@ -9,7 +9,8 @@ import re
 import select
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import NoReturn, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -83,6 +84,30 @@ def run(main: Callable[[ConfigT], None], config: Callable[..., ConfigT], argv: S
         if settings.debug:
             traceback.print_exc()
         leave(f"error: {line}", 2)
+
+
+# ---- what flags may say ------------------------------------------------------------------------------------------
+
+Value = TypeVar("Value")
+
+
+def named(table: Mapping[str, Value], name: str, *, flag: str) -> Value:
+    """The table's entry. Raises: UserError for a name that it has not, with the nearest one."""
+    if name not in table:
+        near = get_close_matches(name, list(table), n=1, cutoff=0)
+        raise UserError(f"unknown {flag} {name!r}, did you mean {near[0]!r}? There are {', '.join(table)}")
+    return table[name]
+
+
+def require_positive(config: object, *names: str) -> None:
+    """Raises: UserError for a field of `config` that is below 1; None is left alone."""
+    for name in names:
+        value = vars(config)[name]
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------
 
 
 def parse(config: Callable[..., ConfigT], argv: Sequence[str] | None) -> ConfigT:

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -13,7 +12,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from gkl_vl import hub, report
+from gkl_vl import cli, hub, report
 from gkl_vl.checkpoint import RunFolder
 from gkl_vl.classifiers import Classifier, load_classifier, scaled
 from gkl_vl.data.labelled import LabelledSet, first, in_memory, long_tailed, open_labelled, shot_groups
@@ -240,20 +239,12 @@ def train_classifier(config: LabelConfig, *, recipe: Recipe) -> None:
 
 def find_pair(recipe: Recipe, config: LabelConfig) -> Pair:
     """The published pair, with what the flags say otherwise."""
-    if config.pair not in recipe.pairs:
-        near = get_close_matches(config.pair, list(recipe.pairs), n=1, cutoff=0)
-        raise UserError(
-            f"unknown --pair {config.pair!r}, did you mean {near[0]!r}? There are {', '.join(recipe.pairs)}"
-        )
-    pair = recipe.pairs[config.pair]
+    pair = cli.named(recipe.pairs, config.pair, flag="--pair")
     if config.steps is not None and config.epochs is not None:
         raise UserError(f"--steps {config.steps} and --epochs {config.epochs} say the same twice: give one")
     if config.stored_views < 0:
         raise UserError(f"--stored-views {config.stored_views} must be at least 1, or 0 for none")
-    for name in ("steps", "epochs", "batch_size", "images", "stored_top_k"):
-        value = vars(config)[name]
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    cli.require_positive(config, "steps", "epochs", "batch_size", "images", "stored_top_k")
     if config.epochs is not None:  # the milestones keep their share of the way
         moved = tuple(epoch * config.epochs / pair.epochs for epoch in pair.milestones)
         pair = replace(pair, milestones=moved, epochs=config.epochs)

@@ -15,7 +15,6 @@ al., ICML 2023, arXiv 2302.04638. Published numbers are in `PRESETS`, ours in re
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -323,14 +322,8 @@ def main(config: Config) -> None:
 
 def find_preset(config: Config) -> tuple[Preset, AdversarialTraining]:
     """The published row and its method, with what the flags say otherwise."""
-    if config.preset not in PRESETS:
-        near = get_close_matches(config.preset, list(PRESETS), n=1, cutoff=0)
-        raise UserError(f"unknown --preset {config.preset!r}, did you mean {near[0]!r}? There are {', '.join(PRESETS)}")
-    for name in ("epochs", "batch_size", "images", "robust_images"):
-        value = vars(config)[name]
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
-    preset = PRESETS[config.preset]
+    preset = cli.named(PRESETS, config.preset, flag="--preset")
+    cli.require_positive(config, "epochs", "batch_size", "images", "robust_images")
     settings = replace(preset.methods[config.method], norm=config.norm, epsilon=radius(config.epsilon, config.norm))
     epochs = config.epochs or preset.epochs
     settings = replace(settings, awp_epoch=round(settings.awp_epoch * epochs / preset.epochs))

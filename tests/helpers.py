@@ -1,5 +1,6 @@
 """What several test files share: a function run by several processes at once."""
 
+import json
 import os
 import pickle
 import random
@@ -157,3 +158,9 @@ class Forgetful:
 
     def load_state(self, state: dict) -> None:
         assert state == {}
+
+
+def lines_without_speed(results: Path) -> list[dict]:
+    """What results.jsonl says, but for what no two runs share."""
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    return [{key: value for key, value in record.items() if "per_second" not in key} for record in records]

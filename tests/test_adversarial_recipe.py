@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, disable_progress_bars
-from datasets import Image as ImageFeature
-from PIL import Image
+from datasets import disable_progress_bars
+from helpers import lines_without_speed
 from safetensors.torch import load_file
+from small_sets import write_cifar
 
 from gkl_vl.classifiers import ZOO, load_classifier
 
@@ -72,13 +72,7 @@ def test_every_flag_is_explained():
 def place(tmp_path_factory) -> Path:
     """CIFAR-like parquet, and synthesized images."""
     folder, random = tmp_path_factory.mktemp("adversarial"), np.random.default_rng(0)
-    names = ClassLabel(names=[f"class {i}" for i in range(CLASSES)])
-    (folder / "cifar").mkdir()
-    for split, count in (("train", 16), ("test", 10)):
-        images = [Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(count)]
-        content = {"img": images, "label": [i % CLASSES for i in range(count)]}
-        table = Dataset.from_dict(content, features=Features({"img": ImageFeature(), "label": names}))
-        table.to_parquet(folder / "cifar" / f"{split}-00000-of-00001.parquet")
+    write_cifar(folder / "cifar", {"train": 16, "test": 10}, classes=CLASSES)
     image = random.integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
     np.savez(folder / "more.npz", image=image, label=np.arange(9) % CLASSES)
     return folder
@@ -133,17 +127,13 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped_bit_for_bit(call, place
     checkpoints = sorted((place / "whole" / "checkpoints").iterdir())
     assert [c.name for c in checkpoints] == [f"step_{step:08d}" for step in (4, 8, 12, 16)]
     want = load_file(place / "whole" / "model" / "model.safetensors")
-    records = (place / "whole" / "results.jsonl").read_text()
+    records = lines_without_speed(place / "whole" / "results.jsonl")
     for checkpoint in (checkpoints[0], checkpoints[2]):
         code, _, error = call(*flags, "--output-dir", "whole", "--resume", str(checkpoint))
         assert code == 0, error
         got = load_file(place / "whole" / "model" / "model.safetensors")
         assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
-        without_speed = [
-            [{k: v for k, v in json.loads(line).items() if "per_second" not in k} for line in text.splitlines()]
-            for text in (records, (place / "whole" / "results.jsonl").read_text())
-        ]
-        assert without_speed[0] == without_speed[1]
+        assert lines_without_speed(place / "whole" / "results.jsonl") == records
     averaged = load_file(checkpoints[2] / "ema.safetensors")
     assert averaged["n_averaged"] == 0 and load_file(checkpoints[3] / "ema.safetensors")["n_averaged"] == 4
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, disable_progress_bars
-from datasets import Image as ImageFeature
+from datasets import disable_progress_bars
+from helpers import lines_without_speed
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_sets import write_cifar
 
 from gkl_vl.classifiers import load_classifier
 from gkl_vl.label_training import LabelConfig
@@ -104,12 +105,7 @@ def draw(count: int, size: int) -> list[Image.Image]:
 def place(tmp_path_factory) -> Path:
     """CIFAR-like parquet, an image folder with lists, and teachers."""
     folder = tmp_path_factory.mktemp("label_recipes")
-    names = ClassLabel(names=[f"class {i}" for i in range(NUM_CLASSES)])
-    for split, count in (("train", 40), ("test", 20)):
-        content = {"img": draw(count, 32), "label": [i % NUM_CLASSES for i in range(count)]}
-        table = Dataset.from_dict(content, features=Features({"img": ImageFeature(), "label": names}))
-        (folder / "cifar").mkdir(exist_ok=True)
-        table.to_parquet(folder / "cifar" / f"{split}-00000-of-00001.parquet")
+    write_cifar(folder / "cifar", {"train": 40, "test": 20}, classes=NUM_CLASSES)
     for split, count in (("train", 20), ("val", 10)):
         for number, image in enumerate(draw(count, 40)):
             path = folder / "images" / split / f"c{number % NUM_CLASSES}" / f"{number}.png"
@@ -196,18 +192,14 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped_bit_for_bit(call, place
     checkpoints = sorted((place / "whole" / "checkpoints").iterdir())
     assert [c.name for c in checkpoints] == ["step_00000005", "step_00000010", "step_00000015"]
     want = load_file(place / "whole" / "model" / "model.safetensors")
-    records = (place / "whole" / "results.jsonl").read_text()
+    records = lines_without_speed(place / "whole" / "results.jsonl")
     code, _, error = call("cifar_kd", *flags, "--output-dir", "whole", "--resume", str(checkpoints[0]))
     assert code == 0, error
     got = load_file(place / "whole" / "model" / "model.safetensors")
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
     memory = load_file(checkpoints[1] / "memory_0.safetensors")
     assert memory["sums"].sum() > 0 and not torch.allclose(memory["prior"], torch.full_like(memory["prior"], 0.2))
-    without_speed = [
-        [{k: v for k, v in json.loads(line).items() if "per_second" not in k} for line in text.splitlines()]
-        for text in (records, (place / "whole" / "results.jsonl").read_text())
-    ]
-    assert without_speed[0] == without_speed[1]
+    assert lines_without_speed(place / "whole" / "results.jsonl") == records
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ class Config:
     """Weight decay; none on biases and norms."""
     precision: Literal["fp32", "amp", "fp16", "amp_bf16", "bf16"] | None = None
     """None = what `accelerate launch` or `accelerate config` say."""
-    workers: int = 4
+    workers: int = 2
     """Processes that make strong views, per training process."""
     seed: int = 0
     """Of labels, initial weights, order, augmentations, and of what --images draws."""

@@ -31,7 +31,7 @@ from torchvision.transforms import v2
 from gkl_vl import cli, hub
 from gkl_vl.checkpoint import RunFolder
 from gkl_vl.classifiers import load_classifier
-from gkl_vl.data.labelled import LabelledSet, first, in_memory, open_images, open_labelled
+from gkl_vl.data.labelled import LabelledSet, first, in_memory, open_image_set, open_labelled
 from gkl_vl.data.semi_supervised import (
     UNKNOWN,
     SemiSupervisedLoader,
@@ -344,7 +344,7 @@ def open_data(config: Config, preset: Preset) -> Data:
         labelled = read_labelled(config.labelled, train)
     pool, hidden = in_memory(train, size=preset.image_size), train.labels
     if preset.unlabelled_split is not None and config.method != "supervised":
-        more = in_memory(open_images(preset.data, preset.unlabelled_split), size=preset.image_size)
+        more = in_memory(open_image_set(preset.data, preset.unlabelled_split), size=preset.image_size)
         pool, hidden = torch.cat([pool, more]), torch.cat([hidden, torch.full((len(more),), UNKNOWN)])
     return Data(train, labelled, pool, hidden, test)
 

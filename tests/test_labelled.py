@@ -26,7 +26,7 @@ from gkl_vl.data.labelled import (
     first,
     in_memory,
     long_tailed,
-    open_images,
+    open_image_set,
     open_labelled,
     pixel_image,
     shot_groups,
@@ -539,7 +539,7 @@ def test_stl10s_own_files(tmp_path, monkeypatch):
     source = stl10_files(tmp_path, monkeypatch)
     data = open_labelled(source, "train")
     assert data.labels.tolist() == LABELS and data.classnames == NAMES
-    more = open_images(source, "unlabeled")
+    more = open_image_set(source, "unlabeled")
     assert len(more) == len(data) == 6
     for index in range(6):
         assert np.array_equal(np.asarray(more.read(index)), pixels(index, 96))
@@ -547,13 +547,13 @@ def test_stl10s_own_files(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="has the label -1, which stands for none"):
         open_labelled(source, "unlabeled")
     with pytest.raises(UserError, match="has no split 'validation', splits there: test, train, unlabeled"):
-        open_images(source, "validation")
+        open_image_set(source, "validation")
 
 
 def test_a_torn_stl10_is_named(tmp_path):
     (tmp_path / "stl10_binary").mkdir()
     with pytest.raises(UserError, match="is not what torchvision downloads .*: fetch it again"):
-        open_images(str(tmp_path), "unlabeled")
+        open_image_set(str(tmp_path), "unlabeled")
 
 
 def test_images_of_a_folder_lie_at_any_depth_and_those_of_a_table_need_no_label(tmp_path):
@@ -561,7 +561,7 @@ def test_images_of_a_folder_lie_at_any_depth_and_those_of_a_table_need_no_label(
         path = tmp_path / "folder" / "extra" / place
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture(index))
-    found = open_images(str(tmp_path / "folder"), "extra")
+    found = open_image_set(str(tmp_path / "folder"), "extra")
     assert len(found) == 3 and all(is_picture(found.read(index), index) for index in range(3))
     assert in_memory(found).shape == (3, 3, 4, 4)
     table = datasets.Dataset.from_dict(
@@ -569,7 +569,7 @@ def test_images_of_a_folder_lie_at_any_depth_and_those_of_a_table_need_no_label(
     )
     (tmp_path / "table").mkdir()
     table.to_parquet(tmp_path / "table" / "extra-00000-of-00001.parquet")
-    found = open_images(str(tmp_path / "table"), "extra")
+    found = open_image_set(str(tmp_path / "table"), "extra")
     assert len(found) == 3 and all(is_picture(found.read(index), index) for index in range(3))
     (tmp_path / "folder" / "none").mkdir()
     for source, split, message in (
@@ -579,9 +579,9 @@ def test_images_of_a_folder_lie_at_any_depth_and_those_of_a_table_need_no_label(
         ("nowhere", "train", "could not be had from the Hub"),
     ):
         with pytest.raises(UserError, match=message):
-            open_images(str(tmp_path / source), split)
+            open_image_set(str(tmp_path / source), split)
     with pytest.raises(UserError, match="has no column 'photo'"):
-        open_images(str(tmp_path / "table"), "extra", columns=("photo", "label"))
+        open_image_set(str(tmp_path / "table"), "extra", columns=("photo", "label"))
 
 
 def test_images_in_memory_can_be_of_another_size(tmp_path):

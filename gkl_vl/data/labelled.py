@@ -153,7 +153,7 @@ def open_labelled(
     return _table_set(f"{source}:{split}", table, columns)
 
 
-def open_images(source: str, split: str, *, columns: tuple[str, str] | None = None) -> ImageSet:
+def open_image_set(source: str, split: str, *, columns: tuple[str, str] | None = None) -> ImageSet:
     """The images of a split whose labels are not there, or not to be read; STL-10 calls its own "unlabeled".
 
     Args:

@@ -82,7 +82,7 @@ from gkl_vl.towers import BUNDLED_TEACHER, Clip, Student, clamp_scale, freeze, l
 # The bundled set is small: a fixed number of views lets the teacher embed each once (gkl_vl/teacher_cache.py).
 BUNDLED_VIEWS = 6
 BUNDLED_STEPS = 300
-BUNDLED_LR = 6e-3
+BUNDLED_LR, BUNDLED_UNLABELLED_LR = 6e-3, 3e-3
 BUNDLED_MIMICRY_WEIGHT, MIMICRY_WEIGHT = 10_000.0, 2000.0
 SHEET_IMAGES = 12
 
@@ -118,7 +118,7 @@ class Config:
     accum_steps: int = 1
     """Batches in an update: exactly the loss of one that is so many times as large, in the memory of --batch-size."""
     lr: float | None = None
-    """Peak learning rate: linear warm-up, then cosine to 0. None = 1e-3, or 6e-3 to distil the bundled default."""
+    """Peak learning rate: linear warm-up, then cosine to 0. None = 1e-3; on bundled data 6e-3, unlabelled 3e-3."""
     wd: float = 0.2
     """AdamW's weight decay; none on biases, norms and the scale."""
     warmup: int = 50
@@ -217,7 +217,8 @@ def main(config: Config) -> None:
         )
         return PairLoader(stream, pin_memory=accelerator.device.type == "cuda")
 
-    lr = config.lr or (1e-3 if stored is None else BUNDLED_LR)
+    bundled_lr = BUNDLED_LR if prompts is None else BUNDLED_UNLABELLED_LR
+    lr = config.lr or (1e-3 if stored is None else bundled_lr)
     taught_by = make_teacher(teacher, stored, accelerator.device)
     objective: Objective = ClipKd(student=student, teacher=taught_by, weights=terms, attack=attack)
     if prompts is not None and teacher is not None and taught_by is not None:

@@ -7,6 +7,7 @@ pets.txt    a template a line; the class names are those that the data knows
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gkl_vl.data.benchmark_sets import BUNDLED, is_texts, load_benchmark_set, require_places
 from gkl_vl.data.benchmark_sources import read_json
@@ -60,11 +61,14 @@ def read_prompts(file: str, *, classnames: tuple[str, ...] | None) -> Prompts:
                 '{"classnames": [...], "templates": [...]} in a .json file'
             )
         names = list(classnames)
+    if not is_texts(names):
+        raise UserError(f"{file!r}: its classnames are no list of texts")
     _check_names(file, names, classnames)
     return Prompts(classnames=tuple(names), templates=tuple(templates))
 
 
-def _of_json(file: str) -> tuple[list[str] | None, list[str]]:
+def _of_json(file: str) -> tuple[Any, Any]:
+    """Class names and templates, as they stand there."""
     content = read_json(Path(file), dict)
     if strange := sorted(content.keys() - {"classnames", "templates"}):
         raise UserError(f"{file!r} has the key {strange[0]!r}: expected classnames and templates")
@@ -82,8 +86,6 @@ def _lines(file: str) -> list[str]:
 
 
 def _check_names(file: str, names: list[str], known: tuple[str, ...] | None) -> None:
-    if not is_texts(names):
-        raise UserError(f"{file!r}: its classnames are no list of texts")
     if any(not name.strip() for name in names):
         raise UserError(f"{file!r} has an empty class name: take it out")
     if twice := [name for number, name in enumerate(names) if name in names[:number]]:

@@ -21,8 +21,6 @@ ARMS: Arms = {
     SOFT_CE: (["--wmse-weight", "0", "--no-class-prior"], None),
     "GKL without class prior": (["--no-class-prior"], SOFT_CE),
     "GKL with class prior": (["--class-prior"], "GKL without class prior"),
-    "IKL without class prior": (["--gamma", "1", "--no-class-prior"], SOFT_CE),
-    "IKL with class prior": (["--gamma", "1", "--class-prior"], "IKL without class prior"),
 }
 COLUMNS: dict[str, tuple[str | None, str]] = {
     "emoji acc1": ("emoji", "acc1"),

@@ -106,7 +106,7 @@ class Config:
     class_prior: bool = True
     """For --unlabelled: wMSE's weights are what the teacher said, in the last pass, of an image's likeliest class."""
     columns: tuple[str, str] | None = None
-    """Names of a table's image and caption column. None = `filepath title` in CSV, `image caption` elsewhere."""
+    """A table's image and caption column, the latter not for --unlabelled. None = `filepath title` or `image caption`."""
     output_dir: Path | None = None
     """The run folder. None = runs/clip_kd-<time>."""
     steps: int | None = None
@@ -196,7 +196,7 @@ def main(config: Config) -> None:
     accelerator.print(f"{title(config, steps)} · {accelerator.num_processes} x {accelerator.device.type} · {run.path}")
     augment = augmentation(config, student, teacher)
     stored = None
-    if teacher is not None and is_bundled(config):
+    if teacher is not None and own_data(config) is None:
         stored = store_bundled_views(config, teacher, student, augment, accelerator)
     mimicry_dim = teacher.embed_dim if teacher is not None and prompts is None and terms.mimicry_weight else None
     model = Student(student.towers, embed_dim=student.embed_dim, mimicry_dim=mimicry_dim)
@@ -262,9 +262,9 @@ def load_teacher(config: Config, accelerator: Accelerator) -> Clip | None:
     return teacher
 
 
-def is_bundled(config: Config) -> bool:
-    """Whether it trains on the bundled emoji."""
-    return config.train_data is None and config.unlabelled in (None, "bundled")
+def own_data(config: Config) -> str | None:
+    """What the user trains on; None = the bundled emoji."""
+    return config.train_data if config.unlabelled in (None, "bundled") else config.unlabelled
 
 
 def check_unlabelled(config: Config) -> None:
@@ -334,7 +334,7 @@ def zero_shot_kd(
 def augmentation(config: Config, student: Clip, teacher: Clip | None) -> Callable[..., torch.Tensor]:
     """One view for both models, as large as the larger of them wants it."""
     size = max(clip.image_size for clip in (student, teacher) if clip is not None)
-    if not is_bundled(config):
+    if own_data(config) is not None:
         return light_augmentation(size)
     return drawing_augmentation(size) if teacher is None else mild_drawing_augmentation(size)
 
@@ -368,7 +368,7 @@ def make_teacher(teacher: Clip | None, stored: StoredViews | None, device: torch
 def weights(config: Config) -> ClipKdWeights:
     mimicry_weight = config.mimicry_weight
     if mimicry_weight is None:
-        mimicry_weight = BUNDLED_MIMICRY_WEIGHT if is_bundled(config) else MIMICRY_WEIGHT
+        mimicry_weight = BUNDLED_MIMICRY_WEIGHT if own_data(config) is None else MIMICRY_WEIGHT
     if config.unlabelled is not None and not (config.soft_ce_weight or config.wmse_weight):
         raise UserError("every weight is 0, so there is nothing to train on: set --soft-ce-weight or --wmse-weight")
     of_teacher = (config.soft_ce_weight, config.wmse_weight, mimicry_weight)
@@ -412,7 +412,7 @@ def count_steps(config: Config, source: Source, num_processes: int) -> int:
     if config.steps is not None:
         return config.steps
     if config.epochs is None:
-        if is_bundled(config):
+        if own_data(config) is None:
             return BUNDLED_STEPS
         raise UserError(f"--{'train-data' if config.unlabelled is None else 'unlabelled'} needs --steps or --epochs")
     if source.num_pairs is None:
@@ -441,7 +441,7 @@ def title(config: Config, steps: int) -> str:
 
 def evaluation_sets(config: Config) -> list[BenchmarkSet]:
     """What --eval-data names, found before the first step."""
-    if config.eval_data is None and not is_bundled(config):
+    if config.eval_data is None and own_data(config) is not None:
         return []
     return load_benchmark_sets(config.eval_data or BUNDLED, root=config.dataset_root, split="test")
 
@@ -482,8 +482,8 @@ def finish(
     card = hub.ModelCard(
         student=config.student,
         teacher=None if teacher is None else config.teacher,
-        license="mit" if is_bundled(config) else "other",  # whoever brings the data knows its licence
-        datasets=[datasets_of(config)],
+        license="mit" if own_data(config) is None else "other",  # whoever brings the data knows its licence
+        datasets=[data] if (data := own_data(config)) else ["bundled emoji (Noto, Twemoji)"],
         command=run.config()["command"],
         commit=run.config()["commit"],
         metrics=final,
@@ -495,7 +495,7 @@ def finish(
         repo_id=config.push_to_hub,
     )
     hub.export_clip(clip=student, folder=run.path / "model", card=card)
-    sheet = draw_sheet(student, device) if is_bundled(config) else []
+    sheet = draw_sheet(student, device) if own_data(config) is None else []
     report.draw_report(path=run.path / "report.png", records=run.records(), sheet=sheet, title=title(config, steps))
     rows = [table_row("teacher", teacher, final, device)] if teacher else []
     print(report.results_table([*rows, table_row("student", student, final, device)]))
@@ -504,12 +504,6 @@ def finish(
     print(f"Pictures: {run.path / 'report.png'}")
     if config.push_to_hub:
         print(f"Pushed: {hub.push_to_hub(folder=run.path / 'model', repo_id=config.push_to_hub)}")
-
-
-def datasets_of(config: Config) -> str:
-    """What the student saw, for its card."""
-    name = "bundled emoji (Noto, Twemoji)" if is_bundled(config) else config.train_data or config.unlabelled
-    return f"{name}" if config.unlabelled is None else f"{name}, images alone"
 
 
 def table_row(role: str, clip: Clip, records: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:

@@ -285,7 +285,7 @@ def _custom_templates(name: str, file: str) -> Templates:
         return templates
     if not is_texts(templates):
         raise UserError(f"{file!r}: the templates of {key!r} are no list of texts, nor one for each class name")
-    require_places(f"{file!r}, {key!r}", templates)
+    require_places(f"{file!r}, {key!r}", list(templates))
     return templates
 
 

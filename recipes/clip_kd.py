@@ -106,7 +106,7 @@ class Config:
     class_prior: bool = True
     """For --unlabelled: wMSE's weights are what the teacher said, in the last pass, of an image's likeliest class."""
     columns: tuple[str, str] | None = None
-    """A table's image and caption column, the latter not for --unlabelled. None = `filepath title` or `image caption`."""
+    """Columns of a table; --unlabelled reads the first. None = `filepath title` in CSV, `image caption` elsewhere."""
     output_dir: Path | None = None
     """The run folder. None = runs/clip_kd-<time>."""
     steps: int | None = None
@@ -221,7 +221,8 @@ def main(config: Config) -> None:
     lr = config.lr or (1e-3 if stored is None else bundled_lr)
     taught_by = make_teacher(teacher, stored, accelerator.device)
     objective: Objective = ClipKd(student=student, teacher=taught_by, weights=terms, attack=attack)
-    if prompts is not None and teacher is not None and taught_by is not None:
+    if prompts is not None:
+        assert teacher is not None and taught_by is not None  # by check_unlabelled
         objective = zero_shot_kd(config, student, teacher, taught_by, prompts, source, accelerator.device)
     exported = fit(
         accelerator=accelerator,

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from helpers import run_ranks
 from small_models import CONFIG
-from small_sets import COLOURS, picture, write_picture
+from small_sets import COLOURS, colour_set, picture, write_picture
 from torch.testing import assert_close
 
+from gkl_vl.data import pairs
 from gkl_vl.data.pairs import PairLoader, PairStream, light_augmentation, open_images
 from gkl_vl.data.prompts import Prompts
 from gkl_vl.embed import Embedder, zero_shot_classifier
@@ -163,7 +164,7 @@ def test_logits_are_those_of_a_zero_shot_classifier(folder, bias):
         assert_close(said, want - (3 if bias else 0), rtol=1e-4, atol=1e-4)
 
 
-def test_logits_are_whole_numbers_of_fp32_within_autocast():
+def test_logits_are_fp32_within_autocast():
     draw = torch.Generator().manual_seed(0)
     image, classes = (F.normalize(torch.randn(n, 8, generator=draw), dim=1) for n in (3, 5))
     scale = torch.tensor(30.0)
@@ -461,6 +462,40 @@ def test_a_folder_of_images_makes_a_student(place, call):
     assert {f"train/{name}" for name in terms} <= set(records[-1]) and records[-1]["train/skipped"] >= 1
     assert f"- Training data: {place}/images\n" in Path("run/model/README.md").read_text()
     load_clip("run")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_bundled_drawings_are_embedded_once_and_their_captions_left_alone(place, tmp_path, monkeypatch):
+    """32 of them, three classes, another evaluation set."""
+    monkeypatch.chdir(tmp_path)
+    recipe = test_recipes.module(test_recipes.RECIPE)
+    few = pairs.bundled_pairs()[:32]
+    monkeypatch.setattr(recipe, "bundled_pairs", lambda: few)
+    monkeypatch.setattr(pairs, "bundled_pairs", lambda: few)
+    monkeypatch.setattr(recipe, "online_teacher", None)  # not needed
+    Path("three.json").write_text(json.dumps({"classnames": ["pizza", "dog", "tiger"], "templates": ["{c}", "a {c}"]}))
+    colour_set(tmp_path / "colours", list(COLOURS))
+    recipe.main(
+        recipe.Config(
+            unlabelled="bundled",
+            prompts="three.json",
+            eval_data=("colours",),
+            dataset_root=str(tmp_path / "{dataset}"),
+            student=str(place / "student.json"),
+            class_prior=True,
+            steps=9,
+            batch_size=8,
+            workers=0,
+        )
+    )
+    (folder,) = (tmp_path / "runs").iterdir()
+    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert {"train/soft_ce", "train/wmse"} <= set(records[0]) and records[0]["train/lr"] == pytest.approx(3e-3)
+    assert {(r["model"], r["dataset"]) for r in records if "model" in r} == {
+        ("student", "colours"),
+        ("teacher", "colours"),
+    }
+    assert "bundled emoji (Noto, Twemoji)" in (folder / "model" / "README.md").read_text()
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -103,7 +103,7 @@ class Config:
     """In place of --train-data, images alone: `bundled`, a folder, or shards and tables whose captions are not read."""
     prompts: str | None = None
     """For --unlabelled: .json of `classnames` and `templates` with {c}, or .txt of templates. None = the bundled."""
-    class_prior: bool = True
+    class_prior: bool = False
     """For --unlabelled: wMSE's weights are what the teacher said, in the last pass, of an image's likeliest class."""
     columns: tuple[str, str] | None = None
     """Columns of a table; --unlabelled reads the first. None = `filepath title` in CSV, `image caption` elsewhere."""
@@ -191,6 +191,7 @@ def main(config: Config) -> None:
     source = open_data(config)
     prompts = find_prompts(config, source)
     steps = count_steps(config, source, accelerator.num_processes)
+    check_prior(config, source, steps * config.batch_size * config.accum_steps * accelerator.num_processes)
     if not config.resume:  # from here on there is a run
         run.write_json("config.json", asked)
     accelerator.print(f"{title(config, steps)} · {accelerator.num_processes} x {accelerator.device.type} · {run.path}")
@@ -271,8 +272,9 @@ def own_data(config: Config) -> str | None:
 def check_unlabelled(config: Config) -> None:
     """What does not go with --unlabelled, or without it."""
     if config.unlabelled is None:
-        if config.prompts is not None:
-            raise UserError(f"--prompts {config.prompts} is for images without captions: add --unlabelled")
+        for flag, given in (f"--prompts {config.prompts}", config.prompts), ("--class-prior", config.class_prior):
+            if given:
+                raise UserError(f"{flag} is for images without captions: add --unlabelled")
         return
     if config.train_data is not None:
         raise UserError("--unlabelled and --train-data are two sets of images: give one")
@@ -294,12 +296,23 @@ def find_prompts(config: Config, source: Source) -> Prompts | None:
     """What the teacher is asked about images without captions."""
     if config.unlabelled is None:
         return None
-    if config.class_prior and source.num_pairs is None:
+    return bundled_prompts() if config.prompts is None else read_prompts(config.prompts, classnames=source.classnames)
+
+
+def check_prior(config: Config, source: Source, images: int) -> None:
+    """Whether a run that sees so many images has a use for --class-prior."""
+    if not config.class_prior:
+        return
+    if source.num_pairs is None:
         raise UserError(
-            f"the class prior is of a pass over the data, and {source.name!r} does not tell its size: put sizes.json "
+            f"--class-prior is of a pass over the data, and {source.name!r} does not tell its size: put sizes.json "
             "beside the shards, or give --no-class-prior"
         )
-    return bundled_prompts() if config.prompts is None else read_prompts(config.prompts, classnames=source.classnames)
+    if images <= source.num_pairs:
+        raise UserError(
+            f"--class-prior is collected in a pass over the data and used in the next, and the run sees {images:,} of "
+            f"{source.num_pairs:,} images: train longer, or give --no-class-prior"
+        )
 
 
 def zero_shot_kd(

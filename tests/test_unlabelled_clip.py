@@ -547,6 +547,7 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped(place, call):
             ["--unlabelled", "{place}/shard.tar", "--class-prior"],
             "put sizes.json beside the shards, or give --no-class",
         ),
+        (["--class-prior", "--steps", "6"], "and the run sees 24 of 25 images: train longer, or give --no-class-prior"),
         (["--epochs", "9"], "--steps 9 and --epochs 9 say the same twice: give one"),
     ],
 )
@@ -558,9 +559,10 @@ def test_a_mistake_is_one_line_and_code_2(place, call, flags, message):
 
 
 def test_what_lacks_its_other_flag_is_one_line_and_code_2(place, call):
-    shard = ["--unlabelled", f"{place}/shard.tar", "--prompts", f"{place}/colours.json", "--no-class-prior"]
+    shard = ["--unlabelled", f"{place}/shard.tar", "--prompts", f"{place}/colours.json"]
     for flags, message in [
         (["--prompts", "x.json"], "--prompts x.json is for images without captions: add --unlabelled"),
+        (["--class-prior"], "--class-prior is for images without captions: add --unlabelled"),
         (["--unlabelled", "x"], "--unlabelled x needs the classes to ask the teacher about: give --prompts"),
         ([*shard, "--epochs", "9"], "--epochs needs the size of"),
         (shard, "--unlabelled needs --steps or --epochs"),

@@ -176,6 +176,27 @@ def mimicry_loss(
     return global_value(sum(F.mse_loss(lift(ours), lift(theirs)) for ours, theirs in pairs))
 
 
+def class_logits(
+    *,
+    image: Float[Tensor, "n d"],
+    classes: Float[Tensor, "C d"],
+    logit_scale: Float[Tensor, ""],
+    logit_bias: Float[Tensor, ""] | None = None,
+) -> Float[Tensor, "n C"]:
+    """Zero-shot logits of images over classes, in fp32 or wider, also within autocast:
+
+        logits = logit_scale * image @ classes.T + logit_bias
+
+    Args:
+        image, classes: L2-normalised embeddings.
+        logit_scale: exponentiated.
+        logit_bias: a SigLIP's; it moves all classes alike.
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        logits = lift(logit_scale) * lift(image) @ lift(classes).T
+        return logits if logit_bias is None else logits + lift(logit_bias)
+
+
 def global_value(share: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """My rank's share (times the number of ranks) as the global loss: everybody's value, my gradient."""
     return share + (_mean_over_ranks(share) - share.detach())

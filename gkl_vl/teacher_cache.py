@@ -43,15 +43,16 @@ class StoredViews:
 
 
 def stored_teacher(clip: Clip, stored: StoredViews, device: torch.device) -> Teacher:
-    """A teacher that looks its embeddings up by the batch's `view_rows` and `caption_rows`."""
+    """A teacher that looks its embeddings up by the batch's `view_rows` and, where it has captions, `caption_rows`."""
     image, text, scales = stored.image.to(device), stored.text.to(device), teacher_scales(clip)
 
     def teacher(batch: dict[str, Any]) -> dict[str, Tensor]:
-        views, captions = batch["view_rows"], batch["caption_rows"]
-        return {
-            "teacher_image": image[views[:, 0], views[:, 1]],
-            "teacher_text": text[captions[:, 0], captions[:, 1]],
-        } | scales
+        views = batch["view_rows"]
+        said = {"teacher_image": image[views[:, 0], views[:, 1]]} | scales
+        if "caption_rows" in batch:
+            captions = batch["caption_rows"]
+            said["teacher_text"] = text[captions[:, 0], captions[:, 1]]
+        return said
 
     return teacher
 

@@ -42,7 +42,30 @@ class OpenClipTowers(nn.Module):
         return self.model.encode_image(pixels, normalize=True)
 
     def encode_text(self, tokens: Int[Tensor, "n length"]) -> Float[Tensor, "n d"]:
-        return self.model.encode_text(tokens, normalize=True)
+        """Also of what `trimmed` gives."""
+        if not self._ends_early() or tokens.shape[1] == self.model.context_length:
+            return self.model.encode_text(tokens, normalize=True)
+        # open_clip 3.3.0, `CLIP.encode_text`, which wants the whole context
+        model, length = self.model, tokens.shape[1]
+        dtype = model.transformer.get_cast_dtype()
+        x = model.token_embedding(tokens).to(dtype) + model.positional_embedding[:length].to(dtype)
+        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
+        x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]
+        projection = model.text_projection
+        return F.normalize(projection(x) if isinstance(projection, nn.Linear) else x @ projection, dim=-1)
+
+    def trimmed(self, tokens: Int[Tensor, "n length"]) -> Int[Tensor, "n shorter"]:
+        """The tokens up to the last end of a text among them, where nothing behind it changes an embedding.
+
+        So it is in CLIP's own text tower: attention looks back alone, and the token at the text's end is what is
+        pooled. Of other towers the tokens come back whole.
+        """
+        return tokens[:, : int(tokens.argmax(dim=1).max()) + 1] if self._ends_early() else tokens
+
+    def _ends_early(self) -> bool:
+        model = self.model
+        causal = isinstance(model, open_clip.CLIP) and model.attn_mask is not None
+        return causal and model.text_pool_type == "argmax" and model.text_projection is not None
 
     def log_scale(self) -> Float[Tensor, ""]:
         """The logarithm of the scale, a parameter; FSDP and some checkpoints give it one axis of length 1."""
@@ -68,6 +91,10 @@ class TransformersTowers(nn.Module):
 
     def encode_text(self, tokens: Int[Tensor, "n length"]) -> Float[Tensor, "n d"]:
         return F.normalize(self.model.get_text_features(input_ids=tokens).pooler_output, dim=-1)
+
+    def trimmed(self, tokens: Int[Tensor, "n length"]) -> Int[Tensor, "n length"]:
+        """As in `OpenClipTowers`: whole."""
+        return tokens
 
     def log_scale(self) -> Float[Tensor, ""]:
         """As in `OpenClipTowers`; SigLIP stores it with an axis."""
@@ -185,8 +212,9 @@ class Student(nn.Module):
         self.image_map = nn.Identity() if width == embed_dim else nn.Linear(embed_dim, width, bias=False)
         self.text_map = nn.Identity() if width == embed_dim else nn.Linear(embed_dim, width, bias=False)
 
-    def forward(self, pixels: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "n length"]) -> dict[str, Tensor]:
-        image, text = self.towers.encode_image(pixels), self.towers.encode_text(tokens)
+    def forward(self, pixels: Float[Tensor, "n 3 h w"], *tokens: Int[Tensor, "_ _"]) -> dict[str, Tensor]:
+        """Embeddings of images, and of texts: as many as they like, in parts that may differ in length."""
+        image, text = self.towers.encode_image(pixels), torch.cat([self.towers.encode_text(part) for part in tokens])
         output = {
             "image": image,
             "text": text,

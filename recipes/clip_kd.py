@@ -15,6 +15,14 @@ and an evaluation on drawings of a third style and on things that neither has se
 so that its image-text logits leave the teacher's of the clean images, and it is trained on the moved ones towards them.
 An update costs about twice as much. `eval/zero_shot.py --attack apgd` measures what is left under attack.
 
+`--unlabelled` takes images without captions or labels, and a list of class prompts: the teacher's zero-shot logits over
+them are what the student learns (PromptKD's setting). pets.json holds {"classnames": ["Abyssinian", ...], "templates":
+["a photo of a {c}, a type of pet."]}; without --prompts and with `bundled` images it is the bundled emoji again:
+
+    accelerate launch recipes/clip_kd.py --teacher ViT-L-14 --teacher-pretrained openai --student ViT-T-16 \
+        --unlabelled /data/pets --prompts pets.json --epochs 20
+    accelerate launch recipes/clip_kd.py --unlabelled bundled
+
 Paper: Cui et al., "Generalized Kullback-Leibler Divergence Loss", arXiv 2503.08038, and arXiv 2305.13948. The
 image-text form is this project's. Results, with commands and spread: recipes/README.md.
 """
@@ -46,14 +54,27 @@ from gkl_vl.data.pairs import (
     drawing_augmentation,
     light_augmentation,
     mild_drawing_augmentation,
+    open_images,
     open_source,
 )
+from gkl_vl.data.prompts import Prompts, bundled_prompts, read_prompts
 from gkl_vl.disk_cache import cache_folder
-from gkl_vl.embed import Embedder, milliseconds_per_image, top_names
-from gkl_vl.engine import FitConfig, fit, moving_average
+from gkl_vl.embed import Embedder, milliseconds_per_image, top_names, zero_shot_classifier
+from gkl_vl.engine import FitConfig, Objective, fit, moving_average
 from gkl_vl.errors import UserError
 from gkl_vl.launch import start
-from gkl_vl.objectives import ClipKd, ClipKdWeights, Teacher, online_teacher
+from gkl_vl.objectives import (
+    ClipKd,
+    ClipKdWeights,
+    EpochPrior,
+    Teacher,
+    ZeroShotKd,
+    ZeroShotWeights,
+    by_length,
+    online_teacher,
+    prompt_tokens,
+    zero_shot_teacher,
+)
 from gkl_vl.optim import adamw, warmup_cosine
 from gkl_vl.teacher_cache import StoredViews, store_views, stored_teacher
 from gkl_vl.towers import BUNDLED_TEACHER, Clip, Student, clamp_scale, freeze, load_clip
@@ -61,7 +82,7 @@ from gkl_vl.towers import BUNDLED_TEACHER, Clip, Student, clamp_scale, freeze, l
 # The bundled set is small: a fixed number of views lets the teacher embed each once (gkl_vl/teacher_cache.py).
 BUNDLED_VIEWS = 6
 BUNDLED_STEPS = 300
-BUNDLED_LR = 6e-3
+BUNDLED_LR, BUNDLED_UNLABELLED_LR = 6e-3, 3e-3
 BUNDLED_MIMICRY_WEIGHT, MIMICRY_WEIGHT = 10_000.0, 2000.0
 SHEET_IMAGES = 12
 
@@ -78,8 +99,14 @@ class Config:
     """As --teacher, or a shipped config: ViT-T-16, FastViT-T8, emoji-student; random weights for a plain name."""
     train_data: str | None = None
     """Shards `a-{000..9}.tar::b.tar`, a .csv or .tsv, parquet, or a Hub dataset id. None = the bundled emoji."""
+    unlabelled: str | None = None
+    """In place of --train-data, images alone: `bundled`, a folder, or shards and tables whose captions are not read."""
+    prompts: str | None = None
+    """For --unlabelled: .json of `classnames` and `templates` with {c}, or .txt of templates. None = the bundled."""
+    class_prior: bool = False
+    """For --unlabelled: wMSE's weights are what the teacher said, in the last pass, of an image's likeliest class."""
     columns: tuple[str, str] | None = None
-    """Names of a table's image and caption column. None = `filepath title` in CSV, `image caption` elsewhere."""
+    """Columns of a table; --unlabelled reads the first. None = `filepath title` in CSV, `image caption` elsewhere."""
     output_dir: Path | None = None
     """The run folder. None = runs/clip_kd-<time>."""
     steps: int | None = None
@@ -91,7 +118,7 @@ class Config:
     accum_steps: int = 1
     """Batches in an update: exactly the loss of one that is so many times as large, in the memory of --batch-size."""
     lr: float | None = None
-    """Peak learning rate: linear warm-up, then cosine to 0. None = 1e-3, or 6e-3 to distil the bundled default."""
+    """Peak learning rate: linear warm-up, then cosine to 0. None = 1e-3; on bundled data 6e-3, unlabelled 3e-3."""
     wd: float = 0.2
     """AdamW's weight decay; none on biases, norms and the scale."""
     warmup: int = 50
@@ -101,7 +128,7 @@ class Config:
     workers: int = 1
     """Data-loading processes per training process."""
     seed: int = 0
-    """Of initial weights, order, captions and augmentations."""
+    """Of initial weights, order, captions, templates and augmentations."""
     eval_data: tuple[str, ...] | None = None
     """Sets to evaluate on, as eval/zero_shot.py names them. None = the bundled ones for bundled data, else none."""
     dataset_root: str | None = None
@@ -113,7 +140,7 @@ class Config:
     resume: str | None = None
     """`latest`, or a checkpoint folder; with the flags of the run that is taken up."""
     contrastive_weight: float = 1.0
-    """Weight of the student's own contrastive loss."""
+    """Weight of the student's own contrastive loss. This one and --mimicry-weight are not for --unlabelled."""
     soft_ce_weight: float = 1.0
     """Weight of GKL's soft cross entropy (paper: beta)."""
     wmse_weight: float = 0.5
@@ -145,6 +172,7 @@ class Config:
 def main(config: Config) -> None:
     if config.push_to_hub:
         hub.check_repo_id(config.push_to_hub)
+    check_unlabelled(config)
     terms, attack = weights(config), find_attack(config)
     run, accelerator, asked = start(config, recipe="clip_kd")
     if attack is not None and accelerator.is_fsdp2:
@@ -160,16 +188,18 @@ def main(config: Config) -> None:
         )
     student.towers.to(memory_format=torch.channels_last)
     sets = evaluation_sets(config)
-    source = open_source(config.train_data, columns=config.columns)
+    source = open_data(config)
+    prompts = find_prompts(config, source)
     steps = count_steps(config, source, accelerator.num_processes)
+    check_prior(config, source, steps * config.batch_size * config.accum_steps * accelerator.num_processes)
     if not config.resume:  # from here on there is a run
         run.write_json("config.json", asked)
     accelerator.print(f"{title(config, steps)} · {accelerator.num_processes} x {accelerator.device.type} · {run.path}")
     augment = augmentation(config, student, teacher)
     stored = None
-    if teacher is not None and config.train_data is None:
+    if teacher is not None and own_data(config) is None:
         stored = store_bundled_views(config, teacher, student, augment, accelerator)
-    mimicry_dim = teacher.embed_dim if teacher is not None and terms.mimicry_weight else None
+    mimicry_dim = teacher.embed_dim if teacher is not None and prompts is None and terms.mimicry_weight else None
     model = Student(student.towers, embed_dim=student.embed_dim, mimicry_dim=mimicry_dim)
     set_seed(config.seed, device_specific=True)  # from here on each rank draws its own
 
@@ -188,12 +218,17 @@ def main(config: Config) -> None:
         )
         return PairLoader(stream, pin_memory=accelerator.device.type == "cuda")
 
-    lr = config.lr or (1e-3 if stored is None else BUNDLED_LR)
+    bundled_lr = BUNDLED_LR if prompts is None else BUNDLED_UNLABELLED_LR
+    lr = config.lr or (1e-3 if stored is None else bundled_lr)
     taught_by = make_teacher(teacher, stored, accelerator.device)
+    objective: Objective = ClipKd(student=student, teacher=taught_by, weights=terms, attack=attack)
+    if prompts is not None:
+        assert teacher is not None and taught_by is not None  # by check_unlabelled
+        objective = zero_shot_kd(config, student, teacher, taught_by, prompts, source, accelerator.device)
     exported = fit(
         accelerator=accelerator,
         model=model,
-        objective=ClipKd(student=student, teacher=taught_by, weights=terms, attack=attack),
+        objective=objective,
         make_optimizer=partial(adamw, lr=lr, wd=config.wd),
         learning_rate=partial(warmup_cosine, lr=lr, steps=steps, warmup_steps=min(config.warmup, steps)),
         make_loader=make_loader,
@@ -229,10 +264,91 @@ def load_teacher(config: Config, accelerator: Accelerator) -> Clip | None:
     return teacher
 
 
+def own_data(config: Config) -> str | None:
+    """What the user trains on; None = the bundled emoji."""
+    return config.train_data if config.unlabelled in (None, "bundled") else config.unlabelled
+
+
+def check_unlabelled(config: Config) -> None:
+    """What does not go with --unlabelled, or without it."""
+    if config.unlabelled is None:
+        for flag, given in (f"--prompts {config.prompts}", config.prompts), ("--class-prior", config.class_prior):
+            if given:
+                raise UserError(f"{flag} is for images without captions: add --unlabelled")
+        return
+    if config.train_data is not None:
+        raise UserError("--unlabelled and --train-data are two sets of images: give one")
+    if config.teacher == "none":
+        raise UserError("--unlabelled learns from what a teacher says: --teacher none has nothing to say")
+    if config.adversarial != "none":
+        raise UserError(f"--adversarial {config.adversarial} attacks image-text logits: leave it out with --unlabelled")
+    if config.prompts is None and config.unlabelled != "bundled":
+        raise UserError(f"--unlabelled {config.unlabelled} needs the classes to ask the teacher about: give --prompts")
+
+
+def open_data(config: Config) -> Source:
+    if config.unlabelled is None:
+        return open_source(config.train_data, columns=config.columns)
+    return open_images(config.unlabelled, columns=config.columns)
+
+
+def find_prompts(config: Config, source: Source) -> Prompts | None:
+    """What the teacher is asked about images without captions."""
+    if config.unlabelled is None:
+        return None
+    return bundled_prompts() if config.prompts is None else read_prompts(config.prompts, classnames=source.classnames)
+
+
+def check_prior(config: Config, source: Source, images: int) -> None:
+    """Whether a run that sees so many images has a use for --class-prior."""
+    if not config.class_prior:
+        return
+    if source.num_pairs is None:
+        raise UserError(
+            f"--class-prior is of a pass over the data, and {source.name!r} does not tell its size: put sizes.json "
+            "beside the shards, or give --no-class-prior"
+        )
+    if images <= source.num_pairs:
+        raise UserError(
+            f"--class-prior is collected in a pass over the data and used in the next, and the run sees {images:,} of "
+            f"{source.num_pairs:,} images: train longer, or give --no-class-prior"
+        )
+
+
+def zero_shot_kd(
+    config: Config,
+    student: Clip,
+    teacher: Clip,
+    taught_by: Teacher,
+    prompts: Prompts,
+    source: Source,
+    device: torch.device,
+) -> ZeroShotKd:
+    """The objective for images without captions. All ranks embed the teacher's prompts together."""
+    prompts = by_length(prompts, student)
+    embedder = Embedder(clip=teacher, device=device, batch_size=256, cache=cache_folder("embeddings"))
+    classes = zero_shot_classifier(embedder, classnames=prompts.classnames, templates=prompts.templates)
+    return ZeroShotKd(
+        student=student,
+        teacher=zero_shot_teacher(taught_by, classes.to(device)),
+        tokens=prompt_tokens(prompts, student, device),
+        weights=ZeroShotWeights(
+            soft_ce_weight=config.soft_ce_weight,
+            wmse_weight=config.wmse_weight,
+            gamma=config.gamma,
+            temperature=config.temperature,
+            weight_temperature=config.weight_temperature,
+        ),
+        prior=EpochPrior(len(prompts.classnames), config.weight_temperature) if config.class_prior else None,
+        num_images=source.num_pairs,
+        seed=config.seed,
+    )
+
+
 def augmentation(config: Config, student: Clip, teacher: Clip | None) -> Callable[..., torch.Tensor]:
     """One view for both models, as large as the larger of them wants it."""
     size = max(clip.image_size for clip in (student, teacher) if clip is not None)
-    if config.train_data is not None:
+    if own_data(config) is not None:
         return light_augmentation(size)
     return drawing_augmentation(size) if teacher is None else mild_drawing_augmentation(size)
 
@@ -266,7 +382,9 @@ def make_teacher(teacher: Clip | None, stored: StoredViews | None, device: torch
 def weights(config: Config) -> ClipKdWeights:
     mimicry_weight = config.mimicry_weight
     if mimicry_weight is None:
-        mimicry_weight = BUNDLED_MIMICRY_WEIGHT if config.train_data is None else MIMICRY_WEIGHT
+        mimicry_weight = BUNDLED_MIMICRY_WEIGHT if own_data(config) is None else MIMICRY_WEIGHT
+    if config.unlabelled is not None and not (config.soft_ce_weight or config.wmse_weight):
+        raise UserError("every weight is 0, so there is nothing to train on: set --soft-ce-weight or --wmse-weight")
     of_teacher = (config.soft_ce_weight, config.wmse_weight, mimicry_weight)
     if not config.contrastive_weight and (config.teacher == "none" or not any(of_teacher)):
         with_teacher = "" if config.teacher == "none" else ", --soft-ce-weight, --wmse-weight or --mimicry-weight"
@@ -308,9 +426,9 @@ def count_steps(config: Config, source: Source, num_processes: int) -> int:
     if config.steps is not None:
         return config.steps
     if config.epochs is None:
-        if config.train_data is None:
+        if own_data(config) is None:
             return BUNDLED_STEPS
-        raise UserError("--train-data needs --steps or --epochs")
+        raise UserError(f"--{'train-data' if config.unlabelled is None else 'unlabelled'} needs --steps or --epochs")
     if source.num_pairs is None:
         raise UserError(
             f"--epochs needs the size of {source.name!r}: put sizes.json beside the shards, or give --steps"
@@ -327,8 +445,9 @@ def title(config: Config, steps: int) -> str:
         if config.adversarial == "none"
         else f" · against {config.adversarial} {epsilon_text(config, config.adversarial)}"
     )
+    images = "" if config.unlabelled is None else f" on unlabelled {config.unlabelled}"
     batch = config.batch_size * config.accum_steps
-    return f"{config.student}{origin}{against} · {steps:,} steps of {batch:,} · seed {config.seed}"
+    return f"{config.student}{origin}{images}{against} · {steps:,} steps of {batch:,} · seed {config.seed}"
 
 
 # ---- during and after -------------------------------------------------------------------------------------------
@@ -336,7 +455,7 @@ def title(config: Config, steps: int) -> str:
 
 def evaluation_sets(config: Config) -> list[BenchmarkSet]:
     """What --eval-data names, found before the first step."""
-    if config.eval_data is None and config.train_data is not None:
+    if config.eval_data is None and own_data(config) is not None:
         return []
     return load_benchmark_sets(config.eval_data or BUNDLED, root=config.dataset_root, split="test")
 
@@ -377,8 +496,8 @@ def finish(
     card = hub.ModelCard(
         student=config.student,
         teacher=None if teacher is None else config.teacher,
-        license="mit" if config.train_data is None else "other",  # whoever brings the data knows its licence
-        datasets=[config.train_data or "bundled emoji (Noto, Twemoji)"],
+        license="mit" if own_data(config) is None else "other",  # whoever brings the data knows its licence
+        datasets=[data] if (data := own_data(config)) else ["bundled emoji (Noto, Twemoji)"],
         command=run.config()["command"],
         commit=run.config()["commit"],
         metrics=final,
@@ -390,7 +509,7 @@ def finish(
         repo_id=config.push_to_hub,
     )
     hub.export_clip(clip=student, folder=run.path / "model", card=card)
-    sheet = [] if config.train_data is not None else draw_sheet(student, device)
+    sheet = draw_sheet(student, device) if own_data(config) is None else []
     report.draw_report(path=run.path / "report.png", records=run.records(), sheet=sheet, title=title(config, steps))
     rows = [table_row("teacher", teacher, final, device)] if teacher else []
     print(report.results_table([*rows, table_row("student", student, final, device)]))

@@ -397,7 +397,7 @@ def test_a_set_goes_by_several_names_in_these_files(tmp_path, key, found):
     ("content", "told"),
     [
         ({"other": ["{c}"]}, "has no templates for 'colours' or imagenet1k: sets in it are other"),
-        ({"colours": ["a photo"]}, "the template 'a photo' of 'colours' has no place for the class name: write {c}"),
+        ({"colours": ["a photo"]}, "'colours': the template 'a photo' has no place for the class name: write {c}"),
         ({"colours": "{c}"}, "the templates of 'colours' are no list of texts"),
         ({"colours": []}, "no list of texts"),
         ({"colours": {"red": "a tomato"}}, "no list of texts, nor one for each class name"),

@@ -268,7 +268,7 @@ def _custom_classnames(name: str, file: str, *, own: list[str] | None) -> list[s
     if key is None:
         raise UserError(f"{file!r} has no class names for {name!r}: sets in it are {', '.join(of_set) or 'none'}")
     names = of_set[key]
-    if not _is_texts(names):
+    if not is_texts(names):
         raise UserError(f"{file!r}: the class names of {key!r} are no list of texts")
     if own is not None and len(names) != len(own):
         raise UserError(f"{file!r} has {len(names)} class names for {key!r}, which has {len(own)} classes")
@@ -281,14 +281,11 @@ def _custom_templates(name: str, file: str) -> Templates:
     if key is None:
         raise UserError(f"{file!r} has no templates for {name!r} or imagenet1k: sets in it are {', '.join(of_set)}")
     templates = of_set[key]
-    if isinstance(templates, dict) and all(_is_texts(prompts) for prompts in templates.values()):
+    if isinstance(templates, dict) and all(is_texts(prompts) for prompts in templates.values()):
         return templates
-    if not _is_texts(templates):
+    if not is_texts(templates):
         raise UserError(f"{file!r}: the templates of {key!r} are no list of texts, nor one for each class name")
-    if without := [template for template in templates if "{c}" not in template]:
-        raise UserError(
-            f"{file!r}: the template {without[0]!r} of {key!r} has no place for the class name: write {{c}}"
-        )
+    require_places(f"{file!r}, {key!r}", list(templates))
     return templates
 
 
@@ -298,7 +295,13 @@ def _keys(name: str) -> list[str]:
     return [name, bare, bare.removeprefix("vtab/")]
 
 
-def _is_texts(value: Any) -> bool:
+def require_places(where: str, templates: Sequence[str]) -> None:
+    """Raises: UserError for a template without {c}; its line begins with `where`."""
+    if without := [template for template in templates if "{c}" not in template]:
+        raise UserError(f"{where}: the template {without[0]!r} has no place for the class name: write {{c}}")
+
+
+def is_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 

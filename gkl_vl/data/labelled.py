@@ -30,7 +30,9 @@ from tqdm import tqdm
 from webdataset.shardlists import expand_urls
 
 from gkl_vl.data.pairs import (
+    IMAGE_COLUMNS,
     IMAGE_SUFFIXES,
+    LABEL_COLUMNS,
     BrokenPair,
     RawPair,
     decode,
@@ -42,8 +44,6 @@ from gkl_vl.data.pairs import (
 )
 from gkl_vl.errors import UserError, first_line
 
-IMAGE_COLUMNS = ("img", "image")
-LABEL_COLUMNS = ("label", "fine_label", "labels")
 CIFAR = {
     "cifar-10-batches-py": torchvision.datasets.CIFAR10,
     "cifar-100-python": torchvision.datasets.CIFAR100,

@@ -1,5 +1,7 @@
 """Image-text pairs for training: from web shards, Hub datasets, parquet, CSV, or the bundled emoji, to batches.
 
+Where a teacher says what is in them, images alone will do: `open_images`.
+
 A source yields one epoch of undecoded pairs for one part of many (a part = one worker of one rank). Everything random
 follows from (seed, epoch, key), so that a stream can be taken up again at any pair, bit for bit, without decoding what
 was already used. The loader shards by rank and worker itself: do not hand it to `accelerator.prepare`.
@@ -12,7 +14,7 @@ import json
 import random
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ from webdataset.shardlists import expand_urls
 from gkl_vl.errors import UserError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+IMAGE_COLUMNS = ("img", "image")
+LABEL_COLUMNS = ("label", "fine_label", "labels")
 SHUFFLE_BUFFER = 2000
 BROKEN_WINDOW, BROKEN_SHARE = 1000, 0.05
 BUNDLED = Path(__file__).parents[1] / "assets" / "emoji"
@@ -53,6 +57,15 @@ class Source:
     """The most parts it can be split into; None = any number."""
     epoch: Callable[[int, int, int, int], Iterator[RawPair]]
     """(seed, epoch, part, parts) -> the pairs of that part, shuffled, none of them in another part."""
+    captioned: bool = True
+    """False = captions are not asked for, and batches have no text."""
+    classnames: tuple[str, ...] | None = None
+    """Of the classes that images without captions are sorted into; None where the source knows of none."""
+
+    @property
+    def things(self) -> str:
+        """What it holds, for messages."""
+        return "pairs" if self.captioned else "images"
 
 
 # ---- sources -----------------------------------------------------------------------------------------------------
@@ -74,7 +87,69 @@ def open_source(train_data: str | None, *, columns: tuple[str, str] | None = Non
         return shard_source(train_data)
     if train_data.endswith((".csv", ".tsv")):
         return memory_source(train_data, read_csv(train_data, *(columns or ("filepath", "title"))))
-    return table_source(train_data, *(columns or ("image", "caption")))
+    image_column, caption_column = columns or ("image", "caption")
+    return table_source(train_data, read_table(train_data, asked="--train-data"), image_column, caption_column)
+
+
+def open_images(data: str, *, columns: tuple[str, str] | None = None) -> Source:
+    """The images that `--unlabelled` names. Captions and labels beside them are not read.
+
+    `bundled` = the training drawings of the bundled emoji. Shards, tables and Hub datasets are named as for
+    `open_source`; the image column is `filepath` in CSV, elsewhere `img` or `image`, or the first of `columns`. A
+    folder without parquet = the images in it at any depth.
+
+    The class names are those of a table's ClassLabel or of the folders where all images lie in FOLDER/CLASS/, with
+    spaces for "_".
+
+    Raises: UserError for what cannot be found.
+    """
+    if data == "bundled":
+        names = tuple((BUNDLED / "classnames.txt").read_text(encoding="utf-8").splitlines())
+        return _uncaptioned(memory_source("emoji", bundled_pairs()), names)
+    if ".tar" in data:
+        return _uncaptioned(shard_source(data), None)
+    if data.endswith((".csv", ".tsv")):
+        return _uncaptioned(memory_source(data, read_csv(data, columns[0] if columns else "filepath", None)), None)
+    if Path(data).is_dir() and not any(Path(data).rglob("*.parquet")):
+        pairs = image_files(data)
+        return _uncaptioned(memory_source(data, pairs), _class_folders(pairs))
+    table = read_table(data, asked="--unlabelled")
+    there = table.column_names
+    column = columns[0] if columns else next((name for name in IMAGE_COLUMNS if name in there), "image")
+    return _uncaptioned(table_source(data, table, column, None), _class_labels(table))
+
+
+def _uncaptioned(source: Source, classnames: tuple[str, ...] | None) -> Source:
+    return replace(source, captioned=False, classnames=classnames)
+
+
+def image_files(folder: str) -> list[RawPair]:
+    """The images of a folder at any depth, in order of their paths. Raises: UserError where there is none."""
+    files = (path.relative_to(folder) for path in Path(folder).rglob("*") if path.suffix[1:].lower() in IMAGE_SUFFIXES)
+    pairs = [RawPair(file.as_posix(), str(Path(folder) / file), ()) for file in sorted(files)]
+    if not pairs:
+        raise UserError(
+            f"{folder!r} holds no image ({', '.join(IMAGE_SUFFIXES)}) and no parquet file (shards are written as "
+            f"{folder}/{{0000..9999}}.tar)"
+        )
+    return pairs
+
+
+def _class_folders(pairs: Sequence[RawPair]) -> tuple[str, ...] | None:
+    """One folder, or folders of folders, are a place for images and no classes."""
+    folders = sorted({pair.key.rpartition("/")[0] for pair in pairs})
+    if len(folders) < 2 or not all(folder and "/" not in folder for folder in folders):
+        return None
+    return tuple(folder.replace("_", " ") for folder in folders)
+
+
+def _class_labels(table: Any) -> tuple[str, ...] | None:
+    """Of a `datasets.Dataset`."""
+    import datasets
+
+    labels = {name: of for name, of in table.features.items() if isinstance(of, datasets.ClassLabel)}
+    column = next((name for name in (*LABEL_COLUMNS, *labels) if name in labels), None)
+    return None if column is None else tuple(name.replace("_", " ") for name in labels[column].names)
 
 
 def bundled_pairs() -> list[RawPair]:
@@ -94,10 +169,10 @@ def memory_source(name: str, pairs: Sequence[RawPair]) -> Source:
     return Source(name, len(pairs), None, epoch)
 
 
-def read_csv(path: str, image_column: str, caption_column: str) -> list[RawPair]:
+def read_csv(path: str, image_column: str, caption_column: str | None) -> list[RawPair]:
     """A CSV or TSV file with a header; image paths are absolute or relative to the file."""
     if not Path(path).is_file():
-        raise UserError(f"--train-data {path!r} does not exist")
+        raise UserError(f"the table {path!r} does not exist")
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ",")
         header = reader.fieldnames or []
@@ -109,31 +184,38 @@ def read_csv(path: str, image_column: str, caption_column: str) -> list[RawPair]
         need_columns(path, list(header), image_column, caption_column)
         rows = list(reader)
     root = Path(path).parent
-    return [RawPair(r[image_column], str(root / r[image_column]), (r[caption_column] or "",)) for r in rows]
+    return [
+        RawPair(r[image_column], str(root / r[image_column]), (r[caption_column] or "",) if caption_column else ())
+        for r in rows
+    ]
 
 
-def table_source(name: str, image_column: str, caption_column: str) -> Source:
-    """A parquet file, a folder of them, or a dataset on the Hub, memory-mapped by `datasets`."""
+def read_table(name: str, *, asked: str) -> Any:
+    """A parquet file, a folder of them, or a dataset on the Hub, memory-mapped: a `datasets.Dataset`.
+
+    Raises: UserError where there is none; `asked` is the flag that names it.
+    """
     import datasets
 
     path, _, split = name.partition(":")
     if path.endswith(".parquet") or Path(path).is_dir():
         files = sorted(str(f) for f in ([Path(path)] if path.endswith(".parquet") else Path(path).rglob("*.parquet")))
         if not files or not Path(files[0]).is_file():
-            raise UserError(
-                f"--train-data {path!r} holds no parquet file (shards are written as {path}/{{0000..9999}}.tar)"
-            )
-        table = datasets.load_dataset("parquet", data_files=files, split="train")
-    else:
-        hint = "shards end in .tar, tables in .csv, .tsv or .parquet"
-        table = hub_table(path, split or "train", asked=f"--train-data {name!r}", hint=hint)
+            raise UserError(f"{asked} {path!r} holds no parquet file (shards are written as {path}/{{0000..9999}}.tar)")
+        return datasets.load_dataset("parquet", data_files=files, split="train")
+    hint = "shards end in .tar, tables in .csv, .tsv or .parquet"
+    return hub_table(path, split or "train", asked=f"{asked} {name!r}", hint=hint)
+
+
+def table_source(name: str, table: Any, image_column: str, caption_column: str | None) -> Source:
+    """The pairs of a `datasets.Dataset`, or without a caption column its images."""
     need_columns(name, table.column_names, image_column, caption_column)
-    table = table.select_columns([image_column, caption_column])
+    table = table.select_columns([image_column] + ([caption_column] if caption_column else []))
     table = undecoded(table, image_column)
 
     def pair(index: int) -> RawPair:
         row = table[index]
-        image, captions = row[image_column], row[caption_column]
+        image, captions = row[image_column], row[caption_column] if caption_column else ()
         captions = (captions,) if isinstance(captions, str) else tuple(captions or ())
         return RawPair(f"{name}:{index}", encoded_image(image), captions)
 
@@ -176,9 +258,9 @@ def encoded_image(cell: Any) -> Any:
     return (cell["bytes"] or cell["path"]) if isinstance(cell, dict) else cell
 
 
-def need_columns(name: str, columns: list[str], image_column: str, caption_column: str) -> None:
-    for column in (image_column, caption_column):
-        if column not in columns:
+def need_columns(name: str, columns: list[str], image_column: str, other_column: str | None) -> None:
+    for column in (image_column, other_column):
+        if column is not None and column not in columns:
             raise UserError(f"{name!r} has no column {column!r}, only {', '.join(columns)}: name them with --columns")
 
 
@@ -406,7 +488,8 @@ class Position:
 class PairStream(IterableDataset):
     """Endless batches of one rank: {"image": uint8 [n, 3, r, r], "keys", "text", "text_ids", ...} as dicts.
 
-    `tokenizers` maps the key that a batch gets to a tokenizer: {"text": student's, "teacher_text": teacher's}.
+    `tokenizers` maps the key that a batch gets to a tokenizer: {"text": student's, "teacher_text": teacher's}. Of a
+    source without captions there are images and keys alone.
     With `stored_views`, uint8 [pairs, views, 3, r, r], an image is one of its stored views, a new one each epoch, in
     place of a fresh augmentation; a batch then also has `view_rows` and `caption_rows` = (row in the set, number of the
     view or caption), by which stored teacher embeddings are found.
@@ -443,7 +526,7 @@ class PairStream(IterableDataset):
                 f"{num_parts}: lower --workers or --num_processes, or write more and smaller shards"
             )
         if source.num_pairs is not None and source.num_pairs < num_parts:
-            raise UserError(f"{source.name!r} has {source.num_pairs} pairs, fewer than {num_parts} workers")
+            raise UserError(f"{source.name!r} has {source.num_pairs} {source.things}, fewer than {num_parts} workers")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
@@ -470,7 +553,7 @@ class PairStream(IterableDataset):
                 named = [*named, f"{pair.key} ({error})"][:3]
                 if skipped > BROKEN_SHARE * BROKEN_WINDOW and seen <= BROKEN_WINDOW:
                     raise UserError(
-                        f"{skipped} of the first {seen} pairs of {self.source.name!r} are broken, "
+                        f"{skipped} of the first {seen} {self.source.things} of {self.source.name!r} are broken, "
                         f"among them {'; '.join(named)}: mend the data"
                     ) from error
             if len(samples) == self.batch_size:
@@ -486,34 +569,35 @@ class PairStream(IterableDataset):
             for used, pair in enumerate(islice(pairs, behind, None), behind + 1):
                 yield epoch, used, pair
             if not used:
-                raise UserError(f"{self.source.name!r} holds no image-text pair for worker {part} of {num_parts}")
+                kind = "image-text pair" if self.source.captioned else "image"
+                raise UserError(f"{self.source.name!r} holds no {kind} for worker {part} of {num_parts}")
 
     def _sample(self, pair: RawPair, epoch: int) -> dict[str, Any]:
         rng = random.Random(f"{self.seed}/{epoch}/{pair.key}")
-        captions = usable_captions(pair)
-        caption = rng.randrange(len(captions))
+        sample: dict[str, Any] = {"key": pair.key}
+        if self.source.captioned:
+            captions = usable_captions(pair)
+            caption = rng.randrange(len(captions))
+            sample |= {"caption": captions[caption], "caption_row": (pair.row, caption)}
         if self.stored_views is None:
             view, image = 0, apply_seeded(self.augment, decode(pair), rng.getrandbits(63))
         else:
             view = epoch % self.stored_views.shape[1]
             image = self.stored_views[pair.row, view]
-        return {
-            "image": image,
-            "caption": captions[caption],
-            "key": pair.key,
-            "view_row": (pair.row, view),
-            "caption_row": (pair.row, caption),
-        }
+        return sample | {"image": image, "view_row": (pair.row, view)}
 
     def _collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        captions = [sample["caption"] for sample in samples]
         batch: dict[str, Any] = {
             "image": torch.stack([sample["image"] for sample in samples]),
-            "text_ids": torch.tensor([number_of(caption) for caption in captions]),
             "keys": [sample["key"] for sample in samples],
         }
         if self.stored_views is not None:
             batch["view_rows"] = torch.tensor([sample["view_row"] for sample in samples])
+        if not self.source.captioned:
+            return batch
+        captions = [sample["caption"] for sample in samples]
+        batch["text_ids"] = torch.tensor([number_of(caption) for caption in captions])
+        if self.stored_views is not None:
             batch["caption_rows"] = torch.tensor([sample["caption_row"] for sample in samples])
         return batch | {name: tokenize(captions) for name, tokenize in self.tokenizers.items()}
 

@@ -1,0 +1,99 @@
+"""Class prompts, from a file or the bundled ones: what a teacher is asked about images that nobody labelled.
+
+pets.json   {"classnames": ["Abyssinian", "beagle"], "templates": ["a photo of a {c}, a type of pet."]}
+pets.txt    a template a line; the class names are those that the data knows
+"""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gkl_vl.data.benchmark_sets import BUNDLED, is_texts, load_benchmark_set, require_places
+from gkl_vl.data.benchmark_sources import read_json
+from gkl_vl.errors import UserError, first_line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """A text for each class and template."""
+
+    classnames: tuple[str, ...]
+    templates: tuple[str, ...]
+    """With {c} for the class name."""
+
+    def of_template(self, number: int) -> list[str]:
+        """The texts of all classes."""
+        return [self.templates[number].replace("{c}", name) for name in self.classnames]
+
+
+def bundled_prompts() -> Prompts:
+    """The names and templates that the bundled emoji are evaluated with."""
+    found = load_benchmark_set(BUNDLED[0])
+    assert found.classnames is not None and isinstance(found.templates, list)  # the bundled set has them
+    return Prompts(classnames=tuple(found.classnames), templates=tuple(found.templates))
+
+
+def read_prompts(file: str, *, classnames: tuple[str, ...] | None) -> Prompts:
+    """The prompts in a file; see the top of this module.
+
+    Args:
+        file: .json, whose "classnames" may be left out where the data knows its classes, or .txt.
+        classnames: those that the data knows, None where it knows none. A file may name some of them, in any order.
+
+    Raises:
+        UserError: a file that is missing or holds something else; a template without {c}; a class name that the data
+            lacks, or that is there twice; fewer than two classes.
+    """
+    if file.endswith(".json"):
+        names, templates = _of_json(file)
+    elif file.endswith(".txt"):
+        names, templates = None, _lines(file)
+    else:
+        raise UserError(f"--prompts {file!r}: expected a file that ends in .json or .txt")
+    if not is_texts(templates):
+        raise UserError(f"{file!r} has no templates: write texts with {{c}} for the class name")
+    require_places(repr(file), templates)
+    if names is None:
+        if classnames is None:
+            raise UserError(
+                f"{file!r} has no class names, and the data knows of none: write "
+                '{"classnames": [...], "templates": [...]} in a .json file'
+            )
+        names = list(classnames)
+    if not is_texts(names):
+        raise UserError(f"{file!r}: its classnames are no list of texts")
+    _check_names(file, names, classnames)
+    return Prompts(classnames=tuple(names), templates=tuple(templates))
+
+
+def _of_json(file: str) -> tuple[Any, Any]:
+    """Class names and templates, as they stand there."""
+    content = read_json(Path(file), dict)
+    if strange := sorted(content.keys() - {"classnames", "templates"}):
+        raise UserError(f"{file!r} has the key {strange[0]!r}: expected classnames and templates")
+    return content.get("classnames"), content.get("templates", [])
+
+
+def _lines(file: str) -> list[str]:
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise UserError(f"{file!r} does not exist") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file!r} is no text ({first_line(error)}): write a template a line") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _check_names(file: str, names: list[str], known: tuple[str, ...] | None) -> None:
+    if any(not name.strip() for name in names):
+        raise UserError(f"{file!r} has an empty class name: take it out")
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise UserError(f"{file!r} has the class {twice[0]!r} twice: take one out")
+    if len(names) < 2:
+        raise UserError(f"{file!r} has the class {names[0]!r} alone: a student learns to tell two or more apart")
+    if known is None:
+        return
+    if lacking := [name for name in names if name.replace("_", " ") not in known]:
+        nearest = difflib.get_close_matches(lacking[0], known, n=1, cutoff=0)[0]
+        raise UserError(f"{file!r} has the class {lacking[0]!r}, which the data lacks: did you mean {nearest!r}?")

@@ -342,6 +342,10 @@ def open_data(config: Config, preset: Preset) -> Data:
         labelled = draw_labelled(train, num_labels=preset.num_labels, seed=config.seed)
     else:
         labelled = read_labelled(config.labelled, train)
+        if config.num_labels not in (None, len(labelled)):
+            raise UserError(
+                f"--num-labels {config.num_labels}, but --labelled {config.labelled!r} names {len(labelled)}: give one"
+            )
     pool, hidden = in_memory(train, size=preset.image_size), train.labels
     if preset.unlabelled_split is not None and config.method != "supervised":
         more = in_memory(open_image_set(preset.data, preset.unlabelled_split), size=preset.image_size)

@@ -194,6 +194,10 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped_bit_for_bit(call, place
         (["--num-labels", "20"], "--num-labels 20 is 4 a class, cifar:train has 3 of class 0: take fewer"),
         (["--labelled", "other.npy"], "names image 49999, cifar:train has 0 to 14: it is of another data set"),
         (["--labelled", "beyond.txt"], "has the label 9, the 5 classes of cifar:train end at 4"),
+        (
+            ["--labelled", "idx.npy", "--num-labels", "10"],
+            "--num-labels 10, but --labelled 'idx.npy' names 5: give one",
+        ),
         (["--mu", "0"], "--mu 0 leaves the batch of unlabelled images empty: at least 1, or --method supervised"),
         (["--method", "mean-teacher", "--ema-decay", "0"], "--ema-decay 0 leaves it none"),
         (["--steps", "0"], "--steps 0 must be at least 1"),

@@ -155,7 +155,7 @@ class Config:
     num_labels: int | None = None
     """Images that keep their label, of all classes together, as many of each."""
     labelled: str | None = None
-    """Which ones: a list of a run (labelled.txt) or a .npy of USB's. None = drawn by --seed."""
+    """Which ones: a run's labelled.txt, or a .npy of USB's, of CIFAR's own files. None = drawn by --seed."""
     images: int | None = None
     """Use so many training images only, drawn evenly from the classes, with and without label."""
     unlabelled_split: str | None = None

@@ -110,6 +110,7 @@ def test_a_list_that_does_not_fit_is_refused(tmp_path, content, message):
     "array, message",
     [
         (np.array([0, 1, 40]), "names image 40, pets has 0 to 11: it is of another data set"),
+        (np.array([0, 1, 2, 4]), "names 2 images of class 0 of pets and 1 of class 1: it is of another data set or of"),
         (np.array([0, -1, 2]), "names image -1, pets has 0 to 11: it is of another data set"),
         (np.zeros((2, 2), dtype=int), "holds int64 of shape [2, 2]: expected a row of whole numbers"),
         (np.array([0.0, 1.0]), "holds float64 of shape [2]: expected a row of whole numbers"),

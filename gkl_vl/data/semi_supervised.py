@@ -60,7 +60,8 @@ def read_labelled(file: str, data: LabelledSet) -> Int64[Tensor, " m"]:
     """The images that a file lets keep their label.
 
     Args:
-        file: `.npy` = numbers of images, as USB saves them (`lb_labels40_1.0_seed0_idx.npy`); else lines
+        file: `.npy` = numbers of images, as USB saves them (`lb_labels40_1.0_seed0_idx.npy`), as many of each class.
+            They count in torchvision's order, which CIFAR's own files have and parquet on the Hub has not. Else lines
             `NUMBER LABEL`, see `labelled_lines`, or `NUMBER` alone.
 
     Raises:
@@ -99,7 +100,21 @@ def read_labelled(file: str, data: LabelledSet) -> Int64[Tensor, " m"]:
         raise UserError(
             f"--labelled {file!r} has no image of class {int(missing[0])} of {data.name}: every class needs one"
         )
+    if file.endswith(".npy"):
+        _require_balance(file, data, index)
     return index
+
+
+def _require_balance(file: str, data: LabelledSet, index: Int64[Tensor, " m"]) -> None:
+    """Numbers alone do not say what they are of; of another set, or in another order, they would be out of balance."""
+    counts = torch.bincount(data.labels[index], minlength=data.num_classes)
+    if counts.min() < counts.max():
+        most, least = int(counts.argmax()), int(counts.argmin())
+        raise UserError(
+            f"--labelled {file!r} names {int(counts[most])} images of class {most} of {data.name} and "
+            f"{int(counts[least])} of class {least}: it is of another data set or of another order (USB counts in "
+            "torchvision's: name a folder with CIFAR's own files), or write it as lines NUMBER LABEL"
+        )
 
 
 def _numpy_file(file: str) -> tuple[Int64[Tensor, " m"], Int64[Tensor, " m"]]:

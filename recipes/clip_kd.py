@@ -416,11 +416,7 @@ def epsilon_text(config: Config, norm: Norm) -> str:
 
 def count_steps(config: Config, source: Source, num_processes: int) -> int:
     """Updates of the run, from --steps or --epochs."""
-    counts = {"steps": config.steps, "epochs": config.epochs}
-    counts |= {"batch-size": config.batch_size, "accum-steps": config.accum_steps}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value} must be at least 1")
+    cli.require_positive(config, "steps", "epochs", "batch_size", "accum_steps")
     if config.steps is not None and config.epochs is not None:
         raise UserError(f"--steps {config.steps} and --epochs {config.epochs} say the same twice: give one")
     if config.steps is not None:

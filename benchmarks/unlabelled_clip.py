@@ -18,9 +18,11 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "clip_kd.py"
 SOFT_CE = "soft CE alone"
 # name: (flags, the arm to compare it with)
 ARMS: Arms = {
-    SOFT_CE: (["--wmse-weight", "0", "--no-class-prior"], None),
-    "GKL without class prior": (["--no-class-prior"], SOFT_CE),
-    "GKL with class prior": (["--class-prior"], "GKL without class prior"),
+    SOFT_CE: (["--wmse-weight", "0"], None),
+    "wMSE .05": (["--wmse-weight", "0.05"], SOFT_CE),
+    "wMSE .05, class prior": (["--wmse-weight", "0.05", "--class-prior"], "wMSE .05"),
+    "wMSE .5": (["--wmse-weight", "0.5"], SOFT_CE),
+    "wMSE .5, class prior": (["--wmse-weight", "0.5", "--class-prior"], "wMSE .5"),
 }
 COLUMNS: dict[str, tuple[str | None, str]] = {
     "emoji acc1": ("emoji", "acc1"),

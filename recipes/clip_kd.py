@@ -84,6 +84,7 @@ BUNDLED_VIEWS = 6
 BUNDLED_STEPS = 300
 BUNDLED_LR, BUNDLED_UNLABELLED_LR = 6e-3, 3e-3
 BUNDLED_MIMICRY_WEIGHT, MIMICRY_WEIGHT = 10_000.0, 2000.0
+WMSE_WEIGHT, UNLABELLED_WMSE_WEIGHT = 0.5, 0.05
 SHEET_IMAGES = 12
 
 
@@ -143,8 +144,8 @@ class Config:
     """Weight of the student's own contrastive loss. This one and --mimicry-weight are not for --unlabelled."""
     soft_ce_weight: float = 1.0
     """Weight of GKL's soft cross entropy (paper: beta)."""
-    wmse_weight: float = 0.5
-    """Weight of GKL's weighted MSE of logit differences (paper: alpha)."""
+    wmse_weight: float | None = None
+    """Weight of GKL's weighted MSE of logit differences (paper: alpha). None = 0.5, and 0.05 for --unlabelled."""
     mimicry_weight: float | None = None
     """Weight of feature mimicry, the MSE of normalised embeddings. None = CLIP-KD's 2000, 10000 on bundled data."""
     gamma: float = 0.5
@@ -224,7 +225,7 @@ def main(config: Config) -> None:
     objective: Objective = ClipKd(student=student, teacher=taught_by, weights=terms, attack=attack)
     if prompts is not None:
         assert teacher is not None and taught_by is not None  # by check_unlabelled
-        objective = zero_shot_kd(config, student, teacher, taught_by, prompts, source, accelerator.device)
+        objective = zero_shot_kd(config, terms, student, teacher, taught_by, prompts, source, accelerator.device)
     exported = fit(
         accelerator=accelerator,
         model=model,
@@ -317,6 +318,7 @@ def check_prior(config: Config, source: Source, images: int) -> None:
 
 def zero_shot_kd(
     config: Config,
+    terms: ClipKdWeights,
     student: Clip,
     teacher: Clip,
     taught_by: Teacher,
@@ -333,11 +335,11 @@ def zero_shot_kd(
         teacher=zero_shot_teacher(taught_by, classes.to(device)),
         tokens=prompt_tokens(prompts, student, device),
         weights=ZeroShotWeights(
-            soft_ce_weight=config.soft_ce_weight,
-            wmse_weight=config.wmse_weight,
-            gamma=config.gamma,
-            temperature=config.temperature,
-            weight_temperature=config.weight_temperature,
+            soft_ce_weight=terms.soft_ce_weight,
+            wmse_weight=terms.wmse_weight,
+            gamma=terms.gamma,
+            temperature=terms.temperature,
+            weight_temperature=terms.weight_temperature,
         ),
         prior=EpochPrior(len(prompts.classnames), config.weight_temperature) if config.class_prior else None,
         num_images=source.num_pairs,
@@ -383,16 +385,19 @@ def weights(config: Config) -> ClipKdWeights:
     mimicry_weight = config.mimicry_weight
     if mimicry_weight is None:
         mimicry_weight = BUNDLED_MIMICRY_WEIGHT if own_data(config) is None else MIMICRY_WEIGHT
-    if config.unlabelled is not None and not (config.soft_ce_weight or config.wmse_weight):
+    wmse_weight = config.wmse_weight
+    if wmse_weight is None:
+        wmse_weight = WMSE_WEIGHT if config.unlabelled is None else UNLABELLED_WMSE_WEIGHT
+    if config.unlabelled is not None and not (config.soft_ce_weight or wmse_weight):
         raise UserError("every weight is 0, so there is nothing to train on: set --soft-ce-weight or --wmse-weight")
-    of_teacher = (config.soft_ce_weight, config.wmse_weight, mimicry_weight)
+    of_teacher = (config.soft_ce_weight, wmse_weight, mimicry_weight)
     if not config.contrastive_weight and (config.teacher == "none" or not any(of_teacher)):
         with_teacher = "" if config.teacher == "none" else ", --soft-ce-weight, --wmse-weight or --mimicry-weight"
         raise UserError(f"every weight is 0, so there is nothing to train on: set --contrastive-weight{with_teacher}")
     return ClipKdWeights(
         contrastive_weight=config.contrastive_weight,
         soft_ce_weight=config.soft_ce_weight,
-        wmse_weight=config.wmse_weight,
+        wmse_weight=wmse_weight,
         mimicry_weight=mimicry_weight,
         gamma=config.gamma,
         temperature=config.temperature,

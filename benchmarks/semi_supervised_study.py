@@ -1,6 +1,6 @@
 """The semi-supervised study of recipes/README.md: few labels of CIFAR-10, methods on equal seeds, a laptop's budget.
 
-    python benchmarks/semi_supervised_study.py --data CIFAR10 --num-labels 40 250
+    python benchmarks/semi_supervised_study.py --data CIFAR10
 
 Each arm is `recipes/semi_supervised.py` on a small ResNet and a part of the images, called METHOD, METHOD:TERM or
 METHOD:TERM:prior; the same seed is the same labels, initial weights, batches and views. Prints, for each number of
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=ARMS, help="METHOD, METHOD:TERM or METHOD:TERM:prior")
     parser.add_argument("--model", default="resnet8")
     parser.add_argument("--images", type=int, default=10_000, help="training images, most of them without label")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, nargs="+", default=[800, 3000], help="for each number of labels")
     parser.add_argument("--batch-size", type=int, default=16, help="labelled images")
     parser.add_argument("--mu", type=int, default=4)
     parser.add_argument("--lr", default="0.1")
@@ -61,12 +61,14 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="where to draw; None = beside the runs")
     options = parser.parse_args()
     drawn = {}
-    for num_labels in options.num_labels:
+    if len(options.steps) != len(options.num_labels):
+        parser.error(f"{len(options.num_labels)} numbers of labels, {len(options.steps)} of steps: give one for each")
+    for num_labels, steps in zip(options.num_labels, options.steps, strict=True):
         flags = ["--preset", "cifar10-250", "--num-labels", str(num_labels), "--data", options.data]
-        flags += ["--model", options.model, "--images", str(options.images), "--steps", str(options.steps)]
+        flags += ["--model", options.model, "--images", str(options.images), "--steps", str(steps)]
         flags += ["--batch-size", str(options.batch_size), "--mu", str(options.mu), "--lr", options.lr]
         flags += ["--ema-decay", "0.99", "--workers", "0", "--eval-every-steps", "0", "--checkpoint-every-steps", "0"]
-        setting = f"{options.images}-{options.steps}-{options.batch_size}-{options.mu}-{options.lr}"
+        setting = f"{options.images}-{steps}-{options.batch_size}-{options.mu}-{options.lr}"
         study = Study(
             recipe=HOUSE / "recipes" / "semi_supervised.py",
             arms=arms(options.arms),

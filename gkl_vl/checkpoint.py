@@ -48,7 +48,7 @@ class RunFolder:
         if self._is_main:
             self.path.mkdir(parents=True, exist_ok=True)
             aside = self.path / (name + ".writing")
-            aside.write_text(content)
+            aside.write_text(content, encoding="utf-8")
             aside.replace(self.path / name)
 
     def config(self) -> dict[str, Any]:
@@ -76,9 +76,7 @@ class RunFolder:
         """Drop the lines after `step`: the resumed run will write them again."""
         if self._is_main and self.results.is_file():
             kept = [record for record in self.records() if record["step"] <= step]
-            aside = self.results.with_suffix(".writing")
-            aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            aside.replace(self.results)
+            self.write_text(self.results.name, "".join(json.dumps(record) + "\n" for record in kept))
 
     def find_checkpoint(self, resume: str) -> Path:
         """The checkpoint that `--resume` names: `latest`, or a path. Raises UserError when there is none."""

@@ -53,6 +53,7 @@ class HasDebug(Protocol):
 
 
 ConfigT = TypeVar("ConfigT", bound=HasDebug)
+Value = TypeVar("Value")
 
 
 def run(main: Callable[[ConfigT], None], config: Callable[..., ConfigT], argv: Sequence[str] | None = None) -> None:
@@ -86,30 +87,6 @@ def run(main: Callable[[ConfigT], None], config: Callable[..., ConfigT], argv: S
         leave(f"error: {line}", 2)
 
 
-# ---- what flags may say ------------------------------------------------------------------------------------------
-
-Value = TypeVar("Value")
-
-
-def named(table: Mapping[str, Value], name: str, *, flag: str) -> Value:
-    """The table's entry. Raises: UserError for a name that it has not, with the nearest one."""
-    if name not in table:
-        near = get_close_matches(name, list(table), n=1, cutoff=0)
-        raise UserError(f"unknown {flag} {name!r}, did you mean {near[0]!r}? There are {', '.join(table)}")
-    return table[name]
-
-
-def require_positive(config: object, *names: str) -> None:
-    """Raises: UserError for a field of `config` that is below 1; None is left alone."""
-    for name in names:
-        value = vars(config)[name]
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
-
-
-# ---- errors ------------------------------------------------------------------------------------------------------
-
-
 def parse(config: Callable[..., ConfigT], argv: Sequence[str] | None) -> ConfigT:
     box = io.StringIO()
     help_page = contextlib.nullcontext() if rank() == 0 else contextlib.redirect_stdout(io.StringIO())
@@ -140,6 +117,22 @@ def unbox(box: str) -> str:
     sentences = [" ".join(block) for block in blocks if block]
     told = [s for s in sentences if not s.startswith(("Argument helptext", "For full helptext"))]
     return "; ".join(told) or one_line(plain)
+
+
+def named(table: Mapping[str, Value], name: str, *, flag: str) -> Value:
+    """The table's entry. Raises: UserError for a name that it has not, with the nearest one."""
+    if name not in table:
+        near = get_close_matches(name, list(table), n=1, cutoff=0)
+        raise UserError(f"unknown {flag} {name!r}, did you mean {near[0]!r}? There are {', '.join(table)}")
+    return table[name]
+
+
+def require_positive(config: object, *names: str) -> None:
+    """Raises: UserError for a field of `config` that is below 1; None is left alone."""
+    for name in names:
+        value = vars(config)[name]
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
 def explain(error: Exception) -> str | None:

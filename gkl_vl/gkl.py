@@ -78,6 +78,28 @@ def gkl_loss(
 
     Source: arXiv 2503.08038; `dkl_loss` in `GKL_KD.py` (see the top of this file).
     """
+    wmse, soft_ce = gkl_halves(
+        student=student,
+        teacher=teacher,
+        gamma=gamma,
+        temperature=temperature,
+        weight_temperature=weight_temperature,
+        class_prior=class_prior,
+    )
+    return wmse_weight * wmse + soft_ce_weight * soft_ce
+
+
+@no_type_check
+def gkl_halves(
+    *,
+    student: Float[Tensor, "n C"],
+    teacher: Float[Tensor, "n C"],
+    gamma: Number,
+    temperature: Number,
+    weight_temperature: Number,
+    class_prior: Float[Tensor, "n C"] | None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """wMSE and softCE of `gkl_loss`, without their weights; arguments, processes and errors as there."""
     check_logits(student, teacher)
     check_positive("temperature", temperature)
     check_positive("weight_temperature", weight_temperature)
@@ -86,8 +108,7 @@ def gkl_loss(
     student, teacher = lift(student), lift(teacher)
     weight = smooth_weight(teacher=teacher, gamma=gamma, weight_temperature=weight_temperature, class_prior=class_prior)
     wmse = ratio_of_sums(*wmse_rows(student=student, teacher=teacher, weight=weight))
-    soft_ce = soft_cross_entropy_rows(student=student, teacher=teacher, temperature=temperature).mean()
-    return wmse_weight * wmse + soft_ce_weight * soft_ce
+    return wmse, soft_cross_entropy_rows(student=student, teacher=teacher, temperature=temperature).mean()
 
 
 @no_type_check

@@ -290,16 +290,21 @@ def open_data(recipe: Recipe, config: LabelConfig) -> tuple[LabelledSet, Labelle
     open_split = partial(open_labelled, root=config.root, columns=config.columns)
     train = open_split(source, recipe.splits[0])
     test = open_split(config.eval_data or source, recipe.splits[1])
-    if test.num_classes > train.num_classes:
-        raise UserError(
-            f"{test.name} has {test.num_classes} classes, {train.name} only {train.num_classes}: "
-            "name sets that belong together"
-        )
+    require_same_classes(train, test)
     if config.imbalance is not None:
         train = long_tailed(train, ratio=config.imbalance, seed=config.seed)
     if config.images is not None:
         train = first(train, config.images, config.seed)
     return train, test
+
+
+def require_same_classes(train: LabelledSet, test: LabelledSet) -> None:
+    """Raises: UserError for an evaluation set with classes that training does not have."""
+    if test.num_classes > train.num_classes:
+        raise UserError(
+            f"{test.name} has {test.num_classes} classes, {train.name} only {train.num_classes}: "
+            "name sets that belong together"
+        )
 
 
 def load_teacher(pair: Pair, config: LabelConfig, train: LabelledSet, device: torch.device) -> Classifier:

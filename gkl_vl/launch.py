@@ -68,6 +68,14 @@ def start(config: RunConfig, *, recipe: str) -> tuple[RunFolder, Accelerator, di
     return run, accelerator, wanted | {"command": command_line(), "commit": git_commit()}
 
 
+def refuse_shards(accelerator: Accelerator, what: str) -> None:
+    """Raises: UserError under FSDP, for what needs the whole model outside the loop's own passes."""
+    if accelerator.is_fsdp2:
+        raise UserError(
+            f"FSDP keeps a model in shards, and {what} need it whole: use accelerate_configs/multi_gpu.yaml"
+        )
+
+
 def default_folder(resume: str | None, recipe: str) -> Path:
     """A new folder under runs/, or the newest one to resume."""
     if not resume:

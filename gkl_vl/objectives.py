@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from gkl_vl.attacks import evaluating, pgd, weights_perturbed
 from gkl_vl.classifiers import Classifier, scaled
 from gkl_vl.data.prompts import Prompts
 from gkl_vl.gather import world_size
-from gkl_vl.gkl import ClassPrior, Number, gkl_loss, lift
+from gkl_vl.gkl import ClassPrior, Number, gkl_halves, lift
 from gkl_vl.image_text import class_logits, global_value, image_text_loss, mimicry_loss, scalars_of_all_ranks
 from gkl_vl.label_losses import Distillation, distillation_loss
 from gkl_vl.semi_supervised import (
@@ -478,10 +477,6 @@ class SemiSupervisedTraining:
             self.thresholds.last = state["last_pseudo_label"]
 
 
-def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.detach().argmax(dim=1) == labels).float().mean()
-
-
 # ---- zero-shot logits --------------------------------------------------------------------------------------------
 
 PROMPTS_AT_ONCE = 512
@@ -568,10 +563,9 @@ class ZeroShotKd:
         return {"teacher": teacher, "prior": rows}
 
     def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """`gkl_loss`. Equal on all ranks."""
+        """GKL's halves, weighted. Equal on all ranks."""
         student, teacher, weights = outputs["logits"], targets["teacher"], self.weights
-        half = partial(
-            gkl_loss,
+        wmse, soft_ce = gkl_halves(
             student=student,
             teacher=teacher,
             gamma=weights.gamma,
@@ -579,8 +573,6 @@ class ZeroShotKd:
             weight_temperature=weights.weight_temperature,
             class_prior=targets.get("prior"),
         )
-        soft_ce = half(soft_ce_weight=1.0, wmse_weight=0.0)
-        wmse = half(soft_ce_weight=0.0, wmse_weight=1.0)
         scalars = {"soft_ce": soft_ce.detach(), "wmse": wmse.detach()}
         scalars["agreement@1"] = _accuracy(student, teacher.argmax(dim=1))
         loss = weights.soft_ce_weight * soft_ce + weights.wmse_weight * wmse
@@ -625,3 +617,7 @@ def zero_shot_teacher(teacher: Teacher, classes: Tensor) -> LabelTeacher:
         )
 
     return logits
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.detach().argmax(dim=1) == labels).float().mean()

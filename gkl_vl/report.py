@@ -20,7 +20,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-Number = int | float
+from gkl_vl.gkl import Number
+
 Pixels = Number  # from the picture's top left corner
 
 _WIDTH, _HEIGHT = 1400, 780

@@ -43,7 +43,7 @@ from gkl_vl.data.views import (
 from gkl_vl.engine import FitConfig, fit, moving_average
 from gkl_vl.errors import UserError
 from gkl_vl.label_training import conclude, evaluate_on, overridden, recompute_batchnorm
-from gkl_vl.launch import start
+from gkl_vl.launch import refuse_shards, start
 from gkl_vl.objectives import Adversarial, EpochPrior, Together
 from gkl_vl.optim import sgd, warmup_cosine
 from gkl_vl.robustness import survives_pgd
@@ -227,10 +227,7 @@ def main(config: Config) -> None:
         hub.check_repo_id(config.push_to_hub)
     preset, settings = find_preset(config)
     run, accelerator, asked = start(config, recipe="adversarial")
-    if accelerator.is_fsdp2:
-        raise UserError(
-            "FSDP keeps a model in shards, and attacks need it whole: use accelerate_configs/multi_gpu.yaml"
-        )
+    refuse_shards(accelerator, "attacks")
     set_seed(config.seed)  # the same initial weights on every rank
     train, test = open_data(config, preset)
     classifier = load_classifier(

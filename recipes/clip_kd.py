@@ -62,7 +62,7 @@ from gkl_vl.disk_cache import cache_folder
 from gkl_vl.embed import Embedder, milliseconds_per_image, top_names, zero_shot_classifier
 from gkl_vl.engine import FitConfig, Objective, fit, moving_average
 from gkl_vl.errors import UserError
-from gkl_vl.launch import start
+from gkl_vl.launch import refuse_shards, start
 from gkl_vl.objectives import (
     ClipKd,
     ClipKdWeights,
@@ -176,10 +176,8 @@ def main(config: Config) -> None:
     check_unlabelled(config)
     terms, attack = weights(config), find_attack(config)
     run, accelerator, asked = start(config, recipe="clip_kd")
-    if attack is not None and accelerator.is_fsdp2:
-        raise UserError(
-            "FSDP keeps a model in shards, and attacks need it whole: use accelerate_configs/multi_gpu.yaml"
-        )
+    if attack is not None:
+        refuse_shards(accelerator, "attacks")
     set_seed(config.seed)  # the same initial weights on every rank
     teacher = load_teacher(config, accelerator)
     student = load_clip(config.student, allow_pickle=config.allow_pickle)

@@ -42,8 +42,8 @@ from gkl_vl.data.semi_supervised import (
 from gkl_vl.data.views import DiskViews, MemoryImages, MemoryViews, randaugment_cutout
 from gkl_vl.engine import FitConfig, fit, moving_average
 from gkl_vl.errors import UserError
-from gkl_vl.label_training import conclude, evaluate_on, overridden
-from gkl_vl.launch import start
+from gkl_vl.label_training import conclude, evaluate_on, overridden, require_same_classes
+from gkl_vl.launch import refuse_shards, start
 from gkl_vl.objectives import EpochPrior, SemiSupervisedTraining
 from gkl_vl.optim import layered_adamw, sgd, warmup_fixmatch
 from gkl_vl.semi_supervised import ClassThresholds, Consistency, Method, SemiSupervised
@@ -223,10 +223,7 @@ def main(config: Config) -> None:
         hub.check_repo_id(config.push_to_hub)
     preset, settings = find_preset(config)
     run, accelerator, asked = start(config, recipe="semi_supervised")
-    if accelerator.is_fsdp2:
-        raise UserError(
-            "FSDP keeps a model in shards, and pseudo-labels need it whole: use accelerate_configs/multi_gpu.yaml"
-        )
+    refuse_shards(accelerator, "pseudo-labels")
     set_seed(config.seed)  # the same initial weights on every rank
     data = open_data(config, preset)
     student = load_classifier(
@@ -334,8 +331,7 @@ def open_data(config: Config, preset: Preset) -> Data:
     if preset.data is None:
         raise UserError(f"--preset {config.preset} has no data of its own: give --data, see recipes/README.md")
     train, test = (open_labelled(preset.data, split) for split in ("train", "test"))
-    if test.num_classes > train.num_classes:
-        raise UserError(f"{test.name} has {test.num_classes} classes, {train.name} only {train.num_classes}")
+    require_same_classes(train, test)
     if config.images is not None:
         train = first(train, config.images, config.seed)
     if config.labelled is None:

@@ -41,6 +41,7 @@ from gkl_vl.data.pairs import (
     is_local,
     need_columns,
     undecoded,
+    usual_column,
 )
 from gkl_vl.errors import UserError, first_line
 
@@ -177,8 +178,8 @@ def open_image_set(source: str, split: str, *, columns: tuple[str, str] | None =
         table = _parquet_table(source, split, _parquet_files(folder))
     else:
         table = hub_table(source, split, asked=f"{source!r} (split {split!r})", hint="or name a folder")
-    column = columns[0] if columns else next((c for c in IMAGE_COLUMNS if c in table.column_names), IMAGE_COLUMNS[-1])
-    need_columns(name, table.column_names, column, column)
+    column = columns[0] if columns else usual_column(IMAGE_COLUMNS, table.column_names)
+    need_columns(name, table.column_names, column, None)
     images = undecoded(table.select_columns([column]), column)
     return ImageSet(name=name, size=len(table), images=_TableImages(name, images, column))
 
@@ -424,9 +425,7 @@ def _table_set(name: str, table: Any, columns: tuple[str, str] | None) -> Labell
     import pyarrow
 
     there = table.column_names
-    image_column, label_column = columns or (
-        next((column for column in usual if column in there), usual[-1]) for usual in (IMAGE_COLUMNS, LABEL_COLUMNS)
-    )
+    image_column, label_column = columns or (usual_column(usual, there) for usual in (IMAGE_COLUMNS, LABEL_COLUMNS))
     need_columns(name, there, image_column, label_column)
     labels = table.data.column(label_column)
     if not pyarrow.types.is_integer(labels.type) or labels.null_count:

@@ -114,8 +114,7 @@ def open_images(data: str, *, columns: tuple[str, str] | None = None) -> Source:
         pairs = image_files(data)
         return _uncaptioned(memory_source(data, pairs), _class_folders(pairs))
     table = read_table(data, asked="--unlabelled")
-    there = table.column_names
-    column = columns[0] if columns else next((name for name in IMAGE_COLUMNS if name in there), "image")
+    column = columns[0] if columns else usual_column(IMAGE_COLUMNS, table.column_names)
     return _uncaptioned(table_source(data, table, column, None), _class_labels(table))
 
 
@@ -256,6 +255,11 @@ def undecoded(table: Any, image_column: str) -> Any:
 def encoded_image(cell: Any) -> Any:
     """What `RawPair.image` takes, from a cell of a table: the Hub's images are {"bytes": ..., "path": ...}."""
     return (cell["bytes"] or cell["path"]) if isinstance(cell, dict) else cell
+
+
+def usual_column(usual: Sequence[str], there: Sequence[str]) -> str:
+    """The first of the usual names that is there; the last of them where none is, for `need_columns` to name."""
+    return next((name for name in usual if name in there), usual[-1])
 
 
 def need_columns(name: str, columns: list[str], image_column: str, other_column: str | None) -> None:

@@ -31,6 +31,7 @@ Ids = tuple[int, Int[Tensor, " n"]]
 """A view's number, and the numbers of images."""
 PLAIN = -1
 """The view without augmentation."""
+_USB_GREY = (125, 123, 114)
 
 
 @runtime_checkable
@@ -286,9 +287,6 @@ def randaugment_cutout(size: int, *, upside_down: bool) -> Callable[[Image.Image
     flips = [v2.RandomHorizontalFlip(), *([v2.RandomVerticalFlip()] if upside_down else [])]
     crop = v2.RandomCrop(size, padding=size // 8, padding_mode="reflect")
     return v2.Compose([crop, *flips, operation, operation, operation, v2.PILToTensor(), square])
-
-
-_USB_GREY = (125, 123, 114)
 
 
 class Cutout(nn.Module):

@@ -18,10 +18,10 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from gkl_vl.adversarial import AdversarialTraining, robust_loss
-from gkl_vl.attacks import pgd
-from gkl_vl.classifiers import load_classifier
-from gkl_vl.objectives import Adversarial, EpochPrior, Together
+from gkl_vl.models.classifiers import load_classifier
+from gkl_vl.objectives.adversarial import Adversarial, AdversarialTraining, MultiBatch, robust_loss
+from gkl_vl.objectives.common import EpochPrior
+from gkl_vl.robustness.pgd import pgd
 
 CLASSES, EPSILON, STEPS = 10, 8 / 255, 10
 
@@ -55,7 +55,7 @@ def main() -> None:
     labels = torch.randint(0, CLASSES, (options.n,))
     print(f"{options.model}, n = {options.n}, {CLASSES} classes, {torch.get_num_threads()} threads")
     attack(on_pixels, images, labels, options.rounds)
-    step(Together(on_pixels), images, labels, options.rounds)
+    step(MultiBatch(on_pixels), images, labels, options.rounds)
 
 
 def attack(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, rounds: int) -> None:
@@ -76,7 +76,7 @@ def attack(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, r
     print(f"PGD-{STEPS}, time over that of torchattacks' PGD: {ratio(ours, lambda: theirs(pixels, labels), rounds)}")
 
 
-def step(model: Together, images: torch.Tensor, labels: torch.Tensor, rounds: int) -> None:
+def step(model: MultiBatch, images: torch.Tensor, labels: torch.Tensor, rounds: int) -> None:
     """A training step of GKL with the published settings, in an epoch with weight perturbation."""
     batch = {"image": images, "label": labels, "epoch": 0}
     settings = AdversarialTraining(epochs=1, awp_epoch=1)

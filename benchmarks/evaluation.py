@@ -87,7 +87,7 @@ def write_models(folder: Path) -> dict[str, str]:
     import torch
     from safetensors.torch import save_file
 
-    from gkl_vl.towers import BUNDLED_TEACHER, MODEL_CONFIGS, load_clip
+    from gkl_vl.models.clip import BUNDLED_TEACHER, MODEL_CONFIGS, load_clip
 
     random = folder / "vit"
     random.mkdir()
@@ -134,7 +134,7 @@ def retrieval(side: str) -> Callable[[], dict]:
     image = F.normalize(torch.randn(IMAGES, DIM, generator=draw), dim=1)
     text = F.normalize(image[owners] + 8 * F.normalize(torch.randn(len(owners), DIM, generator=draw), dim=1), dim=1)
     if side == "ours":
-        from gkl_vl.evaluate import retrieval_metrics
+        from gkl_vl.evaluation.metrics import retrieval_metrics
 
         return lambda: retrieval_metrics(image=image, text=text, owners=owners, recall_k=RECALL_K)
 

@@ -19,8 +19,8 @@ import torch
 from loss import ours, released
 from torch import Tensor
 
-from gkl_vl.classifiers import load_classifier
-from gkl_vl.optim import sgd
+from gkl_vl.models.classifiers import load_classifier
+from gkl_vl.training.optim import sgd
 
 PART = 32
 

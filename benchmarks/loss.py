@@ -22,7 +22,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from gkl_vl.gkl import gkl_loss
+from gkl_vl.losses.gkl import gkl_loss
 
 GAMMA, TEMPERATURE = 0.5, 4.0
 CALLS_PER_TIMING = {"released": 1, "gkl_loss": 20}

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gkl_vl.image_text import TILE, image_text_loss
+from gkl_vl.losses.image_text import TILE, image_text_loss
 
 STUDENT_DIM, TEACHER_DIM = 512, 768
 ALL_TERMS = {"kl_weight": 1.0, "gamma": 0.5}

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gkl_vl.classifiers import Classifier, load_classifier
-from gkl_vl.objectives import SemiSupervisedTraining
-from gkl_vl.semi_supervised import SemiSupervised, consistency_loss
+from gkl_vl.losses.consistency import SemiSupervised, consistency_loss
+from gkl_vl.models.classifiers import Classifier, load_classifier
+from gkl_vl.objectives.semi_supervised import SemiSupervisedTraining
 
 SETTINGS = SemiSupervised(threshold=0)
 

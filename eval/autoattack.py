@@ -26,23 +26,16 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from gkl_vl.attacks import Norm, radius
-from gkl_vl.benchmark import result_path
+from gkl_vl.atomic import append_line
 from gkl_vl.cli import run
 from gkl_vl.data.labelled import open_labelled
-from gkl_vl.robustness import (
-    USUAL_EPSILON,
-    Attack,
-    AttackName,
-    Version,
-    append_record,
-    check_masking,
-    load_examples,
-    load_target,
-    measure,
-    result_record,
-    results_table,
-)
+from gkl_vl.evaluation.benchmark import result_path
+from gkl_vl.robustness.autoattack import Attack, AttackName, Version
+from gkl_vl.robustness.masking import check_masking
+from gkl_vl.robustness.measure import USUAL_EPSILON, measure
+from gkl_vl.robustness.pgd import Norm, radius
+from gkl_vl.robustness.results import result_record, results_table
+from gkl_vl.robustness.targets import load_examples, load_target
 
 TASK = "adversarial_robustness"
 PATIENCE = timedelta(days=7)  # a process that has done its batches waits for the others, for hours at times
@@ -130,7 +123,7 @@ def main(config: Config) -> None:
     )
     if accelerator.is_main_process:
         record = result_record(outcome, examples=examples, masking=masking, warnings=warnings, **names)
-        append_record(path, record)
+        append_line(path, record)
         print(results_table(record))
         print(f"appended to {path}; batches in {outcome.state_dir}")
     accelerator.end_training()

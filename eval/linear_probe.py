@@ -15,9 +15,11 @@ from typing import Annotated
 import tyro
 from accelerate import Accelerator
 
-from gkl_vl.benchmark import append_result, evaluate_probe, result_path
+from gkl_vl.atomic import append_line
 from gkl_vl.cli import run
-from gkl_vl.suite import Flags, load_sets, load_subjects, tell
+from gkl_vl.evaluation.benchmark import evaluate_probe, result_path
+from gkl_vl.evaluation.flags import Flags, load_sets, load_subjects
+from gkl_vl.evaluation.tables import tell
 
 TASK = "linear_probe"
 
@@ -63,7 +65,7 @@ def main(config: Config) -> None:
         )
         lines.append(line)
         if accelerator.is_main_process:
-            append_result(path, line)
+            append_line(path, line)
     if accelerator.is_main_process:
         tell(lines, paths)
     accelerator.end_training()

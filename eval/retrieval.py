@@ -23,10 +23,13 @@ from typing import Annotated
 import tyro
 from accelerate import Accelerator
 
-from gkl_vl.benchmark import append_result, evaluate_set, result_path
+from gkl_vl.atomic import append_line
 from gkl_vl.cli import run
-from gkl_vl.data.benchmark_sets import BUNDLED
-from gkl_vl.suite import Flags, load_sets, load_subjects, tell, text_task
+from gkl_vl.evaluation.benchmark import evaluate_set, result_path
+from gkl_vl.evaluation.flags import Flags, load_sets, load_subjects
+from gkl_vl.evaluation.sets import BUNDLED
+from gkl_vl.evaluation.suite import text_task
+from gkl_vl.evaluation.tables import tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,7 @@ def main(config: Config) -> None:
         )
         lines.append(line)
         if accelerator.is_main_process:
-            append_result(path, line)
+            append_line(path, line)
     if accelerator.is_main_process:
         tell(lines, paths)
     accelerator.end_training()

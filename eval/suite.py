@@ -22,20 +22,10 @@ import tyro
 from accelerate import Accelerator
 
 from gkl_vl.cli import run
+from gkl_vl.evaluation.flags import Flags, load_subject
+from gkl_vl.evaluation.suite import Suite, all_lines, load_entries, refuse_mixing, run_suite
+from gkl_vl.evaluation.tables import skipped_text, suite_text, tradeoff, write_csv
 from gkl_vl.report import draw_tradeoff
-from gkl_vl.suite import (
-    Flags,
-    Suite,
-    all_lines,
-    load_entries,
-    load_subject,
-    refuse_mixing,
-    run_suite,
-    skipped_text,
-    suite_text,
-    tradeoff,
-    write_csv,
-)
 
 
 @dataclass(frozen=True, kw_only=True)

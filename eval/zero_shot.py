@@ -29,15 +29,17 @@ from typing import Annotated, Any, Literal
 import tyro
 from accelerate import Accelerator
 
-from gkl_vl.adversarial import USUAL_CLIP_EPSILON
-from gkl_vl.attacks import Norm, radius
-from gkl_vl.benchmark import append_result, evaluate_set, result_path
+from gkl_vl.atomic import append_line
 from gkl_vl.cli import run
-from gkl_vl.data.benchmark_sets import BUNDLED, BenchmarkSet
-from gkl_vl.embed import Embedder
 from gkl_vl.errors import UserError
-from gkl_vl.robustness import attack_zero_shot, import_autoattack
-from gkl_vl.suite import Flags, load_sets, load_subjects, tell
+from gkl_vl.evaluation.benchmark import evaluate_set, result_path
+from gkl_vl.evaluation.embed import Embedder
+from gkl_vl.evaluation.flags import Flags, load_sets, load_subjects
+from gkl_vl.evaluation.sets import BUNDLED, BenchmarkSet
+from gkl_vl.evaluation.tables import tell
+from gkl_vl.robustness.autoattack import import_autoattack
+from gkl_vl.robustness.pgd import USUAL_CLIP_EPSILON, Norm, radius
+from gkl_vl.robustness.zero_shot import attack_zero_shot
 
 TASK = "zeroshot_classification"
 
@@ -83,7 +85,7 @@ def main(config: Config) -> None:
             told += [attack_line(config, dataset.name, metrics), *(f"warning: {warning}" for warning in warnings)]
         lines.append(line)
         if accelerator.is_main_process:
-            append_result(path, line)
+            append_line(path, line)
     if accelerator.is_main_process:
         tell(lines, paths, *told)
     accelerator.end_training()

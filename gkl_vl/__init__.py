@@ -1,9 +1,9 @@
 """Distil large CLIP teachers into small students with the Generalized Kullback-Leibler loss."""
 
-from gkl_vl.gkl import ClassPrior as ClassPrior
-from gkl_vl.gkl import dkl_loss as dkl_loss
-from gkl_vl.gkl import gkl_loss as gkl_loss
-from gkl_vl.gkl import ikl_loss as ikl_loss
-from gkl_vl.gkl import kl_loss as kl_loss
-from gkl_vl.image_text import image_text_loss as image_text_loss
-from gkl_vl.image_text import mimicry_loss as mimicry_loss
+from gkl_vl.losses.gkl import ClassPrior as ClassPrior
+from gkl_vl.losses.gkl import dkl_loss as dkl_loss
+from gkl_vl.losses.gkl import gkl_loss as gkl_loss
+from gkl_vl.losses.gkl import ikl_loss as ikl_loss
+from gkl_vl.losses.gkl import kl_loss as kl_loss
+from gkl_vl.losses.image_text import image_text_loss as image_text_loss
+from gkl_vl.losses.image_text import mimicry_loss as mimicry_loss

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from gkl_vl.towers import Clip, TransformersTowers
+from gkl_vl.atomic import replacing
 
 _CHECKSUM = "sha256"
 
@@ -34,37 +34,19 @@ def read(path: Path) -> dict[str, Tensor] | None:
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Written aside and renamed: a kill leaves the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.writing")
-    try:
-        save_file(tensors, aside, metadata={_CHECKSUM: _checksum(tensors)})
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def add_clip(digest: Any, clip: Clip) -> None:
-    """All that decides what a CLIP says: weights, and what is no weight, such as QuickGELU and the number of heads."""
-    config = clip.towers.model.config if isinstance(clip.towers, TransformersTowers) else clip.model_cfg
-    digest.update(f"{clip.towers} {config} {clip.preprocess} {torch.__version__}".encode())
-    add_weights(digest, clip.towers)
-
-
-def add_weights(digest: Any, model: nn.Module) -> None:
-    """Names and bits."""
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(_bytes(tensor))
+    """Replaces the file by these tensors and their checksum."""
+    with replacing(path) as scratch:
+        save_file(tensors, scratch, metadata={_CHECKSUM: _checksum(tensors)})
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(_bytes(tensors[name]))
+        digest.update(tensor_bytes(tensors[name]))
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> Any:
+def tensor_bytes(tensor: Tensor) -> Any:
+    """The bits of a tensor, a uint8 numpy array."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

@@ -5,7 +5,6 @@ Records are the lines of results.jsonl. A training line has `step` and `train/..
 """
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from gkl_vl.gkl import Number
+from gkl_vl.atomic import replacing
 
-Pixels = Number  # from the picture's top left corner
+Pixels = float  # from the picture's top left corner
 
 _WIDTH, _HEIGHT = 1400, 780
 _INK, _QUIET, _RULE = "#1f2328", "#656d76", "#d8dee4"
@@ -86,7 +85,7 @@ def draw_report(*, path: Path, records: list[dict], sheet: list[SheetItem], titl
     _save(figure, path)
 
 
-def pseudo_labels(records: list[dict], *, windows: int) -> list[dict[str, Number]]:
+def pseudo_labels(records: list[dict], *, windows: int) -> list[dict[str, float]]:
     """How many pseudo-labels counted and how many of those were right, in percent, over the training.
 
     Batches are few images, so the logged ones are pooled in so many parts of the training: {"step", the last one's;
@@ -102,7 +101,7 @@ def pseudo_labels(records: list[dict], *, windows: int) -> list[dict[str, Number
     return points
 
 
-def draw_pseudo_labels(*, path: Path, runs: dict[str, dict[str, list[dict[str, Number]]]]) -> None:
+def draw_pseudo_labels(*, path: Path, runs: dict[str, dict[str, list[dict[str, float]]]]) -> None:
     """Write a PNG of `pseudo_labels`: a row for each setting, at the left how many count, at the right how many are
     right, a line for each method.
 
@@ -124,7 +123,7 @@ def draw_pseudo_labels(*, path: Path, runs: dict[str, dict[str, list[dict[str, N
     _save(figure, path)
 
 
-def _draw_shares(axes: Axes, title: str, lines: dict[str, list[tuple[Number, Number]]]) -> None:
+def _draw_shares(axes: Axes, title: str, lines: dict[str, list[tuple[float, float]]]) -> None:
     """Percents over steps; a name of "" is in no legend."""
     _style(axes)
     handles = []
@@ -194,13 +193,8 @@ def _draw_points(axes: Axes, points: list[dict], key: str, unit: Pixels, label: 
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Aside, and renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(aside, format="png")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, format="png")
 
 
 def shorten(text: str, length: int) -> str:
@@ -426,3 +420,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return "\n".join(lines)
+
+
+def percent(share: float) -> str:
+    """0.1234 -> "12.34 %"."""
+    return f"{100 * share:.2f} %"

@@ -24,29 +24,24 @@ from accelerate.utils import set_seed
 from torch import nn
 from torchvision.transforms import v2
 
-from gkl_vl import cli, hub
-from gkl_vl.adversarial import AdversarialTraining, Budget, Method
-from gkl_vl.attacks import Norm, radius
-from gkl_vl.classifiers import Classifier, OnPixels, load_classifier
-from gkl_vl.data.labelled import LabelledSet, first, in_memory, open_labelled
+from gkl_vl import cli
+from gkl_vl.data.augment import cifar_autoaugment, cifar_cutout
+from gkl_vl.data.labelled import LabelledSet, balanced_subset, in_memory, open_labelled
+from gkl_vl.data.loaders import LabelledLoader, batches_per_epoch
 from gkl_vl.data.synthesized import Synthesized, WithSynthesized, open_synthesized, synthesized_per_batch
-from gkl_vl.data.views import (
-    DiskViews,
-    LabelledLoader,
-    MemoryViews,
-    MixedViews,
-    Views,
-    batches_per_epoch,
-    cifar_autoaugment,
-    cifar_cutout,
-)
-from gkl_vl.engine import FitConfig, fit, moving_average
+from gkl_vl.data.views import DiskViews, MemoryViews, MixedViews, Views
 from gkl_vl.errors import UserError
-from gkl_vl.label_training import conclude, evaluate_on, overridden, recompute_batchnorm
-from gkl_vl.launch import refuse_shards, start
-from gkl_vl.objectives import Adversarial, EpochPrior, Together
-from gkl_vl.optim import sgd, warmup_cosine
-from gkl_vl.robustness import survives_pgd
+from gkl_vl.export import hub
+from gkl_vl.export.cards import ClassifierCard
+from gkl_vl.models.classifiers import Classifier, OnPixels, load_classifier
+from gkl_vl.objectives.adversarial import Adversarial, AdversarialTraining, Budget, Method, MultiBatch
+from gkl_vl.objectives.common import EpochPrior
+from gkl_vl.robustness.autoattack import survives_pgd
+from gkl_vl.robustness.pgd import Norm, radius
+from gkl_vl.training.classifiers import conclude, evaluate_on, overridden, recompute_batchnorm
+from gkl_vl.training.engine import FitConfig, fit, moving_average
+from gkl_vl.training.optim import sgd, warmup_cosine
+from gkl_vl.training.run import refuse_shards, start
 
 STATISTICS_IMAGES = 25_600
 """Training images that an average's BatchNorm statistics are taken from, at most."""
@@ -233,7 +228,7 @@ def main(config: Config) -> None:
     classifier = load_classifier(
         preset.model, num_classes=train.num_classes, weights=config.weights, allow_pickle=config.allow_pickle
     )
-    model = Together(classifier.on_pixels()).to(memory_format=torch.channels_last)
+    model = MultiBatch(classifier.on_pixels()).to(memory_format=torch.channels_last)
     batch_size = config.batch_size or max(preset.batch_size // accelerator.num_processes, 1)
     per_epoch = batches_per_epoch(len(train), batch_size, accelerator.num_processes)
     views = MemoryViews(images=in_memory(train), seed=config.seed)
@@ -297,7 +292,7 @@ def main(config: Config) -> None:
         checkpoint=run.find_checkpoint(config.resume) if config.resume else None,
     )
     if accelerator.is_main_process:
-        card = hub.ClassifierCard(
+        card = ClassifierCard(
             student=classifier.name,
             made=made(config),
             teacher=None,
@@ -332,7 +327,7 @@ def find_preset(config: Config) -> tuple[Preset, AdversarialTraining]:
 def open_data(config: Config, preset: Preset) -> tuple[LabelledSet, LabelledSet]:
     """For training and for evaluation."""
     train, test = (open_labelled(preset.data, split) for split in ("train", "test"))
-    return (train if config.images is None else first(train, config.images, config.seed)), test
+    return (train if config.images is None else balanced_subset(train, config.images, config.seed)), test
 
 
 def open_more(preset: Preset, config: Config, train: LabelledSet, batch_size: int) -> Synthesized | None:
@@ -403,7 +398,7 @@ class Evaluation:
 
 
 def plain(together: Any) -> OnPixels:
-    """The model inside a `Together`."""
+    """The model inside a `MultiBatch`."""
     return together.model
 
 

@@ -14,8 +14,8 @@ runs), is in `PAIRS`; GKL was not published pair by pair. Results of our own: re
 from functools import partial
 
 from gkl_vl import cli
-from gkl_vl.label_losses import Distillation
-from gkl_vl.label_training import LabelConfig, Pair, Recipe, train_classifier
+from gkl_vl.losses.labels import Distillation
+from gkl_vl.training.label_kd import LabelConfig, Pair, Recipe, train_classifier
 
 LIGHT = ("ShuffleV1", "ShuffleV2", "MobileNetV2")
 

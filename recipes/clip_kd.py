@@ -38,46 +38,32 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from gkl_vl import cli, hub, report
-from gkl_vl.adversarial import USUAL_CLIP_EPSILON, ImageAttack, image_attack
-from gkl_vl.attacks import Norm, radius
-from gkl_vl.benchmark import TASK_OF, measure, metrics_of
-from gkl_vl.checkpoint import RunFolder
-from gkl_vl.data.benchmark_collections import BenchmarkTask
-from gkl_vl.data.benchmark_sets import BUNDLED, BenchmarkSet, load_benchmark_set, load_benchmark_sets
-from gkl_vl.data.pairs import (
-    PairLoader,
-    PairStream,
-    Position,
-    Source,
-    bundled_pairs,
-    drawing_augmentation,
-    light_augmentation,
-    mild_drawing_augmentation,
-    open_images,
-    open_source,
-)
+from gkl_vl import cli, report
+from gkl_vl.data.augment import drawing_augmentation, light_augmentation, mild_drawing_augmentation
+from gkl_vl.data.pair_stream import PairLoader, PairStream, Position
+from gkl_vl.data.pairs import Source, bundled_pairs, open_images, open_source
 from gkl_vl.data.prompts import Prompts, bundled_prompts, read_prompts
 from gkl_vl.disk_cache import cache_folder
-from gkl_vl.embed import Embedder, milliseconds_per_image, top_names, zero_shot_classifier
-from gkl_vl.engine import FitConfig, Objective, fit, moving_average
 from gkl_vl.errors import UserError
-from gkl_vl.launch import refuse_shards, start
-from gkl_vl.objectives import (
-    ClipKd,
-    ClipKdWeights,
-    EpochPrior,
-    Teacher,
-    ZeroShotKd,
-    ZeroShotWeights,
-    by_length,
-    online_teacher,
-    prompt_tokens,
-    zero_shot_teacher,
-)
-from gkl_vl.optim import adamw, warmup_cosine
-from gkl_vl.teacher_cache import StoredViews, store_views, stored_teacher
-from gkl_vl.towers import BUNDLED_TEACHER, Clip, Student, clamp_scale, freeze, load_clip
+from gkl_vl.evaluation.benchmark import TASK_OF, measure, metrics_of
+from gkl_vl.evaluation.embed import Embedder, milliseconds_per_image, top_names, zero_shot_classifier
+from gkl_vl.evaluation.set_collections import BenchmarkTask
+from gkl_vl.evaluation.sets import BUNDLED, BenchmarkSet, load_benchmark_set, load_benchmark_sets
+from gkl_vl.export import hub
+from gkl_vl.export.cards import ClipCard
+from gkl_vl.models.clip import BUNDLED_TEACHER, Clip, Student, clamp_scale, load_clip
+from gkl_vl.models.modes import freeze
+from gkl_vl.objectives.clip import ClipKd, ClipKdWeights, ImageAttack, image_attack
+from gkl_vl.objectives.common import EpochPrior
+from gkl_vl.objectives.zero_shot import ZeroShotKd, ZeroShotWeights, by_length, prompt_tokens
+from gkl_vl.robustness.pgd import USUAL_CLIP_EPSILON, Norm, radius
+from gkl_vl.teachers.online import Teacher, online_teacher, zero_shot_teacher
+from gkl_vl.teachers.store import StoredViews, store_views, stored_teacher
+from gkl_vl.training.checkpoint import RunFolder
+from gkl_vl.training.engine import FitConfig, fit, moving_average
+from gkl_vl.training.optim import adamw, warmup_cosine
+from gkl_vl.training.protocols import Objective
+from gkl_vl.training.run import refuse_shards, start
 
 # The bundled set is small: a fixed number of views lets the teacher embed each once (gkl_vl/teacher_cache.py).
 BUNDLED_VIEWS = 6
@@ -492,7 +478,7 @@ def finish(
     """Export the student, draw the report, print the table. Main process."""
     final = [r for r in run.records() if "model" in r and r["step"] == steps]
     student.towers.eval()
-    card = hub.ModelCard(
+    card = ClipCard(
         student=config.student,
         teacher=None if teacher is None else config.teacher,
         license="mit" if own_data(config) is None else "other",  # whoever brings the data knows its licence

@@ -14,8 +14,8 @@ Papers: Cui et al., arXiv 2305.13948 (IKL) and 2503.08038 (GKL). Expected top-1 
 from functools import partial
 
 from gkl_vl import cli
-from gkl_vl.label_losses import Distillation
-from gkl_vl.label_training import LabelConfig, Pair, Recipe, train_classifier
+from gkl_vl.losses.labels import Distillation
+from gkl_vl.training.label_kd import LabelConfig, Pair, Recipe, train_classifier
 
 
 def pair(teacher: str, student: str, *, gkl: Distillation, expected: dict[str, float]) -> Pair:

@@ -28,25 +28,24 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from gkl_vl import cli, hub
-from gkl_vl.checkpoint import RunFolder
-from gkl_vl.classifiers import load_classifier
-from gkl_vl.data.labelled import LabelledSet, first, in_memory, open_image_set, open_labelled
-from gkl_vl.data.semi_supervised import (
-    UNKNOWN,
-    SemiSupervisedLoader,
-    draw_labelled,
-    labelled_lines,
-    read_labelled,
-)
-from gkl_vl.data.views import DiskViews, MemoryImages, MemoryViews, randaugment_cutout
-from gkl_vl.engine import FitConfig, fit, moving_average
+from gkl_vl import cli
+from gkl_vl.data.augment import randaugment_cutout
+from gkl_vl.data.label_splits import UNKNOWN, draw_labelled, labelled_lines, read_labelled
+from gkl_vl.data.labelled import LabelledSet, balanced_subset, in_memory, open_image_set, open_labelled
+from gkl_vl.data.loaders import SemiSupervisedLoader
+from gkl_vl.data.views import DiskViews, MemoryImages, MemoryViews
 from gkl_vl.errors import UserError
-from gkl_vl.label_training import conclude, evaluate_on, overridden, require_same_classes
-from gkl_vl.launch import refuse_shards, start
-from gkl_vl.objectives import EpochPrior, SemiSupervisedTraining
-from gkl_vl.optim import layered_adamw, sgd, warmup_fixmatch
-from gkl_vl.semi_supervised import ClassThresholds, Consistency, Method, SemiSupervised
+from gkl_vl.export import hub
+from gkl_vl.export.cards import ClassifierCard
+from gkl_vl.losses.consistency import ClassThresholds, Consistency, Method, SemiSupervised
+from gkl_vl.models.classifiers import load_classifier
+from gkl_vl.objectives.common import EpochPrior
+from gkl_vl.objectives.semi_supervised import SemiSupervisedTraining
+from gkl_vl.training.checkpoint import RunFolder
+from gkl_vl.training.classifiers import conclude, evaluate_on, overridden, require_same_classes
+from gkl_vl.training.engine import FitConfig, fit, moving_average
+from gkl_vl.training.optim import layered_adamw, sgd, warmup_fixmatch
+from gkl_vl.training.run import refuse_shards, start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,7 +332,7 @@ def open_data(config: Config, preset: Preset) -> Data:
     train, test = (open_labelled(preset.data, split) for split in ("train", "test"))
     require_same_classes(train, test)
     if config.images is not None:
-        train = first(train, config.images, config.seed)
+        train = balanced_subset(train, config.images, config.seed)
     if config.labelled is None:
         labelled = draw_labelled(train, num_labels=preset.num_labels, seed=config.seed)
     else:
@@ -416,7 +415,7 @@ def title(config: Config, preset: Preset, data: Data) -> str:
 def finish(config: Config, preset: Preset, run: RunFolder, student: Any, data: Data, told: str) -> None:
     """Export, picture, table. Main process."""
     by = arm(config.method, config.consistency)
-    card = hub.ClassifierCard(
+    card = ClassifierCard(
         student=student.name,
         made=f"trained by {by} on {len(data.labelled):,} labels",
         teacher=None,

@@ -130,7 +130,7 @@ def in_group(rank: int, world_size: int, rendezvous: Path, task: bytes):
     torch.set_num_threads(1)
     random.seed(0)
     torch.manual_seed(0)
-    install_import_hook("gkl_vl", "beartype.beartype")
+    install_import_hook("gkl_vl", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
     function, args = pickle.loads(task)  # imports the test file, and with it gkl_vl
     distributed.init_process_group(
         "gloo",

@@ -9,7 +9,7 @@ from open_clip.transform import PreprocessCfg
 from small_sets import COLOURS
 from torch import nn
 
-from gkl_vl.towers import Clip, OpenClipTowers, load_clip
+from gkl_vl.models.clip import Clip, OpenClipTowers, load_clip
 
 CONFIG = {
     "embed_dim": 12,

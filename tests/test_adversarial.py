@@ -12,14 +12,22 @@ from accelerate import Accelerator
 from helpers import run_ranks
 from torch import Tensor
 
-from gkl_vl import attacks, objectives
-from gkl_vl.adversarial import AdversarialTraining, raised_loss, robust_loss, strength
-from gkl_vl.checkpoint import RunFolder
-from gkl_vl.classifiers import OnPixels
-from gkl_vl.engine import FitConfig, fit, moving_average
-from gkl_vl.gkl import gkl_loss, kl_loss
-from gkl_vl.objectives import Adversarial, EpochPrior, Together
-from gkl_vl.optim import sgd
+from gkl_vl.losses.gkl import gkl_loss, kl_loss
+from gkl_vl.models.classifiers import OnPixels
+from gkl_vl.objectives import adversarial
+from gkl_vl.objectives.adversarial import (
+    Adversarial,
+    AdversarialTraining,
+    MultiBatch,
+    attack_loss,
+    robust_loss,
+    strength,
+)
+from gkl_vl.objectives.common import EpochPrior
+from gkl_vl.robustness import pgd
+from gkl_vl.training.checkpoint import RunFolder
+from gkl_vl.training.engine import FitConfig, fit, moving_average
+from gkl_vl.training.optim import sgd
 
 N, C = 6, 4
 SETTINGS = AdversarialTraining(epochs=4, gamma=0.4, prior_temperature=2.0, awp_epoch=2, label_smoothing=0.1)
@@ -74,7 +82,7 @@ def test_losses_are_the_methods_own(method):
     torch.testing.assert_close(
         robust_loss(attacked=attacked, natural=natural, prior=prior, settings=settings), expected
     )
-    torch.testing.assert_close(raised_loss(attacked=attacked, natural=natural, prior=prior, settings=settings), raised)
+    torch.testing.assert_close(attack_loss(attacked=attacked, natural=natural, prior=prior, settings=settings), raised)
 
 
 # ---- the whole step ----------------------------------------------------------------------------------------------
@@ -112,7 +120,7 @@ class Loader:
 
 def trained(folder: Path, settings: AdversarialTraining, second: bool, from_step: int = 2) -> tuple:
     """By the engine: the model, and its average."""
-    model = Together(OnPixels(net(), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)).double())
+    model = MultiBatch(OnPixels(net(), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)).double())
     prior = EpochPrior(C, settings.prior_temperature) if settings.method in ("ikl", "gkl") else None
     torch.manual_seed(5)  # of the attacks' noise
     result = fit(
@@ -217,7 +225,7 @@ def transcribed(settings: AdversarialTraining, second: bool) -> tuple:
 @pytest.fixture(autouse=True)
 def exactly(monkeypatch):
     """In float64: in float32 a gradient near 0 rounds to either sign, and the attack takes another way."""
-    monkeypatch.setattr("gkl_vl.objectives.scaled", lambda images: images.double() / 255)
+    monkeypatch.setattr("gkl_vl.objectives.adversarial.scaled", lambda images: images.double() / 255)
 
 
 @pytest.mark.parametrize("second", [False, True])
@@ -255,8 +263,8 @@ def test_every_setting_of_the_step_shows(tmp_path):
 
 
 def test_natural_training_sees_no_attack(tmp_path, monkeypatch):
-    monkeypatch.setattr("gkl_vl.objectives.pgd", None)
-    monkeypatch.setattr("gkl_vl.objectives.weights_perturbed", None)
+    monkeypatch.setattr("gkl_vl.objectives.adversarial.pgd", None)
+    monkeypatch.setattr("gkl_vl.objectives.adversarial.weights_perturbed", None)
     model, _ = trained(tmp_path, replace(SETTINGS, method="natural", label_smoothing=0.0), False)
     expected = net().double()
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -285,10 +293,10 @@ def waves(images: Tensor, *_) -> Tensor:
 
 def of_rank(rank: int, world_size: int, method: str) -> tuple:
     """Loss, mean gradient and the prior after three batches of two epochs, perturbed weights in the last."""
-    attacks._noise = waves
-    objectives.scaled = lambda images: images.double() / 255
+    pgd._noise = waves
+    adversarial.scaled = lambda images: images.double() / 255
     settings = replace(SETTINGS, method=method)
-    model = Together(OnPixels(net(norm=False).double(), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)).double())
+    model = MultiBatch(OnPixels(net(norm=False).double(), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)).double())
     objective = Adversarial(model=model, settings=settings, prior=EpochPrior(C, 2.0) if method != "trades" else None)
     rows = slice(rank * N // world_size, (rank + 1) * N // world_size)
     for batch in batches(True)[:3]:

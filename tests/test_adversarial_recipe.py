@@ -17,7 +17,8 @@ from helpers import lines_without_speed
 from safetensors.torch import load_file
 from small_sets import write_cifar
 
-from gkl_vl.classifiers import ZOO, load_classifier
+from gkl_vl.models.cifar_zoo import ZOO
+from gkl_vl.models.classifiers import load_classifier
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "adversarial.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

@@ -9,8 +9,8 @@ from helpers import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gkl_vl.attacks import pgd, radius, weights_perturbed
 from gkl_vl.errors import UserError
+from gkl_vl.robustness.pgd import pgd, radius, weights_perturbed
 
 NORMS = ["linf", "l2"]
 

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from small_models import ColourBlind, colour_blind_clip
 from small_sets import COLOURS, colour_set, picture, write_set
 
-from gkl_vl.benchmark import (
+from gkl_vl.atomic import append_line
+from gkl_vl.errors import UserError
+from gkl_vl.evaluation.benchmark import (
     against,
-    append_result,
     evaluate,
     measure,
     metrics_of,
@@ -23,10 +24,9 @@ from gkl_vl.benchmark import (
     result,
     result_path,
 )
-from gkl_vl.data.benchmark_sets import load_benchmark_set
-from gkl_vl.embed import Embedder
-from gkl_vl.errors import UserError
-from gkl_vl.towers import BUNDLED_TEACHER, Clip, OpenClipTowers, load_clip
+from gkl_vl.evaluation.embed import Embedder
+from gkl_vl.evaluation.sets import load_benchmark_set
+from gkl_vl.models.clip import BUNDLED_TEACHER, Clip, OpenClipTowers, load_clip
 
 CLASSIFICATION, RETRIEVAL, CHOICE = "zeroshot_classification", "zeroshot_retrieval", "image_caption_selection"
 
@@ -210,7 +210,7 @@ def test_result_files_are_named_as_clip_benchmark_names_them(tmp_path):
 def test_results_are_appended_one_json_line_each(tmp_path):
     path = tmp_path / "result.json"
     for metrics in ({"acc1": 0.25}, {"acc1": 0.5}):
-        append_result(path, {"dataset": "d", "metrics": metrics})
+        append_line(path, {"dataset": "d", "metrics": metrics})
     lines = list(map(json.loads, path.read_text().splitlines()))
     assert lines == [{"dataset": "d", "metrics": {"acc1": 0.25}}, {"dataset": "d", "metrics": {"acc1": 0.5}}]
 

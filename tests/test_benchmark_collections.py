@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-from gkl_vl.data.benchmark_collections import COLLECTIONS, Entry, expand
-from gkl_vl.data.benchmark_sets import BUNDLED, load_benchmark_set
 from gkl_vl.errors import UserError
+from gkl_vl.evaluation.set_collections import COLLECTIONS, Entry, expand
+from gkl_vl.evaluation.sets import BUNDLED, load_benchmark_set
 
 
 def names(collection: str) -> list[str]:

@@ -12,10 +12,11 @@ import torchvision
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from small_sets import COLOURS, colour_of, colour_set, picture, write_picture
 
-from gkl_vl.data.benchmark_collections import COLLECTIONS
-from gkl_vl.data.benchmark_sets import CIFAR_TEMPLATES, BenchmarkSet, load_benchmark_set, load_benchmark_sets
-from gkl_vl.data.benchmark_sources import IMAGENET, SUGAR_CREPE, imagenet_classes
+from gkl_vl.data.prompts import CIFAR_TEMPLATES
 from gkl_vl.errors import UserError
+from gkl_vl.evaluation.set_collections import COLLECTIONS
+from gkl_vl.evaluation.sets import BenchmarkSet, load_benchmark_set, load_benchmark_sets
+from gkl_vl.evaluation.sources import IMAGENET, SUGAR_CREPE, imagenet_classes
 
 PROMPTS = [template("{c}") for template in OPENAI_IMAGENET_TEMPLATES]
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 from torch.testing import assert_close
 
-from gkl_vl.gkl import ClassPrior, gkl_loss
+from gkl_vl.losses.gkl import ClassPrior, gkl_loss
 
 CLASSES, TEMPERATURE = 5, 4.0
 

@@ -16,10 +16,9 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from gkl_vl import classifiers
-from gkl_vl.classifiers import (
-    CIFAR_MEAN_STD,
-    IMAGENET_MEAN_STD,
+from gkl_vl.errors import UserError
+from gkl_vl.models import classifiers
+from gkl_vl.models.cifar_zoo import (
     ZOO,
     BasicBlock,
     Bottleneck,
@@ -29,10 +28,9 @@ from gkl_vl.classifiers import (
     ShuffleV2Block,
     ShuffleV2Down,
     WideBlock,
-    load_classifier,
-    scaled,
+    _shuffle,
 )
-from gkl_vl.errors import UserError
+from gkl_vl.models.classifiers import CIFAR_MEAN_STD, IMAGENET_MEAN_STD, load_classifier, scaled
 
 # Parameters and tensors of the state dict, for 100 classes, as mdistiller's own code builds them; the tables of CRD
 # (Tian et al. 2020, appendix) have the first in millions: 0.28 for resnet20, 2.26 for wrn_40_2, 9.46 for vgg13.
@@ -321,8 +319,8 @@ def test_shufflenet_pools_what_it_puts_beside():
 
 def test_shufflenet_shuffles_its_groups():
     x = torch.arange(6.0).view(1, 6, 1, 1)
-    assert classifiers._shuffle(x, 3).flatten().tolist() == [0, 2, 4, 1, 3, 5]
-    assert torch.equal(classifiers._shuffle(X, 2), nn.ChannelShuffle(2)(X))
+    assert _shuffle(x, 3).flatten().tolist() == [0, 2, 4, 1, 3, 5]
+    assert torch.equal(_shuffle(X, 2), nn.ChannelShuffle(2)(X))
 
 
 def test_shufflenet_v2_passes_half_of_its_channels():

@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from small_sets import colour_set, write_set
 
-from gkl_vl.data.benchmark_sets import ASSETS
-from gkl_vl.towers import BUNDLED_TOKENIZER, BUNDLED_TOKENIZER_NAME, load_clip
+from gkl_vl.evaluation.sets import ASSETS
+from gkl_vl.models.clip import BUNDLED_TOKENIZER, BUNDLED_TOKENIZER_NAME, load_clip
 
 pytest.importorskip("clip_benchmark")
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
 
-from gkl_vl import gather, image_text, tiles
-from gkl_vl.image_text import image_text_loss, mimicry_loss
+from gkl_vl import distributed
+from gkl_vl.losses import image_text, tiles
+from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
 
 EVERYTHING = {"contrastive_weight": 0.7, "soft_ce_weight": 1.3, "wmse_weight": 0.11, "kl_weight": 0.4}
 TEMPERATURES = {"temperature": 2.0, "weight_temperature": 3.0}
@@ -269,13 +270,13 @@ def nothing_joins(x):
 
 
 def gather_without_gradient(rows):
-    return gather.gather_rows(rows.detach())
+    return distributed.gather_rows(rows.detach())
 
 
 def gather_with_my_own_gradient(rows):
     """open_clip's default: my rows keep their gradient, what the other ranks make of them is lost."""
-    parts = list(gather.gather_rows(rows.detach()).chunk(gather.world_size()))
-    parts[gather.rank()] = rows
+    parts = list(distributed.gather_rows(rows.detach()).chunk(distributed.world_size()))
+    parts[distributed.rank()] = rows
     return torch.cat(parts)
 
 

@@ -14,11 +14,12 @@ from helpers import run_ranks
 from small_models import colour_blind_clip, tiny_clip
 from small_sets import colour_set, picture, write_set
 
-from gkl_vl import disk_cache, embed
-from gkl_vl.data.benchmark_sets import load_benchmark_set
-from gkl_vl.embed import Embedder, embed_images, embed_texts, top_names, zero_shot_classifier
+from gkl_vl import disk_cache
 from gkl_vl.errors import UserError
-from gkl_vl.towers import BUNDLED_TEACHER, Clip, as_clip, load_clip
+from gkl_vl.evaluation import embed
+from gkl_vl.evaluation.embed import Embedder, embed_images, embed_texts, top_names, zero_shot_classifier
+from gkl_vl.evaluation.sets import load_benchmark_set
+from gkl_vl.models.clip import BUNDLED_TEACHER, Clip, as_clip, load_clip
 
 
 def clip_benchmark_classifier(encode_text, tokenizer, classnames, templates):

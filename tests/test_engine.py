@@ -12,12 +12,12 @@ from accelerate import Accelerator
 from helpers import Forgetful, RankFailed, run_ranks
 from safetensors.torch import load_file
 
-from gkl_vl import engine
-from gkl_vl.checkpoint import RunFolder
-from gkl_vl.engine import FitConfig, fit, moving_average
 from gkl_vl.errors import UserError
-from gkl_vl.image_text import image_text_loss
-from gkl_vl.optim import adamw, warmup_cosine
+from gkl_vl.losses.image_text import image_text_loss
+from gkl_vl.training import engine
+from gkl_vl.training.checkpoint import RunFolder
+from gkl_vl.training.engine import FitConfig, fit, moving_average
+from gkl_vl.training.optim import adamw, warmup_cosine
 
 CONFIG = FitConfig(steps=5, log_every_steps=1, grad_clip_norm=0.5)
 
@@ -214,13 +214,13 @@ def test_accumulation_is_refused_with_the_reason(tmp_path, monkeypatch, by_envir
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     alone, both = (Mock(spec=Accelerator, num_processes=n) for n in (1, 2))
-    engine.refuse_strangers(alone)
+    engine.check_all_processes_joined(alone)
     monkeypatch.setenv("WORLD_SIZE", "2")  # a scheduler may say so to a script that is no rank
-    engine.refuse_strangers(alone)
+    engine.check_all_processes_joined(alone)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    engine.refuse_strangers(both)
+    engine.check_all_processes_joined(both)
     with pytest.raises(UserError, match="2 processes were launched, but Accelerate joined 1: .*ACCELERATE_USE_CPU"):
-        engine.refuse_strangers(alone)
+        engine.check_all_processes_joined(alone)
 
 
 @pytest.mark.parametrize("precision, dtype", [("no", torch.float32), ("bf16", torch.bfloat16)])

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from gkl_vl.classifiers import load_classifier
-from gkl_vl.robustness import wilson_interval
+from gkl_vl.models.classifiers import load_classifier
+from gkl_vl.robustness.results import wilson_interval
 
 HOUSE = Path(__file__).parents[1]
 SCRIPT = HOUSE / "eval" / "autoattack.py"

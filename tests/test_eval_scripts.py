@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from small_sets import colour_set
 
-from gkl_vl import towers
-from gkl_vl.towers import BUNDLED_TOKENIZER, BUNDLED_TOKENIZER_NAME, load_clip
+from gkl_vl.models import clip
+from gkl_vl.models.clip import BUNDLED_TOKENIZER, BUNDLED_TOKENIZER_NAME, load_clip
 
 EVAL = Path(__file__).parents[1] / "eval"
 SCRIPTS = ["zero_shot", "retrieval"]
@@ -133,7 +133,7 @@ def test_a_template_gives_a_file_per_set(call, model, colours):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_without_flags_it_is_the_bundled_teacher_on_the_bundled_sets(call, model, monkeypatch, script):
-    monkeypatch.setattr(towers, "BUNDLED_TEACHER", model)
+    monkeypatch.setattr(clip, "BUNDLED_TEACHER", model)
     code, out, err = call(script)
     assert (code, err) == (0, "")
     lines = [json.loads(line) for line in Path("result.json").read_text().splitlines()]

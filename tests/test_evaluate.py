@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gkl_vl.evaluate import (
+from gkl_vl.evaluation.metrics import (
     calibration_statistics,
     choice_metrics,
     class_accuracies,

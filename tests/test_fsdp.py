@@ -17,11 +17,11 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from helpers import Forgetful, RankFailed, run_ranks
 from torch.distributed.tensor import DTensor
 
-from gkl_vl.checkpoint import RunFolder
-from gkl_vl.engine import FitConfig, fit, moving_average
-from gkl_vl.image_text import image_text_loss, mimicry_loss
-from gkl_vl.optim import adamw, warmup_cosine
-from gkl_vl.towers import Student, clamp_scale, load_clip
+from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
+from gkl_vl.models.clip import Student, clamp_scale, load_clip
+from gkl_vl.training.checkpoint import RunFolder
+from gkl_vl.training.engine import FitConfig, fit, moving_average
+from gkl_vl.training.optim import adamw, warmup_cosine
 
 FSDP_CONFIG = Path(__file__).parents[1] / "accelerate_configs" / "fsdp.yaml"
 CONFIG = {"accum_steps": 2, "eval_every_steps": 1, "checkpoint_every_steps": 1}

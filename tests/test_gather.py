@@ -3,7 +3,7 @@
 import torch
 from helpers import run_ranks
 
-from gkl_vl.gather import gather_rows, max_across_processes, pass_on_ring, rank, sum_across_processes, world_size
+from gkl_vl.distributed import gather_rows, max_across_processes, pass_on_ring, rank, sum_across_processes, world_size
 
 
 def test_alone_a_tensor_is_itself():

@@ -1,4 +1,4 @@
-"""`gkl_vl.gkl` computes the released GKL formula, value and gradients, at every setting, in O(nC).
+"""`gkl_vl.losses.gkl` computes the released GKL formula, value and gradients, at every setting, in O(nC).
 
 The reference is the formula as jiequancui/DKL has it (DKLv2/KD-dkl/mdistiller/distillers/GKL_KD.py,
 `dkl_loss`): all pairs of classes, [n, C, C].
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gkl_vl import gkl
+from gkl_vl.losses import gkl
 
 PUBLIC = [gkl.gkl_loss, gkl.ikl_loss, gkl.dkl_loss, gkl.kl_loss]
 GAMMAS = [0.0, 0.05, 0.3, 1.0]

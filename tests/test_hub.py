@@ -24,11 +24,12 @@ from huggingface_hub import ModelCard as HubCard
 from PIL import Image
 from safetensors.torch import load_file
 
-from gkl_vl import hub
-from gkl_vl.convert import fits_transformers, rename_tensors
 from gkl_vl.errors import UserError
-from gkl_vl.hub import ModelCard, check_repo_id, export_clip, push_to_hub
-from gkl_vl.towers import BUNDLED_TOKENIZER_NAME, Clip, load_clip
+from gkl_vl.export import hub
+from gkl_vl.export.cards import ClipCard
+from gkl_vl.export.hub import check_repo_id, export_clip, push_to_hub
+from gkl_vl.export.transformers_format import fits_transformers, rename_tensors
+from gkl_vl.models.clip import BUNDLED_TOKENIZER_NAME, Clip, load_clip
 
 VISION = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8, "mlp_ratio": 2.0}
 SMALL_BPE = {"context_length": 24, "vocab_size": 4096, "hf_tokenizer_name": BUNDLED_TOKENIZER_NAME}
@@ -62,7 +63,7 @@ CONFIGS = {
 FITS = ["small_bpe", "openai_quickgelu", "custom_text_eos"]
 TEXTS = ["a photo of a grinning face", "Flag: São Tomé & Príncipe!", "it's 1234 cats, " * 9, ""]
 
-CARD = ModelCard(
+CARD = ClipCard(
     student="tiny",
     teacher="hf-hub:org/big",
     license="mit",
@@ -362,7 +363,7 @@ def push_in_a_process(folder: Path, *, address: str, home: Path) -> subprocess.C
     code = """
 import sys
 from pathlib import Path
-from gkl_vl.hub import push_to_hub
+from gkl_vl.export.hub import push_to_hub
 print(push_to_hub(folder=Path(sys.argv[1]), repo_id="me/tiny"))
 """
     env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import run_ranks
 
-from gkl_vl.image_text import image_text_loss, mimicry_loss
+from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
 
 # Relative tolerances against the fp64 reference. fp32: logits of up to 20 carry 20 * 6e-8 each, and the soft targets
 # pass them on through an exponential; bf16 inputs are rounded to 8 bits before anything is computed, for both sides

@@ -7,20 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gkl_vl.classifiers import Classifier
-from gkl_vl.data.labelled import EncodedImage, LabelledSet, pixel_image
-from gkl_vl.data.views import (
-    PLAIN,
-    DiskViews,
-    LabelledLoader,
-    MemoryViews,
-    Views,
-    imagenet_augmentation,
-    imagenet_center,
-)
-from gkl_vl.embed import predict
-from gkl_vl.objectives import online_label_teacher
-from gkl_vl.teacher_cache import store_logits, stored_label_teacher
+from gkl_vl.data.augment import imagenet_augmentation, imagenet_center
+from gkl_vl.data.files import EncodedImage
+from gkl_vl.data.labelled import LabelledSet, pixel_image
+from gkl_vl.data.loaders import LabelledLoader
+from gkl_vl.data.views import PLAIN, DiskViews, MemoryViews, Views
+from gkl_vl.evaluation.embed import predict
+from gkl_vl.models.classifiers import Classifier
+from gkl_vl.teachers.online import online_label_teacher
+from gkl_vl.teachers.store import store_logits, stored_label_teacher
 
 N, SIDE, CLASSES, VIEWS = 14, 8, 12, 2
 LABELS = torch.arange(N) % CLASSES

@@ -14,11 +14,12 @@ from huggingface_hub import ModelCard as HubCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gkl_vl import hub
-from gkl_vl.classifiers import Classifier, load_classifier
 from gkl_vl.errors import UserError
-from gkl_vl.evaluate import shot_accuracies
-from gkl_vl.hub import ClassifierCard, classifier_usage, export_classifier, push_to_hub
+from gkl_vl.evaluation.metrics import shot_accuracies
+from gkl_vl.export import hub
+from gkl_vl.export.cards import ClassifierCard, classifier_usage
+from gkl_vl.export.hub import export_classifier, push_to_hub
+from gkl_vl.models.classifiers import Classifier, load_classifier
 
 server = test_hub.server  # a fixture: the Hub's endpoints on this machine
 NAMES = ["resnet8", "torchvision:resnet18", "timm:resnet18"]

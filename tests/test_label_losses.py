@@ -11,9 +11,10 @@ import torch
 from helpers import run_ranks
 from torch.testing import assert_close
 
-from gkl_vl import gather, gkl, label_losses
-from gkl_vl.gkl import dkl_loss, gkl_loss
-from gkl_vl.label_losses import METHODS, Distillation, dist_loss, distillation_loss, dkd_loss, kd_loss, standardised
+from gkl_vl import distributed
+from gkl_vl.losses import gkl, labels
+from gkl_vl.losses.gkl import dkl_loss, gkl_loss
+from gkl_vl.losses.labels import METHODS, Distillation, dist_loss, distillation_loss, dkd_loss, kd_loss, standardised
 
 # Of the largest entry, or of 0.1 where that is smaller: with two classes the gradients of kd-ls and DIST within a row
 # are 0 on paper and rounding noise here. fp64: 1e6 roundings of 1e-16; fp32: 80 of 1.2e-7.
@@ -353,15 +354,15 @@ def rows_of_my_rank(rows):
 
 def rows_with_my_own_gradient(rows):
     """My rows keep their gradient, what the other ranks make of them is lost."""
-    parts = list(gather.gather_rows(rows.detach()).chunk(gather.world_size()))
-    parts[gather.rank()] = rows
+    parts = list(distributed.gather_rows(rows.detach()).chunk(distributed.world_size()))
+    parts[distributed.rank()] = rows
     return torch.cat(parts)
 
 
 BREAKAGES = [
     (gkl, "ratio_of_sums", ratio_of_my_rank, {"gkl"}),
-    (label_losses, "gather_rows", rows_of_my_rank, {"dist"}),
-    (label_losses, "gather_rows", rows_with_my_own_gradient, {"dist"}),
+    (labels, "gather_rows", rows_of_my_rank, {"dist"}),
+    (labels, "gather_rows", rows_with_my_own_gradient, {"dist"}),
 ]
 
 

@@ -12,9 +12,11 @@ from helpers import run_ranks
 from torch import nn
 from torch.testing import assert_close
 
-from gkl_vl.classifiers import Classifier
-from gkl_vl.label_losses import METHODS, Distillation, distillation_loss
-from gkl_vl.objectives import EpochPrior, LabelKd, online_label_teacher
+from gkl_vl.losses.labels import METHODS, Distillation, distillation_loss
+from gkl_vl.models.classifiers import Classifier
+from gkl_vl.objectives.common import EpochPrior
+from gkl_vl.objectives.labels import LabelKd
+from gkl_vl.teachers.online import online_label_teacher
 
 CLASSES = 5  # the last has no images
 TEMPERATURE = 2.0  # of the prior

@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_sets import write_cifar
 
-from gkl_vl.classifiers import load_classifier
-from gkl_vl.label_training import LabelConfig
+from gkl_vl.models.classifiers import load_classifier
+from gkl_vl.training.label_kd import LabelConfig
 
 HOUSE = Path(__file__).parents[1]
 disable_progress_bars()  # imported here, `datasets` does not hear what the scripts tell it

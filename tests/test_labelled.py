@@ -19,11 +19,10 @@ from pyarrow import parquet
 from small_sets import write_shard
 from torch.utils.data import DataLoader, Dataset
 
+from gkl_vl.data.files import BrokenImage, BrokenSample, EncodedImage, decode
 from gkl_vl.data.labelled import (
-    BrokenImage,
-    EncodedImage,
     LabelledSet,
-    first,
+    balanced_subset,
     in_memory,
     long_tailed,
     open_image_set,
@@ -31,7 +30,6 @@ from gkl_vl.data.labelled import (
     pixel_image,
     shot_groups,
 )
-from gkl_vl.data.pairs import BrokenPair, RawPair, decode
 from gkl_vl.errors import UserError
 
 LABELS = [1, 0, 2, 1, 0, 0]
@@ -412,8 +410,8 @@ def test_an_image_is_read_when_it_is_asked_for_and_its_file_is_closed(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])  # the header is whole, the pixels are not
     with pytest.raises(BrokenImage, match="3.png cannot be decoded"):
         image.decode()
-    with pytest.raises(BrokenPair):
-        decode(RawPair("k", str(path), ("a caption",)))
+    with pytest.raises(BrokenSample):
+        decode(str(path))
     gc.collect()
     path.unlink()
     with pytest.raises(UserError, match="3.png' cannot be read") as caught:
@@ -495,20 +493,20 @@ def test_a_ratio_that_empties_a_class_is_refused():
 @pytest.mark.parametrize("n, expected", [(4, [1, 1, 1, 1]), (10, [3, 3, 3, 1]), (31, [10, 10, 10, 1])])
 def test_the_first_are_balanced_as_far_as_the_classes_reach(n, expected):
     data = toy([0] * 10 + [1] * 10 + [2] * 10 + [3], 4)
-    part = first(data, n, 0)
+    part = balanced_subset(data, n, 0)
     assert len(part) == n == len(set(numbers(part))) and part.counts().tolist() == expected
     assert part.labels.tolist() == data.labels[numbers(part)].tolist()
 
 
 def test_the_first_are_drawn_by_seed():
     data = toy([index % 5 for index in range(100)], 5)
-    a, b, c = (numbers(first(data, 12, seed)) for seed in (1, 1, 2))
+    a, b, c = (numbers(balanced_subset(data, 12, seed)) for seed in (1, 1, 2))
     assert a == b != c
-    assert sorted(first(data, 12, 1).counts().tolist()) == [2, 2, 2, 3, 3]
+    assert sorted(balanced_subset(data, 12, 1).counts().tolist()) == [2, 2, 2, 3, 3]
     with pytest.raises(UserError, match="101 images of toy: it has 100, ask for 1 to 100"):
-        first(data, 101, 0)
+        balanced_subset(data, 101, 0)
     with pytest.raises(UserError, match="0 images of toy"):
-        first(data, 0, 0)
+        balanced_subset(data, 0, 0)
 
 
 def test_shot_groups_have_their_borders():

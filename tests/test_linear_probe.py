@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gkl_vl import linear_probe
 from gkl_vl.errors import UserError
-from gkl_vl.linear_probe import LinearClassifier, few_shot, fit, probe, split
+from gkl_vl.evaluation import linear_probe
+from gkl_vl.evaluation.linear_probe import LinearClassifier, few_shot, fit, probe, split
 
 
 def blobs(n: int, d: int, classes: int, *, noise: float = 0.6, seed: int = 0, dtype=torch.float64):

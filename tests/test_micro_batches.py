@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from helpers import Forgetful, run_ranks
 
-from gkl_vl import engine
-from gkl_vl.checkpoint import RunFolder
-from gkl_vl.engine import FitConfig, embed, fit, pull
-from gkl_vl.image_text import image_text_loss
-from gkl_vl.optim import adamw, warmup_cosine
+from gkl_vl.losses.image_text import image_text_loss
+from gkl_vl.training import engine
+from gkl_vl.training.checkpoint import RunFolder
+from gkl_vl.training.engine import FitConfig, fit
+from gkl_vl.training.gradient_cache import backward_from_cache, embed
+from gkl_vl.training.optim import adamw, warmup_cosine
 
 ROWS = 12
 
@@ -73,7 +74,7 @@ def gradients(model: Towers, batches: list[dict], **form):
     embedded = embed(accelerator, wrapped, objective, batches)
     loss, _ = objective.loss(embedded.leaves, embedded.targets)
     accelerator.backward(loss)
-    pull(accelerator, wrapped, objective, batches, embedded)
+    backward_from_cache(accelerator, wrapped, objective, batches, embedded)
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 

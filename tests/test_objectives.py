@@ -7,9 +7,11 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg
 
-from gkl_vl.image_text import image_text_loss, mimicry_loss
-from gkl_vl.objectives import ClipKd, ClipKdWeights, online_teacher, teacher_scales
-from gkl_vl.towers import MODEL_CONFIGS, Clip, Student, freeze, load_clip
+from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
+from gkl_vl.models.clip import MODEL_CONFIGS, Clip, Student, load_clip
+from gkl_vl.models.modes import freeze
+from gkl_vl.objectives.clip import ClipKd, ClipKdWeights
+from gkl_vl.teachers.online import online_teacher, teacher_scales
 
 WEIGHTS = ClipKdWeights(
     contrastive_weight=1.0,

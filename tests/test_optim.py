@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from gkl_vl.classifiers import load_classifier
-from gkl_vl.optim import layered_adamw, multi_step, parameter_groups, sgd, warmup_cosine, warmup_fixmatch
+from gkl_vl.models.classifiers import load_classifier
+from gkl_vl.training.optim import layered_adamw, multi_step, parameter_groups, sgd, warmup_cosine, warmup_fixmatch
 
 
 def test_the_schedule_warms_up_and_falls_to_zero():

@@ -15,26 +15,10 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from gkl_vl.data import pairs
-from gkl_vl.data.pairs import (
-    BrokenPair,
-    PairLoader,
-    PairStream,
-    Place,
-    Position,
-    RawPair,
-    Source,
-    apply_seeded,
-    bundled_pairs,
-    decode,
-    drawing_augmentation,
-    light_augmentation,
-    memory_source,
-    number_of,
-    open_source,
-    read_shard,
-    shard_source,
-    usable_captions,
-)
+from gkl_vl.data.augment import apply_seeded, drawing_augmentation, light_augmentation
+from gkl_vl.data.files import BrokenSample, decode, stable_hash
+from gkl_vl.data.pair_stream import PairLoader, PairStream, Place, Position, usable_captions
+from gkl_vl.data.pairs import RawPair, Source, bundled_pairs, memory_source, open_source, read_shard, shard_source
 from gkl_vl.errors import UserError
 
 
@@ -175,8 +159,8 @@ def test_members_of_every_kind_make_pairs(tmp_path):
     found = list(read_shard(str(write_shard(tmp_path / "a.tar", samples))))
     assert [pair.key for pair in found] == ["a", "dir/b", "dir2/b", "c", "d"]
     assert [usable_captions(pair) for pair in found[:4]] == [["one", "two"], ["three"], ["four", "five"], ["six"]]
-    assert all(decode(pair).size == (16, 12) for pair in found)
-    with pytest.raises(BrokenPair, match="no caption"):
+    assert all(decode(pair.image).size == (16, 12) for pair in found)
+    with pytest.raises(BrokenSample, match="no caption"):
         usable_captions(found[4])
 
 
@@ -191,7 +175,7 @@ def test_tables_of_text_have_relative_paths_and_named_columns(tmp_path, name, de
     source = open_source(str(tmp_path / name))
     found = sorted(source.epoch(0, 0, 0, 1), key=lambda pair: pair.key)
     assert [usable_captions(pair) for pair in found] == [["title 0"], ["title 1"], ["title 2"]]
-    assert decode(found[1]).getpixel((0, 0)) == (1, 50, 200)
+    assert decode(found[1].image).getpixel((0, 0)) == (1, 50, 200)
     renamed = open_source(str(tmp_path / name), columns=("filepath", "alt"))
     assert {pair.captions[0] for pair in renamed.epoch(0, 0, 0, 1)} == {"alt 0", "alt 1", "alt 2"}
     with pytest.raises(UserError, match="no column 'url', only filepath, title, alt: name them with --columns"):
@@ -208,7 +192,7 @@ def test_parquet_of_the_hubs_layout(tmp_path):
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"train-{part}.parquet")
     source = open_source(str(tmp_path), columns=("img", "text"))
     assert source.num_pairs == 6
-    found = {pair.captions[0]: decode(pair).getpixel((0, 0))[0] for pair in source.epoch(0, 0, 0, 1)}
+    found = {pair.captions[0]: decode(pair.image).getpixel((0, 0))[0] for pair in source.epoch(0, 0, 0, 1)}
     assert found == {f"caption {part}{i}": 10 * part + i for part in range(2) for i in range(3)}
     one = open_source(str(tmp_path / "train-1.parquet"), columns=("img", "text"))
     assert one.num_pairs == 3
@@ -351,7 +335,7 @@ def test_text_ids_are_equal_where_captions_are():
     for i in range(8):
         for j in range(8):
             assert (batch["text_ids"][i] == batch["text_ids"][j]) == (captions[i] == captions[j])
-    assert batch["text_ids"][0] == number_of(captions[0])
+    assert batch["text_ids"][0] == stable_hash(captions[0])
 
 
 def test_stored_views_come_by_epoch_and_row():

@@ -14,13 +14,14 @@ import tyro
 from small_sets import colour_set
 from test_pairs import good, write_shard
 
-from gkl_vl.benchmark import evaluate
 from gkl_vl.data import pairs
 from gkl_vl.errors import UserError
-from gkl_vl.hub import ModelCard, export_clip
-from gkl_vl.label_training import LabelConfig, find_pair
-from gkl_vl.launch import default_folder
-from gkl_vl.towers import load_clip
+from gkl_vl.evaluation.benchmark import evaluate
+from gkl_vl.export.cards import ClipCard
+from gkl_vl.export.hub import export_clip
+from gkl_vl.models.clip import load_clip
+from gkl_vl.training.label_kd import LabelConfig, find_pair
+from gkl_vl.training.run import default_folder
 
 HOUSE = Path(__file__).parents[1]
 RECIPE = HOUSE / "recipes" / "clip_kd.py"
@@ -79,7 +80,7 @@ def place(tmp_path_factory) -> Path:
     config["text_cfg"] = text | {"width": 16, "heads": 2, "layers": 1}
     (folder / "pairs.csv").write_text("filepath,title\nnone.png,a cat\n")
     (folder / "tiny.json").write_text(json.dumps(config))
-    card = ModelCard(
+    card = ClipCard(
         student="tiny", teacher=None, license="mit", datasets=[], command="none", commit=None, steps=0, seed=0
     )
     export_clip(clip=load_clip(str(folder / "tiny.json")), folder=folder / "teacher", card=card)

@@ -20,19 +20,19 @@ from safetensors.torch import load_file
 from small_sets import write_set
 from torch import Tensor, nn
 
-from gkl_vl import attacks, robustness, towers
-from gkl_vl.adversarial import ImageAttack, image_attack
-from gkl_vl.benchmark import measure, metrics_of
-from gkl_vl.checkpoint import RunFolder
-from gkl_vl.data.benchmark_sets import load_benchmark_set
-from gkl_vl.embed import Embedder
-from gkl_vl.engine import FitConfig, fit
 from gkl_vl.errors import UserError
-from gkl_vl.image_text import image_text_loss, mimicry_loss
-from gkl_vl.objectives import ClipKd, ClipKdWeights
-from gkl_vl.optim import adamw
-from gkl_vl.robustness import attack_zero_shot
-from gkl_vl.towers import Clip, OpenClipTowers, Student, load_clip
+from gkl_vl.evaluation.benchmark import measure, metrics_of
+from gkl_vl.evaluation.embed import Embedder
+from gkl_vl.evaluation.sets import load_benchmark_set
+from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
+from gkl_vl.models.clip import Clip, OpenClipTowers, Student, load_clip
+from gkl_vl.objectives.clip import ClipKd, ClipKdWeights, ImageAttack, image_attack
+from gkl_vl.robustness import pgd
+from gkl_vl.robustness.results import wilson_interval
+from gkl_vl.robustness.zero_shot import ZeroShot, _zero_shot_examples, attack_zero_shot
+from gkl_vl.training.checkpoint import RunFolder
+from gkl_vl.training.engine import FitConfig, fit
+from gkl_vl.training.optim import adamw
 
 N, WIDTH = 6, 20
 WEIGHTS = ClipKdWeights(
@@ -263,7 +263,7 @@ def test_without_an_attack_nothing_changes(configs):
     state = torch.get_rng_state()
     assert objective.prepared(batch) is batch and torch.equal(torch.get_rng_state(), state)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.2, 0.3, 0.4), (0.5, 0.6, 0.7)))
-    by_hand = (towers.resize(batch["image"], 32) - mean) / std
+    by_hand = (clip.resize(batch["image"], 32) - mean) / std
     assert torch.equal(clip.prepare(batch["image"]), by_hand)
     output = objective.outputs(model, batch)
     assert all(torch.equal(output[name], tensor) for name, tensor in model(by_hand, batch["text"]).items())
@@ -317,7 +317,7 @@ def waves(images: Tensor, *_) -> Tensor:
 
 def scaled_in_double(clip: Clip, images: Tensor) -> Tensor:
     """In float32 a gradient near 0 rounds to either sign, and the attack takes another way."""
-    return towers.resize(images, clip.image_size).double()
+    return clip.resize(images, clip.image_size).double()
 
 
 CASES = [(None, None), (-4.0, None), (-4.0, -2.0)]
@@ -325,7 +325,7 @@ CASES = [(None, None), (-4.0, None), (-4.0, -2.0)]
 
 
 def of_rank(rank: int, world_size: int, config: str) -> list[tuple[float, Tensor, Tensor]]:
-    attacks._noise, Clip.scaled = waves, scaled_in_double
+    pgd._noise, Clip.scaled = waves, scaled_in_double
     return [shares(rank, world_size, config, *case) for case in CASES]
 
 
@@ -345,7 +345,7 @@ def shares(
 
 
 def test_processes_with_different_data_give_the_joined_batch(configs, monkeypatch):
-    monkeypatch.setattr(attacks, "_noise", waves)
+    monkeypatch.setattr(pgd, "_noise", waves)
     monkeypatch.setattr(Clip, "scaled", scaled_in_double)
     both = zip(*run_ranks(of_rank, 2, configs["vit"]), strict=True)
     for case, found in zip(CASES, both, strict=True):
@@ -460,7 +460,7 @@ def test_what_is_left_is_what_algebra_says(brightest, shades, norm):
     metrics, _ = attack_zero_shot(
         embedder=Embedder(clip=brightest, batch_size=4), dataset=shades, norm=norm, epsilon=epsilon, images=500
     )
-    low, high = robustness.wilson_interval(hits=5, n=10)
+    low, high = wilson_interval(hits=5, n=10)
     assert metrics == {
         f"apgd_{norm}_acc1": 0.5,
         f"apgd_{norm}_acc1_low": low,
@@ -486,16 +486,16 @@ def test_logits_are_scaled_similarities(configs):
     clip = student_of(configs["vit"])
     pixels, weights = clip.scaled(batch_of(clip)["image"]), F.normalize(torch.randn(3, 16), dim=1)
     similarity = clip.towers.encode_image(clip.normalised(pixels)) @ weights.T
-    torch.testing.assert_close(robustness.ZeroShot(clip, weights)(pixels), similarity / 0.07)  # CLIP's first scale
+    torch.testing.assert_close(ZeroShot(clip, weights)(pixels), similarity / 0.07)  # CLIP's first scale
 
 
 def test_some_images_are_spread_evenly_over_the_set(brightest, shades):
-    part = robustness._zero_shot_examples(brightest, shades, 4)
+    part = _zero_shot_examples(brightest, shades, 4)
     assert part.labels.tolist() == [number % 3 for number in (0, 2, 5, 7)]
     leads = part.images.float().mean(dim=(2, 3)).amax(dim=1) - 100
     assert leads.tolist() == [10, 30, 60, 80]  # the pixels themselves, not normalised
     with pytest.raises(UserError, match="--attack-images 0 must be at least 1"):
-        robustness._zero_shot_examples(brightest, shades, 0)
+        _zero_shot_examples(brightest, shades, 0)
 
 
 def test_pixels_are_those_of_the_evaluation(configs):

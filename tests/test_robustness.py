@@ -18,26 +18,16 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gkl_vl import robustness
-from gkl_vl.classifiers import load_classifier
 from gkl_vl.data.labelled import LabelledSet, open_labelled
 from gkl_vl.errors import UserError
-from gkl_vl.robustness import (
-    Attack,
-    Examples,
-    Target,
-    check_masking,
-    growing_epsilons,
-    load_examples,
-    load_target,
-    masking_warnings,
-    measure,
-    result_record,
-    results_table,
-    survives_pgd,
-    survivors,
-    wilson_interval,
-)
+from gkl_vl.models.classifiers import load_classifier
+from gkl_vl.robustness import autoattack
+from gkl_vl.robustness import measure as measure_module
+from gkl_vl.robustness.autoattack import Attack, _margin, distinct_warnings, survives_pgd, survivors
+from gkl_vl.robustness.masking import check_masking, growing_epsilons, masking_warnings
+from gkl_vl.robustness.measure import measure
+from gkl_vl.robustness.results import result_record, results_table, wilson_interval
+from gkl_vl.robustness.targets import Examples, Target, load_examples, load_target
 
 SIZE = 6  # pixels a side
 NAMES = ["autoattack", "pgd20", "pgd100", "cw", "apgd-ce", "square"]
@@ -228,8 +218,8 @@ def test_an_image_that_is_wrong_to_begin_with_has_not_survived(monkeypatch):
     clean = model(data.images / 255).argmax(1) == data.labels
     assert 0 < clean.sum() < len(clean)
     # an attack that puts all right
-    monkeypatch.setattr(robustness, "pgd", lambda model, images, **_: images)
-    monkeypatch.setattr(robustness, "_is_right", lambda model, pixels, labels: model(pixels).argmax(1) == labels)
+    monkeypatch.setattr(autoattack, "pgd", lambda model, images, **_: images)
+    monkeypatch.setattr(autoattack, "is_correct", lambda model, pixels, labels: model(pixels).argmax(1) == labels)
     flags = survives_pgd(
         model=model, images=data.images, labels=data.labels, epsilon=0.1, steps=1, step_size=0.1, batch_size=5
     )
@@ -342,7 +332,7 @@ def test_an_attack_does_not_move_the_global_random_state(name):
 
 def test_the_margin_attack_maximises_the_margin():
     logits = torch.tensor([[3.0, 1, 2], [0, 5, 4]], requires_grad=True)
-    loss = robustness._margin(torch.tensor([0, 2]))(logits)
+    loss = _margin(torch.tensor([0, 2]))(logits)
     assert loss.item() == (2 - 3) + (5 - 4)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert gradient.tolist() == [[-1, 0, 1], [0, 1, -1]]
@@ -414,7 +404,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, world_size):
 
 def test_a_finished_run_is_not_attacked_again(tmp_path, monkeypatch):
     first = quick(tmp_path / "s")
-    monkeypatch.setattr(robustness, "survivors", lambda *_, **__: pytest.fail("attacked again"))
+    monkeypatch.setattr(measure_module, "survivors", lambda *_, **__: pytest.fail("attacked again"))
     again = quick(tmp_path / "s")
     assert again.accuracies() == first.accuracies() and again.seconds == first.seconds
 
@@ -558,7 +548,7 @@ def test_what_pyautoattack_warns_of_reaches_the_user_once(tmp_path, caplog):
 
 def test_numbers_in_warnings_do_not_multiply_them():
     heard = [["there are 3 points with zero gradient!"], [], ["there are 12 points with zero gradient!"]]
-    assert robustness._told_once(heard) == ["AutoAttack, 2 of 3 batches: there are 3 points with zero gradient!"]
+    assert distinct_warnings(heard) == ["AutoAttack, 2 of 3 batches: there are 3 points with zero gradient!"]
 
 
 def test_a_square_that_takes_more_than_gradients_is_told():
@@ -567,8 +557,8 @@ def test_a_square_that_takes_more_than_gradients_is_told():
 
     attack = Attack(name="autoattack", norm="linf", epsilon=0.1)
     parts = {"clean": flags(900), "apgd-ce": flags(500), "apgd-t": flags(480), "fab-t": flags(480)}
-    assert robustness._square_warning(attack, parts | {"square": flags(478)}) == []
-    (line,) = robustness._square_warning(attack, parts | {"square": flags(470)})
+    assert measure_module._square_warning(attack, parts | {"square": flags(478)}) == []
+    (line,) = measure_module._square_warning(attack, parts | {"square": flags(470)})
     assert "took 1.00 % more" in line
 
 

@@ -12,16 +12,11 @@ from helpers import run_ranks
 from torch import nn
 from torch.testing import assert_close
 
-from gkl_vl.classifiers import Classifier
-from gkl_vl.engine import moving_average
-from gkl_vl.objectives import EpochPrior, SemiSupervisedTraining
-from gkl_vl.semi_supervised import (
-    ClassThresholds,
-    SemiSupervised,
-    consistency_loss,
-    pseudo_label_scalars,
-    rampup,
-)
+from gkl_vl.losses.consistency import ClassThresholds, SemiSupervised, consistency_loss, pseudo_label_scalars, rampup
+from gkl_vl.models.classifiers import Classifier
+from gkl_vl.objectives.common import EpochPrior
+from gkl_vl.objectives.semi_supervised import SemiSupervisedTraining
+from gkl_vl.training.engine import moving_average
 
 CLASSES, N, MU, POOL = 3, 4, 3, 20
 TERMS = ("hard", "kl", "mse", "ikl", "gkl")

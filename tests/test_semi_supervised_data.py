@@ -9,15 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from gkl_vl.data.augment import randaugment_cutout
+from gkl_vl.data.label_splits import draw_labelled, labelled_lines, read_labelled
 from gkl_vl.data.labelled import LabelledSet, pixel_image
-from gkl_vl.data.semi_supervised import (
-    Passes,
-    SemiSupervisedLoader,
-    draw_labelled,
-    labelled_lines,
-    read_labelled,
-)
-from gkl_vl.data.views import DiskViews, MemoryImages, MemoryViews, randaugment_cutout
+from gkl_vl.data.loaders import Passes, SemiSupervisedLoader
+from gkl_vl.data.views import DiskViews, MemoryImages, MemoryViews
 from gkl_vl.errors import UserError
 
 LABELS = torch.tensor([2, 0, 1, 1, 0, 2, 2, 0, 1, 0, 0, 2])

@@ -20,14 +20,17 @@ from PIL import Image
 from small_models import tiny_clip
 from small_sets import colour_set
 
-from gkl_vl import suite
-from gkl_vl.data.benchmark_collections import Entry
-from gkl_vl.data.benchmark_sets import load_benchmark_set
-from gkl_vl.embed import Embedder
 from gkl_vl.errors import UserError
+from gkl_vl.evaluation import suite
+from gkl_vl.evaluation.benchmark import Subject
+from gkl_vl.evaluation.embed import Embedder
+from gkl_vl.evaluation.flags import Flags
+from gkl_vl.evaluation.set_collections import Entry
+from gkl_vl.evaluation.sets import load_benchmark_set
+from gkl_vl.evaluation.suite import Suite, load_entries, run_suite
+from gkl_vl.evaluation.tables import Skipped, skipped_text, suite_text, tradeoff
+from gkl_vl.models.clip import BUNDLED_TEACHER, load_clip
 from gkl_vl.report import draw_tradeoff
-from gkl_vl.suite import Flags, Skipped, Subject, Suite, load_entries, run_suite, skipped_text, suite_text, tradeoff
-from gkl_vl.towers import BUNDLED_TEACHER, load_clip
 
 SCRIPT = Path(__file__).parents[1] / "eval" / "suite.py"
 

@@ -16,9 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from gkl_vl.data.labelled import EncodedImage, LabelledSet, pixel_image
+from gkl_vl.data.augment import cifar_autoaugment
+from gkl_vl.data.files import EncodedImage
+from gkl_vl.data.labelled import LabelledSet, pixel_image
+from gkl_vl.data.loaders import LabelledLoader
 from gkl_vl.data.synthesized import Synthesized, WithSynthesized, open_synthesized, synthesized_per_batch
-from gkl_vl.data.views import PLAIN, DiskViews, LabelledLoader, MemoryViews, MixedViews, Views, cifar_autoaugment
+from gkl_vl.data.views import PLAIN, DiskViews, MemoryViews, MixedViews, Views
 from gkl_vl.errors import UserError
 
 N, M, SIZE, CLASSES = 24, 200, 8, 7

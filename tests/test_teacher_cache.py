@@ -9,11 +9,15 @@ from open_clip.transformer import QuickGELU
 from safetensors.torch import load_file
 from torchvision.transforms import v2
 
-from gkl_vl import disk_cache, teacher_cache
-from gkl_vl.data.pairs import PairLoader, PairStream, RawPair, bundled_pairs, drawing_augmentation, memory_source
-from gkl_vl.objectives import online_teacher
-from gkl_vl.teacher_cache import store_views, stored_teacher
-from gkl_vl.towers import Clip, freeze, load_clip
+from gkl_vl import disk_cache
+from gkl_vl.data.augment import drawing_augmentation
+from gkl_vl.data.pair_stream import PairLoader, PairStream
+from gkl_vl.data.pairs import RawPair, bundled_pairs, memory_source
+from gkl_vl.models.clip import Clip, load_clip
+from gkl_vl.models.modes import freeze
+from gkl_vl.teachers import store as teacher_store
+from gkl_vl.teachers.online import online_teacher
+from gkl_vl.teachers.store import store_views, stored_teacher
 
 SIZE, VIEWS = 64, 3
 
@@ -76,14 +80,14 @@ def test_workers_change_nothing(teacher, some_pairs, tmp_path):
 
 def test_the_same_question_is_answered_from_disk(teacher, some_pairs, tmp_path, monkeypatch):
     first = store(teacher, some_pairs, tmp_path)
-    monkeypatch.setattr(teacher_cache, "_embed_images", None)  # asking again would fail
+    monkeypatch.setattr(teacher_store, "_embed_images", None)  # asking again would fail
     second = store(teacher, some_pairs, tmp_path)
     assert torch.equal(first.image, second.image) and len(list(tmp_path.iterdir())) == 1
 
 
 def test_another_question_has_another_key(teacher, some_pairs):
     def key(clip=teacher, pairs=some_pairs, views=VIEWS, augment=None, size=SIZE):
-        return teacher_cache._key(clip, pairs, views, augment or drawing_augmentation(SIZE), size)
+        return store._key(clip, pairs, views, augment or drawing_augmentation(SIZE), size)
 
     def with_cfg(**changes):
         return dataclasses.replace(teacher, model_cfg=teacher.model_cfg | changes)

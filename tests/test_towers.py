@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from gkl_vl.assets.build_tokenizer import build
 from gkl_vl.errors import UserError
-from gkl_vl.towers import MODEL_CONFIGS, Student, clamp_scale, freeze, list_students, load_clip, resize
+from gkl_vl.models.clip import MODEL_CONFIGS, Student, clamp_scale, list_students, load_clip, resize
+from gkl_vl.models.modes import freeze
 
 TINY = {
     "embed_dim": 24,

@@ -20,22 +20,19 @@ from small_sets import COLOURS, colour_set, picture, write_picture
 from torch.testing import assert_close
 
 from gkl_vl.data import pairs
-from gkl_vl.data.pairs import PairLoader, PairStream, light_augmentation, open_images
+from gkl_vl.data.augment import light_augmentation
+from gkl_vl.data.pair_stream import PairLoader, PairStream
+from gkl_vl.data.pairs import open_images
 from gkl_vl.data.prompts import Prompts
-from gkl_vl.embed import Embedder, zero_shot_classifier
-from gkl_vl.engine import embed, pull
 from gkl_vl.errors import UserError
-from gkl_vl.image_text import class_logits
-from gkl_vl.objectives import (
-    EpochPrior,
-    ZeroShotKd,
-    ZeroShotWeights,
-    by_length,
-    online_teacher,
-    prompt_tokens,
-    zero_shot_teacher,
-)
-from gkl_vl.towers import Clip, Student, freeze, load_clip
+from gkl_vl.evaluation.embed import Embedder, zero_shot_classifier
+from gkl_vl.losses.image_text import class_logits
+from gkl_vl.models.clip import Clip, Student, load_clip
+from gkl_vl.models.modes import freeze
+from gkl_vl.objectives.common import EpochPrior
+from gkl_vl.objectives.zero_shot import ZeroShotKd, ZeroShotWeights, by_length, prompt_tokens
+from gkl_vl.teachers.online import online_teacher, zero_shot_teacher
+from gkl_vl.training.gradient_cache import backward_from_cache, embed
 
 call = test_recipes.call  # the fixture
 NAMES = ("a very long name of a thing", "cat", "a dog that barks", "fish", "the smallest bird")
@@ -196,7 +193,7 @@ def test_the_students_two_towers_learn_and_nothing_reaches_the_teacher(folder):
 
 @pytest.mark.parametrize("at_once", [1, 2, 512])
 def test_short_prompts_have_the_embeddings_and_the_gradient_of_whole_ones(folder, monkeypatch, at_once):
-    monkeypatch.setattr("gkl_vl.objectives.PROMPTS_AT_ONCE", at_once)
+    monkeypatch.setattr("gkl_vl.objectives.zero_shot.PROMPTS_AT_ONCE", at_once)
     student, _ = models(folder)
     towers = student.towers
     prompts = by_length(PROMPTS, student)
@@ -257,7 +254,7 @@ def updates_of(objective: ZeroShotKd, model: torch.nn.Module, shares: list[list[
             embedded = embed(accelerator, model, objective, parts)
             loss, _ = objective.loss(embedded.leaves, embedded.targets)
             loss.backward()
-            pull(accelerator, model, objective, parts, embedded)
+            backward_from_cache(accelerator, model, objective, parts, embedded)
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
         found.append(
             {
@@ -428,7 +425,7 @@ def place(tmp_path_factory, folder) -> Path:
     """A teacher with weights, coloured squares in folders of classes and elsewhere, prompts."""
     place = tmp_path_factory.mktemp("recipe")
     _, teacher = models(folder)
-    card = test_recipes.ModelCard(
+    card = test_recipes.ClipCard(
         student="tiny", teacher=None, license="mit", datasets=[], command="none", commit=None, steps=0, seed=0
     )
     test_recipes.export_clip(clip=teacher, folder=place / "teacher", card=card)

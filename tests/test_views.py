@@ -16,14 +16,8 @@ from helpers import run_ranks
 from PIL import Image
 from torch import Tensor
 
-from gkl_vl.data.labelled import EncodedImage, LabelledSet, open_labelled, pixel_image
-from gkl_vl.data.views import (
-    PLAIN,
+from gkl_vl.data.augment import (
     Cutout,
-    DiskViews,
-    LabelledLoader,
-    MemoryViews,
-    Views,
     cifar_autoaugment,
     cifar_cutout,
     describe,
@@ -31,6 +25,10 @@ from gkl_vl.data.views import (
     imagenet_center,
     randaugment_cutout,
 )
+from gkl_vl.data.files import EncodedImage
+from gkl_vl.data.labelled import LabelledSet, open_labelled, pixel_image
+from gkl_vl.data.loaders import LabelledLoader
+from gkl_vl.data.views import PLAIN, DiskViews, MemoryViews, Views
 from gkl_vl.errors import UserError
 
 N, HEIGHT, WIDTH = 11, 6, 5

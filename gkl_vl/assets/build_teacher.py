@@ -11,16 +11,17 @@ from pathlib import Path
 
 import torch
 
-from gkl_vl.checkpoint import RunFolder
-from gkl_vl.hub import ModelCard, export_clip
-from gkl_vl.towers import BUNDLED_TEACHER, load_clip
+from gkl_vl.export.cards import ClipCard
+from gkl_vl.export.hub import export_clip
+from gkl_vl.models.clip import BUNDLED_TEACHER, load_clip
+from gkl_vl.training.checkpoint import RunFolder
 
 
 def ship(run: RunFolder, folder: Path) -> None:
     """Write `folder` from the run's model/, config.json and results.jsonl."""
     config, records = run.config(), run.records()
     last = max(record["step"] for record in records)
-    card = ModelCard(
+    card = ClipCard(
         student=config["student"],
         teacher=None,
         license="mit",

@@ -24,22 +24,23 @@ import torchvision
 from jaxtyping import Bool, Int, Int64, UInt8
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 from webdataset.shardlists import expand_urls
 
-from gkl_vl.data.pairs import (
+from gkl_vl.data.files import (
     IMAGE_COLUMNS,
     IMAGE_SUFFIXES,
     LABEL_COLUMNS,
-    BrokenPair,
-    RawPair,
-    decode,
+    EncodedImage,
     encoded_image,
     hub_table,
     is_local,
     need_columns,
+    read_file,
+    require_end,
+    require_images,
     undecoded,
     usual_column,
 )
@@ -50,32 +51,6 @@ CIFAR = {
     "cifar-100-python": torchvision.datasets.CIFAR100,
 }
 STL10 = "stl10_binary"
-
-
-class BrokenImage(UserError):
-    """An image that was read and cannot be decoded."""
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """An image as it lies in its file, not read yet; small, so that it can go to other processes."""
-
-    where: str
-    """File and place in it, for messages."""
-    read: Callable[[], bytes]
-    """Reads it, anew at each call. Raises: UserError for a file that cannot be read."""
-
-    def decode(self) -> Image.Image:
-        """The image as RGB, the first frame of an animated one.
-
-        Raises: BrokenImage; UserError for a file that cannot be read.
-        """
-        try:
-            return decode(RawPair(self.where, self.read(), ()))
-        except BrokenPair as error:
-            raise BrokenImage(
-                f"{self.where} cannot be decoded ({first_line(error)}): fetch it again or take it out"
-            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +145,7 @@ def open_image_set(source: str, split: str, *, columns: tuple[str, str] | None =
     if folder.is_dir() and not _parquet_files(folder):
         inside = _split_among((path.name for path in folder.iterdir() if path.is_dir()), split=split, source=source)
         place = folder / inside
-        paths = sorted(str(p.relative_to(place)) for p in place.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+        paths = sorted(str(p.relative_to(place)) for p in place.rglob("*") if p.suffix[1:].lower() in IMAGE_SUFFIXES)
         if not paths:
             raise UserError(f"{str(place)!r} holds no image (jpg, png, webp)")
         return ImageSet(name=name, size=len(paths), images=_files(str(place), paths))
@@ -226,29 +201,29 @@ def long_tailed(data: LabelledSet, *, ratio: float, seed: int) -> LabelledSet:
     keep = torch.tensor([int(most * (1 / ratio) ** (label / last)) for label in range(data.num_classes)])
     if keep.min() == 0:
         raise UserError(f"imbalance ratio {ratio} leaves the rarest class of {data.name} no image: at most {most}")
-    order, rank = _ranks_in_class(data, seed)
+    order, rank = shuffled_ranks(data.labels, seed)
     return data.subset(order[rank < keep[data.labels[order]]].sort().values)
 
 
-def first(data: LabelledSet, n: int, seed: int) -> LabelledSet:
+def balanced_subset(data: LabelledSet, n: int, seed: int) -> LabelledSet:
     """n images drawn by seed, as many of each class as there are, to within one.
 
     Raises: UserError for more images than there are.
     """
     if not 1 <= n <= len(data):
         raise UserError(f"{n} images of {data.name}: it has {len(data)}, ask for 1 to {len(data)}")
-    order, rank = _ranks_in_class(data, seed)
+    order, rank = shuffled_ranks(data.labels, seed)
     return data.subset(order[rank.argsort(stable=True)[:n]].sort().values)
 
 
-def _ranks_in_class(data: LabelledSet, seed: int) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]:
-    """The images in random order, and of each one how many of its class come before it there."""
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    labels = data.labels[order]
-    by_class = labels.argsort(stable=True)
-    begin = data.counts().cumsum(0) - data.counts()
+def shuffled_ranks(labels: Int[Tensor, " n"], seed: int) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]:
+    """A random order of the images, and for each place in it the number of earlier images of the same class."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shuffled = labels.cpu()[order]
+    by_class = shuffled.argsort(stable=True)
+    counts = torch.bincount(shuffled)
     rank = torch.empty_like(order)
-    rank[by_class] = torch.arange(len(data)) - begin[labels[by_class]]
+    rank[by_class] = torch.arange(len(order)) - (counts.cumsum(0) - counts)[shuffled[by_class]]
     return order, rank
 
 
@@ -259,22 +234,6 @@ def shot_groups(counts: Int[Tensor, " C"]) -> dict[str, Bool[Tensor, " C"]]:
     """
     many, few = counts > 100, counts < 20
     return {"many": many, "medium": ~many & ~few, "few": few}
-
-
-# ---- readers: they are pickled for worker processes --------------------------------------------------------------
-
-
-def read_file(path: str, offset: int = 0, size: int = -1) -> bytes:
-    """A file's bytes from `offset` on, `size` of them or all. Raises: UserError for a file that has not as many."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            body = file.read(size)
-    except OSError as error:
-        raise UserError(f"{path!r} cannot be read ({first_line(error)}): fetch it again") from error
-    if len(body) < size:
-        raise UserError(f"{path!r} ends before byte {offset + size}: fetch it again")
-    return body
 
 
 def pixel_image(where: str, pixels: UInt8[np.ndarray, "h w 3"]) -> EncodedImage:
@@ -479,7 +438,7 @@ def class_folders(name: str, folder: str, label_of: dict[str, int], classnames: 
     Raises: UserError for a class without images.
     """
     try:
-        samples = make_dataset(folder, label_of, extensions=IMG_EXTENSIONS)
+        samples = make_dataset(folder, label_of, extensions=tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES))
     except FileNotFoundError as error:
         raise _no_image_folder(folder, error) from error
     paths, labels = zip(*samples, strict=True)
@@ -508,16 +467,6 @@ def _list_set(source: str, root: str | None) -> LabelledSet:
     folder = str(Path(source).parent) if root is None else root
     require_images(source, folder, paths)
     return _set(source, labels, None, _files(folder, paths))
-
-
-def require_images(source: str, folder: str, paths: Sequence[str]) -> None:
-    """Raises: UserError when a file that `source` names is not below `folder`."""
-    missing = [path for path in paths if not os.path.isfile(os.path.join(folder, path))]
-    if missing:
-        raise UserError(
-            f"{len(missing)} of the {len(paths)} images of {source!r} are not below {folder!r}, the first is "
-            f"{missing[0]!r}: fetch them or name another root"
-        )
 
 
 def _shard_set(source: str) -> LabelledSet:
@@ -564,15 +513,6 @@ def _index(shard: str) -> list[tuple[int, int, int]]:
     if alone := sorted(images.keys() ^ labels.keys()):
         raise UserError(f"{shard!r}: sample {alone[0]!r} has no {'.cls member' if alone[0] in images else 'image'}")
     return [(*images[key], labels[key]) for key in images]
-
-
-def require_end(shard: str, offset: int) -> None:
-    """Raises: tarfile.ReadError for a tar whose end is not marked where its members end."""
-    # tarfile takes the end of the file, or garbage, for the end of the archive, which is a block of zeros.
-    with open(shard, "rb") as file:
-        file.seek(offset)
-        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-            raise tarfile.ReadError(f"no end-of-archive mark at byte {offset}")
 
 
 def _label_in(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: str) -> int:

@@ -5,13 +5,33 @@ pets.txt    a template a line; the class names are those that the data knows
 """
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gkl_vl.data.benchmark_sets import BUNDLED, is_texts, load_benchmark_set, require_places
-from gkl_vl.data.benchmark_sources import read_json
+from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+from gkl_vl.data.files import read_json
+from gkl_vl.data.pairs import BUNDLED
 from gkl_vl.errors import UserError, first_line
+
+Templates = Sequence[str] | dict[str, list[str]]
+"""Texts with {c} for the class name; or {class name: its texts}, CuPL's form."""
+IMAGENET_TEMPLATES = [template("{c}") for template in OPENAI_IMAGENET_TEMPLATES]
+_CIFAR_PICTURES = ("a photo", "a blurry photo", "a black and white photo", "a low contrast photo")
+_CIFAR_PICTURES += ("a high contrast photo", "a bad photo", "a good photo")
+CIFAR_TEMPLATES = [
+    template
+    for article in ("a", "the")
+    for template in (
+        *(f"{picture} of {article} {{c}}." for picture in _CIFAR_PICTURES),
+        *(f"a photo of {article} {size} {{c}}." for size in ("small", "big")),
+    )
+]
+"""CLIP's 18 prompts for CIFAR-10 and CIFAR-100."""
+TEMPLATES_FILE = "zeroshot_classification_templates.txt"
+"""Of a set in CLIP_benchmark's layout: a template a line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +49,8 @@ class Prompts:
 
 def bundled_prompts() -> Prompts:
     """The names and templates that the bundled emoji are evaluated with."""
-    found = load_benchmark_set(BUNDLED[0])
-    assert found.classnames is not None and isinstance(found.templates, list)  # the bundled set has them
-    return Prompts(classnames=tuple(found.classnames), templates=tuple(found.templates))
+    names, templates = (_lines(str(BUNDLED / file)) for file in ("classnames.txt", TEMPLATES_FILE))
+    return Prompts(classnames=tuple(names), templates=tuple(templates))
 
 
 def read_prompts(file: str, *, classnames: tuple[str, ...] | None) -> Prompts:
@@ -97,3 +116,13 @@ def _check_names(file: str, names: list[str], known: tuple[str, ...] | None) -> 
     if lacking := [name for name in names if name.replace("_", " ") not in known]:
         nearest = difflib.get_close_matches(lacking[0], known, n=1, cutoff=0)[0]
         raise UserError(f"{file!r} has the class {lacking[0]!r}, which the data lacks: did you mean {nearest!r}?")
+
+
+def require_places(where: str, templates: Sequence[str]) -> None:
+    """Raises: UserError for a template without {c}; its line begins with `where`."""
+    if without := [template for template in templates if "{c}" not in template]:
+        raise UserError(f"{where}: the template {without[0]!r} has no place for the class name: write {{c}}")
+
+
+def is_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)

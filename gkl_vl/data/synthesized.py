@@ -22,7 +22,6 @@ from torch import Tensor
 
 from gkl_vl.data.labelled import LabelledSet
 from gkl_vl.errors import UserError, first_line
-from gkl_vl.gkl import Number
 
 KEYS = ("image", "label")
 LOCAL_HEADER = "<26x2H"  # of a zip's member: the last two of its 30 bytes' fields are the lengths of name and extra
@@ -90,7 +89,7 @@ def open_synthesized(path: str, *, num_classes: int) -> Synthesized:
     return Synthesized(name=path, num_classes=num_classes, images=images, labels=labels)
 
 
-def synthesized_per_batch(batch_size: int, fraction: Number) -> int:
+def synthesized_per_batch(batch_size: int, fraction: float) -> int:
     """Images of a batch that are synthesized: fraction of it, rounded down as in Wang et al.'s `SemiSupervisedSampler`.
 
     Raises: UserError when that is none or all of them.

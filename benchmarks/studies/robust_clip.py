@@ -1,0 +1,81 @@
+"""The study of robust CLIP students in recipes/README.md: clean accuracy, and what APGD leaves of it, on equal seeds.
+
+    python benchmarks/studies/robust_clip.py
+
+Arms are `recipes/clip_kd.py` on the bundled default, plain and with `--adversarial linf` at each --train-epsilon. Each
+student is then attacked by `eval/zero_shot.py`'s APGD on the same images of `emoji`. Runs and attacks that are done
+are not done again. Prints a Markdown table: mean and standard deviation over seeds, paired differences of the clean
+accuracy with standard error.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from study import Arms, Study
+
+from gkl_vl.evaluation.embed import Embedder
+from gkl_vl.evaluation.sets import load_benchmark_set
+from gkl_vl.models.clip import load_clip
+from gkl_vl.robustness.pgd import radius
+from gkl_vl.robustness.zero_shot import attack_zero_shot
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "clip_kd.py"
+PLAIN = "plain"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train-epsilon", nargs="+", default=["4/255"], help="of the robust arms' attacks")
+    parser.add_argument("--epsilon", nargs="+", default=["2/255", "4/255", "8/255"], help="of the attacks in the table")
+    parser.add_argument("--images", type=int, default=500, help="of `emoji`, evenly spaced, that are attacked")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="every arm runs on each")
+    parser.add_argument("--steps", type=int, default=300, help="updates of every run")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/study_robust_clip"))
+    options = parser.parse_args()
+    arms: Arms = {PLAIN: ([], None)}
+    for epsilon in options.train_epsilon:
+        arms[f"linf {epsilon}"] = (["--adversarial", "linf", "--epsilon", epsilon], PLAIN)
+    study = Study(
+        recipe=RECIPE,
+        arms=arms,
+        flags=["--steps", str(options.steps), "--workers", "0", "--eval-every-steps", "0"]
+        + ["--checkpoint-every-steps", "0"],
+        columns={"emoji acc1": ("emoji", "acc1"), "emoji_unseen acc1": ("emoji_unseen", "acc1")},
+        seeds=options.seeds,
+        jobs=options.jobs,
+        folder=options.output_dir / str(options.steps),
+    )
+    results = study.run()
+    torch.set_num_threads(1)
+    for (arm, seed), found in results.items():
+        folder = study.folder_of(arm, seed)
+        attacked = [under_attack(folder, epsilon, options.images) for epsilon in options.epsilon]
+        found[f"{options.images} images"] = 100 * attacked[0]["apgd_linf_clean_acc1"]
+        for epsilon, metrics in zip(options.epsilon, attacked, strict=True):
+            found[f"APGD {epsilon}"] = 100 * metrics["apgd_linf_acc1"]
+        print(f"{arm}, seed {seed}: attacked", file=sys.stderr)
+    print(study.table(results))
+
+
+def under_attack(folder: Path, epsilon: str, images: int) -> dict[str, float]:
+    """`attack_zero_shot` of a run's student, from its file where there is one."""
+    file = folder / f"apgd_{epsilon.replace('/', '_')}_{images}.json"
+    if not file.is_file():
+        metrics, warnings = attack_zero_shot(
+            embedder=Embedder(clip=load_clip(f"local-dir:{folder / 'model'}"), batch_size=250),
+            dataset=load_benchmark_set("emoji"),
+            norm="linf",
+            epsilon=radius(epsilon, "linf"),
+            images=images,
+        )
+        file.write_text(json.dumps(metrics | {"warnings": warnings}) + "\n")
+    return json.loads(file.read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,355 @@
+"""Evaluation sets by CLIP_benchmark's names: bundled, on the Hub, or in a folder, in the layouts that it reads.
+
+CLIP_benchmark's WebDataset layout, the bundled sets' and that of the Hub's clip-benchmark/wds_*:
+
+    ROOT/{classnames.txt, zeroshot_classification_templates.txt, dataset_type.txt}
+    ROOT/SPLIT/{nshards.txt, 0.tar, 1.tar, ...}     members KEY.{webp,png,jpg,jpeg}, KEY.cls, KEY.npy and/or KEY.txt
+
+A folder without shards is read by what it holds: captions (COCO, Flickr), SugarCrepe, ObjectNet, ImageNet's class
+folders, CIFAR's own files, parquet, or an image folder.
+
+A benchmark number is about all images of a set. Training skips a broken image and counts it; here a sample
+that cannot be read, or a shard that ends early, is an error.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from gkl_vl.data.files import read_json
+from gkl_vl.data.labelled import LabelledSet, open_cifar, open_labelled
+from gkl_vl.data.prompts import CIFAR_TEMPLATES, IMAGENET_TEMPLATES, TEMPLATES_FILE, Templates, is_texts, require_places
+from gkl_vl.errors import UserError, first_line
+from gkl_vl.evaluation.set_collections import COLLECTIONS
+from gkl_vl.evaluation.sources import (
+    IMAGENET,
+    LabelledSamples,
+    Record,
+    Samples,
+    Target,
+    WebShards,
+    captioned_files,
+    captions_file,
+    imagenet_classes,
+    imagenet_folders,
+    objectnet_folders,
+    objectnet_mappings,
+    sugar_crepe,
+)
+
+ASSETS = Path(__file__).parents[1] / "assets"
+BUNDLED = ("emoji", "emoji_unseen")
+HUB_ROOT = "https://huggingface.co/datasets/clip-benchmark/wds_{dataset_cleaned}/tree/main"
+HUB_DATASET = "hf-hub:"
+
+Kind = Literal["classification", "multilabel", "retrieval", "choice"]
+TARGET_OF: dict[Kind, Target] = {"classification": "cls", "multilabel": "npy", "retrieval": "txt", "choice": "txt"}
+
+CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+
+
+@dataclass(frozen=True)
+class BenchmarkSet:
+    """One split of an evaluation set; iterating gives (RGB image, label, row or captions) in the set's own order."""
+
+    name: str
+    kind: Kind
+    classnames: list[str] | None
+    """Names by label; None for a set of captions, or where the set has none."""
+    templates: Templates | None
+    """Prompts with {c} for the class name, or CuPL's form {class name: [prompts]}."""
+    samples: Samples
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, int | list[int] | list[str]]]:
+        target = TARGET_OF[self.kind]
+        for record in self.records(target):
+            yield record.decode(), record.targets[target]
+
+    def records(self, *targets: Target) -> Iterator[Record]:
+        """Samples with an image that is not read yet, and their label ("cls"), row ("npy") or captions ("txt").
+
+        A classification set may carry captions too (the bundled ones do), so the caller says which. The captions of a
+        "choice" are the right one, then the wrong ones.
+
+        Raises:
+            UserError: a shard that cannot be read to its end, a sample without image or target, an empty
+                caption, a label that is no index of `classnames`, a row of another length, no sample at all.
+        """
+        for record in self.samples(targets):
+            self._check_classes(record)
+            yield record
+
+    def _check_classes(self, record: Record) -> None:
+        if self.classnames is None:
+            return
+        classes = len(self.classnames)
+        if "cls" in record.targets and record.targets["cls"] >= classes:
+            label = record.targets["cls"]
+            raise UserError(f"{record.where} has the label {label}: {classes} class names cover 0 to {classes - 1}")
+        if "npy" in record.targets and len(record.targets["npy"]) != classes:
+            numbers = len(record.targets["npy"])
+            raise UserError(f"{record.where} has {numbers} numbers in its .npy member for {classes} class names")
+
+
+def load_benchmark_set(
+    name: str,
+    *,
+    root: str | None = None,
+    split: str = "test",
+    classname_file: str | None = None,
+    template_file: str | None = None,
+) -> BenchmarkSet:
+    """Find an evaluation set and read everything but its samples.
+
+    Args:
+        name: without `root`: a bundled name ("emoji", "emoji_unseen"), a folder, or NAME or wds/NAME for the Hub's
+            clip-benchmark/wds_NAME, "/" in NAME read as "-". "hf-hub:ORG/NAME" = the images and labels of another
+            dataset on the Hub, wherever `root` is.
+        root: CLIP_benchmark's --dataset_root: the folder of the set, or
+            https://huggingface.co/datasets/ORG/REPO/tree/BRANCH. {dataset} stands for NAME, {dataset_cleaned}
+            for NAME with "/" replaced by "-". The last part of NAME says what a folder holds where that is not plain:
+            imagenet1k, imagenetv2, imagenet_sketch, imagenet-a, imagenet-r, imagenet-o, cifar10, cifar100,
+            mscoco_captions, flickr30k, flickr8k; and sugar_crepe/TASK.
+        split: of the set, as its folder or the Hub calls it.
+        classname_file: CLIP_benchmark's JSON of {set: [class names]}, which replace the set's own.
+        template_file: the same of {set: [prompts with {c}]} or {set: {class: [prompts]}}; "imagenet1k" stands for
+            a set that it does not name.
+
+    Where a set has no class names, ImageNet's family has open_clip's; class names of folders and of the Hub have
+    spaces for "_". Where it has no templates, CIFAR has its 18, and ImageNet's 80 are for the rest, but not for shards,
+    whose folder should say. Sets on the Hub are downloaded once into its cache and found there without a connection
+    (HF_HUB_OFFLINE=1).
+
+    Raises:
+        UserError: unknown name, no connection, no such split, a missing shard or image, malformed annotations, names
+            or templates; as many class names as the set does not have.
+    """
+    bare = name.removeprefix("wds/")
+    if bare.startswith(HUB_DATASET):
+        found = _of_labelled(open_labelled(bare.removeprefix(HUB_DATASET), split))
+    else:
+        found = _in_folder(bare, _find_folder(bare, root, split), split)
+    if found.kind in ("retrieval", "choice"):
+        return BenchmarkSet(bare, found.kind, None, None, found.samples)
+    classnames = _own_classnames(bare, found)
+    if classname_file is not None:
+        classnames = _custom_classnames(name, classname_file, own=classnames)
+    elif classnames and all(re.fullmatch(r"n\d{8}", written) for written in classnames):
+        raise UserError(
+            f"dataset {bare!r}: its classes are called {classnames[0]} and so on: for ImageNet's class names call it "
+            "imagenet1k, imagenet-a or as it is, and name its folder with --dataset_root"
+        )
+    templates = _own_templates(bare, found) if template_file is None else _custom_templates(name, template_file)
+    return BenchmarkSet(bare, found.kind, classnames, templates, found.samples)
+
+
+def load_benchmark_sets(
+    names: Sequence[str],
+    *,
+    root: str | None,
+    split: str,
+    classname_file: str | None = None,
+    template_file: str | None = None,
+) -> list[BenchmarkSet]:
+    """`load_benchmark_set` for several names.
+
+    Raises:
+        UserError: as there; or several names for a root that is one and the same folder for all of them, unless
+            their files go by their names (CIFAR's own, SugarCrepe's tasks).
+    """
+    if root is not None and len(names) > 1 and "{dataset" not in root and not _one_folder_holds(names, root):
+        raise UserError(f"--dataset_root {root} is one folder for {len(names)} sets: write {{dataset}} in it")
+    return [
+        load_benchmark_set(name, root=root, split=split, classname_file=classname_file, template_file=template_file)
+        for name in names
+    ]
+
+
+def _one_folder_holds(names: Sequence[str], root: str) -> bool:
+    bare = [name.removeprefix("wds/") for name in names]
+    by_name = all(name in CIFAR_FOLDERS or name.startswith("sugar_crepe/") for name in bare)
+    return by_name and not any(Path(root).glob("*/nshards.txt"))
+
+
+# ---- what a folder holds -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A set as it lies there, with its own class names and templates if it has them."""
+
+    kind: Kind
+    samples: Samples
+    classnames: list[str] | None = None
+    templates: list[str] | None = None
+
+
+def _in_folder(bare: str, folder: Path, split: str) -> _Found:
+    short = Path(bare).name
+    if any(folder.glob("*/nshards.txt")) or any((folder / split).glob("*.tar")):
+        return _of_shards(bare, folder, split)
+    if bare.startswith("sugar_crepe/"):
+        return _Found("choice", sugar_crepe(short, folder))
+    if file := captions_file(short, folder, split):
+        return _Found("retrieval", captioned_files(bare, file, split))
+    if mappings := objectnet_mappings(folder):
+        return _of_labelled(objectnet_folders(folder, mappings))
+    if short in CIFAR_FOLDERS and any((folder / files).is_dir() for files in CIFAR_FOLDERS.values()):
+        return _of_labelled(open_cifar(str(folder), split, CIFAR_FOLDERS[short]))
+    if short in IMAGENET and not any(folder.glob("*.parquet")) and not any(folder.glob("*/*.parquet")):
+        return _of_labelled(imagenet_folders(short, folder, split))
+    if not any(folder.glob("*/*")) and not any(folder.glob("*.parquet")):
+        layouts = f"shards ({split}/nshards.txt), an image folder ({split}/CLASS/*.jpg), parquet, or CIFAR's own files"
+        raise UserError(f"dataset {bare!r}: {folder} holds none of {layouts}")
+    return _of_labelled(open_labelled(str(folder), split))
+
+
+def _of_labelled(data: LabelledSet) -> _Found:
+    names = None if data.classnames is None else [name.replace("_", " ") for name in data.classnames]
+    return _Found("classification", LabelledSamples(data), names)
+
+
+def _of_shards(bare: str, folder: Path, split: str) -> _Found:
+    written = (_read(folder / "dataset_type.txt") or "classification").strip().lower()
+    kind: Kind | None = next(
+        (known for known in ("classification", "multilabel", "retrieval") if known == written), None
+    )
+    if kind is None:
+        expected = "classification, multilabel and retrieval are supported"
+        raise UserError(f"{bare}: dataset_type.txt says {written!r}: {expected}")
+    samples = WebShards(bare, _shards(bare, folder, split))
+    classnames = _lines(folder / "classnames.txt")
+    return _Found(kind, samples, classnames, _lines(folder / TEMPLATES_FILE))
+
+
+# ---- class names and templates -----------------------------------------------------------------------------------
+
+
+def _own_classnames(bare: str, found: _Found) -> list[str] | None:
+    short = Path(bare).name
+    if found.classnames is None and short in IMAGENET:
+        return list(imagenet_classes(short).values())
+    return found.classnames
+
+
+def _own_templates(bare: str, found: _Found) -> Templates | None:
+    short = Path(bare).name
+    if found.templates is not None:
+        return found.templates
+    if short in CIFAR_FOLDERS:
+        return list(CIFAR_TEMPLATES)
+    if short.startswith("imagenet") or not isinstance(found.samples, WebShards):
+        return list(IMAGENET_TEMPLATES)
+    return None
+
+
+def _custom_classnames(name: str, file: str, *, own: list[str] | None) -> list[str]:
+    of_set = read_json(Path(file), dict)
+    key = next((key for key in _keys(name) if key in of_set), None)
+    if key is None:
+        raise UserError(f"{file!r} has no class names for {name!r}: sets in it are {', '.join(of_set) or 'none'}")
+    names = of_set[key]
+    if not is_texts(names):
+        raise UserError(f"{file!r}: the class names of {key!r} are no list of texts")
+    if own is not None and len(names) != len(own):
+        raise UserError(f"{file!r} has {len(names)} class names for {key!r}, which has {len(own)} classes")
+    return names
+
+
+def _custom_templates(name: str, file: str) -> Templates:
+    of_set = read_json(Path(file), dict)
+    key = next((key for key in (*_keys(name), "imagenet1k") if key in of_set), None)
+    if key is None:
+        raise UserError(f"{file!r} has no templates for {name!r} or imagenet1k: sets in it are {', '.join(of_set)}")
+    templates = of_set[key]
+    if isinstance(templates, dict) and all(is_texts(prompts) for prompts in templates.values()):
+        return templates
+    if not is_texts(templates):
+        raise UserError(f"{file!r}: the templates of {key!r} are no list of texts, nor one for each class name")
+    require_places(f"{file!r}, {key!r}", list(templates))
+    return templates
+
+
+def _keys(name: str) -> list[str]:
+    """What a set may be called in these files: CLIP_benchmark's own name `pets` where `wds/vtab/pets` is asked for."""
+    bare = name.removeprefix("wds/")
+    return [name, bare, bare.removeprefix("vtab/")]
+
+
+# ---- where a set lies --------------------------------------------------------------------------------------------
+
+
+def _find_folder(bare: str, root: str | None, split: str) -> Path:
+    if root is None and bare in BUNDLED:
+        return ASSETS / bare
+    if root is None and Path(bare).is_dir():
+        return Path(bare)
+    if root is None and bare.startswith("sugar_crepe/"):
+        task = bare.removeprefix("sugar_crepe/")
+        raise UserError(f"{bare}: give the folder of {task}.json and COCO's val2017/ as --dataset_root")
+    # replace(), not format(): other braces in a path mean themselves
+    place = (root or HUB_ROOT).replace("{dataset_cleaned}", bare.replace("/", "-")).replace("{dataset}", bare)
+    if place.startswith("https://"):
+        return _download(bare, place, split)
+    folder = Path(place)
+    if not folder.is_dir() and bare.startswith("sugar_crepe/") and folder.parent.is_dir():
+        folder = folder.parent  # ROOT/{dataset}: the tasks lie in one folder
+    if not folder.is_dir():
+        raise UserError(f"dataset {bare!r}: the folder {place} of --dataset_root does not exist")
+    return folder
+
+
+def _download(bare: str, url: str, split: str) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    parts = url.removeprefix("https://").split("/")
+    if parts[:2] != ["huggingface.co", "datasets"] or len(parts) != 6 or parts[4] != "tree":
+        expected = "https://huggingface.co/datasets/ORG/REPO/tree/BRANCH"
+        raise UserError(f"--dataset_root {url}: expected a folder or {expected}")
+    repo, branch = f"{parts[2]}/{parts[3]}", parts[5]
+    try:
+        patterns = ["*.txt", f"{split}/*"]
+        return Path(snapshot_download(repo, repo_type="dataset", revision=branch, allow_patterns=patterns))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        reason, cause = f"the Hub has no {repo} (branch {branch}), or you have no access", error
+    except Exception as error:  # a handful of unrelated types, of httpx or requests by the Hub's version
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else first_line(error)
+        reason, cause = f"{repo} is not in the Hub's local cache and cannot be fetched ({why})", error
+    bundled = f"bundled are {' and '.join(BUNDLED)}, a folder goes to --dataset_root"
+    raise UserError(f"dataset {bare!r}: {reason}{_nearest(bare)}; {bundled}") from cause
+
+
+def _nearest(bare: str) -> str:
+    known = {entry.dataset for entries in COLLECTIONS.values() for entry in entries}
+    near = [] if bare in known else difflib.get_close_matches(bare, sorted(known), n=3)
+    return f"; names near it are {', '.join(near)}" if near else ""
+
+
+def _shards(name: str, folder: Path, split: str) -> list[Path]:
+    count_file = folder / split / "nshards.txt"
+    count = _read(count_file)
+    if count is None:
+        splits = sorted(path.parent.name for path in folder.glob("*/nshards.txt"))
+        raise UserError(f"{name}: {count_file} does not exist; splits there: {', '.join(splits) or 'none'}")
+    if not count.strip().isdecimal():
+        raise UserError(f"{name}: {count_file} says {count.strip()!r}: expected a number of shards")
+    shards = [folder / split / f"{index}.tar" for index in range(int(count))]
+    for shard in shards:
+        if not shard.is_file():
+            raise UserError(f"{name}: the shard {shard} is missing ({count_file} counts {len(shards)})")
+    return shards
+
+
+def _lines(path: Path) -> list[str] | None:
+    text = _read(path)
+    return None if text is None else [line.strip() for line in text.splitlines()]
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None

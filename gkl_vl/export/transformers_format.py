@@ -1,0 +1,184 @@
+"""An open_clip CLIP written as a transformers `CLIPModel`, when both can express it.
+
+Axis letters: d = embedding.
+"""
+
+import copy
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from open_clip.transform import PreprocessCfg
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+
+from gkl_vl.models.clip import Clip
+
+# What transformers' CLIP can express too. Every other field of open_clip's configs must have its default.
+_MODEL_KEYS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale"}
+_VISION_KEYS = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout"}
+_TEXT_KEYS = {
+    "context_length", "vocab_size", "hf_tokenizer_name", "width", "heads", "layers", "mlp_ratio",
+    "pad_id", "eos_id", "pool_type",
+}  # fmt: skip
+
+# open_clip's name -> transformers' name, tried in this order; "text" stands for the blocks outside `visual`.
+_RENAMES = [
+    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
+    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),  # transformers' own spelling
+    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"\.attn\.", ".self_attn."),
+]
+
+
+def fits_transformers(clip: Clip) -> bool:
+    """Whether transformers' `CLIPModel` computes the same function.
+
+    That is: two plain pre-norm transformers, a class token, a causal text tower pooled at its end-of-text
+    token, linear projections without bias, no logit bias.
+    """
+    cfg = clip.model_cfg
+    if cfg is None or not set(cfg) <= _MODEL_KEYS or clip.preprocess.resize_mode == "longest":
+        return False
+    vision, text = CLIPVisionCfg(**cfg["vision_cfg"]), CLIPTextCfg(**cfg["text_cfg"])
+    plain = _is_default(vision, CLIPVisionCfg(), _VISION_KEYS)
+    plain = plain and _is_default(text, CLIPTextCfg(), _TEXT_KEYS)
+    sizes = [vision.layers, vision.patch_size, vision.image_size]
+    return plain and all(isinstance(size, int) for size in sizes) and _eos_id(clip, text) is not None
+
+
+def write_transformers(*, clip: Clip, folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write `config.json`, `model.safetensors`, `preprocessor_config.json` and the tokenizer into `folder`.
+
+    `tensors` is open_clip's state dict in the precision to be stored; `clip` has passed `fits_transformers`.
+    `CLIPModel.from_pretrained(folder)` then gives the same embeddings, which transformers does not normalise.
+    """
+    renamed = rename_tensors(tensors)
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    _config(clip, dtype=renamed["logit_scale"].dtype).save_pretrained(folder)
+    _image_processor(clip.preprocess).save_pretrained(folder)
+    _tokenizer(clip).save_pretrained(folder)
+
+
+def rename_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """open_clip's state dict of a plain CLIP under transformers' names.
+
+    q, k and v come apart, and the projections are transposed: `x @ P` there, `Linear` here.
+    """
+    renamed = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix("text.") if key.startswith("text.") else key
+        for pattern, replacement in _RENAMES:
+            name = re.sub(pattern, replacement, name)
+        if ".in_proj_" in name:
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[name.replace("in_proj_", f"{letter}_proj.")] = part.clone()
+        elif name in ("visual_projection.weight", "text_projection.weight"):
+            renamed[name] = tensor.T.contiguous()
+        else:
+            renamed[name] = tensor.reshape(()) if name == "logit_scale" else tensor
+    return renamed
+
+
+def _is_default(cfg: Any, default: Any, free: set[str]) -> bool:
+    values, defaults = asdict(cfg), asdict(default)
+    # Absent and empty mean the same to open_clip (`act_kwargs: {}`, `timm_model_name: ""`).
+    return all((values[key] or None) == (defaults[key] or None) for key in defaults if key not in free)
+
+
+def _eos_id(clip: Clip, text: CLIPTextCfg) -> int | None:
+    """The token at which the text is pooled, or None where transformers would pool at another one."""
+    if clip.hf_tokenizer is None:
+        eos = highest = open_clip.SimpleTokenizer().eot_token_id
+    else:
+        eos, highest = clip.hf_tokenizer.eos_token_id, max(clip.hf_tokenizer.get_vocab().values())
+    pooled_at = {"argmax": highest, "eos": text.eos_id}.get(text.pool_type)
+    # transformers reads an eos id of 2 as "pool at the highest token", for the sake of old configs.
+    return eos if eos == pooled_at and eos != 2 else None
+
+
+def _config(clip: Clip, dtype: torch.dtype) -> CLIPConfig:
+    cfg = clip.model_cfg
+    assert cfg is not None
+    vision, text = CLIPVisionCfg(**cfg["vision_cfg"]), CLIPTextCfg(**cfg["text_cfg"])
+    assert isinstance(vision.layers, int)
+    tokenizer = _tokenizer(clip)
+    shared = {
+        "projection_dim": cfg["embed_dim"],
+        "hidden_act": "quick_gelu" if cfg.get("quick_gelu") else "gelu",
+        "layer_norm_eps": 1e-5,  # torch's default, which open_clip keeps
+    }
+    text_config = CLIPTextConfig(
+        vocab_size=text.vocab_size,
+        hidden_size=text.width,
+        intermediate_size=int(text.width * text.mlp_ratio),
+        num_hidden_layers=text.layers,
+        num_attention_heads=text.heads,
+        max_position_embeddings=text.context_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **shared,
+    )
+    vision_config = CLIPVisionConfig(
+        hidden_size=vision.width,
+        intermediate_size=int(vision.width * vision.mlp_ratio),
+        num_hidden_layers=vision.layers,
+        num_attention_heads=vision.width // vision.head_width,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        **shared,
+    )
+    return CLIPConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        projection_dim=cfg["embed_dim"],
+        architectures=["CLIPModel"],
+        dtype=dtype,
+    )
+
+
+def _image_processor(preprocess: PreprocessCfg) -> CLIPImageProcessor:
+    size = preprocess.size if isinstance(preprocess.size, int) else preprocess.size[0]
+    squash = preprocess.resize_mode == "squash"
+    return CLIPImageProcessor(
+        size={"height": size, "width": size} if squash else {"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        do_center_crop=not squash,
+        resample=2 if preprocess.interpolation == "bilinear" else 3,  # PIL's numbers; 3 = bicubic
+        image_mean=list(preprocess.mean),
+        image_std=list(preprocess.std),
+    )
+
+
+def _tokenizer(clip: Clip) -> Any:
+    """The model's tokenizer, or CLIP's byte pairs as transformers has them; cuts to the text's length."""
+    assert clip.model_cfg is not None
+    if clip.hf_tokenizer is not None:
+        tokenizer = copy.deepcopy(clip.hf_tokenizer)
+    else:
+        bpe = open_clip.SimpleTokenizer()
+        vocab = dict(bpe.encoder)
+        vocab["<|startoftext|>"] = vocab.pop("<start_of_text>")
+        vocab["<|endoftext|>"] = vocab.pop("<end_of_text>")
+        merges: Any = list(bpe.bpe_ranks)  # pairs, which tokenizers wants; transformers' annotation says strings
+        tokenizer = CLIPTokenizer(vocab=vocab, merges=merges)
+    tokenizer.model_max_length = CLIPTextCfg(**clip.model_cfg["text_cfg"]).context_length
+    return tokenizer

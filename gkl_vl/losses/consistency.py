@@ -1,0 +1,151 @@
+"""Semi-supervised learning: which pseudo-labels count, and how far strong views are from what weak views said.
+
+A model (FixMatch, FlexMatch) or the moving average of its weights (Mean Teacher) sees a weakly augmented view of an
+image without label; where it is sure, the model is to say the same of a strongly augmented view. What "the same" means
+is the consistency term, one of five.
+
+Sources: Sohn et al., NeurIPS 2020, arXiv 2001.07685 (FixMatch); Zhang et al., NeurIPS 2021, arXiv 2110.08263
+(FlexMatch); Tarvainen and Valpola, NeurIPS 2017, arXiv 1703.01780 (Mean Teacher); Wang et al., NeurIPS 2022, arXiv
+2208.07204, microsoft/Semi-supervised-learning (USB, whose settings these are); Cui et al., arXiv 2305.13948,
+jiequancui/DKL, `DKLv1/Semi-supervised-learning-dkl` (IKL in both).
+
+Axis letters: u = my images without label in a batch, U = everybody's, C = classes, N = all images without label.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from gkl_vl.distributed import gather_rows
+from gkl_vl.losses.gkl import kl_rows, ratio_of_sums, smooth_weight, soft_cross_entropy_rows, wmse_rows
+
+Method = Literal["supervised", "fixmatch", "flexmatch", "mean-teacher"]
+Consistency = Literal["hard", "kl", "mse", "ikl", "gkl"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemiSupervised:
+    """A method, its consistency term and their settings; each reads those that it has. Defaults are USB's and DKL's."""
+
+    method: Method = "fixmatch"
+    """supervised = labelled images alone."""
+    consistency: Consistency = "gkl"
+    """See `consistency_loss`."""
+    threshold: float = 0.95
+    """The least probability of the likeliest class that makes a pseudo-label count (paper: tau)."""
+    unlabelled_weight: float = 1.0
+    """Of the consistency term (paper: lambda_u)."""
+    rampup_steps: int = 0
+    """The weight grows linearly from 0 over so many updates; 0 = whole from the start."""
+    temperature: float = 1.0
+    """Sharpens the weak view's softmax where that is the target: `kl`, and the soft cross entropy of `ikl`, `gkl`."""
+    soft_ce_weight: float = 1.0
+    wmse_weight: float = 0.1
+    gamma: float = 0.5
+    """Of GKL; IKL's is 1."""
+    weight_temperature: float = 1.0
+    """Of the softmax that the wMSE's weights, and the class prior, come from."""
+    class_prior: bool = False
+    """GKL, IKL: weigh classes by what was thought of the pseudo-label's class in the pass before, where it was sure."""
+
+
+def consistency_loss(
+    *,
+    strong: Float[Tensor, "u C"],
+    weak: Float[Tensor, "u C"],
+    mask: Bool[Tensor, " u"],
+    prior: Float[Tensor, "u C"] | None,
+    settings: SemiSupervised,
+) -> Float[Tensor, ""]:
+    """Distance of the strong views' logits from what the weak views' said, 1/U sum_b m_b l_b over all images.
+
+        hard   l = - log softmax(s)_argmax(w)                            FixMatch
+        kl     l = KL(softmax(w / temperature) || softmax(s))            its soft form
+        mse    l = 1/C sum_j (softmax(w)_j - softmax(s)_j)^2             Mean Teacher
+        gkl    soft_ce_weight * soft CE + wmse_weight * wMSE             with gamma; `ikl` is gamma = 1
+
+    s, w = strong, weak; soft CE has the target of `kl`. GKL's halves are those of `gkl.gkl_loss`, numerators masked:
+    wMSE = 1/4 sum_b m_b sum_jk v_bj v_bk (d_bj - d_bk)^2 / sum_b (sum_j v_bj)^2, d = w - s, v = the classes' weights.
+    An image that does not count is thus in every denominator, as in FixMatch: few sure images are a small loss.
+
+    Args:
+        strong: the student's logits. Half precision is computed in float32 by the caller.
+        weak: the teacher's; no gradient reaches it.
+        mask: m, the images that count.
+        prior: the class prior's row of each pseudo-label, for `ikl` and `gkl`; None = the weak view's own softmax.
+
+    Over several processes with as many rows each, all must call it; the mean of what they get is the loss of all.
+    """
+    counts, weak = mask.to(strong.dtype), weak.detach()
+    if settings.consistency == "hard":
+        return (counts * F.cross_entropy(strong, weak.argmax(dim=1), reduction="none")).mean()
+    if settings.consistency == "mse":
+        return (counts * (weak.softmax(dim=1) - strong.softmax(dim=1)).square().mean(dim=1)).mean()
+    target = weak / settings.temperature
+    if settings.consistency == "kl":
+        return (counts * kl_rows(student=strong, teacher=target, temperature=1)).mean()
+    weight = smooth_weight(
+        teacher=weak,
+        gamma=1 if settings.consistency == "ikl" else settings.gamma,
+        weight_temperature=settings.weight_temperature,
+        class_prior=prior,
+    )
+    numerator, denominator = wmse_rows(student=strong, teacher=weak, weight=weight)
+    wmse = ratio_of_sums(counts * numerator, denominator)  # all ranks
+    soft_ce = (counts * soft_cross_entropy_rows(student=strong, teacher=target, temperature=1)).mean()
+    return settings.wmse_weight * wmse + settings.soft_ce_weight * soft_ce
+
+
+def rampup(settings: SemiSupervised, *, step: int) -> float:
+    """How much of the unlabelled weight counts in the update after `step` others."""
+    return min(step / settings.rampup_steps, 1.0) if settings.rampup_steps else 1.0
+
+
+def pseudo_label_scalars(
+    *, weak: Float[Tensor, "u C"], mask: Bool[Tensor, " u"], hidden: Int[Tensor, " u"]
+) -> dict[str, Float[Tensor, ""]]:
+    """For the log: `mask_rate`, the share of images that count, and `pseudo_label_acc1`, how many of those are right.
+
+    The second is of images whose label is known (hidden >= 0), 0 where none of them counts. Means over ranks are those
+    of all images. All ranks.
+    """
+    known = mask & (hidden >= 0)
+    right = known & (weak.argmax(dim=1) == hidden)
+    return {"mask_rate": mask.float().mean(), "pseudo_label_acc1": ratio_of_sums(right.float(), known.float())}
+
+
+class ClassThresholds:
+    """FlexMatch's thresholds: lower for a class of which fewer images are sure yet.
+
+        threshold_c = threshold * b_c / (2 - b_c),   b_c = n_c / max(n_1, ..., n_C, n_none)
+
+    n_c = images whose last sure pseudo-label was c, n_none = those that never had one: while most had none, all
+    thresholds are low (the paper's warm-up). The same on all ranks.
+
+    Args:
+        num_images: N.
+        num_classes: C.
+        threshold: of a class that is learnt, and what makes a pseudo-label sure.
+
+    Source: arXiv 2110.08263, eqs. 5 to 10; USB's `FlexMatchThresholdingHook`.
+    """
+
+    def __init__(self, *, num_images: int, num_classes: int, threshold: float):
+        self.num_classes, self.threshold = num_classes, threshold
+        self.last = torch.full((num_images,), num_classes)  # of each image its last sure pseudo-label; C = none
+
+    def of(self, labels: Int[Tensor, " u"]) -> Float[Tensor, " u"]:
+        """The threshold of each pseudo-label."""
+        counts = torch.bincount(self.last, minlength=self.num_classes + 1)
+        learnt = (counts[:-1] / counts.max()).to(labels.device)
+        return (self.threshold * learnt / (2 - learnt))[labels]
+
+    def update(self, *, index: Int[Tensor, " u"], labels: Int[Tensor, " u"], confidence: Float[Tensor, " u"]) -> None:
+        """Remembers the sure ones among these images' pseudo-labels. All ranks."""
+        told = torch.stack([index, labels, (confidence >= self.threshold).long()], dim=1)
+        index, labels, sure = gather_rows(told).cpu().unbind(dim=1)  # all ranks
+        self.last[index[sure == 1]] = labels[sure == 1]

@@ -1,0 +1,337 @@
+"""The losses of CLIP distillation on image and text embeddings, over the rows of all processes.
+
+Axis letters: n = my rows, N = everybody's rows, d = the student's embedding, e = the teacher's.
+
+Every term is a mean over N rows, or one ratio of two sums over N rows. A rank computes its own rows' share of it, times
+the number of ranks, against everybody's columns; `gather_rows` carries gradients, so that DistributedDataParallel's
+averaging gives exactly the gradient of one process on the joined batch. The value that comes back is the global one on
+every rank. All ranks must hold the same number of rows.
+"""
+
+from typing import Literal, no_type_check
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gkl_vl.distributed import gather_rows, rank, sum_across_processes, world_size
+from gkl_vl.losses.gkl import (
+    check_gamma,
+    check_positive,
+    kl_rows,
+    ratio_of_sums,
+    smooth_weight,
+    soft_cross_entropy_rows,
+    upcast,
+    wmse_rows,
+)
+from gkl_vl.losses.tiles import Terms, TiledLoss, sigmoid_contrastive, sigmoid_cross_entropy
+
+Scalars = dict[str, Tensor]
+TILE = 512
+DENSE_ENTRIES = TILE * TILE
+"""Up to one tile's worth tiles would hold what the dense form holds. Beyond, `benchmarks/loss_scale.py --edge` measures
+them faster (0.8 of the time from n = 512 on) and smaller (half the memory there, 1/14 at 2,048)."""
+
+
+# The public losses say in words what is wrong with a caller's shapes; the test suite's shape checker would speak first.
+@no_type_check
+def image_text_loss(
+    *,
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    logit_scale: Float[Tensor, ""],
+    teacher_image: Float[Tensor, "n e"] | None = None,
+    teacher_text: Float[Tensor, "n e"] | None = None,
+    teacher_logit_scale: Float[Tensor, ""] | None = None,
+    logit_bias: Float[Tensor, ""] | None = None,
+    teacher_logit_bias: Float[Tensor, ""] | None = None,
+    contrastive_weight: float = 1.0,
+    soft_ce_weight: float = 1.0,
+    wmse_weight: float = 0.05,
+    kl_weight: float = 0.0,
+    gamma: float = 0.0,
+    temperature: float = 1.0,
+    weight_temperature: float = 1.0,
+    text_ids: Int[Tensor, " n"] | None = None,
+    tile_size: int | Literal["auto"] | None = "auto",
+    ring: bool = False,
+    sigmoid: bool = False,
+    teacher_sigmoid: bool = False,
+) -> tuple[Float[Tensor, ""], Scalars]:
+    """Contrastive loss of the student plus GKL between the image-text logits of teacher and student.
+
+    With the student's logits s_ij = scale * <image_i, text_j> + bias and the teacher's t_ij likewise, for the two
+    directions (rows = images against all texts, rows = texts against all images), averaged:
+
+        loss = contrastive_weight * CE(target, softmax(s))
+             + soft_ce_weight     * mean_i -sum_j softmax(t/T)_ij log softmax(s/T)_ij
+             + wmse_weight        * 1/2 sum_i W_i sum_j w_ij (d_ij - mu_i)^2 / sum_i W_i^2
+             + kl_weight          * mean_i KL(softmax(t/T)_i || softmax(s/T)_i)
+
+    where d = s - t, w = softmax(t/T2)^gamma, W_i = sum_j w_ij, mu_i = sum_j w_ij d_ij / W_i. `soft_ce_weight` and
+    `wmse_weight` are the two halves of GKL (paper: beta and alpha; released code: ALPHA and BETA). Captions have no
+    class, so the weight is the teacher's own distribution over the row's candidates. The image-text form is this
+    project's; the released code has none.
+
+    Args:
+        image, text: the student's L2-normalised embeddings of my pairs; row i of both is one pair.
+        logit_scale, teacher_logit_scale: the scales that multiply, already exponentiated.
+        teacher_image, teacher_text: the teacher's L2-normalised embeddings; their length may differ from the
+            student's. None = no teacher: contrastive loss only.
+        logit_bias, teacher_logit_bias: SigLIP's bias. A softmax does not feel it: without `sigmoid` it changes nothing.
+        temperature: T, of the soft cross entropy and of KL. No factor T^2.
+        weight_temperature: T2, of the weights.
+        text_ids: equal numbers mark equal captions; the contrastive target is spread evenly over them, so that a
+            caption is not its twin's negative. None = all captions differ.
+        tile_size: side of the tiles that the logits are computed in, twice and never as a whole (`gkl_vl/tiles.py`):
+            memory O(N) in place of O(nN), the same number. None = the [n, N] matrices, which have second derivatives;
+            "auto" = them for small batches, tiles where those are smaller and faster.
+        ring: texts travel from rank to rank in place of being gathered: memory O(n) in place of O(N) for more and
+            smaller messages, the same number. In tiles only.
+        sigmoid: the student is a SigLIP: each pair is a yes or no of its own. With z = 1 for equal captions, else -1,
+            the contrastive term is sum_ij -log sigmoid(z_ij s_ij) / N, and soft CE the binary cross entropy
+            sum_ij -p_ij log sigmoid(s_ij / T) - (1 - p_ij) log sigmoid(-s_ij / T), / N. Its target p is
+            sigmoid(t / T) with `teacher_sigmoid`, otherwise the mean of the two directions' softmax(t / T).
+            wMSE is the same. A softmax student takes a SigLIP teacher as any other, by the softmax of its logits.
+        teacher_sigmoid: the teacher is a SigLIP too; its bias counts.
+
+    Returns:
+        The loss, equal on all ranks, and detached scalars for the log: each term, agreement@1 (share of images whose
+        best caption is the same for both), entropies in nats, scales, accuracy of the batch's own pairing. With all
+        weights 0, as for `mimicry_loss` alone, the loss is 0 and the scalars are what the call is for.
+
+    Raises:
+        ValueError: teacher and student with different numbers of rows; part of the teacher missing; gamma < 0, a
+            temperature <= 0, a tile size below 1.
+        RuntimeError: a second derivative of the tiled form.
+
+    Source: Cui et al., arXiv 2305.13948 (NeurIPS 2024) and 2503.08038 (TPAMI 2026); Radford et al. 2021 and, for the
+    sigmoid, Zhai et al. 2023 (arXiv 2303.15343) for the contrastive losses.
+    """
+    for name, value in (("temperature", temperature), ("weight_temperature", weight_temperature)):
+        check_positive(name, value)
+    check_gamma(gamma)
+    has_teacher = _check(image, text, teacher_image, teacher_text, teacher_logit_scale, text_ids)
+    _check_forms(sigmoid=sigmoid, teacher_sigmoid=teacher_sigmoid, kl_weight=kl_weight)
+    terms = Terms(
+        contrastive_weight=contrastive_weight,
+        soft_ce_weight=soft_ce_weight if has_teacher else 0,
+        wmse_weight=wmse_weight if has_teacher else 0,
+        kl_weight=kl_weight if has_teacher else 0,
+        gamma=gamma,
+        temperature=temperature,
+        weight_temperature=weight_temperature,
+        sigmoid=sigmoid,
+        teacher_sigmoid=teacher_sigmoid,
+    )
+    student = _Side(image, text, logit_scale, logit_bias if sigmoid else None)
+    teacher = None
+    if has_teacher:
+        assert teacher_image is not None and teacher_text is not None and teacher_logit_scale is not None
+        teacher = _Side(
+            teacher_image.detach(),
+            teacher_text.detach(),
+            teacher_logit_scale.detach(),
+            teacher_logit_bias.detach() if teacher_sigmoid and teacher_logit_bias is not None else None,
+        )
+    if text_ids is None:
+        text_ids = torch.arange(rank() * len(image), (rank() + 1) * len(image), device=image.device)
+    size = _tile_size(tile_size, rows=len(image), ring=ring)
+    with torch.autocast(image.device.type, enabled=False):  # a caller's would multiply in half precision
+        if size is None:
+            share, scalars = _dense_loss(student, teacher, text_ids, terms)
+        else:
+            share, scalars = _tiled_loss(student, teacher, text_ids, terms, size, ring)
+    # Mimicry alone leaves no term here, and a softmax does not feel a bias. Both stay in the graph, as DDP waits for
+    # every parameter's gradient.
+    loss = share + 0.0 * logit_scale if logit_bias is None else share + 0.0 * (logit_scale + logit_bias)
+    scalars |= {"logit_scale": logit_scale} | ({} if teacher is None else {"teacher_logit_scale": teacher.scale})
+    return global_value(loss), scalars_of_all_ranks(scalars)
+
+
+@no_type_check
+def mimicry_loss(
+    *,
+    image: Float[Tensor, "n e"],
+    text: Float[Tensor, "n e"],
+    teacher_image: Float[Tensor, "n e"],
+    teacher_text: Float[Tensor, "n e"],
+) -> Float[Tensor, ""]:
+    """Feature mimicry: mean squared error of the normalised embeddings, images and texts added.
+
+        mean_ik (image_ik - teacher_image_ik)^2 + mean_ik (text_ik - teacher_text_ik)^2
+
+    The means run over rows and dimensions, so that published weights (2000 in CLIP-KD) keep their meaning; `image` and
+    `text` are the student's embeddings after the map into the teacher's space. Equal on all ranks, as every loss here.
+
+    Raises: ValueError where shapes differ. Source: CLIP-KD (Yang et al., CVPR 2024), "FD".
+    """
+    for name, ours, theirs in (("image", image, teacher_image), ("text", text, teacher_text)):
+        if ours.shape != theirs.shape:
+            raise ValueError(f"{name} {tuple(ours.shape)} and teacher_{name} {tuple(theirs.shape)} differ in shape")
+    pairs = ((image, teacher_image), (text, teacher_text))
+    return global_value(sum(F.mse_loss(upcast(ours), upcast(theirs)) for ours, theirs in pairs))
+
+
+def class_logits(
+    *,
+    image: Float[Tensor, "n d"],
+    classes: Float[Tensor, "C d"],
+    logit_scale: Float[Tensor, ""],
+    logit_bias: Float[Tensor, ""] | None = None,
+) -> Float[Tensor, "n C"]:
+    """Zero-shot logits of images over classes, in fp32 or wider, also within autocast:
+
+        logits = logit_scale * image @ classes.T + logit_bias
+
+    Args:
+        image, classes: L2-normalised embeddings.
+        logit_scale: exponentiated.
+        logit_bias: a SigLIP's; it moves all classes alike.
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        logits = upcast(logit_scale) * upcast(image) @ upcast(classes).T
+        return logits if logit_bias is None else logits + upcast(logit_bias)
+
+
+def global_value(share: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """My rank's share (times the number of ranks) as the global loss: everybody's value, my gradient."""
+    return share + (_mean_over_ranks(share) - share.detach())
+
+
+def _check_forms(*, sigmoid: bool, teacher_sigmoid: bool, kl_weight: float) -> None:
+    if teacher_sigmoid and not sigmoid:
+        raise ValueError("teacher_sigmoid=True needs sigmoid=True: a softmax student takes the teacher's softmax")
+    if sigmoid and kl_weight:
+        raise ValueError(
+            f"kl_weight={kl_weight} has no meaning with sigmoid=True: use soft_ce_weight, whose gradient is KL's"
+        )
+
+
+def _check(image, text, teacher_image, teacher_text, teacher_logit_scale, text_ids) -> bool:
+    given = [x is not None for x in (teacher_image, teacher_text, teacher_logit_scale)]
+    if any(given) and not all(given):
+        raise ValueError("teacher_image, teacher_text and teacher_logit_scale come together or not at all")
+    named = {"text": text, "teacher_image": teacher_image, "teacher_text": teacher_text, "text_ids": text_ids}
+    for name, value in named.items():
+        if value is not None and value.shape[0] != image.shape[0]:
+            raise ValueError(
+                f"{name} has {value.shape[0]} rows, image has {image.shape[0]}: they must be the same pairs"
+            )
+    return all(given)
+
+
+class _Side:
+    """One model's embeddings in at least fp32, its scale, and its bias where a sigmoid feels it."""
+
+    def __init__(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None):
+        self.image, self.text, self.scale, self.bias = upcast(image), upcast(text), scale, bias
+
+    def shift(self) -> Tensor | float:
+        return 0.0 if self.bias is None else self.bias
+
+    def two_directions(self) -> tuple[Tensor, Tensor]:
+        """My images against everybody's texts, my texts against everybody's images: [n, N] each, without the bias."""
+        everybody = gather_rows(torch.cat([self.image, self.text], dim=1))  # one collective instead of two
+        all_images, all_texts = everybody.split([self.image.shape[1], self.text.shape[1]], dim=1)
+        return self.scale * self.image @ all_texts.T, self.scale * self.text @ all_images.T
+
+
+def _tile_size(asked: int | Literal["auto"] | None, *, rows: int, ring: bool) -> int | None:
+    if asked == "auto":
+        return TILE if ring or rows * rows * world_size() > DENSE_ENTRIES else None
+    if asked is None and ring:
+        raise ValueError("ring=True needs tiles: tile_size must not be None")
+    if asked is not None and asked < 1:
+        raise ValueError(f"tile_size must be at least 1, 'auto' or None, got {asked}")
+    return asked
+
+
+def _dense_loss(student: _Side, teacher: _Side | None, text_ids: Tensor, terms: Terms) -> tuple[Tensor, Scalars]:
+    """My share of the loss times the number of ranks, and the scalars of my rows; the tiled form's oracle."""
+    student_logits = student.two_directions()
+    same = (text_ids[:, None] == gather_rows(text_ids)).to(student.image.dtype)
+    found: dict[str, tuple[float, Tensor]] = {}
+    if terms.contrastive_weight:
+        rows = [_contrastive_rows(logits + student.shift(), same, terms) for logits in student_logits]
+        found["contrastive"] = terms.contrastive_weight, _mean_of_rows(rows)
+    teacher_logits = None
+    if teacher is not None:
+        teacher_logits = teacher.two_directions()
+        pairs = list(zip(student_logits, teacher_logits, strict=True))
+        if terms.soft_ce_weight and terms.sigmoid:
+            rows = [_sigmoid_soft_rows(s + student.shift(), t + teacher.shift(), terms) for s, t in pairs]
+            found["soft_ce"] = terms.soft_ce_weight, _mean_of_rows(rows)
+        elif terms.soft_ce_weight:
+            rows = [soft_cross_entropy_rows(student=s, teacher=t, temperature=terms.temperature) for s, t in pairs]
+            found["soft_ce"] = terms.soft_ce_weight, _mean_of_rows(rows)
+        if terms.kl_weight:
+            rows = [kl_rows(student=s, teacher=t, temperature=terms.temperature) for s, t in pairs]
+            found["kl"] = terms.kl_weight, _mean_of_rows(rows)
+        if terms.wmse_weight:
+            ratios = []
+            for s, t in pairs:
+                weight = smooth_weight(teacher=t, gamma=terms.gamma, weight_temperature=terms.weight_temperature)
+                ratios.append(ratio_of_sums(*wmse_rows(student=s, teacher=t, weight=weight)))
+            found["wmse"] = terms.wmse_weight, torch.stack(ratios).mean()
+    loss = sum((weight * term for weight, term in found.values()), student_logits[0].new_zeros(()))
+    of_images = student_logits[0], None if teacher_logits is None else teacher_logits[0]
+    return loss, {name: term for name, (_, term) in found.items()} | _watched(*of_images, same)
+
+
+def _contrastive_rows(student: Tensor, same: Tensor, terms: Terms) -> Tensor:
+    if terms.sigmoid:
+        return sigmoid_contrastive(student, same).sum(dim=1)
+    return F.cross_entropy(student, same / same.sum(dim=1, keepdim=True), reduction="none")
+
+
+def _sigmoid_soft_rows(student: Tensor, teacher: Tensor, terms: Terms) -> Tensor:
+    student, teacher = student / terms.temperature, teacher / terms.temperature
+    if terms.teacher_sigmoid:
+        return sigmoid_cross_entropy(student, teacher).sum(dim=1)
+    return (F.softplus(student) - teacher.softmax(dim=1) * student).sum(dim=1)
+
+
+def _tiled_loss(
+    student: _Side, teacher: _Side | None, text_ids: Tensor, terms: Terms, tile_size: int, ring: bool
+) -> tuple[Tensor, Scalars]:
+    """What `_dense_loss` gives, in tiles."""
+
+    def columns(rows: Tensor) -> Tensor:
+        return rows if ring else gather_rows(rows)
+
+    of_teacher = None if teacher is None else (teacher.scale * teacher.image, columns(teacher.text), teacher.bias)
+    of_student = student.image, columns(student.text), student.scale, student.bias
+    return TiledLoss.apply(*of_student, of_teacher, (text_ids, columns(text_ids)), terms, tile_size, ring)
+
+
+def _mean_of_rows(directions: list[Tensor]) -> Tensor:
+    return torch.stack([rows.mean() for rows in directions]).mean()
+
+
+def _mean_over_ranks(x: Tensor) -> Tensor:
+    return sum_across_processes(x) / world_size()
+
+
+def scalars_of_all_ranks(scalars: Scalars) -> Scalars:
+    """Each scalar's mean over ranks, for the log; all ranks."""
+    means = _mean_over_ranks(torch.stack([value.detach().float() for value in scalars.values()]))  # one collective
+    return dict(zip(scalars, means.unbind(), strict=True))
+
+
+@torch.no_grad()
+def _watched(student: Tensor, teacher: Tensor | None, same: Tensor) -> Scalars:
+    """How the models see the rows of images."""
+
+    def entropy(logits: Tensor) -> Tensor:
+        log_p = logits.log_softmax(dim=1)
+        return -(log_p.exp() * log_p).sum(dim=1).mean()
+
+    best = student.argmax(dim=1)
+    found = {"batch_acc1": same.gather(1, best[:, None]).mean(), "student_entropy": entropy(student)}
+    if teacher is None:
+        return found
+    agreement = (best == teacher.argmax(dim=1)).float().mean()
+    return found | {"agreement@1": agreement, "teacher_entropy": entropy(teacher)}

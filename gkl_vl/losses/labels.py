@@ -1,0 +1,197 @@
+"""Distillation with labels: the methods that GKL is compared with, and GKL, in one table.
+
+All means over the batch are those of the joined batch of all processes, as in `gkl.py`.
+Axis letters: n = my rows, N = everybody's, C = classes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import no_type_check
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from gkl_vl.distributed import gather_rows
+from gkl_vl.losses.gkl import check_logits, check_positive, dkl_loss, gkl_loss, kl_loss, upcast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """A method and its settings; each method reads those that it has. Defaults are GKL's of resnet56 -> resnet20."""
+
+    method: str = "gkl"
+    """A name of `METHODS`, or `ce`: labels alone."""
+    ce_weight: float = 1.0
+    """Of the cross entropy with the labels."""
+    weight: float = 1.0
+    """Of the distillation, for the methods of a single term (KD and DIST)."""
+    soft_ce_weight: float = 1.0
+    wmse_weight: float = 4.0
+    gamma: float = 0.2
+    """Of GKL; IKL's and DKL's is 1."""
+    temperature: float = 4.0
+    weight_temperature: float = 4.0
+    class_prior: bool = True
+    """Weigh GKL's and IKL's classes by what the teacher thought of the label's class in the epoch before."""
+    warmup_epochs: int = 20
+    """The distillation grows linearly over these; 0 = whole from the start."""
+    target_weight: float = 1.0
+    """Of DKD's target-class part (paper: alpha), and of DIST's relation between classes (paper: beta)."""
+    other_weight: float = 2.0
+    """Of DKD's non-target part (paper: beta), and of DIST's relation within a class (paper: gamma)."""
+
+
+def distillation_loss(
+    *,
+    student: Float[Tensor, "n C"],
+    teacher: Float[Tensor, "n C"],
+    labels: Int[Tensor, " n"],
+    prior: Float[Tensor, "n C"] | None,
+    settings: Distillation,
+) -> Float[Tensor, ""]:
+    """The method's loss without the labels' cross entropy and without warm-up; all ranks."""
+    return METHODS[settings.method](student, teacher, labels, prior, settings)
+
+
+# ---- the losses that gkl.py does not have ------------------------------------------------------------------------
+
+
+@no_type_check
+def kd_loss(
+    *, student: Float[Tensor, "n C"], teacher: Float[Tensor, "n C"], temperature: float = 4.0
+) -> Float[Tensor, ""]:
+    """Hinton's: T^2 KL(softmax(t / T) || softmax(s / T)), nats, mean over rows. Source: arXiv 1503.02531."""
+    return temperature**2 * kl_loss(student=student, teacher=teacher, temperature=temperature)
+
+
+@no_type_check
+def dkd_loss(
+    *,
+    student: Float[Tensor, "n C"],
+    teacher: Float[Tensor, "n C"],
+    labels: Int[Tensor, " n"],
+    target_weight: float = 1.0,
+    other_weight: float = 8.0,
+    temperature: float = 4.0,
+) -> Float[Tensor, ""]:
+    """Decoupled KD: KD taken apart at the label's class, mean over rows.
+
+        T^2 (target_weight KL(b_t || b_s) + other_weight KL(q_t || q_s))
+
+    b = (p_label, 1 - p_label), q = p without the label's class, normalised, p = softmax(logits / T). Nats.
+    Errors as in `gkl_loss`. Source: Zhao et al., CVPR 2022, arXiv 2203.08679, eq. 7.
+    """
+    check_logits(student, teacher)
+    check_positive("temperature", temperature)
+    target = F.one_hot(labels, student.shape[1]).bool()
+    (s_binary, s_log_q), (t_binary, t_log_q) = (
+        _taken_apart(upcast(logits) / temperature, target, labels) for logits in (student, teacher.detach())
+    )
+    binary = kl_loss(student=s_binary, teacher=t_binary)
+    q = t_log_q.exp().masked_fill(target, 0.0)
+    other = (q * (t_log_q - s_log_q)).sum(dim=1).mean()
+    return temperature**2 * (target_weight * binary + other_weight * other)
+
+
+def _taken_apart(
+    logits: Float[Tensor, "n C"], target: Bool[Tensor, "n C"], labels: Int[Tensor, " n"]
+) -> tuple[Float[Tensor, "n 2"], Float[Tensor, "n C"]]:
+    """Logits of the label's class and of all others together; log q, with 0 in the place of the label's class."""
+    others = logits.masked_fill(target, -torch.inf)
+    rest = others.logsumexp(dim=1, keepdim=True)
+    # -inf - rest would give NaN gradients
+    return torch.cat([logits.gather(1, labels[:, None]), rest], dim=1), (others - rest).masked_fill(target, 0.0)
+
+
+@no_type_check
+def dist_loss(
+    *,
+    student: Float[Tensor, "n C"],
+    teacher: Float[Tensor, "n C"],
+    inter_weight: float = 1.0,
+    intra_weight: float = 1.0,
+    temperature: float = 1.0,
+) -> Float[Tensor, ""]:
+    """DIST: one minus the correlation of teacher and student, over the classes of a row and over the rows of a class.
+
+        T^2 (inter_weight (1 - mean_i r(p_s[i, :], p_t[i, :])) + intra_weight (1 - mean_c r(p_s[:, c], p_t[:, c])))
+
+    r is Pearson's correlation, p = softmax(logits / T). The rows of a class are those of all processes.
+    Source: Huang et al., NeurIPS 2022, arXiv 2205.10536, eqs. 7 and 8.
+    """
+    check_logits(student, teacher)
+    check_positive("temperature", temperature)
+    p_student, p_teacher = (
+        gather_rows(torch.softmax(upcast(logits) / temperature, dim=1)) for logits in (student, teacher.detach())
+    )
+    inter = 1 - _correlation(p_student, p_teacher).mean()
+    intra = 1 - _correlation(p_student.T, p_teacher.T).mean()
+    return temperature**2 * (inter_weight * inter + intra_weight * intra)
+
+
+def _correlation(x: Float[Tensor, "a b"], y: Float[Tensor, "a b"]) -> Float[Tensor, " a"]:
+    return F.cosine_similarity(x - x.mean(dim=1, keepdim=True), y - y.mean(dim=1, keepdim=True), dim=1, eps=1e-8)
+
+
+def standardised(logits: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
+    """Each row's z-score. Source: Sun et al., CVPR 2024, arXiv 2403.01427 (with C - 1, as released)."""
+    logits = upcast(logits)
+    return (logits - logits.mean(dim=1, keepdim=True)) / (1e-7 + logits.std(dim=1, keepdim=True))
+
+
+# ---- the table ---------------------------------------------------------------------------------------------------
+
+
+def _kd(student, teacher, labels, prior, s):
+    return s.weight * kd_loss(student=student, teacher=teacher, temperature=s.temperature)
+
+
+def _standardised_kd(student, teacher, labels, prior, s):
+    return _kd(standardised(student), standardised(teacher), labels, prior, s)
+
+
+def _dkd(student, teacher, labels, prior, s):
+    return dkd_loss(
+        student=student,
+        teacher=teacher,
+        labels=labels,
+        target_weight=s.target_weight,
+        other_weight=s.other_weight,
+        temperature=s.temperature,
+    )
+
+
+def _dist(student, teacher, labels, prior, s):
+    weights = {"inter_weight": s.target_weight, "intra_weight": s.other_weight}
+    return s.weight * dist_loss(student=student, teacher=teacher, temperature=s.temperature, **weights)
+
+
+def _dkl(student, teacher, labels, prior, s):
+    return dkl_loss(student=student, teacher=teacher, **_weights(s))
+
+
+def _ikl(student, teacher, labels, prior, s):
+    return gkl_loss(student=student, teacher=teacher, class_prior=prior, gamma=1.0, **_weights(s))
+
+
+def _gkl(student, teacher, labels, prior, s):
+    return gkl_loss(student=student, teacher=teacher, class_prior=prior, gamma=s.gamma, **_weights(s))
+
+
+def _weights(s: Distillation) -> dict[str, float]:
+    names = ("wmse_weight", "soft_ce_weight", "temperature", "weight_temperature")
+    return {name: vars(s)[name] for name in names}
+
+
+METHODS: dict[str, Callable[..., Tensor]] = {
+    "kd": _kd,
+    "kd-ls": _standardised_kd,
+    "dkd": _dkd,
+    "dist": _dist,
+    "dkl": _dkl,
+    "ikl": _ikl,
+    "gkl": _gkl,
+}
+"""(student, teacher, labels, prior, settings) -> loss."""

@@ -1,0 +1,439 @@
+"""A CLIP is two towers and a scale, whoever made it: open_clip, transformers, a folder, the Hub.
+
+Axis letters: n = my rows, d = embedding, h w = pixels, r = side of a square uint8 image.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor, nn
+
+from gkl_vl.errors import UserError, first_line
+from gkl_vl.models.weights import fetch, refuse_pickle
+
+PACKAGE = Path(__file__).parents[1]
+BUNDLED_TOKENIZER = PACKAGE / "assets" / "tokenizer"
+BUNDLED_TOKENIZER_NAME = "gkl-vl/clip-bpe-4096"  # how the shipped model configs name BUNDLED_TOKENIZER
+BUNDLED_TEACHER = f"local-dir:{PACKAGE / 'assets' / 'teacher'}"
+MODEL_CONFIGS = PACKAGE / "model_configs"
+
+_HUB_FILES = {
+    "files": ("*.json", "*.txt", "*.model", "*.safetensors"),
+    "pickles": ("*.bin", "*.pt", "*.pth"),
+}
+# open_clip 3.3, factory.py: in the order of preference.
+_WEIGHTS_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+_WEIGHTS_NAMES += ("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth")
+_WEIGHTS_NAMES += ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+_INTERPOLATION_OF_PIL = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's enum, as transformers stores it
+
+
+class OpenClipTowers(nn.Module):
+    """The towers of an open_clip model (`CLIP`, `CustomTextCLIP`); embeddings are L2-normalised."""
+
+    def __init__(self, model: Any):  # no common type: what is used of it is in the methods
+        super().__init__()
+        self.model: Any = model
+
+    def encode_image(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
+        return self.model.encode_image(pixels, normalize=True)
+
+    def encode_text(self, tokens: Int[Tensor, "n length"]) -> Float[Tensor, "n d"]:
+        """Also of what `trimmed` gives."""
+        if not self._ends_early() or tokens.shape[1] == self.model.context_length:
+            return self.model.encode_text(tokens, normalize=True)
+        # open_clip 3.3.0, `CLIP.encode_text`, which wants the whole context
+        model, length = self.model, tokens.shape[1]
+        dtype = model.transformer.get_cast_dtype()
+        x = model.token_embedding(tokens).to(dtype) + model.positional_embedding[:length].to(dtype)
+        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
+        x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]
+        projection = model.text_projection
+        return F.normalize(projection(x) if isinstance(projection, nn.Linear) else x @ projection, dim=-1)
+
+    def trimmed(self, tokens: Int[Tensor, "n length"]) -> Int[Tensor, "n shorter"]:
+        """The tokens up to the last end of a text among them, where nothing behind it changes an embedding.
+
+        So it is in CLIP's own text tower: attention looks back alone, and the token at the text's end is what is
+        pooled. Of other towers the tokens come back whole.
+        """
+        return tokens[:, : int(tokens.argmax(dim=1).max()) + 1] if self._ends_early() else tokens
+
+    def _ends_early(self) -> bool:
+        model = self.model
+        causal = isinstance(model, open_clip.CLIP) and model.attn_mask is not None
+        return causal and model.text_pool_type == "argmax" and model.text_projection is not None
+
+    def log_scale(self) -> Float[Tensor, ""]:
+        """The logarithm of the scale, a parameter; FSDP and some checkpoints give it one axis of length 1."""
+        return self.model.logit_scale.reshape(())
+
+    def bias(self) -> Float[Tensor, ""] | None:
+        bias = self.model.logit_bias
+        return None if bias is None else bias.reshape(())
+
+    def image_parameters(self) -> Iterator[nn.Parameter]:
+        return self.model.visual.parameters()
+
+
+class TransformersTowers(nn.Module):
+    """The towers of a transformers `CLIPModel` or `SiglipModel`; embeddings are L2-normalised."""
+
+    def __init__(self, model: Any):  # no common type: what is used of it is in the methods
+        super().__init__()
+        self.model: Any = model
+
+    def encode_image(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
+        return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+
+    def encode_text(self, tokens: Int[Tensor, "n length"]) -> Float[Tensor, "n d"]:
+        return F.normalize(self.model.get_text_features(input_ids=tokens).pooler_output, dim=-1)
+
+    def trimmed(self, tokens: Int[Tensor, "n length"]) -> Int[Tensor, "n length"]:
+        """As in `OpenClipTowers`: whole."""
+        return tokens
+
+    def log_scale(self) -> Float[Tensor, ""]:
+        """As in `OpenClipTowers`; SigLIP stores it with an axis."""
+        return self.model.logit_scale.reshape(())
+
+    def bias(self) -> Float[Tensor, ""] | None:
+        bias = dict(self.model.named_parameters(recurse=False)).get("logit_bias")
+        return None if bias is None else bias.reshape(())
+
+    def image_parameters(self) -> Iterator[nn.Parameter]:
+        for name, parameter in self.model.named_parameters():
+            if name.startswith(("vision_model.", "visual_projection.")):
+                yield parameter
+
+
+Towers = OpenClipTowers | TransformersTowers
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP with everything that belongs to it: its towers, its way to prepare images, its tokenizer."""
+
+    name: str
+    """What `load_clip` was asked for."""
+    towers: Towers
+    preprocess: PreprocessCfg
+    """Size, mean, std, interpolation, resize_mode: the model's own, whatever the other model uses."""
+    tokenize: Callable[[list[str]], Int[Tensor, "n length"]]
+    hf_tokenizer: Any | None
+    """The transformers tokenizer behind `tokenize`; None for CLIP's BPE, which open_clip carries itself."""
+    model_cfg: dict | None
+    """open_clip's architecture, as `open_clip_config.json` has it; None for transformers models."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square image that the model takes, in pixels."""
+        size = self.preprocess.size
+        return size if isinstance(size, int) else size[0]
+
+    @property
+    def embed_dim(self) -> int:
+        """Length d of an embedding."""
+        if self.model_cfg is not None:
+            return self.model_cfg["embed_dim"]
+        if isinstance(self.towers, OpenClipTowers):
+            with torch.inference_mode():
+                return self.towers.encode_text(self.tokenize([""]).to(self.towers.log_scale().device)).shape[1]
+        config = self.towers.model.config
+        return config.projection_dim if config.model_type == "clip" else config.vision_config.hidden_size
+
+    def image_transform(self) -> Callable[..., Any]:
+        """The evaluation transform: PIL image -> pixels. open_clip's own, from `preprocess`."""
+        transform: Any = image_transform_v2(self.preprocess, is_train=False)
+        return transform
+
+    def scaled_transform(self) -> Callable[..., Any]:
+        """`image_transform` without its last step: PIL image -> pixels in [0, 1], multiples of 1/255."""
+        transform: Any = image_transform_v2(replace(self.preprocess, mean=(0.0,) * 3, std=(1.0,) * 3), is_train=False)
+        return transform
+
+    def prepare(self, images: UInt8[Tensor, "n 3 r r"]) -> Float[Tensor, "n 3 h w"]:
+        """Square uint8 views -> pixels as this model wants them: resized with antialiasing, scaled, normalised.
+
+        Training crops are square already, so resizing is all that is left of `resize_mode`; the two models of a
+        distillation get the same view, each in its own size and with its own mean and std, on the device.
+        """
+        return self.normalised(self.scaled(images))
+
+    def scaled(self, images: UInt8[Tensor, "n 3 r r"]) -> Float[Tensor, "n 3 h w"]:
+        """Square uint8 views -> pixels in [0, 1] at this model's size: where attacks live."""
+        mode = "bilinear" if self.preprocess.interpolation == "bilinear" else "bicubic"
+        return resize(images, self.image_size, mode=mode)
+
+    def normalised(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+        """Pixels in [0, 1] at this model's size -> what its image tower takes."""
+        mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (self.preprocess.mean, self.preprocess.std))
+        # channels_last is the layout that convolutions are fastest in, on CPU and GPU; a ViT does not mind.
+        return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+class ImageTower(nn.Module):
+    """A CLIP's image tower that takes pixels in [0, 1] and normalises them itself, as attacks expect.
+
+    It holds the towers themselves: what is trained is what is attacked.
+    """
+
+    def __init__(self, clip: Clip):
+        super().__init__()
+        self.towers = clip.towers
+        self.clip = clip
+
+    def forward(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
+        return self.towers.encode_image(self.clip.normalised(pixels))
+
+
+def resize(images: UInt8[Tensor, "n 3 r r"], size: int, *, mode: str = "bicubic") -> Float[Tensor, "n 3 s s"]:
+    """Square uint8 images -> floats in [0, 1] of another size, with antialiasing as PIL has it."""
+    pixels = images.float() / 255
+    if images.shape[-1] == size:
+        return pixels
+    return F.interpolate(pixels, (size, size), mode=mode, antialias=True, align_corners=False).clamp(0, 1)
+
+
+class Student(nn.Module):
+    """What is trained: the towers and, for feature mimicry, a linear map into the teacher's embedding space.
+
+    The maps exist only where the dimensions differ, are checkpointed with the model and are not exported.
+    DistributedDataParallel wants one forward per step, so `forward` does all of it.
+    """
+
+    def __init__(self, towers: Towers, *, embed_dim: int, mimicry_dim: int | None):
+        super().__init__()
+        self.towers = towers
+        width = embed_dim if mimicry_dim is None else mimicry_dim
+        self.image_map = nn.Identity() if width == embed_dim else nn.Linear(embed_dim, width, bias=False)
+        self.text_map = nn.Identity() if width == embed_dim else nn.Linear(embed_dim, width, bias=False)
+
+    def forward(self, pixels: Float[Tensor, "n 3 h w"], *tokens: Int[Tensor, "_ _"]) -> dict[str, Tensor]:
+        """Embeddings of images, and of texts: as many as they like, in parts that may differ in length."""
+        image, text = self.towers.encode_image(pixels), torch.cat([self.towers.encode_text(part) for part in tokens])
+        output = {
+            "image": image,
+            "text": text,
+            "logit_scale": self.towers.log_scale().exp(),
+            "mimicry_image": F.normalize(self.image_map(image), dim=-1),
+            "mimicry_text": F.normalize(self.text_map(text), dim=-1),
+        }
+        bias = self.towers.bias()
+        return output if bias is None else output | {"logit_bias": bias}
+
+
+@torch.no_grad()
+def clamp_scale(towers: Towers) -> None:
+    """Keep the scale within [1, 100] after an update, as CLIP does; the parameter is its logarithm."""
+    towers.model.logit_scale.clamp_(0, math.log(100))  # the parameter itself: in shards it has no views
+
+
+def list_students() -> list[str]:
+    """Names of the model configs that this package ships."""
+    return sorted(path.stem for path in MODEL_CONFIGS.glob("*.json"))
+
+
+def load_clip(name: str, pretrained: str | None = None, *, allow_pickle: bool = False) -> Clip:
+    """Load a CLIP by name.
+
+    Args:
+        name: an open_clip name (`ViT-B-32`) or one that ships here (`ViT-T-16`, see `list_students`), `hf-hub:org/repo`
+            or `local-dir:path` in open_clip's format, `transformers:org/repo` or `transformers:path` for transformers'
+            CLIPModel and SiglipModel, a run folder (its exported student), a JSON model config, or `bundled`,
+            the bundled teacher.
+        pretrained: open_clip's tag (`openai`) or the path of a checkpoint; None = random weights. Only for names
+            without a prefix: the others carry their weights.
+        allow_pickle: read weights stored as a pickle (.bin, .pt), still with `weights_only=True`.
+
+    Raises:
+        UserError: unknown name or tag, folder without weights, pickled weights without `allow_pickle`.
+    """
+    if name == "bundled":
+        return load_clip(BUNDLED_TEACHER, pretrained, allow_pickle=allow_pickle)
+    prefix, _, rest = name.partition(":")
+    if prefix == "transformers":
+        _refuse_pretrained(name, pretrained)
+        return _load_transformers(name, rest, allow_pickle=allow_pickle)
+    if prefix in ("hf-hub", "local-dir"):
+        _refuse_pretrained(name, pretrained)
+        return _load_open_clip_folder(name, prefix, rest, allow_pickle=allow_pickle)
+    if Path(name).is_dir():
+        exported = Path(name) / "model"
+        if not (exported / "open_clip_config.json").is_file():
+            raise UserError(
+                f"model {name!r} is a folder and no finished run: write local-dir:{name} (open_clip's format) or "
+                f"transformers:{name}"
+            )
+        _refuse_pretrained(name, pretrained)
+        return _load_open_clip_folder(name, "local-dir", str(exported), allow_pickle=allow_pickle)
+    return _load_open_clip(name, pretrained, allow_pickle=allow_pickle)
+
+
+def _refuse_pretrained(name: str, pretrained: str | None) -> None:
+    if pretrained:
+        raise UserError(
+            f"pretrained {pretrained!r} does not go with {name!r}, which carries its own weights: leave it out"
+        )
+
+
+@contextmanager
+def _quiet_open_clip():
+    # open_clip warns through the root logger of every model that starts from random weights, which a student does.
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def as_clip(model: nn.Module, tokenizer: Any, *, name: str = "model") -> Clip:
+    """A Clip of an open_clip model (`CLIP` or `CustomTextCLIP`) and its tokenizer, as open_clip's factory gives them.
+
+    Size, mean and std are those that the model carries (`open_clip.get_model_preprocess_cfg`). Its configuration is not
+    known, so that it can be evaluated and be a teacher, and not be exported.
+    """
+    return _open_clip_clip(name, model, tokenizer, model_cfg=None)
+
+
+def _open_clip_clip(name: str, model: nn.Module, tokenizer: Any, model_cfg: dict | None) -> Clip:
+    preprocess = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
+    is_hf = isinstance(tokenizer, open_clip.tokenizer.HFTokenizer)
+    return Clip(
+        name=name,
+        towers=OpenClipTowers(model),
+        preprocess=preprocess,
+        tokenize=tokenizer,
+        hf_tokenizer=tokenizer.tokenizer if is_hf else None,
+        model_cfg=model_cfg,
+    )
+
+
+def _load_open_clip(name: str, pretrained: str | None, *, allow_pickle: bool) -> Clip:
+    open_clip.add_model_config(MODEL_CONFIGS)
+    if name.endswith(".json"):
+        if not Path(name).is_file():
+            raise UserError(f"model config {name!r} does not exist")
+        open_clip.add_model_config(Path(name))
+        model_name = Path(name).stem
+    else:
+        model_name = name.replace("/", "-")
+    model_cfg = open_clip.get_model_config(model_name)
+    if model_cfg is None:
+        raise UserError(
+            f"unknown model {name!r}: take one of {', '.join(list_students())}, a name of open_clip.list_models(), "
+            "hf-hub:org/repo, local-dir:path, transformers:org/repo or a .json model config"
+        )
+    if pretrained:
+        refuse_pickle(_checkpoint_of(model_name, pretrained), allow_pickle=allow_pickle)
+    with _quiet_open_clip():
+        try:
+            model = open_clip.create_model(model_name, pretrained=pretrained)
+        except (RuntimeError, UnpicklingError) as error:  # open_clip wraps a failed load_state_dict as well
+            raise UserError(f"weights {pretrained!r} do not fit model {name!r}: {first_line(error)}") from error
+        if model_cfg["text_cfg"].get("hf_tokenizer_name") == BUNDLED_TOKENIZER_NAME:
+            length = model_cfg["text_cfg"]["context_length"]
+            tokenizer = open_clip.tokenizer.HFTokenizer(str(BUNDLED_TOKENIZER), context_length=length)
+        else:
+            tokenizer = open_clip.get_tokenizer(model_name)
+    return _open_clip_clip(name, model, tokenizer, model_cfg)
+
+
+def _checkpoint_of(model_name: str, pretrained: str) -> str:
+    config = open_clip.get_pretrained_cfg(model_name, pretrained)
+    if config:
+        try:
+            return open_clip.download_pretrained(config)
+        except Exception as error:  # whatever the Hub's client raises: the user's remedy is the same
+            raise UserError(
+                f"weights {pretrained!r} of {model_name!r} could not be fetched ({first_line(error)}): "
+                "connect, or give the path of a downloaded file"
+            ) from error
+    if Path(pretrained).is_file():
+        return pretrained
+    tags = open_clip.list_pretrained_tags_by_model(model_name)
+    raise UserError(f"unknown tag {pretrained!r} for {model_name!r}: take a file or one of {', '.join(tags) or 'none'}")
+
+
+def _load_open_clip_folder(name: str, prefix: str, rest: str, *, allow_pickle: bool) -> Clip:
+    folder = Path(rest) if prefix == "local-dir" else fetch(rest, **_HUB_FILES, allow_pickle=allow_pickle)
+    if not folder.is_dir():
+        raise UserError(f"folder {rest!r} of {name!r} does not exist")
+    config_path = folder / "open_clip_config.json"
+    if not config_path.is_file():
+        is_transformers = (folder / "config.json").is_file()
+        remedy = f"try transformers:{rest}" if is_transformers else "name a folder in open_clip's Hub format"
+        raise UserError(f"{rest!r} holds no open_clip_config.json: {remedy}")
+    weights = _weights_file(folder)
+    if weights is None:  # open_clip would continue with random weights
+        raise UserError(f"{rest!r} holds no weights: expected open_clip_model.safetensors")
+    refuse_pickle(weights, allow_pickle=allow_pickle)
+    local = f"local-dir:{folder}"
+    with _quiet_open_clip():
+        try:
+            model = open_clip.create_model(local, require_pretrained=True)
+            # A repository may name its tokenizer by its Hub id; a folder holds it.
+            holds_tokenizer = prefix == "local-dir" or (folder / "tokenizer_config.json").is_file()
+            tokenizer = open_clip.get_tokenizer(local if holds_tokenizer else name)
+        except (RuntimeError, ValueError, OSError, UnpicklingError) as error:
+            raise UserError(f"{name!r} could not be loaded: {first_line(error)}") from error
+    return _open_clip_clip(name, model, tokenizer, json.loads(config_path.read_text())["model_cfg"])
+
+
+def _weights_file(folder: Path) -> Path | None:
+    """The file that open_clip loads: by name, else any safetensors, else any pickle."""
+    named = [folder / name for name in _WEIGHTS_NAMES if (folder / name).is_file()]
+    others = [path for suffix in ("safetensors", "bin", "pth") for path in sorted(folder.glob(f"*.{suffix}"))]
+    return next(iter([*named, *others]), None)
+
+
+def _load_transformers(name: str, source: str, *, allow_pickle: bool) -> Clip:
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+    folder = Path(source) if Path(source).is_dir() else fetch(source, **_HUB_FILES, allow_pickle=allow_pickle)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name!r} holds no config.json that transformers knows: {first_line(error)}") from error
+    if config.model_type not in ("clip", "siglip", "siglip2"):
+        raise UserError(f"{name!r} is a {config.model_type!r} model: only clip, siglip and siglip2 have two towers")
+    if not list(folder.glob("*.safetensors")):
+        pickles = sorted(folder.glob("*.bin"))
+        if not pickles:
+            raise UserError(f"{name!r} holds no weights: expected model.safetensors")
+        refuse_pickle(pickles[0], allow_pickle=allow_pickle)
+    try:
+        model, loading = AutoModel.from_pretrained(folder, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        processor = AutoImageProcessor.from_pretrained(folder)
+    except (RuntimeError, ValueError, OSError, UnpicklingError) as error:
+        raise UserError(f"{name!r} could not be loaded: {first_line(error)}") from error
+    if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers and goes on
+        raise UserError(f"the weights of {name!r} lack {len(missing)} tensors, such as {missing[0]}: fetch them again")
+    length = config.text_config.max_position_embeddings
+
+    def tokenize(texts: list[str]) -> Int[Tensor, "n length"]:
+        return tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+
+    crops = "crop_size" in processor.to_dict() and processor.to_dict()["crop_size"] is not None
+    preprocess = PreprocessCfg(
+        size=config.vision_config.image_size,
+        mean=tuple(processor.image_mean),
+        std=tuple(processor.image_std),
+        interpolation=_INTERPOLATION_OF_PIL.get(int(processor.resample), "bicubic"),
+        resize_mode="shortest" if crops else "squash",
+    )
+    return Clip(name, TransformersTowers(model), preprocess, tokenize, tokenizer, model_cfg=None)

@@ -1,0 +1,231 @@
+"""Adversarial training: how strong the attack of an epoch is, what it raises, and what is trained on.
+
+Sources: Zhang et al., ICML 2019, arXiv 1901.08573 (TRADES); Cui et al., arXiv 2305.13948 (IKL) and 2503.08038 (GKL);
+jiequancui/DKL, `DKLv2/Adv-training-dkl/train_dkl_cifar100.py` and `train_dkl_cifar10.py`.
+
+Axis letters: n = my images, C = classes.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gkl_vl.losses.gkl import gkl_loss, kl_loss, upcast
+from gkl_vl.losses.image_text import global_value, scalars_of_all_ranks
+from gkl_vl.models.classifiers import scaled
+from gkl_vl.models.modes import evaluating
+from gkl_vl.objectives.common import EpochPrior, accuracy
+from gkl_vl.robustness.pgd import Norm, pgd, weights_perturbed
+from gkl_vl.teachers.online import Batch
+
+Method = Literal["natural", "trades", "ikl", "gkl"]
+Budget = Literal["low", "high", "ladder", "trades"]
+Logits = Float[Tensor, "n C"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialTraining:
+    """A method and its settings; each method reads those that it has. Defaults are GKL's on CIFAR-100."""
+
+    method: Method = "gkl"
+    """natural = the labels' cross entropy alone, no attack."""
+    epochs: int = 200
+    norm: Norm = "linf"
+    epsilon: float = 8 / 255
+    """Of the last epoch; in pixels of [0, 1]."""
+    budget: Budget = "high"
+    """See `strength`."""
+    kl_weight: float = 6.0
+    """TRADES (paper: 1 / lambda, code: beta)."""
+    soft_ce_weight: float = 4.0
+    wmse_weight: float = 20.0
+    gamma: float = 0.4
+    """Of GKL; IKL's is 1."""
+    attack_wmse_weight: float = 1.0
+    """Of the loss that the attack raises, whose soft CE has weight 1 and whose gamma is 1."""
+    class_prior: bool = True
+    """GKL, IKL: weigh classes by what the model thought of the label's class in the epoch before."""
+    prior_temperature: float = 1.0
+    """Of the softmax that the prior, or without one the weights, come from."""
+    label_smoothing: float = 0.0
+    """Of the labels' cross entropy."""
+    second_view_weight: float = 0.5
+    """Of the second view's distance between attacked and natural logits."""
+    awp_gamma: float = 0.005
+    """Length of the weights' perturbation, relative to theirs; 0 = none."""
+    awp_epoch: int = 10
+    """The first epoch, counted from 1, whose weights are perturbed."""
+
+
+class Strength(NamedTuple):
+    """Of an attack: `attacks.pgd`'s arguments."""
+
+    epsilon: float
+    step_size: float
+    steps: int
+
+
+def strength(settings: AdversarialTraining, *, epoch: int) -> Strength:
+    """The attack of an epoch, counted from 0. E = `settings.epochs`, e = epoch + 1.
+
+        low     2 steps of eps, with eps growing: epsilon e / E
+        high    5 steps of eps / 2, eps growing
+        ladder  2 steps of eps to e = E / 4, 3 of 2/3 eps to E / 2, 4 of eps / 2 to 3/4 E, then 5; eps growing
+        trades  10 steps of epsilon / 4, epsilon from the start
+
+    `high` is what the released scripts do: they mean `ladder`, but write it as a row of `if`s without `else`, so that
+    the last one always has its way.
+    """
+    if settings.budget == "trades":
+        return Strength(float(settings.epsilon), settings.epsilon / 4, 10)
+    epoch += 1
+    epsilon = settings.epsilon * epoch / settings.epochs
+    if settings.budget == "low":
+        return Strength(epsilon, epsilon, 2)
+    quarter = 4 * epoch / settings.epochs
+    if settings.budget == "high" or quarter > 3:
+        return Strength(epsilon, epsilon / 2, 5)
+    if quarter > 2:
+        return Strength(epsilon, epsilon / 2, 4)
+    return Strength(epsilon, 2 * epsilon / 3, 3) if quarter > 1 else Strength(epsilon, epsilon, 2)
+
+
+def robust_loss(
+    *, attacked: Logits, natural: Logits, prior: Logits | None, settings: AdversarialTraining
+) -> Float[Tensor, ""]:
+    """The distance between an image's two logits that is trained down, weighted; gradient reaches both.
+
+    Across processes as `gkl_loss` is: the mean of what they get is the loss of the joined batch. All ranks.
+    """
+    if settings.method == "trades":
+        return settings.kl_weight * kl_loss(student=attacked, teacher=natural)
+    return gkl_loss(
+        student=attacked,
+        teacher=natural,
+        wmse_weight=settings.wmse_weight,
+        soft_ce_weight=settings.soft_ce_weight,
+        gamma=1.0 if settings.method == "ikl" else settings.gamma,
+        weight_temperature=settings.prior_temperature,
+        class_prior=prior,
+    )
+
+
+def attack_loss(
+    *, attacked: Logits, natural: Logits, prior: Logits | None, settings: AdversarialTraining
+) -> Float[Tensor, ""]:
+    """The distance that the attack raises: KL for TRADES, else IKL at weights of 1. All ranks."""
+    if settings.method == "trades":
+        return kl_loss(student=attacked, teacher=natural)
+    return gkl_loss(
+        student=attacked,
+        teacher=natural,
+        wmse_weight=settings.attack_wmse_weight,
+        weight_temperature=settings.prior_temperature,
+        class_prior=prior,
+    )
+
+
+class MultiBatch(nn.Module):
+    """A model on several batches in one call: DistributedDataParallel allows one, and BatchNorm counts each apart."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batches: list[Tensor]) -> list[Tensor]:
+        return [self.model(batch) for batch in batches]
+
+
+@dataclass(kw_only=True)
+class Adversarial:
+    """The labels' cross entropy of natural images, and the distance of attacked images' logits from theirs.
+
+    Where batches have a second view, both views are attacked and go through the model as one batch, as released.
+    """
+
+    model: MultiBatch
+    """What is trained, without what Accelerate wraps around it; it takes pixels in [0, 1]."""
+    settings: AdversarialTraining
+    prior: EpochPrior | None
+    """What the model thinks of each class's natural images."""
+
+    def prepared(self, batch: Batch) -> Batch:
+        """Adds `views`, what the model is to see: attacked and natural images, or natural ones alone. All ranks."""
+        images = [batch[name] for name in ("image", "second_image") if name in batch]
+        natural = torch.cat([scaled(view) for view in images])
+        labels = batch["label"].repeat(len(images))
+        if self.settings.method == "natural":
+            return batch | {"labels": labels, "views": [natural]}
+        prior = None if self.prior is None else self.prior.rows(labels, epoch=batch["epoch"])
+        attacked = self._attacked(natural, prior, batch["epoch"])
+        return batch | {"labels": labels, "views": [attacked, natural]} | ({} if prior is None else {"prior": prior})
+
+    def _attacked(self, images: Tensor, prior: Tensor | None, epoch: int) -> Tensor:
+        settings, model = self.settings, self.model.model
+        with evaluating(model), torch.no_grad():
+            natural = upcast(model(images))
+
+        def raised(logits: Tensor) -> Tensor:
+            loss = attack_loss(attacked=upcast(logits), natural=natural, prior=prior, settings=settings)
+            return len(images) * loss  # not the mean, whose gradients float16 would round to 0
+
+        epsilon, step_size, steps = strength(settings, epoch=epoch)
+        return pgd(model, images, loss=raised, epsilon=epsilon, step_size=step_size, steps=steps, norm=settings.norm)
+
+    def perturbed(self, batches: list[Batch]) -> AbstractContextManager[None]:
+        """The weights moved to where the loss, with both views weighed alike, is larger: from `awp_epoch` on."""
+        settings, (batch,) = self.settings, batches
+        if settings.method == "natural" or not settings.awp_gamma or batch["epoch"] + 1 < settings.awp_epoch:
+            return nullcontext()
+
+        def loss() -> Tensor:
+            attacked, natural = (upcast(logits) for logits in self.model(batch["views"]))
+            ce = F.cross_entropy(natural, batch["labels"], label_smoothing=settings.label_smoothing)
+            prior = batch.get("prior")
+            return ce + robust_loss(attacked=attacked, natural=natural, prior=prior, settings=settings)
+
+        return weights_perturbed(self.model, loss=loss, gamma=settings.awp_gamma)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """`attacked`, where there are such, and `natural` logits of each view: a row per sample."""
+        n = len(batch["label"])
+        logits = [upcast(both).split(n) for both in model(batch["views"])]
+        names = ("attacked", "natural")[-len(logits) :]
+        return {f"{name}_{view}": rows for name, of in zip(names, logits, strict=True) for view, rows in enumerate(of)}
+
+    def targets(self, batch: Batch) -> dict[str, Tensor]:
+        """Labels, and the prior's rows, the same for both views."""
+        labels = batch["label"]
+        return {"labels": labels} | ({"prior": batch["prior"][: len(labels)]} if "prior" in batch else {})
+
+    def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """CE(natural) + distance, that of a second view times its weight. Equal on all ranks. Once for each update."""
+        settings, labels = self.settings, targets["labels"]
+        natural = [outputs[name] for name in ("natural_0", "natural_1") if name in outputs]
+        smoothing = settings.label_smoothing
+        ce = torch.stack([F.cross_entropy(view, labels, label_smoothing=smoothing) for view in natural]).mean()
+        scalars = {"ce": ce.detach(), "batch_acc1": accuracy(natural[0], labels)}
+        if settings.method == "natural":
+            return global_value(ce), scalars_of_all_ranks(scalars)
+        if self.prior is not None:
+            self.prior.update(natural[0].detach(), labels)
+        robust = torch.zeros_like(ce)
+        for view, weight in zip(range(len(natural)), (1.0, settings.second_view_weight), strict=False):
+            attacked = outputs[f"attacked_{view}"]
+            prior = targets.get("prior")
+            term = robust_loss(attacked=attacked, natural=natural[view], prior=prior, settings=settings)
+            robust = robust + weight * term
+        scalars |= {"robust": robust.detach(), "batch_robust_acc1": accuracy(outputs["attacked_0"], labels)}
+        return global_value(ce + robust), scalars_of_all_ranks(scalars)
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.prior is None else self.prior.state()
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        if self.prior is not None:
+            self.prior.load_state(state)

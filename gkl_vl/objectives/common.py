@@ -1,0 +1,37 @@
+"""What several objectives share."""
+
+import torch
+from torch import Tensor
+
+from gkl_vl.losses.gkl import ClassPrior
+
+
+class EpochPrior:
+    """A `ClassPrior` that is collected during an epoch and used in the next; epochs are told by the batches."""
+
+    def __init__(self, num_classes: int, temperature: float):
+        self._prior, self._epoch = ClassPrior(num_classes, temperature), 0
+
+    def rows(self, labels: Tensor, *, epoch: int) -> Tensor:
+        """The prior of each sample's label. All ranks: they change epochs together."""
+        if epoch != self._epoch:
+            self._prior.end_epoch()
+            self._epoch = epoch
+        return self._prior.rows(labels)
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Adds what was said of these samples."""
+        self._prior.update(logits, labels)
+
+    def state(self) -> dict[str, Tensor]:
+        """For the checkpoint of this rank."""
+        return self._prior.state_dict() | {"epoch": torch.tensor(self._epoch)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Goes on from where `state` was taken."""
+        self._prior.load_state_dict(state)
+        self._epoch = int(state["epoch"])
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.detach().argmax(dim=1) == labels).float().mean()

@@ -1,0 +1,110 @@
+"""Semi-supervised training of classifiers."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from gkl_vl.losses.consistency import ClassThresholds, SemiSupervised, consistency_loss, pseudo_label_scalars, rampup
+from gkl_vl.losses.gkl import upcast
+from gkl_vl.losses.image_text import global_value, scalars_of_all_ranks
+from gkl_vl.models.classifiers import Classifier
+from gkl_vl.objectives.common import EpochPrior, accuracy
+from gkl_vl.teachers.online import Batch
+
+
+@dataclass(kw_only=True)
+class SemiSupervisedTraining:
+    """The labels' cross entropy, and the distance of strong views' logits from what weak views' said."""
+
+    student: Classifier
+    """Whose preparation of images is used; its model is what is trained."""
+    average: AveragedModel | None
+    """Mean Teacher: what sees the weak views, with statistics of BatchNorm that are averaged too. None = the model."""
+    settings: SemiSupervised
+    thresholds: ClassThresholds | None
+    """FlexMatch's; None = one for all classes."""
+    prior: EpochPrior | None
+    """What was thought of each class's images, where it was sure."""
+
+    def prepared(self, batch: Batch) -> Batch:
+        """Adds what the weak views say: `weak` logits and `mask`, the images that count. All ranks."""
+        if "weak" not in batch:
+            return batch
+        weak = self._weak(batch["weak"])
+        confidence, labels = weak.softmax(dim=1).max(dim=1)
+        found = {"weak": weak, "mask": self._mask(batch, confidence, labels)}
+        if self.prior is None:
+            return batch | found
+        found["prior"] = self.prior.rows(labels, epoch=batch["epoch"])  # all ranks
+        self.prior.update(weak[found["mask"]], labels[found["mask"]])
+        return batch | found
+
+    @torch.no_grad()
+    def _weak(self, images: Tensor) -> Tensor:
+        """In a pass of their own: no graph is kept of images that get no gradient."""
+        pixels = self.student.prepare(images)
+        if self.average is not None:
+            return upcast(self.average.module.eval()(pixels))  # EMAN: Cai et al., CVPR 2021
+        return upcast(self.student.model.train()(pixels))  # as the strong views are seen: with their own statistics
+
+    def _mask(self, batch: Batch, confidence: Tensor, labels: Tensor) -> Tensor:
+        if self.thresholds is None:
+            return confidence >= self.settings.threshold
+        mask = confidence >= self.thresholds.of(labels)
+        index = batch["unlabelled_index"]
+        self.thresholds.update(index=index, labels=labels, confidence=confidence)  # all ranks
+        return mask
+
+    def perturbed(self, batches: list[Batch]) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """`labelled` logits [n, C], and `strong` ones [n, mu, C]: the engine wants a row per labelled image."""
+        if "strong" not in batch:
+            return {"labelled": upcast(model(self.student.prepare(batch["image"])))}
+        n = len(batch["label"])
+        both = upcast(model(self.student.prepare(torch.cat([batch["image"], batch["strong"]]))))
+        return {"labelled": both[:n], "strong": both[n:].unflatten(0, (n, -1))}
+
+    def targets(self, batch: Batch) -> dict[str, Tensor]:
+        """Labels, and what the weak views say; of hidden labels what the log is to know."""
+        labels = batch["label"]
+        if "strong" not in batch:
+            return {"labels": labels}
+        rows = {name: batch[name] for name in ("weak", "mask", "prior", "hidden_label") if name in batch}
+        share = labels.new_tensor(rampup(self.settings, step=batch["step"]), dtype=torch.float)
+        return {name: x.unflatten(0, (len(labels), -1)) for name, x in rows.items()} | {
+            "labels": labels,
+            "share": share,
+        }
+
+    def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """CE(labelled) + unlabelled_weight * consistency. Equal on all ranks."""
+        logits, labels = outputs["labelled"], targets["labels"]
+        ce = F.cross_entropy(logits, labels)
+        scalars = {"ce": ce.detach(), "batch_acc1": accuracy(logits, labels)}
+        if "strong" not in outputs:
+            return global_value(ce), scalars_of_all_ranks(scalars)
+        strong, weak, mask, hidden = (
+            of[name].flatten(0, 1)
+            for of, name in ((outputs, "strong"), (targets, "weak"), (targets, "mask"), (targets, "hidden_label"))
+        )
+        prior = targets["prior"].flatten(0, 1) if "prior" in targets else None
+        term = consistency_loss(strong=strong, weak=weak, mask=mask, prior=prior, settings=self.settings)
+        loss = ce + targets["share"] * self.settings.unlabelled_weight * term
+        scalars |= {"consistency": term.detach()} | pseudo_label_scalars(weak=weak, mask=mask, hidden=hidden)
+        return global_value(loss), scalars_of_all_ranks(scalars)
+
+    def state(self) -> dict[str, Tensor]:
+        found = {} if self.prior is None else self.prior.state()
+        return found if self.thresholds is None else found | {"last_pseudo_label": self.thresholds.last}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        if self.prior is not None:
+            self.prior.load_state(state)
+        if self.thresholds is not None:
+            self.thresholds.last = state["last_pseudo_label"]

@@ -1,0 +1,232 @@
+"""Stored views and what the teacher said of them.
+
+A frozen teacher says the same of the same view every time. Where the training set is small enough to give each image
+a fixed number of augmented views, the views are made once, the teacher embeds them and every caption once, and a step
+costs the student alone. Everything is kept on disk under a hash of what it depends on.
+
+Axis letters: p = pairs in the set, v = views of each, c = captions of each at most, e = the teacher's embedding,
+s = side of the student's image; of classifiers N = images, C = classes, k = logits that are kept.
+"""
+
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from jaxtyping import Float, Float16, Int, Int16, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from gkl_vl import disk_cache
+from gkl_vl.data.augment import apply_seeded, describe
+from gkl_vl.data.files import decode, stable_hash
+from gkl_vl.data.pair_stream import usable_captions
+from gkl_vl.data.pairs import RawPair
+from gkl_vl.data.views import Views
+from gkl_vl.evaluation.embed import predict
+from gkl_vl.models.classifiers import Classifier
+from gkl_vl.models.clip import Clip, resize
+from gkl_vl.models.fingerprint import add_clip, add_weights
+from gkl_vl.teachers.online import LabelTeacher, Teacher, teacher_scales
+
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class StoredViews:
+    """Views at the student's size, and the teacher's L2-normalised embeddings in fp32."""
+
+    pixels: UInt8[Tensor, "p v 3 s s"]
+    image: Float[Tensor, "p v e"]
+    text: Float[Tensor, "p c e"]
+
+
+def stored_teacher(clip: Clip, stored: StoredViews, device: torch.device) -> Teacher:
+    """A teacher that looks its embeddings up by the batch's `view_rows` and, where it has captions, `caption_rows`."""
+    image, text, scales = stored.image.to(device), stored.text.to(device), teacher_scales(clip)
+
+    def teacher(batch: dict[str, Any]) -> dict[str, Tensor]:
+        views = batch["view_rows"]
+        said = {"teacher_image": image[views[:, 0], views[:, 1]]} | scales
+        if "caption_rows" in batch:
+            captions = batch["caption_rows"]
+            said["teacher_text"] = text[captions[:, 0], captions[:, 1]]
+        return said
+
+    return teacher
+
+
+def store_views(
+    *,
+    clip: Clip,
+    pairs: Sequence[RawPair],
+    num_views: int,
+    augment: Callable[..., Tensor],
+    size: int,
+    num_workers: int,
+    folder: Path | None = None,
+) -> StoredViews:
+    """Make `num_views` views of every image and embed them and every caption, or load what an earlier run stored.
+
+    View v of pair p is drawn by (p, v) alone, so it is the same in every run. Both models get the same view, each in
+    its own size.
+
+    Args:
+        clip: the frozen teacher, on the device where it is to run.
+        augment: PIL image -> uint8 view.
+        size: side of the student's image, in pixels.
+        folder: where to keep the result; None = the user's cache (`disk_cache.cache_folder`).
+    """
+    path = (folder or cache_folder()) / f"{_key(clip, pairs, num_views, augment, size)}.safetensors"
+    tensors = disk_cache.read(path)
+    if tensors is None:
+        pixels, image = _embed_images(clip, _ViewSet(pairs, num_views, augment), size, num_workers)
+        tensors = {
+            "pixels": pixels.view(len(pairs), num_views, *pixels.shape[1:]),
+            "image": image.view(len(pairs), num_views, -1),
+            "text": _embed_texts(clip, pairs),
+        }
+        disk_cache.write(path, tensors)
+    return StoredViews(**tensors)
+
+
+def cache_folder() -> Path:
+    """Where the teacher's word is kept unless told otherwise."""
+    return disk_cache.cache_folder("teacher")
+
+
+def _key(clip: Clip, pairs: Sequence[RawPair], num_views: int, augment: Callable[..., Tensor], size: int) -> str:
+    """Of all that decides what is stored."""
+    digest = hashlib.sha256(f"{num_views} {size} {describe(augment)} {torchvision.__version__}".encode())
+    add_clip(digest, clip)
+    for pair in pairs:
+        digest.update(repr((pair.key, pair.captions)).encode())
+        digest.update(pair.image)
+    digest.update(clip.tokenize(_distinct_captions(pairs)).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _distinct_captions(pairs: Sequence[RawPair]) -> list[str]:
+    return list(dict.fromkeys(caption for pair in pairs for caption in usable_captions(pair)))
+
+
+class _ViewSet(Dataset):
+    """View v of pair p at p * num_views + v."""
+
+    def __init__(self, pairs: Sequence[RawPair], num_views: int, augment: Callable[..., Tensor]):
+        self.pairs, self.num_views, self.augment = pairs, num_views, augment
+
+    def __len__(self) -> int:
+        return len(self.pairs) * self.num_views
+
+    def __getitem__(self, index: int) -> Tensor:
+        row, view = divmod(index, self.num_views)
+        return apply_seeded(self.augment, decode(self.pairs[row].image), stable_hash(f"view {view} of {row}"))
+
+
+@torch.inference_mode()
+def _embed_images(
+    clip: Clip, images: _ViewSet, size: int, num_workers: int
+) -> tuple[UInt8[Tensor, "m 3 s s"], Float[Tensor, "m e"]]:
+    device = next(clip.towers.parameters()).device
+    generator = torch.Generator()  # a DataLoader draws a seed, which must not move training's
+    loader = DataLoader(images, batch_size=BATCH, num_workers=num_workers, generator=generator)
+    pixels, embeddings = [], []
+    for views in tqdm(loader, desc=f"teacher embeds {len(images):,} views, once", disable=not sys.stderr.isatty()):
+        embeddings.append(clip.towers.encode_image(clip.prepare(views.to(device))).float().cpu())
+        pixels.append((resize(views, size) * 255).round().byte())
+    return torch.cat(pixels), torch.cat(embeddings)
+
+
+@torch.inference_mode()
+def _embed_texts(clip: Clip, pairs: Sequence[RawPair]) -> Float[Tensor, "p c e"]:
+    device = next(clip.towers.parameters()).device
+    captions = [usable_captions(pair) for pair in pairs]
+    distinct = _distinct_captions(pairs)
+    batches = [distinct[start : start + BATCH] for start in range(0, len(distinct), BATCH)]
+    embeddings = torch.cat([clip.towers.encode_text(clip.tokenize(b).to(device)).float().cpu() for b in batches])
+    number = {caption: index for index, caption in enumerate(distinct)}
+    table = torch.zeros(len(pairs), max(map(len, captions)), embeddings.shape[1])
+    for row, row_captions in enumerate(captions):
+        table[row, : len(row_captions)] = embeddings[[number[caption] for caption in row_captions]]
+    return table
+
+
+# ---- classifiers -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredLogits:
+    """A classifier's logits of each view of each image, in fp16: all of them, or the k largest."""
+
+    values: Float16[Tensor, "v N k"]
+    classes: Int16[Tensor, "v N k"]
+    """Of the values, largest first; in their own order where all are kept."""
+    rest: Float16[Tensor, "v N"]
+    """What each of the others is taken to be: as much as gives all of them together the probability they had."""
+
+
+def stored_label_teacher(stored: StoredLogits, num_classes: int) -> LabelTeacher:
+    """A teacher that looks its logits up by the batch's `view` and `index`; they stay in the machine's memory."""
+
+    def teacher(batch: dict[str, Any]) -> Float[Tensor, "n C"]:
+        view, index = batch["view"], batch["index"].cpu()
+        logits = stored.rest[view, index].float()[:, None].repeat(1, num_classes)
+        logits.scatter_(1, stored.classes[view, index].long(), stored.values[view, index].float())
+        return logits.to(batch["image"].device)
+
+    return teacher
+
+
+def store_logits(
+    *,
+    classifier: Classifier,
+    views: Views,
+    labels: Int[Tensor, " N"],
+    contents: str,
+    num_views: int,
+    top_k: int | None,
+    device: torch.device,
+    folder: Path | None = None,
+) -> StoredLogits:
+    """Ask the teacher about views 0 .. num_views - 1 of every image, or load what an earlier run stored.
+
+    Args:
+        classifier: the frozen teacher, in evaluation mode, on `device`.
+        contents: what tells this set of images from another: a digest, or the name of the source.
+        top_k: logits that are kept of each view; None = all.
+        folder: where to keep the result; None = the user's cache.
+    """
+    digest = hashlib.sha256(f"{classifier.model} {classifier.mean} {classifier.std} {num_views} {top_k}".encode())
+    digest.update(f"{contents} {views.description()} {torchvision.__version__}".encode() + labels.numpy().tobytes())
+    add_weights(digest, classifier.model)
+    path = (folder or cache_folder()) / f"logits_{digest.hexdigest()[:32]}.safetensors"
+    tensors = disk_cache.read(path)
+    if tensors is None:
+        parts = [
+            _compressed(logits, top_k)
+            for view in tqdm(range(num_views), desc="teacher sees each view, once", disable=not sys.stderr.isatty())
+            for logits in [predict(classifier=classifier, views=views, view=view, count=len(labels), device=device)]
+        ]
+        names = ("values", "classes", "rest")
+        tensors = {name: torch.stack([part[i] for part in parts]) for i, name in enumerate(names)}
+        disk_cache.write(path, tensors)
+    return StoredLogits(**tensors)
+
+
+def _compressed(logits: Float[Tensor, "N C"], top_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, classes, rest."""
+    num_classes = logits.shape[1]
+    if top_k is None or top_k >= num_classes:
+        classes = torch.arange(num_classes, dtype=torch.int16).expand(len(logits), num_classes)
+        return logits.half(), classes.contiguous(), torch.zeros(len(logits), dtype=torch.float16)
+    order = logits.argsort(dim=1, descending=True)
+    others = logits.gather(1, order[:, top_k:])
+    rest = others.logsumexp(dim=1) - torch.tensor(float(num_classes - top_k)).log()
+    kept = order[:, :top_k]
+    return logits.gather(1, kept).half(), kept.short(), rest.half()

@@ -1,0 +1,281 @@
+"""fit(): the training loop, one page, on Accelerate. It receives callables and knows no loss, model or data set."""
+
+import copy
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast, gather_object, send_to_device
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from gkl_vl.distributed import gather_shards
+from gkl_vl.errors import UserError
+from gkl_vl.training.checkpoint import RunFolder, load_checkpoint, read_loop_state, save_checkpoint
+from gkl_vl.training.gradient_cache import backward_from_cache, embed
+from gkl_vl.training.protocols import Loader, Objective, Record, Tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """What the loop needs to know. Steps are optimizer updates."""
+
+    steps: int
+    grad_clip_norm: float = 1.0
+    """math.inf = no clipping."""
+    accum_steps: int = 1
+    """Batches of one update; the loss is that of all of them as one, and memory that of one."""
+    average_from_step: int = 0
+    """The average begins with the weights after so many updates and one more; until then it is the model itself."""
+    log_every_steps: int = 10
+    eval_every_steps: int = 0
+    """0 = at the end only."""
+    checkpoint_every_steps: int = 0
+    """0 = at the end only."""
+
+
+def fit(
+    *,
+    accelerator: Accelerator,
+    model: nn.Module,
+    objective: Objective,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    learning_rate: Callable[[int], float],
+    make_loader: Callable[[dict[str, Any] | None], Loader],
+    run: RunFolder,
+    config: FitConfig,
+    evaluate: Callable[[nn.Module], Iterable[Record]],
+    after_step: Callable[[], None],
+    average: AveragedModel | None = None,
+    checkpoint: Path | None = None,
+) -> nn.Module:
+    """Train `model` for `config.steps` updates and return what is to be exported: the model, or its moving average.
+
+    Args:
+        objective: outputs of the model, targets, and the loss between them.
+        make_optimizer: see `optim.py`.
+        learning_rate: of the update after so many others, for all groups.
+        make_loader: a position of a checkpoint, or None for the start -> this rank's loader.
+        evaluate: the model to evaluate -> records with `model`, `dataset` and metrics; called on every rank.
+        after_step: called after each update, for constraints on parameters.
+        average: of the model over updates, see `moving_average`; evaluated and exported in its place. It is updated
+            here, and an objective may hold it as well.
+        checkpoint: where to go on; the run is then bit for bit the one that was never stopped (on CPU).
+
+    Raises:
+        UserError: gradient accumulation is on; a loss that is not finite.
+    """
+    refuse_accumulation(accelerator)
+    refuse_of_fsdp(accelerator, average)
+    whole = before_sharding(accelerator, model)
+    plain = model
+    model, optimizer = accelerator.prepare(model, make_optimizer(model))
+    if average is not None:
+        average.to(accelerator.device)
+    step, position = 0, None
+    if checkpoint is not None:
+        step, position = read_loop_state(
+            checkpoint, rank=accelerator.process_index, world_size=accelerator.num_processes
+        )
+        objective.load_state(load_checkpoint(accelerator, checkpoint, ema=average))
+        run.rewind(step)
+    started_at = step
+    loader = make_loader(position)
+    batches = iter(loader)
+    speed = Speed(accelerator.num_processes)
+    quiet = not accelerator.is_main_process or not sys.stderr.isatty()
+    bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True, disable=quiet)
+
+    while True:
+        last = step == config.steps
+        result = whole if average is None or step <= config.average_from_step else average.module
+        evaluating = last or is_time(step, config.eval_every_steps)
+        saving = last or is_time(step, config.checkpoint_every_steps)
+        if evaluating or saving:
+            fill_from_shards(accelerator, model, whole)  # all ranks
+        fresh = step > started_at  # what a checkpoint holds was evaluated and saved before
+        if fresh and evaluating:
+            for record in evaluate(result):  # all ranks
+                log_evaluation(accelerator, run, record, step)
+                if not quiet:
+                    bar.write(evaluation_line(record, step))
+        if fresh and saving:
+            save_checkpoint(  # all ranks
+                accelerator, run, step=step, position=loader.position(), ema=average, memory=objective.state()
+            )
+        if last:
+            break
+
+        # ---------------------------------------------------------------- one update
+        parts: list[Any] = [
+            send_to_device(next(batches), accelerator.device, non_blocking=True) for _ in range(config.accum_steps)
+        ]
+        keys = [key for part in parts for key in part["keys"]]
+        lr = learning_rate(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)  # timm's name, for rates that fall from layer to layer
+        with accelerator.autocast():
+            parts = [objective.prepared(part) for part in parts]
+        model.train()
+        with objective.perturbed(parts):
+            embedded = embed(accelerator, model, objective, parts)
+            loss, scalars = objective.loss(embedded.leaves, embedded.targets)
+            stop_unless_finite(accelerator, loss, scalars, keys, step)  # all ranks
+            accelerator.backward(loss)  # to the leaves
+            backward_from_cache(
+                accelerator, model, objective, parts, embedded
+            )  # all ranks: from the leaves to the parameters
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.grad_clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        after_step()
+        if average is not None and step >= config.average_from_step:
+            average.update_parameters(plain)  # the first time a copy
+        step += 1
+        # ----------------------------------------------------------------
+
+        speed.count(len(keys))
+        bar.update()
+        bar.set_postfix_str(f"loss {loss.item():.3f}, {speed.per_second():.0f} images/s", refresh=False)
+        if is_time(step, config.log_every_steps) or step == config.steps:
+            values = {"loss": loss.detach()} | scalars | {"grad_norm": norm, "lr": lr}
+            record = {f"train/{name}": float(value) for name, value in values.items()}
+            record |= {"train/images_per_second": speed.per_second(), "train/skipped": loader.num_skipped()}
+            run.log({"step": step} | record)
+            accelerator.log(record, step=step)
+    bar.close()
+    return result
+
+
+def moving_average(model: nn.Module, decay: float) -> AveragedModel | None:
+    """For `fit`: average = decay * average + (1 - decay) * model after each update; decay 0 = no average.
+
+    Of weights and of buffers: BatchNorm statistics of today do not fit weights of yesterday.
+    """
+    if not decay:
+        return None
+
+    def average(ema: Tensor, now: Tensor, _: Any) -> Tensor:
+        if not now.is_floating_point():
+            return now
+        # What does not change stays as it is: an attention mask's -inf would become -inf - -inf = nan.
+        return torch.where(ema == now, now, torch.lerp(ema, now, 1 - decay))
+
+    return AveragedModel(model, avg_fn=average, use_buffers=True)
+
+
+def is_time(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0 = never) is due."""
+    return every > 0 and step % every == 0
+
+
+def check_all_processes_joined(accelerator: Accelerator) -> None:
+    """Processes that were launched together and do not know of each other would all train and write as the main one.
+
+    Accelerate joins torchrun's processes on a CPU only when told to.
+    """
+    launched = int(os.environ["WORLD_SIZE"]) if {"LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
+    if launched > accelerator.num_processes:
+        raise UserError(
+            f"{launched} processes were launched, but Accelerate joined {accelerator.num_processes}: on a CPU set "
+            "ACCELERATE_USE_CPU=true, on GPUs use `accelerate launch`"
+        )
+
+
+def refuse_accumulation(accelerator: Accelerator) -> None:
+    """Micro-batches change a contrastive loss: each would see only its own negatives. Accelerate also reads the
+    number from the environment, so it is refused here and not at a flag."""
+    if accelerator.gradient_accumulation_steps > 1:
+        raise UserError(
+            f"gradient_accumulation_steps = {accelerator.gradient_accumulation_steps}: micro-batches would shrink the "
+            "set of negatives and change the loss; use 1 and --accum-steps, which gives the loss of them all as one"
+        )
+
+
+def refuse_of_fsdp(accelerator: Accelerator, average: AveragedModel | None) -> None:
+    """What shards of a model cannot do."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    if not accelerator.is_fsdp2:
+        raise UserError(
+            "fsdp_version 1 flattens parameters, which the checkpoints here do not know: set fsdp_version: 2"
+        )
+    if average is not None:
+        raise UserError("a moving average is one of whole models, and FSDP has shards: set --ema-decay 0")
+
+
+def before_sharding(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The model to evaluate and to export: itself, or with FSDP a copy that `fill_from_shards` fills.
+
+    FSDP shards along the first axis, so parameters without one (a scale) get one. The copy keeps their shape.
+    """
+    if not accelerator.is_fsdp2:
+        return model
+    whole = copy.deepcopy(model).to(accelerator.device)
+    for parameter in model.parameters():
+        if parameter.ndim == 0:
+            parameter.data = parameter.data.reshape(1)
+    return whole
+
+
+def fill_from_shards(accelerator: Accelerator, model: nn.Module, whole: nn.Module) -> None:
+    """All ranks: everybody's copy gets everybody's shards. Nothing to do where `whole` is the model.
+
+    BatchNorm's statistics become those of rank 0, as DDP has it: a checkpoint would take some of each rank's.
+    """
+    if accelerator.is_fsdp2:
+        for buffer in model.buffers():
+            broadcast(buffer)  # all ranks
+        state = gather_shards(model)  # all ranks
+        shapes = {name: tensor.shape for name, tensor in whole.state_dict().items()}
+        whole.load_state_dict({name: tensor.reshape(shapes[name]) for name, tensor in state.items()})
+
+
+def stop_unless_finite(accelerator: Accelerator, loss: Tensor, scalars: Tensors, keys: list[str], step: int) -> None:
+    """Stop all ranks before the update when any rank's loss is not finite. All ranks take part."""
+    value = loss.detach()
+    bad_ranks: Any = accelerator.reduce((~torch.isfinite(value)).float(), reduction="sum")  # all ranks
+    if bad_ranks.item() == 0:
+        return
+    keys = gather_object([] if torch.isfinite(value) else keys[:4])  # all ranks
+    terms = ", ".join(f"{name} {float(scalar):.4g}" for name, scalar in scalars.items())
+    raise UserError(
+        f"the loss is {float(value)} at step {step} ({terms}); samples {', '.join(map(str, keys[:8]))} ...: "
+        "lower --lr or look at these samples; the last checkpoint is good"
+    )
+
+
+def evaluation_line(record: Record, step: int) -> str:
+    """What a person wants to see of an evaluation while the bar goes on: its first two metrics."""
+    metrics = [f"{key} {value:.3f}" for key, value in record.items() if isinstance(value, float)]
+    return f"step {step:,}: {record['model']} on {record['dataset']}: {', '.join(metrics[:2])}"
+
+
+def log_evaluation(accelerator: Accelerator, run: RunFolder, record: Record, step: int) -> None:
+    """One evaluation into results.jsonl and to the trackers."""
+    run.log({"step": step} | record)
+    prefix = f"{record['dataset']}/{record['model']}"
+    numbers = {f"{prefix}/{k}": v for k, v in record.items() if isinstance(v, (int, float))}
+    accelerator.log(numbers, step=step)
+
+
+class Speed:
+    """Images per second over all processes, since the last ten counts."""
+
+    def __init__(self, num_processes: int):
+        self._num_processes = num_processes
+        self._stamps: list[tuple[float, int]] = [(time.perf_counter(), 0)]
+
+    def count(self, images: int) -> None:
+        self._stamps = [*self._stamps[-10:], (time.perf_counter(), images * self._num_processes)]
+
+    def per_second(self) -> float:
+        images = sum(n for _, n in self._stamps[1:])
+        return images / max(self._stamps[-1][0] - self._stamps[0][0], 1e-9)

@@ -1,6 +1,7 @@
 """Distil large CLIP teachers into small students with the Generalized Kullback-Leibler loss."""
 
 from gkl_vl.losses.gkl import ClassPrior as ClassPrior
+from gkl_vl.losses.gkl import GklSettings as GklSettings
 from gkl_vl.losses.gkl import dkl_loss as dkl_loss
 from gkl_vl.losses.gkl import gkl_loss as gkl_loss
 from gkl_vl.losses.gkl import ikl_loss as ikl_loss

@@ -10,8 +10,9 @@ import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from difflib import get_close_matches
-from typing import NoReturn, Protocol, TypeVar, runtime_checkable
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import tyro
@@ -46,20 +47,15 @@ REMEDIES: tuple[tuple[type[BaseException], str], ...] = (
 )
 
 
-@runtime_checkable
-class HasDebug(Protocol):
-    @property
-    def debug(self) -> bool: ...
-
-
-ConfigT = TypeVar("ConfigT", bound=HasDebug)
+ConfigT = TypeVar("ConfigT")
 Value = TypeVar("Value")
 
 
 def run(main: Callable[[ConfigT], None], config: Callable[..., ConfigT], argv: Sequence[str] | None = None) -> None:
     """Parse flags into `config`, a frozen keyword-only dataclass with a string under each field; call `main`.
 
-    `argv` defaults to the command line; `--a-b` and `--a_b` are one flag. A config has `debug: bool = False`.
+    `argv` defaults to the command line; `--a-b` and `--a_b` are one flag. Fields that are dataclasses are groups of
+    flags, without a prefix. One flag is `debug: bool = False`.
 
     Exit codes: 2 with one line on stderr for a mistake that the user can mend (a wrong flag, UserError,
     ValueError, OSError, the Hub's errors, a full GPU), after the traceback if `--debug` is given; 130 for
@@ -82,7 +78,7 @@ def run(main: Callable[[ConfigT], None], config: Callable[..., ConfigT], argv: S
         line = explain(error)
         if line is None:
             raise
-        if settings.debug:
+        if flat(settings)["debug"]:
             traceback.print_exc()
         leave(f"error: {line}", 2)
 
@@ -92,7 +88,7 @@ def parse(config: Callable[..., ConfigT], argv: Sequence[str] | None) -> ConfigT
     help_page = contextlib.nullcontext() if rank() == 0 else contextlib.redirect_stdout(io.StringIO())
     try:
         with help_page, contextlib.redirect_stderr(box):
-            return tyro.cli(config, args=argv)
+            return tyro.cli(config, args=argv, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as stop:
         if stop.code != 2:
             raise
@@ -127,10 +123,18 @@ def named(table: Mapping[str, Value], name: str, *, flag: str) -> Value:
     return table[name]
 
 
+def flat(config: Any) -> dict[str, Any]:
+    """All flags of a config by name, those of its groups (fields that are dataclasses) included."""
+    flags: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        flags |= flat(value) if is_dataclass(value) else {name: value}
+    return flags
+
+
 def require_positive(config: object, *names: str) -> None:
     """Raises: UserError for a field of `config` that is below 1; None is left alone."""
     for name in names:
-        value = vars(config)[name]
+        value = flat(config)[name]
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
 

@@ -4,13 +4,15 @@ One process is the special case of many: alone, every function returns its argum
 Axis letters: n = my rows, N = everybody's rows in the order of the ranks; every rank has the same n.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+Value = TypeVar("Value")
 
 
 def world_size() -> int:
@@ -85,6 +87,18 @@ def pass_on_ring(tensors: list[Tensor]) -> list[Tensor]:
     for request in dist.batch_isend_irecv([*sends, *receives]):  # all ranks
         request.wait()
     return received
+
+
+def gather_objects(value: Value) -> list[Value]:
+    """Values of all ranks, in the order of the ranks; any that can be pickled.
+
+    nccl sends them by way of the current CUDA device: `torch.cuda.set_device` comes first, which Accelerate calls.
+    """
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)  # all ranks
+    return values
 
 
 def gather_shards(model: nn.Module) -> dict[str, Tensor]:

@@ -399,6 +399,15 @@ def results_table(rows: list[dict]) -> str:
     return _underlined(lines)
 
 
+def metrics_by_dataset(records: list[dict], role: str) -> dict[str, dict[str, float]]:
+    """`results` of a row of `results_table`, from the evaluation records of "teacher" or "student"."""
+    return {
+        record["dataset"]: {key: value for key, value in record.items() if isinstance(value, float)}
+        for record in records
+        if record["model"] == role
+    }
+
+
 def _cost_line(label: str, key: str, sides: dict[str, dict], better: str) -> list[str]:
     cells = [f"{row[key]:,.2f}" if isinstance(row[key], float) else f"{row[key]:,}" for row in sides.values()]
     note = f"{sides['teacher'][key] / sides['student'][key]:.1f}x {better}" if len(sides) == 2 else ""

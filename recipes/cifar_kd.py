@@ -14,6 +14,7 @@ runs), is in `PAIRS`; GKL was not published pair by pair. Results of our own: re
 from functools import partial
 
 from gkl_vl import cli
+from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.losses.labels import Distillation
 from gkl_vl.training.label_kd import LabelConfig, Pair, Recipe, train_classifier
 
@@ -57,11 +58,13 @@ def pair(
         milestones=(150, 180, 210),
         methods={
             "gkl": Distillation(
-                soft_ce_weight=soft_ce_weight,
-                wmse_weight=wmse_weight,
-                gamma=gamma,
-                temperature=4,
-                weight_temperature=4,
+                gkl=GklSettings(
+                    soft_ce_weight=soft_ce_weight,
+                    wmse_weight=wmse_weight,
+                    gamma=gamma,
+                    temperature=4,
+                    weight_temperature=4,
+                ),
                 class_prior=class_prior,
                 warmup_epochs=20,
             ),

@@ -5,8 +5,8 @@
 
 runs a published pair: 100 epochs of SGD at a batch of 512 over all processes, with torchvision's first weights (through
 timm) as the teacher. `--data` is a folder with train/ and val/, web shards (then `--eval-data` too), or a Hub dataset
-(ILSVRC/imagenet-1k, the default, is gated). `--stored-views 5 --stored-top-k 50` asks the teacher once about five views
-of each image. Eight GPUs, about 6 hours (an estimate).
+(ILSVRC/imagenet-1k, the default, is gated). `--stored-views 5 --stored-top-k 50` stores the teacher's logits of five
+views of each image once. Eight GPUs, about 6 hours (an estimate).
 
 Papers: Cui et al., arXiv 2305.13948 (IKL) and 2503.08038 (GKL). Expected top-1 is in `PAIRS`.
 """
@@ -14,6 +14,7 @@ Papers: Cui et al., arXiv 2305.13948 (IKL) and 2503.08038 (GKL). Expected top-1 
 from functools import partial
 
 from gkl_vl import cli
+from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.losses.labels import Distillation
 from gkl_vl.training.label_kd import LabelConfig, Pair, Recipe, train_classifier
 
@@ -43,11 +44,7 @@ def pair(teacher: str, student: str, *, gkl: Distillation, expected: dict[str, f
 def gkl(soft_ce_weight: float, wmse_weight: float, gamma: float) -> Distillation:
     """The released settings: class prior, both temperatures 1, warm-up over 5 epochs."""
     return Distillation(
-        soft_ce_weight=soft_ce_weight,
-        wmse_weight=wmse_weight,
-        gamma=gamma,
-        temperature=1,
-        weight_temperature=1,
+        gkl=GklSettings(soft_ce_weight=soft_ce_weight, wmse_weight=wmse_weight, gamma=gamma),
         class_prior=True,
         warmup_epochs=5,
     )

@@ -14,16 +14,13 @@ Papers: Cui et al., arXiv 2305.13948 (IKL) and 2503.08038 (GKL). Expected top-1 
 from functools import partial
 
 from gkl_vl import cli
+from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.losses.labels import Distillation
 from gkl_vl.training.label_kd import LabelConfig, Pair, Recipe, train_classifier
 
 METHODS = {
     "gkl": Distillation(
-        soft_ce_weight=4,
-        wmse_weight=4,
-        gamma=0.3,
-        temperature=1,
-        weight_temperature=1,
+        gkl=GklSettings(soft_ce_weight=4, wmse_weight=4, gamma=0.3),
         class_prior=True,
         warmup_epochs=0,
     ),

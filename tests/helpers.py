@@ -9,7 +9,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
 from datetime import timedelta
 from multiprocessing import connection, get_context
 from pathlib import Path
@@ -142,22 +141,6 @@ def in_group(rank: int, world_size: int, rendezvous: Path, task: bytes):
     result = function(rank, world_size, *args)
     distributed.destroy_process_group()
     return result
-
-
-class Forgetful:
-    """The part of an objective that most have: nothing to remember."""
-
-    def prepared(self, batch):
-        return batch
-
-    def perturbed(self, batches):
-        return nullcontext()
-
-    def state(self) -> dict:
-        return {}
-
-    def load_state(self, state: dict) -> None:
-        assert state == {}
 
 
 def lines_without_speed(results: Path) -> list[dict]:

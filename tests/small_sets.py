@@ -1,4 +1,4 @@
-"""Evaluation sets of a few plain pictures in CLIP_benchmark's layout, written by hand."""
+"""Writes small data sets of plain pictures: CLIP_benchmark's layout, shards, single files and CIFAR's parquet."""
 
 import io
 import tarfile
@@ -28,7 +28,7 @@ def write_shard(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None
 
 
 def write_set(root: Path, shards: list[list[tuple[str, dict[str, bytes]]]], **files: list[str]) -> Path:
-    """`files`: the lines of the folder's own text files by their stem, say classnames=["cat", "dog"]."""
+    """Writes a set in CLIP_benchmark's layout; `files`: lines of text files by stem, e.g. classnames=["cat", "dog"]."""
     (root / "test").mkdir(parents=True)
     for index, samples in enumerate(shards):
         write_shard(root / "test" / f"{index}.tar", samples)
@@ -39,20 +39,20 @@ def write_set(root: Path, shards: list[list[tuple[str, dict[str, bytes]]]], **fi
 
 
 def write_picture(path: Path, colour: str, **size: int) -> None:
-    """A file with its folders; the ending says the format."""
+    """Writes an image file and its parent folders; the ending sets the format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     ending = path.suffix[1:].lower()
     path.write_bytes(picture(colour, ending="jpg" if ending == "jpeg" else ending, **size))
 
 
 def colour_of(image: Image.Image) -> str:
-    """The nearest of COLOURS: JPEG changes them a little."""
+    """The nearest of COLOURS, because JPEG changes them slightly."""
     pixel = image.convert("RGB").getpixel((3, 3))
     return min(COLOURS, key=lambda name: sum((a - b) ** 2 for a, b in zip(COLOURS[name], pixel, strict=True)))
 
 
 def colour_set(root: Path, colours: list[str], *, shards: int = 2) -> Path:
-    """A classification set of red, green and blue pictures that carries captions too; `colours` in order."""
+    """Writes a classification set with pictures of `colours` in that order, and captions."""
     names = list(COLOURS)
     samples = [
         (
@@ -75,7 +75,7 @@ def colour_set(root: Path, colours: list[str], *, shards: int = 2) -> Path:
 
 
 def write_cifar(folder: Path, counts: dict[str, int], *, classes: int, unlabelled: str | None = None) -> None:
-    """Parquet as CIFAR-10 lies on the Hub, noise of 32 x 32, labels in turn; the `unlabelled` split has none."""
+    """Writes parquet in the layout of CIFAR-10 on the Hub: 32 x 32 noise, cyclic labels, none in split `unlabelled`."""
     random, names = np.random.default_rng(0), ClassLabel(names=[f"class {i}" for i in range(classes)])
     folder.mkdir()
     for split, count in counts.items():

@@ -302,8 +302,8 @@ def of_rank(rank: int, world_size: int, method: str) -> tuple:
     for batch in batches(True)[:3]:
         mine = {name: value[rows] if name not in ("epoch",) else value for name, value in batch.items()}
         model.zero_grad()
-        part = objective.prepared(mine)
-        with objective.perturbed([part]):
+        part = objective.prepare(mine)
+        with objective.around_update([part]):
             loss, _ = objective.loss(objective.outputs(model, part), objective.targets(part))
             loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])

@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from gkl_vl.errors import UserError
-from gkl_vl.models import classifiers
+from gkl_vl.models import weights
 from gkl_vl.models.cifar_zoo import (
     ZOO,
     BasicBlock,
@@ -582,7 +582,7 @@ def test_a_folder_in_timms_format_brings_all_it_holds(folder):
 def test_the_hub_is_a_folder_fetched_without_pickles(folder, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        classifiers, "snapshot_download", lambda repo, allow_patterns: asked.append(allow_patterns) or str(folder)
+        weights, "snapshot_download", lambda repo, allow_patterns: asked.append(allow_patterns) or str(folder)
     )
     for allow in (False, True):
         classifier = load_classifier("hf-hub:org/repo", num_classes=4, allow_pickle=allow)

@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from helpers import Forgetful, RankFailed, run_ranks
+from helpers import RankFailed, run_ranks
 from safetensors.torch import load_file
 
 from gkl_vl.errors import UserError
 from gkl_vl.losses.image_text import image_text_loss
+from gkl_vl.protocols import Objective
 from gkl_vl.training import engine
 from gkl_vl.training.checkpoint import RunFolder
 from gkl_vl.training.engine import FitConfig, fit, moving_average
@@ -46,7 +47,7 @@ def net() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
 
 
-class Objective(Forgetful):
+class Regression(Objective):
     """A toy loss, times what `factor` says of a batch."""
 
     def __init__(self, factor=lambda batch: 1.0):
@@ -64,7 +65,7 @@ class Objective(Forgetful):
 
 
 def toy_loss(model, batch):
-    return Objective().loss(Objective().outputs(model, batch), Objective().targets(batch))[0]
+    return Regression().loss(Regression().outputs(model, batch), Regression().targets(batch))[0]
 
 
 def run_fit(
@@ -79,7 +80,7 @@ def run_fit(
 ):
     model = model or net()
     schedule = partial(warmup_cosine, lr=0.1, steps=config.steps, warmup_steps=2)
-    options = {"objective": Objective(), "make_loader": Loader, "learning_rate": schedule} | options
+    options = {"objective": Regression(), "make_loader": Loader, "learning_rate": schedule} | options
     run = RunFolder(folder, is_main=True)
     result = fit(
         accelerator=accelerator or Accelerator(cpu=True),
@@ -191,7 +192,7 @@ def test_a_groups_own_scale_multiplies_the_rate(tmp_path):
     fit(
         accelerator=Accelerator(cpu=True),
         model=model,
-        objective=Objective(),
+        objective=Regression(),
         make_optimizer=lambda module: optimizers.append(make_optimizer(module)) or optimizers[0],
         learning_rate=lambda step: 0.1,
         make_loader=Loader,
@@ -232,13 +233,13 @@ def test_a_frozen_teacher_computes_in_the_precision_of_the_run(tmp_path, precisi
         return 1.0
 
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
-    run_fit(tmp_path, objective=Objective(factor), accelerator=accelerator)
+    run_fit(tmp_path, objective=Regression(factor), accelerator=accelerator)
     assert seen == [dtype] * CONFIG.steps
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     model = net()
-    poisoned = Objective(lambda batch: math.nan if batch["keys"][0].startswith("sample-3") else 1.0)
+    poisoned = Regression(lambda batch: math.nan if batch["keys"][0].startswith("sample-3") else 1.0)
     config = FitConfig(steps=5, checkpoint_every_steps=2)
     with pytest.raises(UserError, match=r"loss is nan at step 2 \(size .*samples sample-3-0, sample-3-1"):
         run_fit(tmp_path, model=model, objective=poisoned, config=config)
@@ -252,7 +253,7 @@ def nan_on_one_rank(rank, world_size, folder):
     model = net()
     before = [p.detach().clone() for p in model.parameters()]
 
-    poisoned = Objective(lambda batch: math.nan if rank == 1 else 1.0)
+    poisoned = Regression(lambda batch: math.nan if rank == 1 else 1.0)
     try:
         run_fit(folder, model=model, objective=poisoned, make_loader=lambda p: Loader(p, slice(2 * rank, 2 * rank + 2)))
     except UserError as error:
@@ -278,7 +279,7 @@ class TwoTowers(torch.nn.Module):
         return {"image": image, "text": text, "logit_scale": self.log_scale.exp()}
 
 
-class Distil(Forgetful):
+class Distil(Objective):
     def outputs(self, model, batch):
         return model(batch["x"])
 

@@ -14,11 +14,12 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from helpers import Forgetful, RankFailed, run_ranks
+from helpers import RankFailed, run_ranks
 from torch.distributed.tensor import DTensor
 
 from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
 from gkl_vl.models.clip import Student, clamp_scale, load_clip
+from gkl_vl.protocols import Objective
 from gkl_vl.training.checkpoint import RunFolder
 from gkl_vl.training.engine import FitConfig, fit, moving_average
 from gkl_vl.training.optim import adamw, warmup_cosine
@@ -63,7 +64,7 @@ class Loader:
         return 0
 
 
-class Distil(Forgetful):
+class Distil(Objective):
     def outputs(self, model, batch):
         return model(batch["image"], batch["text"])
 

@@ -28,7 +28,7 @@ LIBRARY = HOUSE / "gkl_vl"
 
 # Who may import whom.
 
-GROUND = ("errors", "atomic", "distributed", "disk_cache", "provenance", "report", "cli")
+GROUND = ("errors", "atomic", "distributed", "disk_cache", "provenance", "protocols", "report", "cli")
 LAYERS: dict[str, tuple[str, ...]] = {
     "gkl_vl/losses/": ("distributed",),
     "gkl_vl/models/": ("errors", "disk_cache"),
@@ -44,17 +44,17 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     # The loop receives callables: it knows no loss, model or data set.
     "gkl_vl/training/engine.py": (
-        *("distributed", "errors"),
-        *("training.checkpoint", "training.gradient_cache", "training.protocols"),
+        *("distributed", "errors", "protocols"),
+        *("training.checkpoint", "training.gradient_cache"),
     ),
-    "gkl_vl/training/gradient_cache.py": ("training.protocols",),
+    "gkl_vl/training/gradient_cache.py": ("protocols",),
 }
 """Path: what of gkl_vl it may import beside its own package, from the bottom up. The longest path that fits counts."""
 ALONE = {"gkl_vl/training/engine.py", "gkl_vl/training/gradient_cache.py"}
 """Where the own package is not free either."""
 CONFINED = {"torch.distributed": "gkl_vl/distributed.py", "accelerate": "gkl_vl/training/"}
 """Of the library, the only place that may use it."""
-TENSORS_ONLY = ("math", "typing", "torch", "jaxtyping", "gkl_vl.distributed")
+TENSORS_ONLY = ("math", "dataclasses", "typing", "torch", "jaxtyping", "gkl_vl.distributed")
 """All that losses/gkl.py may import."""
 
 

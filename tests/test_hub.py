@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from gkl_vl.errors import UserError
 from gkl_vl.export import hub
-from gkl_vl.export.cards import ClipCard
+from gkl_vl.export.cards import ClipCard, RunFacts
 from gkl_vl.export.hub import check_repo_id, export_clip, push_to_hub
 from gkl_vl.export.transformers_format import fits_transformers, rename_tensors
 from gkl_vl.models.clip import BUNDLED_TOKENIZER_NAME, Clip, load_clip
@@ -68,16 +68,23 @@ CARD = ClipCard(
     teacher="hf-hub:org/big",
     license="mit",
     datasets=["org/pairs", "emoji of two styles"],
-    command="accelerate launch recipes/clip_kd.py --steps 7",
-    commit="0123abc",
-    steps=7,
-    seed=3,
-    metrics=[
-        {"step": 0, "model": "teacher", "dataset": "emoji", "acc1": 0.5, "acc5": float("nan")},
-        {"step": 7, "model": "student", "dataset": "emoji", "acc1": 0.4, "acc5": float("nan")},
-        {"step": 7, "model": "student", "dataset": "emoji", "image_retrieval_recall@5": 0.125},
-    ],
+    run=RunFacts(
+        command="accelerate launch recipes/clip_kd.py --steps 7",
+        commit="0123abc",
+        steps=7,
+        seed=3,
+        metrics=[
+            {"step": 0, "model": "teacher", "dataset": "emoji", "acc1": 0.5, "acc5": float("nan")},
+            {"step": 7, "model": "student", "dataset": "emoji", "acc1": 0.4, "acc5": float("nan")},
+            {"step": 7, "model": "student", "dataset": "emoji", "image_retrieval_recall@5": 0.125},
+        ],
+    ),
 )
+
+
+def changed(**facts) -> RunFacts:
+    return dataclasses.replace(CARD.run, **facts)
+
 
 # What a stranger runs: open_clip and transformers, not this package. Arguments: the inputs, the folders.
 STRANGER = """
@@ -240,11 +247,11 @@ def test_a_broken_export_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(hub, "write_transformers", full_disk)
         with pytest.raises(OSError, match="No space left"):
-            export_clip(clip=clip, folder=folder, card=dataclasses.replace(CARD, steps=8))
+            export_clip(clip=clip, folder=folder, card=dataclasses.replace(CARD, run=changed(steps=8)))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
-    export_clip(clip=clip, folder=folder, card=dataclasses.replace(CARD, steps=8), transformers=False)
+    export_clip(clip=clip, folder=folder, card=dataclasses.replace(CARD, run=changed(steps=8)), transformers=False)
     assert "- Steps: 8\n" in (folder / "README.md").read_text()
     assert not (folder / "config.json").exists()  # replaced, not mixed with the old files
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
@@ -281,7 +288,7 @@ def test_card_metadata_is_what_the_hub_reads():
 
 
 def test_card_tells_results_usage_and_command():
-    text = dataclasses.replace(CARD, repo_id="me/tiny").render(transformers=True)
+    text = dataclasses.replace(CARD, run=changed(repo_id="me/tiny")).render(transformers=True)
     assert "| emoji | acc1 | 50.0 % | 40.0 % | 80 % |" in text
     assert "| emoji | image_retrieval_recall@5 |  | 12.5 % |  |" in text
     assert 'open_clip.create_model_and_transforms("hf-hub:me/tiny")' in text
@@ -293,7 +300,7 @@ def test_card_tells_results_usage_and_command():
 
 
 def test_card_without_teacher_or_results_claims_neither():
-    text = dataclasses.replace(CARD, teacher=None, metrics=[], commit=None).render()
+    text = dataclasses.replace(CARD, teacher=None, run=changed(metrics=[], commit=None)).render()
     data = HubCard(text).data.to_dict()
     assert "base_model" not in data and "base_model_relation" not in data and "model-index" not in data
     assert data["tags"] == ["clip", "gkl"]

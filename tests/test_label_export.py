@@ -17,7 +17,7 @@ from torch import Tensor
 from gkl_vl.errors import UserError
 from gkl_vl.evaluation.metrics import shot_accuracies
 from gkl_vl.export import hub
-from gkl_vl.export.cards import ClassifierCard, classifier_usage
+from gkl_vl.export.cards import ClassifierCard, RunFacts, classifier_usage
 from gkl_vl.export.hub import export_classifier, push_to_hub
 from gkl_vl.models.classifiers import Classifier, load_classifier
 
@@ -28,16 +28,28 @@ CARD = ClassifierCard(
     teacher="hf-hub:org/big",
     made="distilled from `hf-hub:org/big` by gkl",
     data="cifar:train",
-    command="python recipes/cifar_kd.py --pair a-b",
-    commit="0123abc",
-    metrics=[
-        {"step": 7, "model": "teacher", "dataset": "cifar:test", "acc1": 0.5, "acc5": 0.9, "few_acc1": 0.25},
-        {"step": 7, "model": "student", "dataset": "cifar:test", "acc1": 0.4, "acc5": float("nan"), "few_acc1": 0.2},
-    ],
-    steps=7000,
-    seed=3,
-    repo_id=None,
+    run=RunFacts(
+        command="python recipes/cifar_kd.py --pair a-b",
+        commit="0123abc",
+        metrics=[
+            {"step": 7, "model": "teacher", "dataset": "cifar:test", "acc1": 0.5, "acc5": 0.9, "few_acc1": 0.25},
+            {
+                "step": 7,
+                "model": "student",
+                "dataset": "cifar:test",
+                "acc1": 0.4,
+                "acc5": float("nan"),
+                "few_acc1": 0.2,
+            },
+        ],
+        steps=7000,
+        seed=3,
+    ),
 )
+
+
+def changed(**facts) -> RunFacts:
+    return dataclasses.replace(CARD.run, **facts)
 
 
 def pixels() -> Tensor:
@@ -145,7 +157,9 @@ def test_a_broken_export_leaves_the_old_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        export_classifier(classifier=used("resnet8"), folder=folder, card=dataclasses.replace(CARD, steps=8))
+        export_classifier(
+            classifier=used("resnet8"), folder=folder, card=dataclasses.replace(CARD, run=changed(steps=8))
+        )
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -204,7 +218,7 @@ def test_the_card_says_what_was_done():
     assert "| cifar:test | few_acc1 | 25.0 % | 20.0 % | 80 % |" in text
     assert "nan" not in text
     assert classifier_usage("resnet8", "path/to/this/folder") in text and "local-dir:path/to/this/folder" in text
-    assert "hf-hub:me/tiny" in dataclasses.replace(CARD, repo_id="me/tiny").render()
+    assert "hf-hub:me/tiny" in dataclasses.replace(CARD, run=changed(repo_id="me/tiny")).render()
 
 
 @pytest.mark.parametrize("student, library", [*zip(NAMES, ["gkl-vl", "gkl-vl", "timm"], strict=True)])
@@ -215,7 +229,9 @@ def test_card_metadata_is_what_the_hub_reads(student, library):
 
 
 def test_a_card_without_teacher_claims_none():
-    text = dataclasses.replace(CARD, teacher=None, made="trained on labels alone", metrics=[], commit=None).render()
+    text = dataclasses.replace(
+        CARD, teacher=None, made="trained on labels alone", run=changed(metrics=[], commit=None)
+    ).render()
     data = HubCard(text).data.to_dict()
     assert "base_model" not in data and data["tags"] == ["gkl"]
     assert "trained on labels alone" in text and "No evaluation was run." in text

@@ -1,4 +1,4 @@
-"""Every source of labelled images gives what was written to it, and says in one line what is wrong with it."""
+"""Every source of labelled images returns what was written to it, and raises one line for what is wrong with it."""
 
 import gc
 import hashlib
@@ -19,7 +19,7 @@ from pyarrow import parquet
 from small_sets import write_shard
 from torch.utils.data import DataLoader, Dataset
 
-from gkl_vl.data.files import BrokenImage, BrokenSample, EncodedImage, decode
+from gkl_vl.data.files import IMAGE_SUFFIXES, BrokenImage, BrokenSample, EncodedImage, decode
 from gkl_vl.data.labelled import (
     LabelledSet,
     balanced_subset,
@@ -30,6 +30,7 @@ from gkl_vl.data.labelled import (
     pixel_image,
     shot_groups,
 )
+from gkl_vl.data.pairs import open_images
 from gkl_vl.errors import UserError
 
 LABELS = [1, 0, 2, 1, 0, 0]
@@ -42,7 +43,7 @@ def pixels(index: int, side: int = 4) -> np.ndarray:
 
 def picture(index: int, *, ending: str = "png", side: int = 4) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(pixels(index, side)).save(file, {"jpg": "jpeg"}.get(ending, ending))
+    Image.fromarray(pixels(index, side)).save(file, {"jpg": "jpeg", "tif": "tiff"}.get(ending, ending))
     return file.getvalue()
 
 
@@ -51,7 +52,7 @@ def is_picture(image: Image.Image, index: int) -> bool:
 
 
 class Solid:
-    """A reader of one colour each."""
+    """Images of one colour, which encodes their index."""
 
     def __call__(self, index: int) -> EncodedImage:
         colour = np.array([index % 256, index // 256, 0], dtype=np.uint8)
@@ -65,12 +66,12 @@ def toy(labels: list[int], num_classes: int) -> LabelledSet:
 
 
 def numbers(data: LabelledSet) -> list[int]:
-    """The numbers that Solid's images came from."""
+    """The original indices of images of `Solid`."""
     colours = [data.read(index).getpixel((0, 0)) for index in range(len(data))]
     return [red + 256 * green for red, green, _ in colours]
 
 
-# ---- writers: each puts the images 0, 1, ... of LABELS somewhere and says what to open
+# ---- writers: each writes the images 0, 1, ... of LABELS and returns the source to open
 
 
 def write_parquet(
@@ -118,7 +119,7 @@ def list_file(root: Path) -> str:
 
 
 def cifar_files(root: Path, monkeypatch: pytest.MonkeyPatch, folder: str, key: str) -> str:
-    """CIFAR's own layout with six images; torchvision compares checksums, so it is told those of these files."""
+    """CIFAR's own layout with six images, with their checksums patched into torchvision, which compares them."""
     (root / folder).mkdir()
     of = torchvision.datasets.CIFAR10 if key == "labels" else torchvision.datasets.CIFAR100
     data = np.stack([pixels(i, 32).transpose(2, 0, 1).reshape(-1) for i in range(6)])
@@ -156,7 +157,7 @@ SOURCES = {"parquet": parquet_folder, "shards": shards, "list": list_file}
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_a_source_gives_what_was_written(tmp_path, kind):
+def test_a_source_returns_what_was_written(tmp_path, kind):
     data = open_labelled(SOURCES[kind](tmp_path), "train")
     assert data.labels.dtype == torch.int64 and data.labels.tolist() == LABELS
     assert len(data) == 6 and data.num_classes == 3 and data.counts().tolist() == [3, 2, 1]
@@ -226,7 +227,7 @@ def test_splits_of_parquet(tmp_path):
 
 
 @pytest.mark.parametrize("image, label", [("image", "label"), ("img", "fine_label"), ("image", "labels")])
-def test_the_usual_columns_are_found(tmp_path, image, label):
+def test_the_usual_columns_are_read(tmp_path, image, label):
     write_parquet(tmp_path / "train-0.parquet", range(6), image=image, label=label, names=None)
     data = open_labelled(str(tmp_path), "train")
     assert data.labels.tolist() == LABELS and data.num_classes == 3 and data.classnames is None
@@ -239,10 +240,10 @@ def test_other_columns_are_named(tmp_path):
         open_labelled(str(tmp_path), "train")
     data = open_labelled(str(tmp_path), "train", columns=("photo", "kind"))
     assert data.classnames == NAMES and is_picture(data.read(0), 0)
-    with pytest.raises(UserError, match="column 'photo' is not all whole numbers: name another with --columns"):
+    with pytest.raises(UserError, match="column 'photo' is not all integers: name another with --columns"):
         open_labelled(str(tmp_path), "train", columns=("kind", "photo"))
     write_parquet(tmp_path / "test-0.parquet", range(3), labels=[0, None, 1], names=None)
-    with pytest.raises(UserError, match="column 'label' is not all whole numbers"):
+    with pytest.raises(UserError, match="column 'label' is not all integers"):
         open_labelled(str(tmp_path), "test")
 
 
@@ -261,7 +262,9 @@ def test_a_label_without_a_class_is_refused(tmp_path):
 
 def test_a_test_split_without_labels_is_refused(tmp_path):
     write_parquet(tmp_path / "test-0.parquet", range(2), labels=[-1, -1])
-    with pytest.raises(UserError, match=r"test has the label -1, which stands for none: .* use the split 'validation'"):
+    with pytest.raises(
+        UserError, match=r"test has the label -1, which means unlabelled: .* use the split 'validation'"
+    ):
         open_labelled(str(tmp_path), "test")
 
 
@@ -276,7 +279,7 @@ def test_damaged_parquet_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_the_hub_is_asked_for_what_is_not_here(tmp_path, monkeypatch):
+def test_a_source_that_is_not_local_is_loaded_from_the_hub(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="'org/no-such-set' .split 'train'. is no file here and could not") as caught:
         open_labelled("org/no-such-set", "train")
     assert "\n" not in str(caught.value)
@@ -296,7 +299,7 @@ def test_the_hub_is_asked_for_what_is_not_here(tmp_path, monkeypatch):
         open_labelled("uoft-cs/cifar10", "dev")
 
 
-def test_what_is_no_set_is_refused(tmp_path):
+def test_a_missing_split_or_class_and_a_remote_source_are_refused(tmp_path):
     with pytest.raises(UserError, match="has no split 'train', splits there: none"):
         open_labelled(str(tmp_path), "train")
     source = image_folder(tmp_path)
@@ -306,7 +309,8 @@ def test_what_is_no_set_is_refused(tmp_path):
         (tmp_path / "val" / f"n{index:02d}").mkdir()
     with pytest.raises(UserError, match=r"splits there: ant, bee, cat, n00, n01, n02, n03, n04, n05, n06, \.\.\.$"):
         open_labelled(f"{source}/val", "train")
-    with pytest.raises(UserError, match="val' is no image folder, .*n00") as caught:  # a class without an image
+    message = f"val' is not an image folder, .* endings {', '.join(IMAGE_SUFFIXES)} .*n00"  # a class without an image
+    with pytest.raises(UserError, match=message) as caught:
         open_labelled(source, "validation")
     assert "\n" not in str(caught.value)
     for remote in ("https://host.org/a-{0..9}.tar", "pipe:cat a.tar", "hf://datasets/org/a.tar"):
@@ -317,7 +321,7 @@ def test_what_is_no_set_is_refused(tmp_path):
 # ---- shards
 
 
-def test_shards_are_found_by_glob_and_in_several_places(tmp_path):
+def test_shards_are_given_by_glob_and_in_several_places(tmp_path):
     shards(tmp_path)
     assert open_labelled(f"{tmp_path}/set-*.tar", "any").labels.tolist() == LABELS
     assert open_labelled(f"{tmp_path}/set-0001.tar::{tmp_path}/set-0000.tar", "").labels.tolist() == [0, 0, 1, 0, 2, 1]
@@ -332,12 +336,12 @@ def test_shards_are_found_by_glob_and_in_several_places(tmp_path):
     [
         ({"png": b""}, r"sample 'k' has no \.cls member"),
         ({"cls": b"1"}, "sample 'k' has no image"),
-        ({"png": b"", "cls": b"-1"}, r"'k\.cls' says '-1': expected a label"),
+        ({"png": b"", "cls": b"-1"}, r"'k\.cls' is '-1': expected a label"),
         ({"png": b"", "jpg": b"", "cls": b"1"}, "sample 'k' has two images"),
         ({"txt": b"a caption"}, "holds no images"),
     ],
 )
-def test_what_is_wrong_with_a_sample_is_named(tmp_path, sample, reason):
+def test_a_malformed_sample_is_named(tmp_path, sample, reason):
     write_shard(tmp_path / "a.tar", [("k", sample)])
     with pytest.raises(UserError, match=reason):
         open_labelled(f"{tmp_path}/a.tar", "train")
@@ -349,7 +353,7 @@ def test_a_damaged_shard_is_one_line(tmp_path):
     body = shard.read_bytes()
     with tarfile.open(shard) as tar:
         last = tar.getmembers()[-1]
-    # within a member, at a member's border, and a header that is none
+    # within a member, between members, and an invalid header
     for damaged in (body[: last.offset_data + 1], body[: last.offset], body[: last.offset] + b"x" * 1024, b"no tar"):
         shard.write_bytes(damaged)
         with pytest.raises(UserError, match="set-0001.tar' ends early or is damaged .*: fetch it again") as caught:
@@ -360,7 +364,7 @@ def test_a_damaged_shard_is_one_line(tmp_path):
 # ---- list files
 
 
-def test_a_list_lies_elsewhere_than_its_images(tmp_path):
+def test_a_list_can_be_in_another_folder_than_its_images(tmp_path):
     path = Path(list_file(tmp_path))
     (tmp_path / "lists").mkdir()
     moved = path.rename(tmp_path / "lists" / "ImageNet_LT_train.txt")
@@ -380,7 +384,7 @@ def test_a_malformed_line_is_named_by_its_number(tmp_path, line):
         open_labelled(str(path), "train")
 
 
-def test_a_list_that_is_empty_or_not_there(tmp_path):
+def test_a_list_that_is_empty_or_missing(tmp_path):
     with pytest.raises(UserError, match="the list .*list.txt' does not exist"):
         open_labelled(f"{tmp_path}/list.txt", "train")
     (tmp_path / "list.txt").touch()
@@ -392,15 +396,15 @@ def test_a_broken_image_is_named_when_it_is_read(tmp_path):
     data = open_labelled(list_file(tmp_path), "train")
     (tmp_path / "a folder" / "3.png").write_bytes(picture(3)[:40])
     assert is_picture(data.read(2), 2)
-    with pytest.raises(UserError, match=r"a folder/3\.png cannot be decoded .*: fetch it again or take it out"):
+    with pytest.raises(UserError, match=r"a folder/3\.png cannot be decoded .*: fetch it again or remove it"):
         data.read(3)
     write_shard(tmp_path / "a.tar", [("k", {"jpg": b"nothing", "cls": b"0"})])
     with pytest.raises(UserError, match=r"a\.tar at byte 512 cannot be decoded"):
         open_labelled(f"{tmp_path}/a.tar", "train").read(0)
 
 
-def test_an_image_is_read_when_it_is_asked_for_and_its_file_is_closed(tmp_path):
-    """pytest makes an error of a file that is left open."""
+def test_an_image_is_read_on_each_call_and_its_file_is_closed(tmp_path):
+    """A file left open is an error in pytest."""
     data = open_labelled(list_file(tmp_path), "train")
     path = tmp_path / "a folder" / "3.png"
     image = data.images(3)
@@ -458,7 +462,7 @@ def test_the_long_tail_of_cifar10_is_the_published_one():
 
 
 @pytest.mark.parametrize("ratio", [10.0, 50.0, 100.0])
-def test_the_long_tail_of_cifar100_is_the_formulas(ratio):
+def test_the_long_tail_of_cifar100_follows_the_formula(ratio):
     data = toy([index // 500 for index in range(50_000)], 100)
     expected = [int(500 * (1 / ratio) ** (i / 99)) for i in range(100)]
     assert expected[0] == 500 and expected[-1] == int(500 / ratio)
@@ -481,29 +485,29 @@ def test_a_class_gives_no_more_than_it_has():
 
 @pytest.mark.parametrize("ratio", [0.99, 0.0, -2.0, float("nan"), float("inf")])
 def test_a_ratio_below_one_is_refused(ratio):
-    with pytest.raises(UserError, match=f"imbalance ratio {ratio}: .* at least 1"):
+    with pytest.raises(UserError, match=f"imbalance ratio {ratio} must be at least 1: "):
         long_tailed(toy([0, 1], 2), ratio=ratio, seed=0)
 
 
 def test_a_ratio_that_empties_a_class_is_refused():
-    with pytest.raises(UserError, match="ratio 8.0 leaves the rarest class of toy no image: at most 7"):
+    with pytest.raises(UserError, match="ratio 8.0 leaves the rarest class of toy empty: use at most 7"):
         long_tailed(toy([0, 1] * 7, 2), ratio=8.0, seed=0)
 
 
 @pytest.mark.parametrize("n, expected", [(4, [1, 1, 1, 1]), (10, [3, 3, 3, 1]), (31, [10, 10, 10, 1])])
-def test_the_first_are_balanced_as_far_as_the_classes_reach(n, expected):
+def test_a_subset_is_balanced_as_far_as_the_classes_allow(n, expected):
     data = toy([0] * 10 + [1] * 10 + [2] * 10 + [3], 4)
     part = balanced_subset(data, n, 0)
     assert len(part) == n == len(set(numbers(part))) and part.counts().tolist() == expected
     assert part.labels.tolist() == data.labels[numbers(part)].tolist()
 
 
-def test_the_first_are_drawn_by_seed():
+def test_a_balanced_subset_is_drawn_by_seed():
     data = toy([index % 5 for index in range(100)], 5)
     a, b, c = (numbers(balanced_subset(data, 12, seed)) for seed in (1, 1, 2))
     assert a == b != c
     assert sorted(balanced_subset(data, 12, 1).counts().tolist()) == [2, 2, 2, 3, 3]
-    with pytest.raises(UserError, match="101 images of toy: it has 100, ask for 1 to 100"):
+    with pytest.raises(UserError, match="101 images of toy: it has 100, choose 1 to 100"):
         balanced_subset(data, 101, 0)
     with pytest.raises(UserError, match="0 images of toy"):
         balanced_subset(data, 0, 0)
@@ -511,7 +515,7 @@ def test_the_first_are_drawn_by_seed():
 
 def test_shot_groups_have_their_borders():
     groups = shot_groups(torch.tensor([0, 19, 20, 100, 101, 1280]))
-    assert {name: where.nonzero().flatten().tolist() for name, where in groups.items()} == {
+    assert {name: mask.nonzero().flatten().tolist() for name, mask in groups.items()} == {
         "many": [4, 5],
         "medium": [2, 3],
         "few": [0, 1],
@@ -530,7 +534,7 @@ def test_all_images_in_memory(tmp_path):
         in_memory(data)
 
 
-# ---- images whose labels are not there
+# ---- images without labels
 
 
 def test_stl10s_own_files(tmp_path, monkeypatch):
@@ -542,36 +546,36 @@ def test_stl10s_own_files(tmp_path, monkeypatch):
     for index in range(6):
         assert np.array_equal(np.asarray(more.read(index)), pixels(index, 96))
         assert np.array_equal(np.asarray(data.read(index)), pixels(index, 96))
-    with pytest.raises(UserError, match="has the label -1, which stands for none"):
+    with pytest.raises(UserError, match="has the label -1, which means unlabelled"):
         open_labelled(source, "unlabeled")
     with pytest.raises(UserError, match="has no split 'validation', splits there: test, train, unlabeled"):
         open_image_set(source, "validation")
 
 
-def test_a_torn_stl10_is_named(tmp_path):
+def test_a_damaged_stl10_is_named(tmp_path):
     (tmp_path / "stl10_binary").mkdir()
     with pytest.raises(UserError, match="is not what torchvision downloads .*: fetch it again"):
         open_image_set(str(tmp_path), "unlabeled")
 
 
-def test_images_of_a_folder_lie_at_any_depth_and_those_of_a_table_need_no_label(tmp_path):
+def test_images_of_a_folder_are_at_any_depth_and_those_of_a_table_need_no_label(tmp_path):
     for place, index in (("b.png", 1), ("a/deep/er.png", 0), ("c/d.PNG", 2), ("a/notes.txt", 3)):
         path = tmp_path / "folder" / "extra" / place
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture(index))
-    found = open_image_set(str(tmp_path / "folder"), "extra")
-    assert len(found) == 3 and all(is_picture(found.read(index), index) for index in range(3))
-    assert in_memory(found).shape == (3, 3, 4, 4)
+    images = open_image_set(str(tmp_path / "folder"), "extra")
+    assert len(images) == 3 and all(is_picture(images.read(index), index) for index in range(3))
+    assert in_memory(images).shape == (3, 3, 4, 4)
     table = datasets.Dataset.from_dict(
         {"img": [Image.fromarray(pixels(i)) for i in range(3)]}, features=datasets.Features({"img": datasets.Image()})
     )
     (tmp_path / "table").mkdir()
     table.to_parquet(tmp_path / "table" / "extra-00000-of-00001.parquet")
-    found = open_image_set(str(tmp_path / "table"), "extra")
-    assert len(found) == 3 and all(is_picture(found.read(index), index) for index in range(3))
+    images = open_image_set(str(tmp_path / "table"), "extra")
+    assert len(images) == 3 and all(is_picture(images.read(index), index) for index in range(3))
     (tmp_path / "folder" / "none").mkdir()
     for source, split, message in (
-        ("folder", "none", "holds no image"),
+        ("folder", "none", rf"holds no image \({', '.join(IMAGE_SUFFIXES)}\)"),
         ("folder", "other", "has no split 'other', splits there: extra, none"),
         ("table", "train", "has no split 'train'"),
         ("nowhere", "train", "could not be had from the Hub"),
@@ -582,10 +586,22 @@ def test_images_of_a_folder_lie_at_any_depth_and_those_of_a_table_need_no_label(
         open_image_set(str(tmp_path / "table"), "extra", columns=("photo", "label"))
 
 
+def test_all_readers_of_a_folder_accept_the_same_image_endings(tmp_path):
+    for index, name in enumerate(("ant/0.tif", "bee/1.bmp")):
+        path = tmp_path / "train" / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(picture(index, ending=path.suffix[1:]))
+    for data in (open_labelled(str(tmp_path), "train"), open_image_set(str(tmp_path), "train")):
+        assert len(data) == 2 and all(is_picture(data.read(index), index) for index in range(2))
+    pairs = list(open_images(str(tmp_path / "train")).epoch(0, 0, 0, 1))
+    assert {pair.key for pair in pairs} == {"ant/0.tif", "bee/1.bmp"}
+    assert all(is_picture(decode(pair.image), int(pair.key[4])) for pair in pairs)
+
+
 def test_images_in_memory_can_be_of_another_size(tmp_path):
     data = open_labelled(parquet_folder(tmp_path), "train")
     resized = in_memory(data, size=2)
     assert resized.shape == (6, 3, 2, 2)
-    wanted = data.read(3).resize((2, 2), Image.Resampling.BILINEAR)
-    assert np.array_equal(resized[3].permute(1, 2, 0).numpy(), np.asarray(wanted))
+    expected = data.read(3).resize((2, 2), Image.Resampling.BILINEAR)
+    assert np.array_equal(resized[3].permute(1, 2, 0).numpy(), np.asarray(expected))
     assert torch.equal(in_memory(data, size=4), in_memory(data))

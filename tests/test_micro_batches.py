@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from helpers import Forgetful, run_ranks
+from helpers import run_ranks
 
 from gkl_vl.losses.image_text import image_text_loss
-from gkl_vl.training import engine
+from gkl_vl.protocols import Objective
+from gkl_vl.training import gradient_cache
 from gkl_vl.training.checkpoint import RunFolder
 from gkl_vl.training.engine import FitConfig, fit
-from gkl_vl.training.gradient_cache import backward_from_cache, embed
+from gkl_vl.training.gradient_cache import backward_from_cache, embed_all
 from gkl_vl.training.optim import adamw, warmup_cosine
 
 ROWS = 12
@@ -40,7 +41,7 @@ class Towers(torch.nn.Module):
         return {"image": image, "text": text, "logit_scale": self.log_scale.exp(), "logit_bias": self.bias}
 
 
-class Distil(Forgetful):
+class Distil(Objective):
     def __init__(self, **form):
         self.form = form
 
@@ -71,10 +72,10 @@ def gradients(model: Towers, batches: list[dict], **form):
     """Loss and gradients of one update on these batches."""
     accelerator, objective = Accelerator(cpu=True), Distil(**form)
     wrapped = accelerator.prepare(model)
-    embedded = embed(accelerator, wrapped, objective, batches)
-    loss, _ = objective.loss(embedded.leaves, embedded.targets)
+    cached = embed_all(accelerator, wrapped, objective, batches)
+    loss, _ = objective.loss(cached.outputs, cached.targets)
     accelerator.backward(loss)
-    backward_from_cache(accelerator, wrapped, objective, batches, embedded)
+    backward_from_cache(accelerator, wrapped, objective, batches, cached)
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
@@ -211,11 +212,14 @@ def test_fit_takes_as_many_batches_as_it_is_told(tmp_path):
 
 @pytest.mark.parametrize(
     "name, replacement",
-    [("set_random_state", lambda state, device: None), ("random_state", lambda device: (torch.get_rng_state(), None))],
+    [
+        ("_set_random_state", lambda state, device: None),
+        ("_random_state", lambda device: (torch.get_rng_state(), None)),
+    ],
 )
 def test_the_comparison_notices_other_dropout(monkeypatch, name, replacement):
     """The first breaks it; the second is what is done on a CPU anyway."""
-    monkeypatch.setattr(engine, name, replacement)
+    monkeypatch.setattr(gradient_cache, name, replacement)
     model = Towers(dropout=0.5)
     gradients(model, split(whole_batch(), [6, 6]))
     same = torch.equal(model.seen[1][0], model.seen[2][0])

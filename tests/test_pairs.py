@@ -1,4 +1,4 @@
-"""Pairs arrive whole and once, broken ones are counted, and a stream taken up again gives the same batches."""
+"""An epoch has every pair once, broken pairs are counted, and a resumed stream yields the same batches."""
 
 import io
 import json
@@ -85,7 +85,7 @@ def same(a: dict, b: dict) -> bool:
 
 @pytest.mark.parametrize("parts", [1, 3, 6])
 @pytest.mark.parametrize("kind", ["shards", "memory"])
-def test_the_parts_of_an_epoch_are_the_whole_without_repeats(tmp_path, kind, parts):
+def test_the_parts_of_an_epoch_have_every_pair_once(tmp_path, kind, parts):
     if kind == "shards":
         source = shard_source(write_shards(tmp_path, 6, 7))
     else:
@@ -102,7 +102,7 @@ def test_the_parts_of_an_epoch_are_the_whole_without_repeats(tmp_path, kind, par
     assert other_seed != epochs[0]
 
 
-def test_a_buffer_smaller_than_the_shard_still_gives_all_of_it(tmp_path, monkeypatch):
+def test_a_buffer_smaller_than_the_shard_still_yields_all_of_it(tmp_path, monkeypatch):
     monkeypatch.setattr(pairs, "SHUFFLE_BUFFER", 5)
     source = shard_source(write_shards(tmp_path, 1, 23))
     keys = [pair.key for pair in source.epoch(0, 0, 0, 1)]
@@ -115,7 +115,7 @@ def test_too_few_shards_are_refused_with_the_numbers(tmp_path):
         stream(source, world_size=2, num_workers=2)
 
 
-def test_a_missing_shard_stops_at_once(tmp_path):
+def test_a_missing_shard_raises_at_once(tmp_path):
     pattern = write_shards(tmp_path, 2, 2).replace("001", "004")
     with pytest.raises(UserError, match=r"002.tar' does not exist \(3 of 5 are missing\)"):
         shard_source(pattern)
@@ -147,7 +147,7 @@ def test_a_pipe_is_a_shard(tmp_path):
     assert sorted(pair.key for pair in source.epoch(0, 0, 0, 1)) == ["k001", "k002"]
 
 
-def test_members_of_every_kind_make_pairs(tmp_path):
+def test_pairs_are_read_from_all_kinds_of_members(tmp_path):
     samples = [
         ("a", {"jpg": picture(1, "jpeg"), "txt": b"one\n\ntwo\n", "json": b'{"caption": "not this"}'}),
         ("dir/b", {"png": picture(2), "json": b'{"caption": "three"}'}),
@@ -156,12 +156,12 @@ def test_members_of_every_kind_make_pairs(tmp_path):
         ("d", {"png": picture(5), "json": b"not json"}),
         ("readme", {"md": b"something else"}),
     ]
-    found = list(read_shard(str(write_shard(tmp_path / "a.tar", samples))))
-    assert [pair.key for pair in found] == ["a", "dir/b", "dir2/b", "c", "d"]
-    assert [usable_captions(pair) for pair in found[:4]] == [["one", "two"], ["three"], ["four", "five"], ["six"]]
-    assert all(decode(pair.image).size == (16, 12) for pair in found)
+    read = list(read_shard(str(write_shard(tmp_path / "a.tar", samples))))
+    assert [pair.key for pair in read] == ["a", "dir/b", "dir2/b", "c", "d"]
+    assert [usable_captions(pair) for pair in read[:4]] == [["one", "two"], ["three"], ["four", "five"], ["six"]]
+    assert all(decode(pair.image).size == (16, 12) for pair in read)
     with pytest.raises(BrokenSample, match="no caption"):
-        usable_captions(found[4])
+        usable_captions(read[4])
 
 
 @pytest.mark.parametrize("name, delimiter", [("t.csv", ","), ("t.tsv", "\t"), ("open_clip.csv", "\t")])
@@ -173,9 +173,9 @@ def test_tables_of_text_have_relative_paths_and_named_columns(tmp_path, name, de
     lines += [delimiter.join([f"images/{i}.png", f"title {i}", f"alt {i}"]) for i in range(3)]
     (tmp_path / name).write_text("\n".join(lines) + "\n")
     source = open_source(str(tmp_path / name))
-    found = sorted(source.epoch(0, 0, 0, 1), key=lambda pair: pair.key)
-    assert [usable_captions(pair) for pair in found] == [["title 0"], ["title 1"], ["title 2"]]
-    assert decode(found[1].image).getpixel((0, 0)) == (1, 50, 200)
+    read = sorted(source.epoch(0, 0, 0, 1), key=lambda pair: pair.key)
+    assert [usable_captions(pair) for pair in read] == [["title 0"], ["title 1"], ["title 2"]]
+    assert decode(read[1].image).getpixel((0, 0)) == (1, 50, 200)
     renamed = open_source(str(tmp_path / name), columns=("filepath", "alt"))
     assert {pair.captions[0] for pair in renamed.epoch(0, 0, 0, 1)} == {"alt 0", "alt 1", "alt 2"}
     with pytest.raises(UserError, match="no column 'url', only filepath, title, alt: name them with --columns"):
@@ -192,15 +192,15 @@ def test_parquet_of_the_hubs_layout(tmp_path):
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"train-{part}.parquet")
     source = open_source(str(tmp_path), columns=("img", "text"))
     assert source.num_pairs == 6
-    found = {pair.captions[0]: decode(pair.image).getpixel((0, 0))[0] for pair in source.epoch(0, 0, 0, 1)}
-    assert found == {f"caption {part}{i}": 10 * part + i for part in range(2) for i in range(3)}
+    reds = {pair.captions[0]: decode(pair.image).getpixel((0, 0))[0] for pair in source.epoch(0, 0, 0, 1)}
+    assert reds == {f"caption {part}{i}": 10 * part + i for part in range(2) for i in range(3)}
     one = open_source(str(tmp_path / "train-1.parquet"), columns=("img", "text"))
     assert one.num_pairs == 3
     with pytest.raises(UserError, match="no column 'image', only img, text"):
         open_source(str(tmp_path))
 
 
-def test_what_cannot_be_found_is_one_clear_line(tmp_path):
+def test_a_source_that_does_not_exist_raises_one_line(tmp_path):
     with pytest.raises(UserError, match=r"'.*nothing.csv' does not exist"):
         open_source(str(tmp_path / "nothing.csv"))
     with pytest.raises(UserError, match="could not be had from the Hub.*check the name and the connection") as caught:
@@ -214,14 +214,14 @@ def test_what_cannot_be_found_is_one_clear_line(tmp_path):
 
 
 def with_broken(num: int, every: int) -> list[RawPair]:
-    """A good list in which every so many-th pair is broken, in three ways."""
-    found = toy_pairs(num)
+    """Pairs of which every `every`-th is broken, in three ways in turn."""
+    rows = toy_pairs(num)
     ways = [{"image": b"no image"}, {"captions": ("", "  ")}, {"image": None}]
     for count, index in enumerate(range(0, num, every)):
-        pair = found[index]
+        pair = rows[index]
         change = {"image": pair.image, "captions": pair.captions} | ways[count % 3]
-        found[index] = RawPair(pair.key, change["image"], change["captions"], pair.row)
-    return found
+        rows[index] = RawPair(pair.key, change["image"], change["captions"], pair.row)
+    return rows
 
 
 def test_broken_pairs_are_skipped_and_counted():
@@ -230,17 +230,17 @@ def test_broken_pairs_are_skipped_and_counted():
     keys = [key for batch in islice(batches, 14) for key in batch["keys"]]
     assert "p0" not in keys and "p30" not in keys and len(set(keys)) == 56
     assert loader.num_skipped() <= 2
-    next(batches)  # into the second epoch: both of the first are behind
+    next(batches)  # in the second epoch: both broken pairs of the first are counted
     assert 2 <= loader.num_skipped() <= 4
 
 
-def test_too_many_broken_pairs_stop_with_three_of_them():
+def test_too_many_broken_pairs_raise_and_three_are_named():
     loader = PairLoader(stream(memory_source("toy", with_broken(300, 5))))
     with pytest.raises(UserError, match=r"51 of the first \d+ pairs of 'toy' are broken, among them p\d+ \(.*;.*;"):
         take(loader, 1000)
 
 
-def test_a_workers_error_arrives_as_one_line():
+def test_an_error_in_a_worker_is_raised_as_one_line():
     loader = PairLoader(stream(memory_source("toy", with_broken(300, 2)), num_workers=1))
     with pytest.raises(UserError, match="51 of the first") as caught:
         take(loader, 1000)
@@ -256,7 +256,7 @@ def test_fewer_pairs_than_workers_are_refused():
 
 
 @pytest.mark.parametrize("num_workers, stops", [(0, [1, 7]), (2, [1, 6, 7])])
-def test_a_stream_taken_up_again_gives_the_same_batches(num_workers, stops):
+def test_a_resumed_stream_yields_the_same_batches(num_workers, stops):
     source = memory_source("toy", with_broken(50, 24))
     uninterrupted = PairLoader(stream(source, num_workers=num_workers))
     whole = take(uninterrupted, 16)
@@ -271,7 +271,7 @@ def test_a_stream_taken_up_again_gives_the_same_batches(num_workers, stops):
         assert second.num_skipped() == uninterrupted.num_skipped() > 0
 
 
-def test_a_stream_taken_up_again_reads_no_earlier_epoch():
+def test_a_resumed_stream_reads_no_earlier_epoch():
     pairs, read = toy_pairs(8), []
 
     def epoch(seed, number, part, parts):
@@ -287,7 +287,7 @@ def test_a_stream_taken_up_again_reads_no_earlier_epoch():
     assert read == [2] and same(again, take(PairLoader(stream(source)), 6)[5]) and not same(again, batches[4])
 
 
-def test_broken_pairs_before_a_stop_count_after_it():
+def test_broken_pairs_before_a_resume_count_after_it():
     source = memory_source("toy", with_broken(300, 5))
     first = PairLoader(stream(source))
     take(first, 40)
@@ -313,7 +313,7 @@ def test_ranks_and_workers_share_an_epoch(tmp_path):
     assert len(counts) == 32 and set(counts.values()) == {1}
 
 
-def test_a_loader_that_is_read_again_starts_over_with_its_position():
+def test_a_second_iteration_of_a_loader_restarts_with_its_position():
     loader = PairLoader(stream(memory_source("toy", toy_pairs(20))))
     first, position = take(loader, 3), loader.position()
     again = take(loader, 3)
@@ -338,7 +338,7 @@ def test_text_ids_are_equal_where_captions_are():
     assert batch["text_ids"][0] == stable_hash(captions[0])
 
 
-def test_stored_views_come_by_epoch_and_row():
+def test_stored_views_are_chosen_by_epoch_and_row():
     views = torch.arange(10 * 2, dtype=torch.uint8).reshape(10, 2, 1, 1, 1).expand(10, 2, 3, 8, 8)
     batches = take(PairLoader(stream(memory_source("toy", toy_pairs(10)), batch_size=5, stored_views=views)), 4)
     for number, batch in enumerate(batches):
@@ -378,8 +378,8 @@ def test_the_light_augmentation_keeps_nine_tenths():
     assert isinstance(crop, v2.RandomResizedCrop) and tuple(crop.scale) == (0.9, 1.0)
 
 
-def test_the_bundled_pairs_know_their_rows():
-    found = bundled_pairs()
-    assert [pair.row for pair in found] == list(range(len(found)))
-    assert {pair.key.split("-")[0] for pair in found} == {"noto", "twemoji"}
-    assert open_source(None).num_pairs == len(found)
+def test_the_bundled_pairs_have_their_rows():
+    bundled = bundled_pairs()
+    assert [pair.row for pair in bundled] == list(range(len(bundled)))
+    assert {pair.key.split("-")[0] for pair in bundled} == {"noto", "twemoji"}
+    assert open_source(None).num_pairs == len(bundled)

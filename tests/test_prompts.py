@@ -1,4 +1,4 @@
-"""Class prompts come from a file as it says, and what does not fit is told in one line that names the file."""
+"""Class prompts are read from a file as written, and a malformed file raises one line that names it."""
 
 import json
 
@@ -16,7 +16,7 @@ TEMPLATES = ["a photo of a {c}.", "{c}, {c}!"]
 
 @pytest.fixture
 def write(tmp_path):
-    """write(content, ending) -> path of a file with it; JSON unless it is text."""
+    """write(content, ending) -> path of a file with that content; JSON unless it is a str."""
 
     def write(content, ending="json") -> str:
         path = tmp_path / f"pets.{ending}"
@@ -35,14 +35,14 @@ def test_a_json_file_names_classes_in_its_own_order(write):
 
 
 @pytest.mark.parametrize("content, ending", [({"templates": TEMPLATES}, "json"), ("\n".join(["", *TEMPLATES]), "txt")])
-def test_without_names_they_are_the_datas(write, content, ending):
+def test_without_class_names_those_of_the_data_are_used(write, content, ending):
     prompts = read_prompts(write(content, ending), classnames=KNOWN)
     assert prompts.classnames == KNOWN and prompts.templates == tuple(TEMPLATES)
-    with pytest.raises(UserError, match="has no class names, and the data knows of none: write"):
+    with pytest.raises(UserError, match="has no class names, and the data has none: write"):
         read_prompts(write(content, ending), classnames=None)
 
 
-def test_the_bundled_prompts_are_those_of_the_evaluation():
+def test_the_bundled_prompts_are_the_same_as_in_the_evaluation():
     prompts = bundled_prompts()
     assert len(prompts.classnames) == 1658 and prompts.templates == ("{c}", "an emoji of {c}")
     assert open_images("bundled").classnames == prompts.classnames
@@ -60,11 +60,11 @@ PAIR = ["a", "b"]
         ),
         ({"classnames": ["pug", "beagel"], "templates": ["{c}"]}, "'beagel', which the data lacks: did you mean 'beag"),
         ({"classnames": ["pug", "pug"], "templates": ["{c}"]}, "has the class 'pug' twice"),
-        ({"classnames": ["pug"], "templates": ["{c}"]}, "has the class 'pug' alone"),
+        ({"classnames": ["pug"], "templates": ["{c}"]}, "has only the class 'pug'"),
         ({"classnames": ["pug", " "], "templates": ["{c}"]}, "has an empty class name"),
-        ({"classnames": [], "templates": ["{c}"]}, "its classnames are no list of texts"),
-        ({"classnames": "pug", "templates": ["{c}"]}, "its classnames are no list of texts"),
-        ({"classnames": ["pug", 3], "templates": ["{c}"]}, "its classnames are no list of texts"),
+        ({"classnames": [], "templates": ["{c}"]}, "its classnames are not a list of texts"),
+        ({"classnames": "pug", "templates": ["{c}"]}, "its classnames are not a list of texts"),
+        ({"classnames": ["pug", 3], "templates": ["{c}"]}, "its classnames are not a list of texts"),
         ({"classnames": PAIR, "templates": []}, "has no templates: write texts with {c}"),
         ({"classnames": PAIR, "templates": "{c}"}, "has no templates: write texts with {c}"),
         ({"classnames": PAIR}, "has no templates: write texts with {c}"),
@@ -73,21 +73,21 @@ PAIR = ["a", "b"]
         ("{not json", "is no JSON"),
     ],
 )
-def test_a_json_file_that_does_not_fit_is_one_line(write, content, message):
+def test_a_malformed_json_file_raises_one_line(write, content, message):
     file = write(content)
     with pytest.raises(UserError) as caught:
         read_prompts(file, classnames=KNOWN)
-    told = str(caught.value)
-    assert message in told and file in told and "\n" not in told
+    line = str(caught.value)
+    assert message in line and file in line and "\n" not in line
 
 
-def test_a_text_file_that_does_not_fit_is_one_line(write, tmp_path):
+def test_a_malformed_text_file_raises_one_line(write, tmp_path):
     for content, message in [("a photo\n", "'a photo' has no place"), ("\n\n", "has no templates")]:
         with pytest.raises(UserError, match=message):
             read_prompts(write(content, "txt"), classnames=KNOWN)
     (tmp_path / "latin.txt").write_bytes("{c} à la carte".encode("latin-1"))
     for name, message in [
-        ("latin.txt", "is no text"),
+        ("latin.txt", "is not text"),
         ("none.txt", "none.txt' does not exist"),
         ("none.json", "none.json' does not exist"),
         ("pets.yaml", "expected a file that ends in .json or .txt"),
@@ -96,10 +96,10 @@ def test_a_text_file_that_does_not_fit_is_one_line(write, tmp_path):
             read_prompts(str(tmp_path / name), classnames=KNOWN)
 
 
-# ---- the names that data knows
+# ---- class names of the data
 
 
-def test_folders_of_images_are_classes_where_all_images_lie_in_them(tmp_path):
+def test_folders_are_classes_if_all_images_are_in_them(tmp_path):
     for path in ("golden_retriever/1.png", "pug/2.jpg", "pug/3.webp", "pug/notes.txt"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         if path.endswith("txt"):
@@ -111,10 +111,10 @@ def test_folders_of_images_are_classes_where_all_images_lie_in_them(tmp_path):
     assert [pair.key for pair in source.epoch(0, 0, 0, 1)] != []
     write_picture(tmp_path / "pug" / "2024" / "4.png", "red")
     assert open_images(str(tmp_path)).classnames is None
-    assert open_images(str(tmp_path / "pug" / "2024")).classnames is None  # images beside each other
+    assert open_images(str(tmp_path / "pug" / "2024")).classnames is None  # images in a single folder
     (tmp_path / "flat").mkdir()
     write_picture(tmp_path / "flat" / "images" / "5.png", "red")
-    assert open_images(str(tmp_path / "flat")).classnames is None  # one folder tells nothing apart
+    assert open_images(str(tmp_path / "flat")).classnames is None  # one folder is not a set of classes
 
 
 def test_a_tables_class_label_names_classes(tmp_path):

@@ -34,7 +34,7 @@ COMMON += ["--checkpoint-every-steps", "3"]
 DRIVER = '''
 import errno, itertools, os, runpy, signal, sys
 import accelerate
-from gkl_vl import objectives
+from gkl_vl.objectives import clip as objectives
 
 where, recipe = sys.argv[1], sys.argv[2]
 sys.argv = sys.argv[2:]

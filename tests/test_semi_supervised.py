@@ -227,7 +227,7 @@ def objective(settings: SemiSupervised = SETTINGS, *, norm: bool = False, decay:
 def update(training: SemiSupervisedTraining, batch: dict):
     """What the engine does of it: the loss, its scalars, and gradients in the model."""
     model = training.student.model
-    batch = training.prepared(batch)
+    batch = training.prepare(batch)
     model.train()
     outputs = training.outputs(model, batch)
     leaves = {name: x.detach().requires_grad_() for name, x in outputs.items()}
@@ -265,7 +265,7 @@ def test_the_weak_branch_and_the_average_get_no_gradient_and_hidden_labels_have_
     settings = dataclasses.replace(SETTINGS, method="mean-teacher", consistency="gkl", class_prior=True)
     training, batch = objective(settings, norm=True, decay=0.9), batches()[0]
     before = copy.deepcopy(training.average.state_dict())
-    prepared = training.prepared(batch)
+    prepared = training.prepare(batch)
     assert not prepared["weak"].requires_grad and not prepared["prior"].requires_grad
     loss, _ = update(training, batch)
     assert all(parameter.grad is None for parameter in training.average.parameters())
@@ -296,7 +296,7 @@ def test_mean_teachers_teacher_is_the_average_in_closed_form():
             )
             with torch.no_grad():
                 expected = teacher(training.student.prepare(batch["weak"]))
-            assert_close(training.prepared(batch)["weak"], expected, rtol=1e-4, atol=1e-5)
+            assert_close(training.prepare(batch)["weak"], expected, rtol=1e-4, atol=1e-5)
         update(training, batch)
         optimizer.step()
         training.average.update_parameters(model)
@@ -309,7 +309,7 @@ def test_fixmatch_sees_weak_views_as_it_trains_whatever_mode_an_evaluation_left(
     with torch.no_grad():
         expected = reference(training.student.prepare(batch["weak"]))
     training.student.model.eval()
-    assert_close(training.prepared(batch)["weak"], expected)
+    assert_close(training.prepare(batch)["weak"], expected)
 
 
 def test_labelled_images_alone():
@@ -326,14 +326,14 @@ def test_the_prior_is_what_was_thought_of_sure_images_in_the_pass_before():
     training, sums = objective(settings), torch.zeros(CLASSES, CLASSES, dtype=torch.float64)
     given = batches(4)
     for batch in given[:2]:  # the first pass
-        prepared = training.prepared(batch)
+        prepared = training.prepare(batch)
         assert_close(prepared["prior"], torch.full((N * MU, CLASSES), 1 / CLASSES))
         for row in prepared["weak"].double().softmax(dim=1):
             if row.max() >= 0.5:
                 sums[row.argmax()] += row
     assert 0 < sums.sum() < 2 * N * MU
     expected = torch.stack([row / row.sum() if row.sum() else torch.full((CLASSES,), 1 / CLASSES) for row in sums])
-    prepared = training.prepared(given[2])
+    prepared = training.prepare(given[2])
     assert_close(prepared["prior"], expected.float()[prepared["weak"].argmax(dim=1)])
 
 
@@ -387,7 +387,7 @@ def test_a_state_goes_on_where_it_was_taken(method, term):
     first, second = objective(settings), objective(settings)
     given = batches(4)
     for batch in given[:3]:
-        first.prepared(batch)
+        first.prepare(batch)
     second.load_state({name: tensor.clone() for name, tensor in first.state().items()})
     for name in ("mask", "prior"):
-        assert torch.equal(first.prepared(given[3])[name], second.prepared(given[3])[name])
+        assert torch.equal(first.prepare(given[3])[name], second.prepare(given[3])[name])

@@ -1,4 +1,4 @@
-"""Which images keep their label, and batches of two sets that know nothing of each other's length."""
+"""Images that keep their label are drawn or read, and batches combine two sets of any lengths."""
 
 import re
 from collections import Counter
@@ -32,7 +32,7 @@ def labelled_set(labels=LABELS) -> LabelledSet:
 # ---- which images keep their label
 
 
-def test_every_class_keeps_as_many_drawn_by_seed():
+def test_every_class_keeps_the_same_number_drawn_by_seed():
     data = labelled_set()
     drawn = {seed: draw_labelled(data, num_labels=6, seed=seed).tolist() for seed in range(20)}
     for index in drawn.values():
@@ -42,13 +42,13 @@ def test_every_class_keeps_as_many_drawn_by_seed():
 
 
 def test_the_draw_is_the_same_on_every_platform():
-    """Digests of texts, no generator of anybody's: these numbers are to hold for good."""
+    """The draw uses hashes and no generator, so these numbers must never change."""
     assert draw_labelled(labelled_set(), num_labels=6, seed=0).tolist() == [1, 3, 4, 6, 8, 11]
     many = labelled_set(torch.arange(3000) % 3)
     assert draw_labelled(many, num_labels=3, seed=7).tolist() == [684, 1316, 2524]
 
 
-def test_more_labels_of_one_seed_keep_those_there_were():
+def test_more_labels_of_one_seed_include_the_fewer():
     data = labelled_set()
     assert set(draw_labelled(data, num_labels=3, seed=1).tolist()) < set(
         draw_labelled(data, num_labels=6, seed=1).tolist()
@@ -59,16 +59,16 @@ def test_more_labels_of_one_seed_keep_those_there_were():
     "num_labels, message",
     [
         (2, "--num-labels 2 is fewer than the 3 classes of pets: at least one of each"),
-        (7, "--num-labels 7 cannot be shared by 3 classes alike: take 6 or 9"),
+        (7, "--num-labels 7 is not divisible by the 3 classes of pets: use 6 or 9"),
         (12, "--num-labels 12 is 4 a class, pets has 3 of class 1: take fewer"),
     ],
 )
-def test_labels_that_cannot_be_shared_are_refused(num_labels, message):
+def test_an_impossible_number_of_labels_is_refused(num_labels, message):
     with pytest.raises(UserError, match=re.escape(message)):
         draw_labelled(labelled_set(), num_labels=num_labels, seed=0)
 
 
-def test_what_a_run_wrote_and_what_usb_saved_is_read(tmp_path):
+def test_files_of_a_run_and_of_usb_are_read(tmp_path):
     data = labelled_set()
     index = draw_labelled(data, num_labels=3, seed=0)
     ours = tmp_path / "labelled.txt"
@@ -77,7 +77,7 @@ def test_what_a_run_wrote_and_what_usb_saved_is_read(tmp_path):
     assert torch.equal(read_labelled(str(ours), data), index)
     ours.write_text("".join(f"{i}\n" for i in index.tolist()))
     assert torch.equal(read_labelled(str(ours), data), index)
-    shuffled = index[[2, 0, 1]]  # USB's go class by class
+    shuffled = index[[2, 0, 1]]  # USB sorts by class
     np.save(tmp_path / "lb_labels3_1.0_seed0_idx.npy", shuffled.numpy())
     assert torch.equal(read_labelled(str(tmp_path / "lb_labels3_1.0_seed0_idx.npy"), data), shuffled)
 
@@ -88,7 +88,7 @@ def test_what_a_run_wrote_and_what_usb_saved_is_read(tmp_path):
         ("", "names no image"),
         ("0 2\n12 0\n", "names image 12, pets has 0 to 11: it is of another data set"),
         ("0 2\n1 3\n", "has the label 3, the 3 classes of pets end at 2: it is of another data set"),
-        ("0 2\n1 1\n", "says 1 for image 1, pets 0: it is of another data set"),
+        ("0 2\n1 1\n", "has the label 1 for image 1, pets has 0: it is of another data set"),
         ("0\n1\n0\n", "names image 0 more than once"),
         ("0\n1\n", "has no image of class 1 of pets: every class needs one"),
         ("0 2\n\n", "line 2 is '': expected NUMBER or NUMBER LABEL"),
@@ -108,8 +108,8 @@ def test_a_list_that_does_not_fit_is_refused(tmp_path, content, message):
         (np.array([0, 1, 40]), "names image 40, pets has 0 to 11: it is of another data set"),
         (np.array([0, 1, 2, 4]), "names 2 images of class 0 of pets and 1 of class 1: it is of another data set or of"),
         (np.array([0, -1, 2]), "names image -1, pets has 0 to 11: it is of another data set"),
-        (np.zeros((2, 2), dtype=int), "holds int64 of shape [2, 2]: expected a row of whole numbers"),
-        (np.array([0.0, 1.0]), "holds float64 of shape [2]: expected a row of whole numbers"),
+        (np.zeros((2, 2), dtype=int), "holds int64 of shape [2, 2]: expected 1-D integers"),
+        (np.array([0.0, 1.0]), "holds float64 of shape [2]: expected 1-D integers"),
         (np.array([{}]), "cannot be read as .npy"),
     ],
 )
@@ -119,7 +119,7 @@ def test_an_array_that_does_not_fit_is_refused(tmp_path, array, message):
         read_labelled(str(tmp_path / "idx.npy"), labelled_set())
 
 
-def test_a_file_that_is_not_there_or_torn_is_refused(tmp_path):
+def test_a_missing_or_damaged_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read_labelled(str(tmp_path / "idx.npy"), labelled_set())
     (tmp_path / "idx.npy").write_bytes(b"\x93NUMPY")
@@ -131,7 +131,7 @@ def test_a_file_that_is_not_there_or_torn_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("size, length", [(5, 2), (5, 5), (3, 8), (1, 4), (7, 3)])
-def test_passes_follow_each_other_whatever_is_asked_for_at_a_time(size, length):
+def test_the_sequence_of_passes_does_not_depend_on_the_length_of_the_cuts(size, length):
     whole = [(number, int(i)) for number, part in Passes(size, seed=0, name="x").cut(0, 40) for i in part]
     assert [number for number, _ in whole] == [place // size for place in range(40)]
     for number in range(40 // size):
@@ -201,28 +201,28 @@ def test_a_batch_has_mu_images_without_label_for_each_with_one():
     assert not torch.equal(batch["weak"], batch["strong"])
 
 
-def test_both_sets_go_round_in_their_own_time():
-    """3 labels and 11 images, 2 and 6 of a batch: neither length divides the other, nor a batch."""
-    given = list(islice(loader(), 22))
-    labelled = Counter(key for batch in given for key in batch["keys"])
-    without = Counter(int(i) for batch in given for i in batch["unlabelled_index"])
+def test_each_set_has_its_own_passes():
+    """3 labels and 11 images, 2 and 6 per batch: neither length divides the other, nor a batch."""
+    batches = list(islice(loader(), 22))
+    labelled = Counter(key for batch in batches for key in batch["keys"])
+    unlabelled = Counter(int(i) for batch in batches for i in batch["unlabelled_index"])
     assert max(labelled.values()) - min(labelled.values()) <= 1 and len(labelled) == M
-    assert set(without.values()) == {12} and len(without) == POOL
-    assert [batch["epoch"] for batch in given] == [number * 6 // POOL for number in range(22)]
-    assert [batch["step"] for batch in given] == list(range(22))
+    assert set(unlabelled.values()) == {12} and len(unlabelled) == POOL
+    assert [batch["epoch"] for batch in batches] == [number * 6 // POOL for number in range(22)]
+    assert [batch["step"] for batch in batches] == list(range(22))
 
 
 def test_an_image_is_another_view_each_time():
-    given = list(islice(loader(batch_size=5, mu=1), 11))
+    batches = list(islice(loader(batch_size=5, mu=1), 11))
     for name, index in (("weak", "unlabelled_index"), ("strong", "unlabelled_index"), ("image", None)):
-        numbers = [i for b in given for i in (b[index].tolist() if index else map(int, b["keys"]))]
-        views = [view.numpy().tobytes() for batch in given for view in batch[name]]
+        numbers = [i for b in batches for i in (b[index].tolist() if index else map(int, b["keys"]))]
+        views = [view.numpy().tobytes() for batch in batches for view in batch[name]]
         of_first = {view for i, view in zip(numbers, views, strict=True) if i == numbers[0]}
         assert len(of_first) >= 3, name
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_processes_share_the_batch_of_one(world_size):
+def test_processes_split_the_batch_of_one_process(world_size):
     whole = list(islice(loader(batch_size=6, mu=2), 5))
     parts = [
         list(islice(loader(batch_size=6 // world_size, mu=2, rank=r, world_size=world_size), 5))
@@ -235,8 +235,8 @@ def test_processes_share_the_batch_of_one(world_size):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_position_goes_on_where_it_was_taken(workers):
-    """Worker processes are ahead of what was given; a position does not count that."""
+def test_a_loader_resumes_from_a_position(workers):
+    """Worker processes are ahead of the yielded batches, which a position does not count."""
     whole = list(islice(loader(), 9))
     first = loader(workers=workers)
     taken = list(islice(first, 4))
@@ -244,17 +244,17 @@ def test_a_position_goes_on_where_it_was_taken(workers):
     assert all(map(same, [*taken, *islice(later, 5)], whole))
 
 
-def test_without_mu_nothing_is_asked_of_the_images_without_label():
+def test_without_mu_no_unlabelled_image_is_requested():
     class Never:
         def batches(self, ids):
-            raise AssertionError("asked")
+            raise AssertionError("requested")
 
         def description(self) -> str:
             return ""
 
-    alone = loader(mu=0)
-    alone.weak = alone.strong = Never()
-    batch = next(iter(alone))
+    labelled_only = loader(mu=0)
+    labelled_only.weak = labelled_only.strong = Never()
+    batch = next(iter(labelled_only))
     assert set(batch) == {"image", "label", "keys", "step"}
 
 

@@ -1,4 +1,4 @@
-"""Synthesized images are mapped where they lie, and a batch has its share of them, drawn by its number alone."""
+"""Synthesized images are memory-mapped in their file, and a batch has a fixed share of them, drawn by its number."""
 
 import json
 import pickle
@@ -26,7 +26,7 @@ from gkl_vl.errors import UserError
 
 N, M, SIZE, CLASSES = 24, 200, 8, 7
 ORIGINAL, SYNTHESIZED = 250, 150
-"""The green of an image says what it is, red and blue its number and label: in every crop, somewhere."""
+"""The green channel encodes the kind of an image, red and blue its index and label; every crop shows them."""
 
 
 def labels_of(count: int) -> np.ndarray:
@@ -47,7 +47,7 @@ def noise(count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Originals:
-    """A reader that can go to other processes."""
+    """Images by index; can be pickled for other processes."""
 
     def __call__(self, index: int) -> EncodedImage:
         return pixel_image(f"original {index}", plain_colours(N, ORIGINAL)[index])
@@ -78,7 +78,7 @@ def write_savez(path: Path, **arrays: np.ndarray) -> Path:
 
 
 def write_in_odd_order(path: Path, **arrays: np.ndarray) -> Path:
-    """Labels first, something else between, so that images begin at an odd byte; and by another tool's hand."""
+    """Labels first, then another member, so that images start at an odd byte; written without numpy.savez."""
     np.savez(path / "other.npz", **arrays)
     with zipfile.ZipFile(path / "other.npz") as old, zipfile.ZipFile(path / "data.npz", "w") as new:
         new.writestr("label.npy", old.read("label.npy"))
@@ -95,7 +95,7 @@ def write_folder(path: Path, **arrays: np.ndarray) -> Path:
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8])
 @pytest.mark.parametrize("write", [write_savez, write_in_odd_order, write_folder])
-def test_arrays_are_mapped_where_they_lie(tmp_path, write, dtype):
+def test_arrays_are_memory_mapped(tmp_path, write, dtype):
     images, labels = noise(9), labels_of(9).astype(dtype)
     data = open_synthesized(str(write(tmp_path, image=images, label=labels)), num_classes=CLASSES)
     assert isinstance(data.images, np.memmap) and isinstance(data.labels, np.memmap)
@@ -107,10 +107,10 @@ def test_arrays_are_mapped_where_they_lie(tmp_path, write, dtype):
     assert np.array_equal(np.asarray(data.read(4)), images[4]) and len(data) == 9
 
 
-def test_an_archive_unpacked_by_the_command_that_is_named_can_be_opened(tmp_path):
+def test_an_archive_unpacked_with_the_suggested_command_can_be_opened(tmp_path):
     path = tmp_path / "data.npz"
     np.savez_compressed(path, image=noise(5), label=labels_of(5))
-    with pytest.raises(UserError, match="is compressed and cannot be mapped") as caught:
+    with pytest.raises(UserError, match="is compressed and cannot be memory-mapped") as caught:
         open_synthesized(str(path), num_classes=CLASSES)
     assert f"`python -m zipfile -e {path} FOLDER`" in str(caught.value)
     zipfile.main(["-e", str(path), str(tmp_path / "FOLDER")])
@@ -118,28 +118,34 @@ def test_an_archive_unpacked_by_the_command_that_is_named_can_be_opened(tmp_path
     assert np.array_equal(data.images, noise(5))
 
 
-def test_it_goes_to_another_process_by_its_path(synthesized):
+def test_it_is_pickled_by_its_path(synthesized):
     sent = pickle.dumps(synthesized)
     assert len(sent) < 1000
-    there = pickle.loads(sent)
-    assert isinstance(there.images, np.memmap) and np.array_equal(there.images, synthesized.images)
-    assert (there.name, there.num_classes) == (synthesized.name, CLASSES)
+    received = pickle.loads(sent)
+    assert isinstance(received.images, np.memmap) and np.array_equal(received.images, synthesized.images)
+    assert (received.name, received.num_classes) == (synthesized.name, CLASSES)
 
 
 ARRAYS = {"image": noise(3), "label": np.array([0, 6, 1])}
 FAULTS: dict[str, tuple[dict, str]] = {
     "no_label": ({"label": None}, "has no 'label', only image: name the data with"),
     "no_image": ({"image": None, "x": noise(1)}, "has no 'image', only label, x: name the data with"),
-    "other_type": ({"image": noise(3).astype(np.float32)}, r"'image' is float32 of \[3, 8, 8, 3\], expected uint8"),
-    "other_shape": ({"image": noise(3).transpose(0, 3, 1, 2)}, r"'image' is uint8 of \[3, 3, 8, 8\], expected uint8"),
-    "flat": ({"image": noise(3).reshape(3, -1)}, r"'image' is uint8 of \[3, 192\], expected uint8"),
-    "soft_labels": ({"label": np.ones(3)}, r"'label' is float64 of \[3\], expected whole numbers"),
-    "one_hot": ({"label": np.eye(3, dtype=int)}, r"'label' is int64 of \[3, 3\], expected whole numbers"),
+    "other_type": (
+        {"image": noise(3).astype(np.float32)},
+        r"'image' is float32 of \[3, 8, 8, 3\]: save it as uint8 of \[M, h",
+    ),
+    "other_shape": (
+        {"image": noise(3).transpose(0, 3, 1, 2)},
+        r"'image' is uint8 of \[3, 3, 8, 8\]: save it as uint8 of \[M, h",
+    ),
+    "flat": ({"image": noise(3).reshape(3, -1)}, r"'image' is uint8 of \[3, 192\]: save it as uint8 of \[M, h"),
+    "soft_labels": ({"label": np.ones(3)}, r"'label' is float64 of \[3\]: save it as integers of \[M\]"),
+    "one_hot": ({"label": np.eye(3, dtype=int)}, r"'label' is int64 of \[3, 3\]: save it as integers of \[M\]"),
     "lengths": ({"label": np.array([1, 2])}, "has 3 images and 2 labels"),
-    "many_classes": ({"label": np.array([0, 7, 1])}, "labels from 0 to 7, the data's 7 classes go from 0 to 6"),
-    "no_class": ({"label": np.array([0, -1, 1])}, "labels from -1 to 1, the data's 7 classes go from 0 to 6"),
-    "empty": ({"image": noise(0)}, r"'image' is no array that can be mapped \(uint8 of \[0, 8, 8, 3\]\)"),
-    "objects": ({"label": np.array(["a", None, 1], dtype=object)}, "'label' is no array that can be mapped"),
+    "many_classes": ({"label": np.array([0, 7, 1])}, "labels from 0 to 7, the data's 7 classes are 0 to 6"),
+    "no_class": ({"label": np.array([0, -1, 1])}, "labels from -1 to 1, the data's 7 classes are 0 to 6"),
+    "empty": ({"image": noise(0)}, r"'image' is not an array that can be memory-mapped \(uint8 of \[0, 8, 8, 3\]\)"),
+    "objects": ({"label": np.array(["a", None, 1], dtype=object)}, "'label' is not an array that can be memory-mapped"),
 }
 
 
@@ -152,30 +158,30 @@ def refused(path: Path) -> str:
 
 @pytest.mark.parametrize("write", [write_savez, write_folder])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_not_as_it_should_be_is_one_line(tmp_path, fault, write):
+def test_malformed_arrays_raise_one_line(tmp_path, fault, write):
     changes, message = FAULTS[fault]
     arrays = {key: array for key, array in (ARRAYS | changes).items() if array is not None}
     with pytest.raises(UserError, match=message):
         raise UserError(refused(write(tmp_path, **arrays)))
 
 
-def test_what_is_no_archive_is_one_line(tmp_path):
+def test_a_file_that_is_not_an_archive_raises_one_line(tmp_path):
     assert "does not exist: name an .npz, or a folder" in refused(tmp_path / "away.npz")
     assert "has no 'image', only nothing" in refused(tmp_path)
     path = write_savez(tmp_path, **ARRAYS)
     whole = path.read_bytes()
     path.write_bytes(whole[:-30])
-    assert "is no .npz or ends early" in refused(path)
+    assert "is not an .npz or ends early" in refused(path)
     path.write_bytes(b"XX" + whole[2:])  # the first member's own header
-    assert "is no .npz or ends early" in refused(path)
+    assert "is not an .npz or ends early" in refused(path)
     path.write_bytes(whole.replace(b"\x93NUMPY", b"\x93NUMPX"))
-    assert "'image' is no array that can be mapped" in refused(path)
+    assert "'image' is not an array that can be memory-mapped" in refused(path)
 
 
-def test_a_folder_whose_array_ends_early_is_one_line(tmp_path):
+def test_a_folder_with_a_truncated_array_raises_one_line(tmp_path):
     path = write_folder(tmp_path, **ARRAYS) / "image.npy"
     path.write_bytes(path.read_bytes()[:-1])
-    assert "'image' is no array that can be mapped" in refused(tmp_path)
+    assert "'image' is not an array that can be memory-mapped" in refused(tmp_path)
 
 
 # ---- views
@@ -196,31 +202,31 @@ def autoaugmented(synthesized: Synthesized, *, workers: int = 0) -> DiskViews:
     )
 
 
-def asked(views: Views, *questions: tuple[int, list[int]]) -> list[Tensor]:
-    return list(views.batches((view, torch.tensor(index)) for view, index in questions))
+def batches_of(views: Views, *requests: tuple[int, list[int]]) -> list[Tensor]:
+    return list(views.batches((view, torch.tensor(index)) for view, index in requests))
 
 
-def test_originals_are_seen_as_without_synthesized_images(synthesized):
+def test_views_of_originals_are_the_same_as_without_synthesized_images(synthesized):
     views = mixed(synthesized)
-    questions = [(0, [3, 1]), (PLAIN, [1, 1]), (1, [3, 10])]
-    for one, other in zip(asked(views, *questions), asked(views.original, *questions), strict=True):
+    requests = [(0, [3, 1]), (PLAIN, [1, 1]), (1, [3, 10])]
+    for one, other in zip(batches_of(views, *requests), batches_of(views.original, *requests), strict=True):
         assert torch.equal(one, other)
-    (some,), (alone,) = asked(views, (2, [N + 5, 7, N, 3])), asked(views.original, (2, [7, 3]))
+    (some,), (alone,) = batches_of(views, (2, [N + 5, 7, N, 3])), batches_of(views.original, (2, [7, 3]))
     assert torch.equal(some[[1, 3]], alone)
 
 
 def test_a_synthesized_view_is_a_crop_of_the_padded_image_perhaps_flipped(tmp_path):
     views = mixed(saved(tmp_path, image=noise(300)))
-    (made,) = asked(views, (3, list(range(N, N + 300))))
-    found = []
+    (made,) = batches_of(views, (3, list(range(N, N + 300))))
+    matches = []
     for number, image in enumerate(noise(300)):
         padded = F.pad(torch.from_numpy(image).permute(2, 0, 1), (4, 4, 4, 4))
         for row in range(9):
             for column in range(9):
                 crop = padded[:, row : row + SIZE, column : column + SIZE]
-                found += [(number, row, column, 0)] if torch.equal(made[number], crop) else []
-                found += [(number, row, column, 1)] if torch.equal(made[number], crop.flip(2)) else []
-    numbers, rows, columns, flips = zip(*found, strict=True)
+                matches += [(number, row, column, 0)] if torch.equal(made[number], crop) else []
+                matches += [(number, row, column, 1)] if torch.equal(made[number], crop.flip(2)) else []
+    numbers, rows, columns, flips = zip(*matches, strict=True)
     assert numbers == tuple(range(300))
     assert set(rows) == set(columns) == set(range(9))
     assert len(set(zip(rows, columns, flips, strict=True))) > 120  # all three are drawn apart: of 162, 137 on average
@@ -230,10 +236,10 @@ def test_a_synthesized_view_is_a_crop_of_the_padded_image_perhaps_flipped(tmp_pa
 def test_a_synthesized_view_depends_on_seed_view_and_image_alone(tmp_path):
     data = saved(tmp_path, image=noise(20))
     index = list(range(N, N + 20))
-    plain, whole, other_view, some = asked(
+    plain, whole, other_view, some = batches_of(
         mixed(data), (PLAIN, index), (2, index), (1, index), (2, [N + 7, 0, N + 3, N + 7])
     )
-    (other_seed,) = asked(mixed(data, seed=1), (2, index))
+    (other_seed,) = batches_of(mixed(data, seed=1), (2, index))
     assert torch.equal(plain, torch.from_numpy(noise(20)).permute(0, 3, 1, 2))
     assert torch.equal(some[[0, 2, 3]], whole[[7, 3, 7]])
     for other in (plain, other_view, other_seed):
@@ -246,7 +252,7 @@ def test_synthesized_images_of_another_size_are_refused(tmp_path):
         mixed(data)
 
 
-def test_descriptions_tell_mixed_views_apart(synthesized):
+def test_descriptions_of_different_mixed_views_differ(synthesized):
     views = mixed(synthesized)
     described = [v.description() for v in (views, views.original, mixed(synthesized, seed=1))]
     assert len(set(described)) == 3
@@ -286,7 +292,7 @@ def test_a_batch_of_one_kind_is_refused(synthesized, batch_size, fraction):
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.7, 5), (0.5, 4), (0.25, 2)])
-def test_every_batch_has_its_share_and_labels_are_those_of_the_images(synthesized, fraction, count):
+def test_every_batch_has_its_share_and_labels_match_the_images(synthesized, fraction, count):
     for batch in take(loader(synthesized, fraction=fraction), 20):
         colours = batch["image"].amax(dim=(2, 3))  # a crop is padded with zeros
         originals = 8 - count
@@ -299,7 +305,7 @@ def test_every_batch_has_its_share_and_labels_are_those_of_the_images(synthesize
 
 
 def test_an_epoch_is_as_long_as_without_and_a_pass_has_no_image_twice(synthesized):
-    """Of 24 images and 8 a batch, 3 of them original: 3 batches an epoch, 8 a pass."""
+    """24 images, and 8 per batch of which 3 are original: 3 batches per epoch, 8 per pass."""
     batches = take(loader(synthesized), 24)
     assert [batch["epoch"] for batch in batches] == [number // 3 for number in range(24)]
     assert [batch["view"] for batch in batches] == [number // 8 for number in range(24)]
@@ -316,8 +322,8 @@ def test_synthesized_images_are_drawn_from_all(synthesized):
     assert max(counts.values()) < 30
 
 
-def test_ranks_share_one_order_out(synthesized):
-    """Two ranks with batches of 4 see what one process sees in its batches of 8."""
+def test_ranks_split_one_order(synthesized):
+    """Two ranks with batches of 4 have the images that one process has in its batches of 8."""
     alone = take(loader(synthesized, fraction=0.5), 10)
     ranks = [take(loader(synthesized, batch_size=4, fraction=0.5, rank=rank, world_size=2), 10) for rank in range(2)]
     for whole, *parts in zip(alone, *ranks, strict=True):
@@ -338,8 +344,10 @@ def workers_and_memory(synthesized: Synthesized) -> dict:
 
 @pytest.mark.parametrize("make", [lambda synthesized: {}, memory_and_workers, workers_and_memory])
 @pytest.mark.parametrize("done", [4, 7, 8])
-def test_a_new_loader_goes_on_where_the_old_one_was(synthesized, make: Callable[[Synthesized], dict], done):
-    """Within an epoch of three batches and a pass of eight, and at their borders."""
+def test_a_new_loader_continues_from_the_position_of_the_old_one(
+    synthesized, make: Callable[[Synthesized], dict], done
+):
+    """Within an epoch of three batches and a pass of eight, and at their ends."""
     whole = take(loader(synthesized, **make(synthesized)), 12)
     old = loader(synthesized, **make(synthesized))
     take(old, done)
@@ -354,8 +362,8 @@ def test_second_views_of_a_mixed_batch_are_of_its_images(synthesized):
     for workers in (0, 2):
         both = take(loader(synthesized, second_views=autoaugmented(synthesized, workers=workers)), 6)
         for one, other in zip(alone, both, strict=True):
-            (wanted,) = asked(autoaugmented(synthesized), (one["view"], one["index"].tolist()))
-            assert torch.equal(other.pop("second_image"), wanted) and same(one, other)
+            (expected,) = batches_of(autoaugmented(synthesized), (one["view"], one["index"].tolist()))
+            assert torch.equal(other.pop("second_image"), expected) and same(one, other)
 
 
 # ---- memory
@@ -372,19 +380,21 @@ def sparse(folder: Path, count: int) -> Path:
 
 
 def memory_peak() -> int:
-    """Bytes: the most that this process has held since the kernel was told to forget."""
+    """Peak resident memory of this process in bytes, since the last write to clear_refs."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this kernel does not tell a process's peak")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="this kernel cannot reset a process's peak memory"
+)
 def test_batches_of_millions_of_images_take_the_memory_of_a_batch(tmp_path, synthesized):
-    """8 million: 1.5 GB of images; an int64 a label or two a crop would be 64 and 128 MB."""
+    """8 million images take 1.5 GB; an int64 per label 64 MB, two per crop 128 MB."""
     folder = str(sparse(tmp_path, 8_000_000))
-    take(loader(synthesized, second_views=autoaugmented(synthesized)), 10)  # what torch keeps for next time
+    take(loader(synthesized, second_views=autoaugmented(synthesized)), 10)  # fills torch's caches
     Path("/proc/self/clear_refs").write_text("5")
     before = memory_peak()
     data = open_synthesized(folder, num_classes=CLASSES)
     drawn = torch.cat([batch["index"] for batch in take(loader(data, second_views=autoaugmented(data)), 10)])
-    assert memory_peak() - before < 40e6  # the labels' pages are 8
+    assert memory_peak() - before < 40e6  # the mapped labels are 8e6
     assert drawn.max() > 4_000_000

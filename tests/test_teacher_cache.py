@@ -87,7 +87,7 @@ def test_the_same_question_is_answered_from_disk(teacher, some_pairs, tmp_path, 
 
 def test_another_question_has_another_key(teacher, some_pairs):
     def key(clip=teacher, pairs=some_pairs, views=VIEWS, augment=None, size=SIZE):
-        return store._key(clip, pairs, views, augment or drawing_augmentation(SIZE), size)
+        return teacher_store._key(clip, pairs, views, augment or drawing_augmentation(SIZE), size)
 
     def with_cfg(**changes):
         return dataclasses.replace(teacher, model_cfg=teacher.model_cfg | changes)

@@ -26,18 +26,20 @@ from gkl_vl.data.pairs import open_images
 from gkl_vl.data.prompts import Prompts
 from gkl_vl.errors import UserError
 from gkl_vl.evaluation.embed import Embedder, zero_shot_classifier
+from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.losses.image_text import class_logits
 from gkl_vl.models.clip import Clip, Student, load_clip
 from gkl_vl.models.modes import freeze
 from gkl_vl.objectives.common import EpochPrior
-from gkl_vl.objectives.zero_shot import ZeroShotKd, ZeroShotWeights, by_length, prompt_tokens
+from gkl_vl.objectives.zero_shot import ZeroShotKd, by_length, prompt_tokens
 from gkl_vl.teachers.online import online_teacher, zero_shot_teacher
-from gkl_vl.training.gradient_cache import backward_from_cache, embed
+from gkl_vl.training import clip as training
+from gkl_vl.training.gradient_cache import backward_from_cache, embed_all
 
 call = test_recipes.call  # the fixture
 NAMES = ("a very long name of a thing", "cat", "a dog that barks", "fish", "the smallest bird")
 PROMPTS = Prompts(classnames=NAMES, templates=("{c}", "a photo of {c}, they say", "{c}!"))
-WEIGHTS = ZeroShotWeights(soft_ce_weight=2.0, wmse_weight=0.3, gamma=0.7, temperature=2.0, weight_temperature=3.0)
+WEIGHTS = GklSettings(soft_ce_weight=2.0, wmse_weight=0.3, gamma=0.7, temperature=2.0, weight_temperature=3.0)
 ROWS = 12
 UPDATES = 5  # of ROWS images each; a pass over the data is 2 of them
 PASS = 2 * ROWS
@@ -70,13 +72,13 @@ def class_embeddings(teacher: Clip) -> torch.Tensor:
     return zero_shot_classifier(embedder, classnames=PROMPTS.classnames, templates=PROMPTS.templates)
 
 
-def zero_shot_kd(student: Clip, teacher: Clip, *, with_prior=True, weights=WEIGHTS, seed=0) -> ZeroShotKd:
+def zero_shot_kd(student: Clip, teacher: Clip, *, with_prior=True, gkl=WEIGHTS, seed=0) -> ZeroShotKd:
     return ZeroShotKd(
         student=student,
         teacher=zero_shot_teacher(online_teacher(teacher), class_embeddings(teacher)),
         tokens=prompt_tokens(PROMPTS, student, torch.device("cpu")),
-        weights=weights,
-        prior=EpochPrior(len(NAMES), weights.weight_temperature) if with_prior else None,
+        gkl=gkl,
+        prior=EpochPrior(len(NAMES), gkl.weight_temperature) if with_prior else None,
         num_images=PASS if with_prior else None,
         seed=seed,
     )
@@ -230,7 +232,7 @@ def test_an_update_has_one_template_drawn_by_seed_and_number(folder):
     def drawn(objective, updates=20):
         found = []
         for _ in range(updates):
-            with objective.perturbed([{"keys": ["a"]}, {"keys": ["b"]}]):
+            with objective.around_update([{"keys": ["a"]}, {"keys": ["b"]}]):
                 found.append([objective.template() for _ in range(2)])
         assert all(first == second for first, second in found)
         return [first for first, _ in found]
@@ -249,19 +251,19 @@ def updates_of(objective: ZeroShotKd, model: torch.nn.Module, shares: list[list[
     accelerator, found = Accelerator(cpu=True), []
     for parts in shares:
         model.zero_grad()
-        with objective.perturbed(parts):
+        with objective.around_update(parts):
             template = objective.template()
-            embedded = embed(accelerator, model, objective, parts)
-            loss, _ = objective.loss(embedded.leaves, embedded.targets)
+            cached = embed_all(accelerator, model, objective, parts)
+            loss, _ = objective.loss(cached.outputs, cached.targets)
             loss.backward()
-            backward_from_cache(accelerator, model, objective, parts, embedded)
+            backward_from_cache(accelerator, model, objective, parts, cached)
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
         found.append(
             {
                 "loss": loss.detach(),
                 "gradient": gradient,
-                "prior": embedded.targets["prior"],
-                "teacher": embedded.targets["teacher"],
+                "prior": cached.targets["prior"],
+                "teacher": cached.targets["teacher"],
                 "template": template,
             }
         )
@@ -395,9 +397,7 @@ def test_images_need_no_captions(tmp_path):
     )
     table.to_parquet(tmp_path / "t.parquet")
     name = str(tmp_path / "t.parquet")
-    assert (
-        keys_of(open_images(name)) == keys_of(open_images(name, columns=("pic", "text"))) == [f"{name}:0", f"{name}:1"]
-    )
+    assert keys_of(open_images(name)) == keys_of(open_images(name, column="pic")) == [f"{name}:0", f"{name}:1"]
 
 
 def test_images_that_are_not_there_are_one_line(tmp_path):
@@ -405,19 +405,22 @@ def test_images_that_are_not_there_are_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     for name, message in [
         ("t.parquet", "has no column 'image', only text: name them with --columns"),
-        ("empty", r"holds no image \(jpg, jpeg, png, webp\) and no parquet file"),
+        ("empty", r"holds no image \(webp, png, jpg, .*, gif\) and no parquet file"),
         ("none.tar", "does not exist"),
         ("none.csv", "does not exist"),
-        ("none.parquet", "--unlabelled .* holds no parquet file"),
+        ("none.parquet", "--train-data .* holds no parquet file"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             open_images(str(tmp_path / name))
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="--unlabelled 'org/none' is no file here and could not be had from the Hub"):
+    with pytest.raises(UserError, match="--train-data 'org/none' is no file here and could not be had from the Hub"):
         open_images("org/none")
 
 
 # ---- the recipe --------------------------------------------------------------------------------------------------
+
+
+RECIPE = "clip_unlabelled"
 
 
 @pytest.fixture(scope="module")
@@ -425,10 +428,7 @@ def place(tmp_path_factory, folder) -> Path:
     """A teacher with weights, coloured squares in folders of classes and elsewhere, prompts."""
     place = tmp_path_factory.mktemp("recipe")
     _, teacher = models(folder)
-    card = test_recipes.ClipCard(
-        student="tiny", teacher=None, license="mit", datasets=[], command="none", commit=None, steps=0, seed=0
-    )
-    test_recipes.export_clip(clip=teacher, folder=place / "teacher", card=card)
+    test_recipes.export_clip(clip=teacher, folder=place / "teacher", card=test_recipes.CARD)
     for number in range(24):
         colour = list(COLOURS)[number % 3]
         write_picture(place / "images" / colour / f"{number}.png", colour, size=6 + number % 4)
@@ -450,10 +450,10 @@ def flags_of(place: Path, *flags: object) -> list[object]:
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_folder_of_images_makes_a_student(place, call):
-    flags = flags_of(place, "--unlabelled", place / "images", "--prompts", place / "colours.txt", "--epochs", "2")
-    code, told, errors = call(*flags, "--class-prior", "--output-dir", "run")
+    flags = flags_of(place, "--train-data", place / "images", "--prompts", place / "colours.txt", "--epochs", "2")
+    code, told, errors = call(*flags, "--class-prior", "--output-dir", "run", recipe=RECIPE)
     assert code == 0, errors
-    assert "on unlabelled" in told and "12 steps of 4" in told
+    assert f"on images of {place}/images" in told and "12 steps of 4" in told
     records = [json.loads(line) for line in Path("run/results.jsonl").read_text().splitlines()]
     terms = {"loss", "soft_ce", "wmse", "agreement@1", "grad_norm", "lr", "skipped"}
     assert {f"train/{name}" for name in terms} <= set(records[-1]) and records[-1]["train/skipped"] >= 1
@@ -465,24 +465,21 @@ def test_a_folder_of_images_makes_a_student(place, call):
 def test_the_bundled_drawings_are_embedded_once_and_their_captions_left_alone(place, tmp_path, monkeypatch):
     """32 of them, three classes, another evaluation set."""
     monkeypatch.chdir(tmp_path)
-    recipe = test_recipes.module(test_recipes.RECIPE)
+    recipe = test_recipes.module(test_recipes.HOUSE / "recipes" / f"{RECIPE}.py")
     few = pairs.bundled_pairs()[:32]
-    monkeypatch.setattr(recipe, "bundled_pairs", lambda: few)
+    monkeypatch.setattr(training, "bundled_pairs", lambda: few)
     monkeypatch.setattr(pairs, "bundled_pairs", lambda: few)
-    monkeypatch.setattr(recipe, "online_teacher", None)  # not needed
+    monkeypatch.setattr(training, "online_teacher", None)  # not needed
     Path("three.json").write_text(json.dumps({"classnames": ["pizza", "dog", "tiger"], "templates": ["{c}", "a {c}"]}))
     colour_set(tmp_path / "colours", list(COLOURS))
     recipe.main(
         recipe.Config(
-            unlabelled="bundled",
-            prompts="three.json",
-            eval_data=("colours",),
-            dataset_root=str(tmp_path / "{dataset}"),
-            student=str(place / "student.json"),
-            class_prior=True,
-            steps=9,
-            batch_size=8,
-            workers=0,
+            model=training.ClipModels(student=str(place / "student.json")),
+            data=recipe.ImageData(prompts="three.json"),
+            loss=recipe.Loss(class_prior=True),
+            optimisation=training.ClipOptimisation(steps=9, batch_size=8),
+            run=training.RunFlags(workers=0),
+            evaluation=training.ClipEvaluation(eval_data=("colours",), dataset_root=str(tmp_path / "{dataset}")),
         )
     )
     (folder,) = (tmp_path / "runs").iterdir()
@@ -500,7 +497,7 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped(place, call):
     """Templates drawn, and a prior that was rolled, before and after; patches drop by torch's generator."""
     pictures = [{"bytes": picture(list(COLOURS)[n % 3], size=6 + n % 4), "path": None} for n in range(12)]
     datasets.Dataset.from_dict({"img": pictures}).to_parquet("t.parquet")
-    flags = flags_of(place, "--unlabelled", "t.parquet", "--prompts", place / "colours.json", "--steps", "6")
+    flags = flags_of(place, "--train-data", "t.parquet", "--prompts", place / "colours.json", "--steps", "6")
     flags += [
         "--class-prior",
         "--warmup",
@@ -513,14 +510,14 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped(place, call):
         "1",
     ]
     for name in ("whole", "stopped"):
-        code, _, errors = call(*flags, "--output-dir", name)
+        code, _, errors = call(*flags, "--output-dir", name, recipe=RECIPE)
         assert code == 0, errors
     want = test_resume.state(Path("whole"))
     test_resume.assert_bitwise(test_resume.state(Path("stopped")), want)
     for step in (4, 6):  # as if it had been stopped after the second step, in the middle of a pass
         checkpoint = Path("stopped/checkpoints") / f"step_{step:08d}"
         checkpoint.rename(f"later_{step}")
-    code, _, errors = call(*flags, "--output-dir", "stopped", "--resume", "latest")
+    code, _, errors = call(*flags, "--output-dir", "stopped", "--resume", "latest", recipe=RECIPE)
     assert code == 0, errors
     test_resume.assert_bitwise(test_resume.state(Path("stopped")), want)
     memory = "checkpoints/step_00000006/memory_0.safetensors"
@@ -535,34 +532,31 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped(place, call):
         (["--prompts", "{place}/no_place.json"], "the template 'a square' has no place for the class name: write {c}"),
         (["--prompts", "{place}/strange.json"], "has the class 'bleu', which the data lacks: did you mean 'blue'?"),
         (["--prompts", "{place}/none.json"], "none.json' does not exist"),
-        (["--train-data", "{place}/shard.tar"], "--unlabelled and --train-data are two sets of images: give one"),
-        (["--teacher", "none"], "--unlabelled learns from what a teacher says"),
-        (["--adversarial", "linf"], "--adversarial linf attacks image-text logits: leave it out with --unlabelled"),
+        (["--teacher", "none"], "the teacher's logits are the only target, so name a teacher"),
         (["--soft-ce-weight", "0", "--wmse-weight", "0"], "nothing to train on: set --soft-ce-weight or --wmse-weight"),
-        (["--unlabelled", "{place}/none.tar"], "none.tar' does not exist"),
+        (["--train-data", "{place}/none.tar"], "none.tar' does not exist"),
         (
-            ["--unlabelled", "{place}/shard.tar", "--class-prior"],
+            ["--train-data", "{place}/shard.tar", "--class-prior"],
             "put sizes.json beside the shards, or give --no-class",
         ),
         (["--class-prior", "--steps", "6"], "and the run sees 24 of 25 images: train longer, or give --no-class-prior"),
-        (["--epochs", "9"], "--steps 9 and --epochs 9 say the same twice: give one"),
+        (["--epochs", "9"], "--steps 9 and --epochs 9 exclude each other: give one"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(place, call, flags, message):
-    usual = ["--unlabelled", place / "images", "--prompts", place / "colours.json", "--steps", "9"]
-    code, _, told = call(*flags_of(place, *usual, *(flag.replace("{place}", str(place)) for flag in flags)))
+    usual = ["--train-data", place / "images", "--prompts", place / "colours.json", "--steps", "9"]
+    flags = [flag.replace("{place}", str(place)) for flag in flags]
+    code, _, told = call(*flags_of(place, *usual, *flags), recipe=RECIPE)
     assert code == 2 and message in told and len(told.strip().splitlines()) == 1, told
     assert not Path("runs").exists()  # what never started leaves no folder
 
 
-def test_what_lacks_its_other_flag_is_one_line_and_code_2(place, call):
-    shard = ["--unlabelled", f"{place}/shard.tar", "--prompts", f"{place}/colours.json"]
+def test_a_missing_flag_is_one_line_and_code_2(place, call):
+    shard = ["--train-data", f"{place}/shard.tar", "--prompts", f"{place}/colours.json"]
     for flags, message in [
-        (["--prompts", "x.json"], "--prompts x.json is for images without captions: add --unlabelled"),
-        (["--class-prior"], "--class-prior is for images without captions: add --unlabelled"),
-        (["--unlabelled", "x"], "--unlabelled x needs the classes to ask the teacher about: give --prompts"),
+        (["--train-data", "x"], "--train-data x needs classes for the teacher's logits: give --prompts"),
         ([*shard, "--epochs", "9"], "--epochs needs the size of"),
-        (shard, "--unlabelled needs --steps or --epochs"),
+        (shard, "--train-data needs --steps or --epochs"),
     ]:
-        code, _, told = call(*flags_of(place, *flags))
+        code, _, told = call(*flags_of(place, *flags), recipe=RECIPE)
         assert code == 2 and message in told and len(told.strip().splitlines()) == 1, told

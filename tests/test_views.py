@@ -1,4 +1,4 @@
-"""A view depends on seed, view and image alone, and a batch on its number: whoever asks, and wherever a run goes on."""
+"""A view depends only on seed, view and image, and a batch only on its number: in any process, and after a resume."""
 
 import dataclasses
 import hashlib
@@ -41,7 +41,7 @@ def noise(index: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Noise:
-    """A reader that can go to other processes."""
+    """Images by index; can be pickled for other processes."""
 
     def __call__(self, index: int) -> EncodedImage:
         return pixel_image(f"noise {index}", noise(index))
@@ -63,26 +63,26 @@ KINDS = {"memory": memory, "disk": disk}
 both_kinds = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 
 
-def asked(views: Views, *questions: tuple[int, list[int]]) -> list[Tensor]:
-    return list(views.batches((view, torch.tensor(index)) for view, index in questions))
+def batches_of(views: Views, *requests: tuple[int, list[int]]) -> list[Tensor]:
+    return list(views.batches((view, torch.tensor(index)) for view, index in requests))
 
 
 # ---- views
 
 
 def test_a_view_in_memory_is_a_crop_of_the_padded_image_perhaps_flipped():
-    """Noise fits one corner and one of the two directions only, so what was drawn is found by trying all."""
+    """Noise matches one corner and one of the two directions only, so comparing with all of them gives the draws."""
     views = memory(count=300)
-    (made,) = asked(views, (3, list(range(300))))
-    found = []
+    (made,) = batches_of(views, (3, list(range(300))))
+    matches = []
     for number, image in enumerate(views.images):
         padded = F.pad(image, (4, 4, 4, 4))
         for row in range(9):
             for column in range(9):
                 crop = padded[:, row : row + HEIGHT, column : column + WIDTH]
-                found += [(number, row, column, 0)] if torch.equal(made[number], crop) else []
-                found += [(number, row, column, 1)] if torch.equal(made[number], crop.flip(2)) else []
-    numbers, rows, columns, flips = zip(*found, strict=True)
+                matches += [(number, row, column, 0)] if torch.equal(made[number], crop) else []
+                matches += [(number, row, column, 1)] if torch.equal(made[number], crop.flip(2)) else []
+    numbers, rows, columns, flips = zip(*matches, strict=True)
     assert numbers == tuple(range(300))
     assert set(rows) == set(columns) == set(range(9))
     assert len(set(zip(rows, columns, strict=True))) > 60  # rows and columns are drawn apart: of 81, 79 on average
@@ -91,17 +91,17 @@ def test_a_view_in_memory_is_a_crop_of_the_padded_image_perhaps_flipped():
 
 def test_plain_views_are_the_images_themselves():
     views, index = memory(), [4, 0, 4]
-    (made,) = asked(views, (PLAIN, index))
+    (made,) = batches_of(views, (PLAIN, index))
     assert torch.equal(made, views.images[index])
-    (made,) = asked(disk(), (PLAIN, index))
+    (made,) = batches_of(disk(), (PLAIN, index))
     center = imagenet_center(8)
     assert torch.equal(made, torch.stack([center(Image.fromarray(noise(i))) for i in index]))
 
 
 @both_kinds
-def test_a_view_is_the_same_whatever_batch_asks_for_it(make):
-    (whole,) = asked(make(), (2, list(range(N))))
-    plain, pair, other, alone, shuffled = asked(
+def test_a_view_is_the_same_in_every_batch(make):
+    (whole,) = batches_of(make(), (2, list(range(N))))
+    plain, pair, other, alone, shuffled = batches_of(
         make(), (PLAIN, [7]), (2, [3, 7]), (1, [3, 7]), (2, [7]), (2, [7, 10, 3, 7])
     )
     assert torch.equal(pair, whole[[3, 7]]) and torch.equal(alone, whole[[7]])
@@ -112,20 +112,20 @@ def test_a_view_is_the_same_whatever_batch_asks_for_it(make):
 @both_kinds
 def test_views_and_seeds_differ(make):
     index = list(range(N))
-    first, second = asked(make(), (0, index), (1, index))
-    (other,) = asked(make(seed=1), (0, index))
+    first, second = batches_of(make(), (0, index), (1, index))
+    (other,) = batches_of(make(seed=1), (0, index))
     for one, another in ((first, second), (first, other), (second, other)):
         assert (one != another).flatten(1).any(dim=1).sum() >= N - 1  # two of 162 crops may be the same by chance
 
 
 @both_kinds
-def test_views_leave_the_generator_where_it_was(make):
+def test_views_do_not_change_the_generator(make):
     before = torch.get_rng_state()
-    asked(make(), (0, [1, 2]), (PLAIN, [3]))
+    batches_of(make(), (0, [1, 2]), (PLAIN, [3]))
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_descriptions_tell_views_apart():
+def test_descriptions_of_different_views_differ():
     views = DiskViews(
         data=disk().data, augment=imagenet_augmentation(9), plain=imagenet_center(8), seed=0, num_workers=0
     )
@@ -134,19 +134,19 @@ def test_descriptions_tell_views_apart():
     assert disk(workers=2).description() == disk().description()
 
 
-QUESTIONS = [(0, [3, 1]), (PLAIN, [1, 1]), (1, [3, 10]), (0, [0, 10])]
+REQUESTS = [(0, [3, 1]), (PLAIN, [1, 1]), (1, [3, 10]), (0, [0, 10])]
 
 
-def answers(rank: int, world_size: int) -> list[Tensor]:
-    return asked(disk(), *QUESTIONS)
+def views_of_rank(rank: int, world_size: int) -> list[Tensor]:
+    return batches_of(disk(), *REQUESTS)
 
 
 def test_views_from_disk_are_the_same_in_every_process():
-    here = asked(disk(), *QUESTIONS)
-    from_workers = asked(disk(workers=2), *QUESTIONS)
-    (elsewhere,) = run_ranks(answers, 1)
-    assert len(here) == len(from_workers) == len(elsewhere) == len(QUESTIONS)
-    for one, other, third in zip(here, from_workers, elsewhere, strict=True):
+    own = batches_of(disk(), *REQUESTS)
+    from_workers = batches_of(disk(workers=2), *REQUESTS)
+    (from_rank,) = run_ranks(views_of_rank, 1)
+    assert len(own) == len(from_workers) == len(from_rank) == len(REQUESTS)
+    for one, other, third in zip(own, from_workers, from_rank, strict=True):
         assert torch.equal(one, other) and torch.equal(one, third)
 
 
@@ -160,9 +160,7 @@ def test_a_broken_image_is_one_line(tmp_path, workers):
     data = open_labelled(str(tmp_path), "train")
     views = disk(data=data, workers=workers).batches(iter([(0, torch.tensor([0, 1])), (0, torch.tensor([2, 3, 0]))]))
     assert next(views).shape == (2, 3, 8, 8)
-    with pytest.raises(
-        UserError, match=r"class1/3\.png cannot be decoded .*: fetch it again or take it out$"
-    ) as caught:
+    with pytest.raises(UserError, match=r"class1/3\.png cannot be decoded .*: fetch it again or remove it$") as caught:
         next(views)
     assert "\n" not in str(caught.value)
 
@@ -175,10 +173,10 @@ def autoaugmented(*, seed: int = 0, workers: int = 0, size: int = 10, cutout: in
     return DiskViews(data=disk().data, augment=augment, plain=plain, seed=seed, num_workers=workers)
 
 
-def test_a_cutout_is_a_square_about_any_pixel_and_ends_at_the_border():
+def test_a_cutout_is_a_square_around_any_pixel_clipped_at_the_border():
     h, w, size = 7, 6, 4
     image = torch.arange(1, 3 * h * w + 1, dtype=torch.uint8).reshape(3, h, w)
-    wanted = {}
+    centres = {}
     for row in range(h):
         for column in range(w):
             made = image.clone()
@@ -186,12 +184,12 @@ def test_a_cutout_is_a_square_about_any_pixel_and_ends_at_the_border():
                 for x in range(column - 2, column + 2):
                     if 0 <= y < h and 0 <= x < w:
                         made[:, y, x] = 0
-            wanted[made.numpy().tobytes()] = (row, column)
+            centres[made.numpy().tobytes()] = (row, column)
     cutout = Cutout(size)
-    found = [wanted[cutout(image).numpy().tobytes()] for _ in range(1500)]
-    assert set(found) == {(row, column) for row in range(h) for column in range(w)}
-    assert max(found.count(place) for place in set(found)) < 80  # of 36 on average, 6 either way
-    assert image.min() == 1  # it left the image alone
+    drawn = [centres[cutout(image).numpy().tobytes()] for _ in range(1500)]
+    assert set(drawn) == {(row, column) for row in range(h) for column in range(w)}
+    assert max(drawn.count(place) for place in set(drawn)) < 80  # of 36 on average, 6 either way
+    assert image.min() == 1  # the input is unchanged
 
 
 def test_a_cutout_of_an_odd_width_is_that_wide():
@@ -201,18 +199,18 @@ def test_a_cutout_of_an_odd_width_is_that_wide():
 
 
 def test_autoaugmented_views_depend_on_seed_view_and_image_alone():
-    whole, other_view = asked(autoaugmented(), (2, list(range(N))), (1, list(range(N))))
-    again, pair = asked(autoaugmented(workers=2), (2, [9, 0]), (2, [4, 4]))
-    (other_seed,) = asked(autoaugmented(seed=1), (2, list(range(N))))
+    whole, other_view = batches_of(autoaugmented(), (2, list(range(N))), (1, list(range(N))))
+    again, pair = batches_of(autoaugmented(workers=2), (2, [9, 0]), (2, [4, 4]))
+    (other_seed,) = batches_of(autoaugmented(seed=1), (2, list(range(N))))
     assert whole.shape == (N, 3, 10, 10) and whole.dtype == torch.uint8
     assert torch.equal(again, whole[[9, 0]]) and torch.equal(pair, whole[[4, 4]])
     for other in (other_view, other_seed):
         assert (whole != other).flatten(1).any(dim=1).all()
 
 
-def test_the_cutout_comes_last_and_can_be_left_out():
-    """Same draws before it, so all that differs is a square of zeros."""
-    (cut,), (whole,) = (asked(autoaugmented(cutout=cutout), (0, list(range(N)))) for cutout in (4, 0))
+def test_the_cutout_is_applied_last_and_can_be_omitted():
+    """The draws before it are the same, so the only difference is a square of zeros."""
+    (cut,), (whole,) = (batches_of(autoaugmented(cutout=cutout), (0, list(range(N)))) for cutout in (4, 0))
     changed = cut != whole
     assert (cut[changed] == 0).all()
     assert 0 < changed.flatten(1).sum(dim=1).max() <= 3 * 16
@@ -220,7 +218,7 @@ def test_the_cutout_comes_last_and_can_be_left_out():
 
 
 def test_a_cutout_view_is_cropped_and_loses_half_its_width():
-    """Of a white image: zeros are the padding, at most 4 of 10 at a border, and a square of 5."""
+    """In a view of a white image, zeros are the padding, at most 4 of 10 at a border, and a square of 5."""
     augment, white = cifar_cutout(10), Image.new("RGB", (10, 10), (255, 255, 255))
     black = [int((augment(white) == 0).sum()) // 3 for _ in range(200)]
     assert 9 <= min(black) <= 25 < max(black) <= 100 - 6 * 6 + 25
@@ -247,17 +245,17 @@ def same(one: dict, other: dict) -> bool:
     return all(torch.equal(one[k], other[k]) if k in tensors else one[k] == other[k] for k in one.keys() | other.keys())
 
 
-def test_an_epoch_has_every_image_once_but_for_the_rest():
+def test_an_epoch_has_every_image_once_except_those_dropped():
     batches = take(iter(loader(memory())), 12)
     epochs = [indices(batches[start : start + 3]) for start in range(0, 12, 3)]
     assert [batch["epoch"] for batch in batches] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert all(len(set(epoch)) == 9 for epoch in epochs)  # of 11: two are dropped
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert set().union(*epochs) == set(range(N))  # others are dropped each time
+    assert set().union(*epochs) == set(range(N))  # other images are dropped each time
     assert indices(take(iter(loader(memory(), seed=1)), 3)) != epochs[0]
 
 
-def test_ranks_share_an_epoch_out():
+def test_ranks_split_an_epoch():
     for epoch in range(3):
         position = {"batches": 2 * epoch}
         shares = [
@@ -271,27 +269,27 @@ def test_ranks_share_an_epoch_out():
 
 @pytest.mark.parametrize("num_views", [None, 2])
 @pytest.mark.parametrize("make", [memory, disk, lambda: disk(workers=2)], ids=[*KINDS, "disk_with_workers"])
-def test_what_is_in_a_batch_fits_together(make, num_views):
-    """Also where workers have asked for batches that are not there yet."""
+def test_the_entries_of_a_batch_match(make, num_views):
+    """Also if workers have requested later batches."""
     for batch in take(iter(loader(make(), num_views=num_views)), 10):
         assert batch.keys() == {"image", "label", "index", "view", "epoch", "keys"}
         assert batch["view"] == (batch["epoch"] if num_views is None else batch["epoch"] % 2)
-        (wanted,) = asked(memory() if make is memory else disk(), (batch["view"], batch["index"].tolist()))
-        assert torch.equal(batch["image"], wanted) and batch["image"].dtype == torch.uint8
+        (expected,) = batches_of(memory() if make is memory else disk(), (batch["view"], batch["index"].tolist()))
+        assert torch.equal(batch["image"], expected) and batch["image"].dtype == torch.uint8
         assert torch.equal(batch["label"], LABELS[batch["index"]])
         assert batch["keys"] == [str(int(i)) for i in batch["index"]]
 
 
-def test_epochs_take_turns_in_the_stored_views():
+def test_epochs_cycle_through_the_stored_views():
     batches = take(iter(loader(memory(), num_views=2)), 15)
     assert [batch["view"] for batch in batches] == [0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1, 0, 0, 0]
-    assert indices(batches[:3]) != indices(batches[6:9])  # the views come back, the order does not
+    assert indices(batches[:3]) != indices(batches[6:9])  # the views repeat, the order does not
 
 
 @pytest.mark.parametrize("done", [1, 3, 4])
 @pytest.mark.parametrize("make", [memory, lambda: disk(workers=2)], ids=["memory", "disk_with_workers"])
-def test_a_new_loader_goes_on_where_the_old_one_was(make, done):
-    """Within an epoch of three batches, at its border, behind it; the workers have asked for more than was given."""
+def test_a_new_loader_continues_from_the_position_of_the_old_one(make, done):
+    """Within an epoch of three batches, at its end, after it; the workers have requested later batches."""
     whole = take(iter(loader(make())), 8)
     old = loader(make())
     assert all(same(*pair) for pair in zip(take(iter(old), done), whole, strict=False))
@@ -316,8 +314,8 @@ DIGESTS = {
 
 
 @pytest.mark.parametrize("digest", DIGESTS)
-def test_batches_are_what_they_were_before_there_were_second_views(digest):
-    """Frozen: a run that was begun before goes on with the same images."""
+def test_batches_are_the_same_as_before_second_views_existed(digest):
+    """Fixed digests, so that a run started with an earlier version resumes with the same images."""
     made = hashlib.sha256()
     for batch in take(iter(loader(memory(), **DIGESTS[digest])), 7):
         for key in ("image", "label", "index"):
@@ -328,18 +326,18 @@ def test_batches_are_what_they_were_before_there_were_second_views(digest):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("make", [memory, lambda: disk(workers=2)], ids=["memory", "disk_with_workers"])
-def test_second_views_are_of_the_same_images_and_leave_the_first_as_they_are(make, workers):
+def test_second_views_are_of_the_same_images_and_do_not_change_the_first(make, workers):
     alone = take(iter(loader(make())), 8)
     both = take(iter(loader(make(), second_views=autoaugmented(seed=5, workers=workers))), 8)
     for one, other in zip(alone, both, strict=True):
         second = other.pop("second_image")
         assert same(one, other)
-        (wanted,) = asked(autoaugmented(seed=5), (one["view"], one["index"].tolist()))
-        assert torch.equal(second, wanted)
+        (expected,) = batches_of(autoaugmented(seed=5), (one["view"], one["index"].tolist()))
+        assert torch.equal(second, expected)
 
 
 @pytest.mark.parametrize("done", [2, 3, 4])
-def test_second_views_go_on_where_they_were(done):
+def test_second_views_resume(done):
     def made(position: dict | None) -> LabelledLoader:
         return loader(memory(), second_views=autoaugmented(workers=2), num_views=2, position=position)
 
@@ -353,10 +351,10 @@ def test_second_views_go_on_where_they_were(done):
 # ---- weak and strong views of semi-supervised learning
 
 
-def test_a_border_can_be_what_lies_inside_it_mirrored_and_images_upside_down():
+def test_padding_can_be_a_reflection_and_images_flipped_vertically():
     views = dataclasses.replace(memory(count=300), padding=2, reflect=True, upside_down=True)
-    (made,) = asked(views, (3, list(range(300))))
-    found = Counter()
+    (made,) = batches_of(views, (3, list(range(300))))
+    matches = Counter()
     for number, image in enumerate(views.images):
         mirrored = np.pad(image.numpy(), ((0, 0), (2, 2), (2, 2)), mode="reflect")
         for row in range(5):
@@ -364,12 +362,12 @@ def test_a_border_can_be_what_lies_inside_it_mirrored_and_images_upside_down():
                 crop = torch.from_numpy(mirrored[:, row : row + HEIGHT, column : column + WIDTH])
                 for flips in ((), (1,), (2,), (1, 2)):
                     if torch.equal(crop.flip(flips), made[number]):
-                        found[flips, number] += 1
-    assert len({number for _, number in found}) == 300
-    assert all(60 < sum(1 for flips, _ in found if flips == wanted) for wanted in ((), (1,), (2,), (1, 2)))
+                        matches[flips, number] += 1
+    assert len({number for _, number in matches}) == 300
+    assert all(60 < sum(1 for flips, _ in matches if flips == kind) for kind in ((), (1,), (2,), (1, 2)))
     assert views.description() != memory(count=300).description()
     plain = dataclasses.replace(views, reflect=False, upside_down=False, padding=4)
-    (before,), (after,) = asked(plain, (3, [0, 5])), asked(memory(count=300), (3, [0, 5]))
+    (before,), (after,) = batches_of(plain, (3, [0, 5])), batches_of(memory(count=300), (3, [0, 5]))
     assert torch.equal(before, after)
 
 
@@ -387,6 +385,6 @@ def test_a_strong_view_is_operations_of_random_strength_and_a_grey_square():
     )
 
 
-def test_a_cutout_has_the_colour_it_is_told():
+def test_a_cutout_has_the_given_colour():
     image = Cutout(9, fill=(1, 2, 3))(torch.zeros(3, 4, 4, dtype=torch.uint8))
     assert torch.equal(image, torch.tensor([1, 2, 3], dtype=torch.uint8)[:, None, None].expand(3, 4, 4))

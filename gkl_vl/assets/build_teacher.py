@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from gkl_vl.export.cards import ClipCard
+from gkl_vl.export.cards import ClipCard, RunFacts
 from gkl_vl.export.hub import export_clip
 from gkl_vl.models.clip import BUNDLED_TEACHER, load_clip
 from gkl_vl.training.checkpoint import RunFolder
@@ -26,11 +26,13 @@ def ship(run: RunFolder, folder: Path) -> None:
         teacher=None,
         license="mit",
         datasets=["bundled emoji (Noto, Twemoji)"],
-        command=config["command"],
-        commit=config["commit"],
-        steps=last,
-        seed=config["seed"],
-        metrics=[record for record in records if "model" in record and record["step"] == last],
+        run=RunFacts(
+            command=config["command"],
+            commit=config["commit"],
+            steps=last,
+            seed=config["seed"],
+            metrics=[record for record in records if "model" in record and record["step"] == last],
+        ),
     )
     clip = load_clip(f"local-dir:{run.path / 'model'}")
     export_clip(clip=clip, folder=folder, card=card, dtype=torch.float16, transformers=False)

@@ -1,4 +1,4 @@
-"""Augmentations: functions of a PIL image that return a uint8 tensor [3, h, w].
+"""Augmentations: functions of a PIL image that return a uint8 tensor [3, h, w]; and crops of a batch of tensors.
 
 Axis letters: n = images of a batch, h w = pixels.
 """
@@ -13,6 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+_USB_GREY = (125, 123, 114)
+"""Fill colour of USB's Cutout."""
+
 
 def light_augmentation(size: int) -> Callable[[Image.Image], torch.Tensor]:
     """open_clip's default: a random crop of 90 to 100 % of the area, resized. PIL -> uint8 [3, size, size]."""
@@ -21,7 +24,7 @@ def light_augmentation(size: int) -> Callable[[Image.Image], torch.Tensor]:
 
 
 def drawing_augmentation(size: int) -> Callable[[Image.Image], torch.Tensor]:
-    """To learn the bundled emoji from scratch, as their teacher did. PIL -> uint8 [3, size, size]."""
+    """For training from scratch on the bundled emoji, as for their teacher. PIL -> uint8 [3, size, size]."""
     return _drawing_views(
         size, turn=15.0, shift=0.08, zoom=(0.75, 1.15), shear=10.0, crop=(0.6, 1.0), ratio=(0.8, 1.25),
         colour=(0.5, 0.5, 0.6, 0.08), colour_p=0.8, grey_p=0.2, erase_p=0.3,
@@ -29,9 +32,9 @@ def drawing_augmentation(size: int) -> Callable[[Image.Image], torch.Tensor]:
 
 
 def mild_drawing_augmentation(size: int) -> Callable[[Image.Image], torch.Tensor]:
-    """To distil them: a small student in a short run, whose targets are the teacher's word on each view.
+    """For distillation on the bundled emoji: a small student in a short run, with the teacher's output on each view.
 
-    Over `drawing_augmentation` it won 6 points of top-1 (recipes/README.md). PIL -> uint8 [3, size, size].
+    Gains 6 points of top-1 over `drawing_augmentation` (recipes/README.md). PIL -> uint8 [3, size, size].
     """
     return _drawing_views(
         size, turn=8.0, shift=0.05, zoom=(0.85, 1.1), shear=5.0, crop=(0.8, 1.0), ratio=(0.9, 1.11),
@@ -53,7 +56,7 @@ def _drawing_views(
     grey_p: float,
     erase_p: float,
 ) -> Callable[[Image.Image], torch.Tensor]:
-    """What may change between two drawings of one thing, and no mirror: it swaps meanings."""
+    """Variations between two drawings of one thing. No horizontal flip, because it changes meanings."""
     bilinear = v2.InterpolationMode.BILINEAR
     return v2.Compose(
         [
@@ -69,83 +72,40 @@ def _drawing_views(
     )
 
 
-def apply_seeded(augment: Callable[[Image.Image], torch.Tensor], image: Image.Image, seed: int) -> torch.Tensor:
-    """The augmentation drawn by `seed`, whatever the process's own generator holds, which stays untouched.
-
-    Only the CPU's generator: torch.manual_seed and fork_rng look after every device, at a quarter of a millisecond.
-    """
-    before = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        return augment(image)
-    finally:
-        torch.default_generator.set_state(before)
-
-
-_USB_GREY = (125, 123, 114)
-
-
-def cropped(
-    images: UInt8[Tensor, "n 3 h w"],
-    shifts: Int[Tensor, "n 2"],
-    flips: Bool[Tensor, " n"],
-    padding: int,
-    *,
-    reflect: bool = False,
-) -> UInt8[Tensor, "n 3 h w"]:
-    """Parts of the padded images, as large as these, from the given corners, and some of them flipped."""
-    n, _, h, w = images.shape
-    padded = F.pad(images, (padding,) * 4, mode="reflect" if reflect else "constant")
-    rows = shifts[:, :1] + torch.arange(h)
-    columns = torch.arange(w).expand(n, w)
-    columns = shifts[:, 1:] + torch.where(flips[:, None], columns.flip(1), columns)
-    pixels = padded.permute(0, 2, 3, 1)[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return pixels.permute(0, 3, 1, 2)
-
-
-def describe(transform: Any) -> str:
-    """All settings of a torchvision transform, which its repr does not show: RandomApply's leaves `p` out."""
-    if isinstance(transform, list | tuple):
-        return f"[{', '.join(map(describe, transform))}]"
-    if not isinstance(transform, nn.Module):
-        return repr(transform)
-    settings = {name: value for name, value in vars(transform).items() if not name.startswith("_")}
-    told = ", ".join(f"{name}={describe(value)}" for name, value in sorted(settings.items()))
-    return f"{type(transform).__qualname__}({told})"
-
-
 def imagenet_augmentation(size: int) -> Callable[[Image.Image], Tensor]:
-    """A random part of 8 to 100 % of the area, flipped half the time: the classical training augmentation."""
+    """The standard training augmentation: a random crop of 8 to 100 % of the area, flipped half the time."""
     return v2.Compose([v2.PILToTensor(), v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
 
 
 def imagenet_center(size: int) -> Callable[[Image.Image], Tensor]:
-    """The evaluation transform: the shorter side to size / 0.875, then the centre."""
+    """The evaluation transform: resizes the shorter side to size / 0.875, then crops the centre."""
     return v2.Compose([v2.PILToTensor(), v2.Resize(round(size / 0.875), antialias=True), v2.CenterCrop(size)])
 
 
 def cifar_autoaugment(size: int, *, cutout: int) -> Callable[[Image.Image], Tensor]:
-    """Crop with padding 4, flip, AutoAugment's CIFAR-10 policy on grey, then a square of `cutout` pixels off, 0 = none.
+    """Crop with padding 4, flip, AutoAugment's CIFAR-10 policy on grey, then `Cutout` of `cutout` pixels, 0 = none.
 
-    Source: Cubuk et al. 2019. The port that DAJAT took (DeepVoltaire/AutoAugment) shears bicubically, and rotates one
-    way only; this is torchvision's.
+    Source: Cubuk et al. 2019. This is torchvision's implementation; the port that DAJAT uses
+    (DeepVoltaire/AutoAugment) shears bicubically and rotates in one direction only.
     """
     policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, fill=128)
-    drawn = [v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip(), policy, v2.PILToTensor()]
-    return v2.Compose([*drawn, Cutout(cutout)] if cutout else drawn)
+    steps = [v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip(), policy, v2.PILToTensor()]
+    return v2.Compose([*steps, Cutout(cutout)] if cutout else steps)
 
 
 def cifar_cutout(size: int) -> Callable[[Image.Image], Tensor]:
-    """Crop with padding 4, flip, and a square of half the size off."""
+    """Crop with padding 4, flip, and `Cutout` of half the size."""
     return v2.Compose([v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip(), v2.PILToTensor(), Cutout(size // 2)])
 
 
 def randaugment_cutout(size: int, *, upside_down: bool) -> Callable[[Image.Image], Tensor]:
-    """The strong view of FixMatch as USB has it: crop, flip, three operations of random strength, a grey square.
+    """FixMatch's strong augmentation as in USB: crop, flip, three operations of random strength, a grey square.
 
     Each operation is one of RandAugment's, at one of its 31 strengths, drawn uniformly; the square is 0 to half the
-    image wide. They are torchvision's operations, which shift by up to 45 % where USB's shift by 30 %, and brighten
-    and saturate where USB's only darken and fade.
+    image wide. The operations are torchvision's: they translate by up to 45 % (USB's by 30 %), and brighten and
+    saturate as well (USB's only darken and desaturate).
+
+    `upside_down` adds vertical flips.
 
     Source: Cubuk et al., arXiv 1909.13719; USB, `semilearn/datasets/augmentation/randaugment.py`.
     """
@@ -157,7 +117,7 @@ def randaugment_cutout(size: int, *, upside_down: bool) -> Callable[[Image.Image
 
 
 class Cutout(nn.Module):
-    """A square of one colour, `size` pixels wide; its centre is anywhere, and what lies beyond the border is cut off.
+    """Fills a square of `size` pixels with one colour; its centre is any pixel, so the border may clip it.
 
     Source: DeVries and Taylor 2017, `Cutout/util/cutout.py`. RandomErasing keeps its square within the image.
     """
@@ -173,3 +133,45 @@ class Cutout(nn.Module):
         square = image[:, max(top, 0) : top + self.size, max(left, 0) : left + self.size]
         square[:] = torch.tensor(self.fill, dtype=torch.uint8)[:, None, None]
         return image
+
+
+def apply_seeded(augment: Callable[[Image.Image], torch.Tensor], image: Image.Image, seed: int) -> torch.Tensor:
+    """Applies the augmentation with random draws from `seed`. The state of the global generator is restored.
+
+    Only the CPU's generator is seeded: torch.manual_seed and fork_rng handle every device, which takes 0.25 ms.
+    """
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        return augment(image)
+    finally:
+        torch.default_generator.set_state(before)
+
+
+def describe(transform: Any) -> str:
+    """A text of all settings of a torchvision transform. Its repr is incomplete: RandomApply's lacks `p`."""
+    if isinstance(transform, list | tuple):
+        return f"[{', '.join(map(describe, transform))}]"
+    if not isinstance(transform, nn.Module):
+        return repr(transform)
+    settings = {name: value for name, value in vars(transform).items() if not name.startswith("_")}
+    arguments = ", ".join(f"{name}={describe(value)}" for name, value in sorted(settings.items()))
+    return f"{type(transform).__qualname__}({arguments})"
+
+
+def cropped(
+    images: UInt8[Tensor, "n 3 h w"],
+    shifts: Int[Tensor, "n 2"],
+    flips: Bool[Tensor, " n"],
+    padding: int,
+    *,
+    reflect: bool = False,
+) -> UInt8[Tensor, "n 3 h w"]:
+    """Crops the padded images to their original size at the given corners, and flips the chosen ones horizontally."""
+    n, _, h, w = images.shape
+    padded = F.pad(images, (padding,) * 4, mode="reflect" if reflect else "constant")
+    rows = shifts[:, :1] + torch.arange(h)
+    columns = torch.arange(w).expand(n, w)
+    columns = shifts[:, 1:] + torch.where(flips[:, None], columns.flip(1), columns)
+    pixels = padded.permute(0, 2, 3, 1)[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return pixels.permute(0, 3, 1, 2)

@@ -1,7 +1,6 @@
-"""Few images with labels and many without: which ones keep their label, and the batches of both.
+"""Splits for semi-supervised training: which images keep their label, drawn by seed or read from a file.
 
-Axis letters: N = images of the training split, m = those that keep their label, M = images without label (the others',
-all of the split's, or more), n = labelled images of a batch, u = its images without label, C = classes.
+Axis letters: N = images of the training split, m = images that keep their label.
 """
 
 from pathlib import Path
@@ -16,18 +15,16 @@ from gkl_vl.data.labelled import LabelledSet
 from gkl_vl.errors import UserError, first_line
 
 UNKNOWN = -1
-"""The hidden label of an image that has none."""
-
-
-# ---- which images keep their label -------------------------------------------------------------------------------
+"""The hidden label of an image without label."""
 
 
 def draw_labelled(data: LabelledSet, *, num_labels: int, seed: int) -> Int64[Tensor, " m"]:
-    """The images that keep their label, as many of each class, in order.
+    """Indices of the images that keep their label: the same number of each class, in ascending order.
 
-    Of each class those whose digest of (seed, number) is smallest: the same on every platform and version of torch.
+    Of each class, the images with the smallest hash of (seed, index): the same on every platform and version of torch.
 
-    Raises: UserError for fewer labels than classes, a number that the classes cannot share, or too small a class.
+    Raises: UserError for fewer labels than classes, a number not divisible by the classes, or a class with too few
+        images.
     """
     classes = data.num_classes
     if num_labels < classes:
@@ -37,7 +34,8 @@ def draw_labelled(data: LabelledSet, *, num_labels: int, seed: int) -> Int64[Ten
     if num_labels % classes:
         near = num_labels - num_labels % classes
         raise UserError(
-            f"--num-labels {num_labels} cannot be shared by {classes} classes alike: take {near} or {near + classes}"
+            f"--num-labels {num_labels} is not divisible by the {classes} classes of {data.name}: use {near} or "
+            f"{near + classes}"
         )
     each, counts = num_labels // classes, data.counts()
     if counts.min() < each:
@@ -53,44 +51,44 @@ def draw_labelled(data: LabelledSet, *, num_labels: int, seed: int) -> Int64[Ten
 
 
 def read_labelled(file: str, data: LabelledSet) -> Int64[Tensor, " m"]:
-    """The images that a file lets keep their label.
+    """Reads the indices of the images that keep their label.
 
     Args:
-        file: `.npy` = numbers of images, as USB saves them (`lb_labels40_1.0_seed0_idx.npy`), as many of each class.
-            They count in torchvision's order, which CIFAR's own files have and parquet on the Hub has not. Else lines
-            `NUMBER LABEL`, see `labelled_lines`, or `NUMBER` alone.
+        file: `.npy` = indices as saved by USB (`lb_labels40_1.0_seed0_idx.npy`), the same number of each class. They
+            refer to torchvision's order, that is the order of CIFAR's own files and not of parquet on the Hub. Any
+            other file has lines `NUMBER LABEL`, see `labelled_lines`, or `NUMBER` alone.
 
     Raises:
-        UserError: a file that is not there or says something else; numbers or labels that the data does not have,
-            labels that are not the data's: it is of another set; an image twice; a class without any.
+        UserError: a missing or malformed file; indices or labels out of range; labels that differ from those of the
+            data, which means another data set; an image listed twice; a class without images.
     """
     if not Path(file).is_file():
         raise UserError(f"--labelled {file!r} does not exist")
-    index, labels = _numpy_file(file) if file.endswith(".npy") else _lines(file)
+    index, labels = _read_npy(file) if file.endswith(".npy") else _read_lines(file)
     if not len(index):
         raise UserError(f"--labelled {file!r} names no image")
-    beyond = index[(index < 0) | (index >= len(data))]
-    if len(beyond):
+    outside = index[(index < 0) | (index >= len(data))]
+    if len(outside):
         raise UserError(
-            f"--labelled {file!r} names image {int(beyond[0])}, {data.name} has 0 to {len(data) - 1}: it is of another "
-            "data set"
+            f"--labelled {file!r} names image {int(outside[0])}, {data.name} has 0 to {len(data) - 1}: it is of "
+            "another data set"
         )
-    strange = labels[(labels != UNKNOWN) & ((labels < 0) | (labels >= data.num_classes))]
-    if len(strange):
+    invalid = labels[(labels != UNKNOWN) & ((labels < 0) | (labels >= data.num_classes))]
+    if len(invalid):
         raise UserError(
-            f"--labelled {file!r} has the label {int(strange[0])}, the {data.num_classes} classes of {data.name} end "
+            f"--labelled {file!r} has the label {int(invalid[0])}, the {data.num_classes} classes of {data.name} end "
             f"at {data.num_classes - 1}: it is of another data set"
         )
-    other = ((labels != UNKNOWN) & (labels != data.labels[index])).nonzero().flatten()
-    if len(other):
-        at = int(index[other[0]])
+    different = ((labels != UNKNOWN) & (labels != data.labels[index])).nonzero().flatten()
+    if len(different):
+        image = int(index[different[0]])
         raise UserError(
-            f"--labelled {file!r} says {int(labels[other[0]])} for image {at}, {data.name} {int(data.labels[at])}: it "
-            "is of another data set"
+            f"--labelled {file!r} has the label {int(labels[different[0]])} for image {image}, {data.name} has "
+            f"{int(data.labels[image])}: it is of another data set"
         )
     if len(index.unique()) < len(index):
-        twice = torch.bincount(index).argmax()
-        raise UserError(f"--labelled {file!r} names image {int(twice)} more than once")
+        repeated = torch.bincount(index).argmax()
+        raise UserError(f"--labelled {file!r} names image {int(repeated)} more than once")
     missing = (torch.bincount(data.labels[index], minlength=data.num_classes) == 0).nonzero().flatten()
     if len(missing):
         raise UserError(
@@ -101,8 +99,13 @@ def read_labelled(file: str, data: LabelledSet) -> Int64[Tensor, " m"]:
     return index
 
 
+def labelled_lines(index: Int[Tensor, " m"], labels: Int[Tensor, " N"]) -> str:
+    """The file content that `read_labelled` reads: a line `NUMBER LABEL` for each image that keeps its label."""
+    return "".join(f"{i} {labels[i]}\n" for i in index.tolist())
+
+
 def _require_balance(file: str, data: LabelledSet, index: Int64[Tensor, " m"]) -> None:
-    """Numbers alone do not say what they are of; of another set, or in another order, they would be out of balance."""
+    """Raises: UserError for unequal class counts, which indicate indices of another data set or order."""
     counts = torch.bincount(data.labels[index], minlength=data.num_classes)
     if counts.min() < counts.max():
         most, least = int(counts.argmax()), int(counts.argmin())
@@ -113,20 +116,22 @@ def _require_balance(file: str, data: LabelledSet, index: Int64[Tensor, " m"]) -
         )
 
 
-def _numpy_file(file: str) -> tuple[Int64[Tensor, " m"], Int64[Tensor, " m"]]:
+def _read_npy(file: str) -> tuple[Int64[Tensor, " m"], Int64[Tensor, " m"]]:
+    """Indices, and `UNKNOWN` for each."""
     try:
         numbers = np.load(file, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise UserError(f"--labelled {file!r} cannot be read as .npy ({first_line(error)})") from error
     if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
         raise UserError(
-            f"--labelled {file!r} holds {numbers.dtype} of shape {list(numbers.shape)}: expected a row of whole numbers"
+            f"--labelled {file!r} holds {numbers.dtype} of shape {list(numbers.shape)}: expected 1-D integers"
         )
     index = torch.from_numpy(numbers.astype(np.int64))
     return index, torch.full_like(index, UNKNOWN)
 
 
-def _lines(file: str) -> tuple[Int64[Tensor, " m"], Int64[Tensor, " m"]]:
+def _read_lines(file: str) -> tuple[Int64[Tensor, " m"], Int64[Tensor, " m"]]:
+    """Indices and labels; `UNKNOWN` on lines without label."""
     rows = []
     for number, line in enumerate(Path(file).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         words = line.split()
@@ -135,8 +140,3 @@ def _lines(file: str) -> tuple[Int64[Tensor, " m"], Int64[Tensor, " m"]]:
         rows.append((int(words[0]), int(words[1]) if len(words) == 2 else UNKNOWN))
     index, labels = torch.tensor(rows, dtype=torch.int64).reshape(-1, 2).unbind(dim=1)
     return index, labels
-
-
-def labelled_lines(index: Int[Tensor, " m"], labels: Int[Tensor, " N"]) -> str:
-    """What `read_labelled` reads: a line `NUMBER LABEL` of each image that keeps its label."""
-    return "".join(f"{i} {labels[i]}\n" for i in index.tolist())

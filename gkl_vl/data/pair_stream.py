@@ -1,6 +1,7 @@
 """Batches of image-text pairs from a `Source`, with a position from which a run resumes exactly.
 
-The loader shards by rank and worker itself: do not hand it to `accelerator.prepare`.
+Random draws for a pair depend only on (seed, epoch, key), so that a stream resumes at any pair, bit for bit, without
+decoding the earlier ones. The loader shards by rank and worker itself: do not hand it to `accelerator.prepare`.
 """
 
 import random
@@ -19,10 +20,11 @@ from gkl_vl.data.pairs import RawPair, Source
 from gkl_vl.errors import UserError
 
 BROKEN_WINDOW, BROKEN_SHARE = 1000, 0.05
+"""A worker stops if more than BROKEN_SHARE * BROKEN_WINDOW of its first BROKEN_WINDOW pairs are broken."""
 
 
 def usable_captions(pair: RawPair) -> list[str]:
-    """The captions that are not empty. Raises BrokenSample when none is left."""
+    """The captions that are not empty. Raises: BrokenSample if there are none."""
     captions = [caption.strip() for caption in pair.captions if caption and caption.strip()]
     if not captions:
         raise BrokenSample("no caption")
@@ -31,38 +33,38 @@ def usable_captions(pair: RawPair) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """How far one worker has come."""
+    """Progress of one worker."""
 
     epoch: int = 0
     used: int = 0
-    """Pairs of this epoch that are behind, usable or not; an earlier epoch need not be read again."""
+    """Pairs of this epoch that were consumed, usable or not; earlier epochs need not be read again."""
     seen: int = 0
-    """Pairs of all epochs."""
+    """Pairs of all epochs that were consumed."""
     skipped: int = 0
-    """Broken ones among them."""
+    """Broken pairs among `seen`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """How far a rank's stream has come: batches taken, and the place of each worker. JSON keeps it as lists."""
+    """Progress of a rank's stream: batches taken, and the place of each worker. JSON stores places as lists."""
 
     batches: int
     places: tuple[Place, ...]
 
     @staticmethod
     def of(stored: dict[str, Any]) -> "Position":
-        """The position that `PairLoader.position()` gave, also after a way through JSON."""
+        """The position that `PairLoader.position()` returned, also after a round trip through JSON."""
         return Position(stored["batches"], tuple(Place(*place) for place in stored["places"]))
 
 
 class PairStream(IterableDataset):
-    """Endless batches of one rank: {"image": uint8 [n, 3, r, r], "keys", "text", "text_ids", ...} as dicts.
+    """Endless batches of one rank as dicts: {"image": uint8 [n, 3, r, r], "keys", "text", "text_ids", ...}.
 
-    `tokenizers` maps the key that a batch gets to a tokenizer: {"text": student's, "teacher_text": teacher's}. Of a
-    source without captions there are images and keys alone.
-    With `stored_views`, uint8 [pairs, views, 3, r, r], an image is one of its stored views, a new one each epoch, in
-    place of a fresh augmentation; a batch then also has `view_rows` and `caption_rows` = (row in the set, number of the
-    view or caption), by which stored teacher embeddings are found.
+    `tokenizers` maps keys of the batch to tokenizers: {"text": student's, "teacher_text": teacher's}. Batches of a
+    source without captions have only images and keys.
+    With `stored_views`, uint8 [pairs, views, 3, r, r], an image is one of its stored views, a different one each epoch,
+    instead of a new augmentation; a batch then also has `view_rows` and `caption_rows` = (row in the set, number of the
+    view or caption), the indices of stored teacher embeddings.
     """
 
     def __init__(
@@ -101,18 +103,18 @@ class PairStream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
             yield from self._batches()
-        except UserError as error:  # as data: a worker's exception would arrive with its traceback in the message
+        except UserError as error:  # as data: a worker's exception would be raised with its traceback in the message
             yield {"error": str(error)}
 
     def _batches(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         parts = max(self.num_workers, 1)
-        # The loader asks its workers in turn, from 0: after k batches it is the turn of worker k mod parts.
+        # The DataLoader takes batches from its workers in turn, from 0: after k batches worker k mod parts is next.
         worker = ((info.id if info else 0) + self.start.batches) % parts
         part, num_parts = self.rank * parts + worker, self.world_size * parts
         start = self.start.places[worker]
         seen, skipped = start.seen, start.skipped
-        named: list[str] = []
+        examples: list[str] = []
         samples: list[dict[str, Any]] = []
         for epoch, used, pair in self._pairs(part, num_parts, start):
             seen += 1
@@ -120,23 +122,23 @@ class PairStream(IterableDataset):
                 samples.append(self._sample(pair, epoch))
             except BrokenSample as error:
                 skipped += 1
-                named = [*named, f"{pair.key} ({error})"][:3]
+                examples = [*examples, f"{pair.key} ({error})"][:3]
                 if skipped > BROKEN_SHARE * BROKEN_WINDOW and seen <= BROKEN_WINDOW:
                     raise UserError(
                         f"{skipped} of the first {seen} {self.source.things} of {self.source.name!r} are broken, "
-                        f"among them {'; '.join(named)}: mend the data"
+                        f"among them {'; '.join(examples)}: repair the data"
                     ) from error
             if len(samples) == self.batch_size:
                 yield self._collate(samples) | {"worker": worker, "place": Place(epoch, used, seen, skipped)}
                 samples = []
 
     def _pairs(self, part: int, num_parts: int, start: Place) -> Iterator[tuple[int, int, RawPair]]:
-        """(epoch, how many of the epoch are used with this one, pair) from `start` on, without end."""
+        """Yields (epoch, pairs of it used up to and including this one, pair) from `start` on, endlessly."""
         for epoch in count(start.epoch):
-            behind = start.used if epoch == start.epoch else 0
-            used = behind
+            offset = start.used if epoch == start.epoch else 0
+            used = offset
             pairs = self.source.epoch(self.seed, epoch, part, num_parts)
-            for used, pair in enumerate(islice(pairs, behind, None), behind + 1):
+            for used, pair in enumerate(islice(pairs, offset, None), offset + 1):
                 yield epoch, used, pair
             if not used:
                 kind = "image-text pair" if self.source.captioned else "image"
@@ -173,7 +175,7 @@ class PairStream(IterableDataset):
 
 
 class PairLoader:
-    """Batches of a `PairStream` through worker processes, with the position after each: the loop's view of the data."""
+    """Batches of a `PairStream` from worker processes, with the position after each: the training loop's `Loader`."""
 
     def __init__(self, stream: PairStream, *, pin_memory: bool = False):
         self.stream = stream
@@ -185,7 +187,7 @@ class PairLoader:
             pin_memory=pin_memory,
             prefetch_factor=4 if stream.num_workers else None,
             persistent_workers=stream.num_workers > 0,
-            # It draws a seed when it starts: from its own generator, or a resumed run would be one draw ahead.
+            # DataLoader draws a seed when it starts; from the global generator, a resumed run would be one draw ahead.
             generator=torch.Generator(),
         )
 
@@ -194,7 +196,7 @@ class PairLoader:
         self._taken = self.stream.start.batches
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self._rewind()  # the stream starts over as well
+        self._rewind()  # the stream restarts as well
         for batch in self.loader:
             if "error" in batch:
                 raise UserError(batch["error"])
@@ -203,9 +205,9 @@ class PairLoader:
             yield batch
 
     def position(self) -> dict[str, Any]:
-        """Where the stream stands after the last batch taken; `Position.of` starts another one there."""
+        """The position after the last batch taken, from which another stream starts (`Position.of`)."""
         return {"batches": self._taken, "places": [astuple(place) for place in self._places]}
 
     def num_skipped(self) -> int:
-        """Broken pairs passed over by this rank so far."""
+        """Broken pairs that this rank has skipped so far."""
         return sum(place.skipped for place in self._places)

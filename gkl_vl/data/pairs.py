@@ -1,10 +1,10 @@
-"""Image-text pairs for training: from web shards, Hub datasets, parquet, CSV, or the bundled emoji, to batches.
+"""Sources of image-text pairs for training: web shards, Hub datasets, parquet, CSV, or the bundled emoji.
 
-Where a teacher says what is in them, images alone will do: `open_images`.
+`open_images` opens images without captions, for training on a teacher's outputs.
 
-A source yields one epoch of undecoded pairs for one part of many (a part = one worker of one rank). Everything random
-follows from (seed, epoch, key), so that a stream can be taken up again at any pair, bit for bit, without decoding what
-was already used. The loader shards by rank and worker itself: do not hand it to `accelerator.prepare`.
+A source yields one epoch of undecoded pairs for one part of many (a part = one worker of one rank). Their order is a
+pure function of (seed, epoch, part, parts), so that `pair_stream.py` can resume at any pair without decoding the
+earlier ones.
 """
 
 import csv
@@ -33,53 +33,51 @@ from gkl_vl.data.files import (
 from gkl_vl.errors import UserError
 
 SHUFFLE_BUFFER = 2000
-
+"""Size of the buffer in which the pairs of shards are shuffled."""
 BUNDLED = Path(__file__).parents[1] / "assets" / "emoji"
+"""Folder of the bundled emoji."""
 
 
 @dataclass(frozen=True, slots=True)
 class RawPair:
-    """One image with its captions, not decoded yet."""
+    """One image with its captions, not decoded."""
 
     key: str
     image: Any  # encoded bytes, a path, or a PIL image
     captions: tuple[str, ...]
-    row: int = -1  # position in a set that fits in memory, for stored teacher embeddings
+    row: int = -1  # index in a set that is kept in memory, for stored teacher embeddings
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where pairs come from."""
+    """Pairs, read epoch by epoch in disjoint parts."""
 
     name: str
     num_pairs: int | None
-    """Pairs in one epoch; None where the shards do not say."""
+    """Pairs in one epoch; None if unknown, for shards without sizes."""
     num_parts: int | None
-    """The most parts it can be split into; None = any number."""
+    """Largest number of parts it can be split into; None = no limit."""
     epoch: Callable[[int, int, int, int], Iterator[RawPair]]
-    """(seed, epoch, part, parts) -> the pairs of that part, shuffled, none of them in another part."""
+    """(seed, epoch, part, parts) -> the pairs of that part, shuffled; parts are disjoint."""
     captioned: bool = True
-    """False = captions are not asked for, and batches have no text."""
+    """False = captions are not read, and batches have no text."""
     classnames: tuple[str, ...] | None = None
-    """Of the classes that images without captions are sorted into; None where the source knows of none."""
+    """Names of the classes that images without captions are sorted into; None if the source has none."""
 
     @property
     def things(self) -> str:
-        """What it holds, for messages."""
+        """Noun for the elements, for messages."""
         return "pairs" if self.captioned else "images"
 
 
-# ---- sources -----------------------------------------------------------------------------------------------------
-
-
 def open_source(train_data: str | None, *, columns: tuple[str, str] | None = None) -> Source:
-    """The source that `--train-data` names.
+    """Opens the source that `--train-data` names.
 
     None = the bundled emoji. `a-{000..9}.tar::b.tar` = web shards. `x.csv`, `x.tsv` = a table with columns `filepath`
     and `title`. `x.parquet`, a folder of parquet files, or a Hub dataset id (`org/name` or `org/name:split`) = a table
-    with columns `image` and `caption`. `columns` renames the two.
+    with columns `image` and `caption`. `columns` replaces these two names.
 
-    Raises: UserError for what cannot be found.
+    Raises: UserError for a source that does not exist.
     """
     if train_data is None:
         pairs = bundled_pairs()
@@ -89,33 +87,33 @@ def open_source(train_data: str | None, *, columns: tuple[str, str] | None = Non
     if train_data.endswith((".csv", ".tsv")):
         return memory_source(train_data, read_csv(train_data, *(columns or ("filepath", "title"))))
     image_column, caption_column = columns or ("image", "caption")
-    return table_source(train_data, read_table(train_data, asked="--train-data"), image_column, caption_column)
+    return table_source(train_data, read_table(train_data, flag="--train-data"), image_column, caption_column)
 
 
-def open_images(data: str, *, columns: tuple[str, str] | None = None) -> Source:
-    """The images that `--unlabelled` names. Captions and labels beside them are not read.
+def open_images(data: str | None, *, column: str | None = None) -> Source:
+    """Opens the images that `--train-data` names. Their captions and labels are not read.
 
-    `bundled` = the training drawings of the bundled emoji. Shards, tables and Hub datasets are named as for
-    `open_source`; the image column is `filepath` in CSV, elsewhere `img` or `image`, or the first of `columns`. A
-    folder without parquet = the images in it at any depth.
+    None = the training drawings of the bundled emoji. Shards, tables and Hub datasets are named as for
+    `open_source`; the image column is `filepath` in CSV, elsewhere `img` or `image`; `column` is another. A folder
+    without parquet = the images in it at any depth.
 
-    The class names are those of a table's ClassLabel or of the folders where all images lie in FOLDER/CLASS/, with
-    spaces for "_".
+    Class names come from a table's ClassLabel, or from the folders if all images are in FOLDER/CLASS/; "_" becomes a
+    space.
 
-    Raises: UserError for what cannot be found.
+    Raises: UserError for a source that does not exist.
     """
-    if data == "bundled":
+    if data is None:
         names = tuple((BUNDLED / "classnames.txt").read_text(encoding="utf-8").splitlines())
         return _uncaptioned(memory_source("emoji", bundled_pairs()), names)
     if ".tar" in data:
         return _uncaptioned(shard_source(data), None)
     if data.endswith((".csv", ".tsv")):
-        return _uncaptioned(memory_source(data, read_csv(data, columns[0] if columns else "filepath", None)), None)
+        return _uncaptioned(memory_source(data, read_csv(data, column or "filepath", None)), None)
     if Path(data).is_dir() and not any(Path(data).rglob("*.parquet")):
         pairs = image_files(data)
         return _uncaptioned(memory_source(data, pairs), _class_folders(pairs))
-    table = read_table(data, asked="--unlabelled")
-    column = columns[0] if columns else usual_column(IMAGE_COLUMNS, table.column_names)
+    table = read_table(data, flag="--train-data")
+    column = column or usual_column(IMAGE_COLUMNS, table.column_names)
     return _uncaptioned(table_source(data, table, column, None), _class_labels(table))
 
 
@@ -124,7 +122,7 @@ def _uncaptioned(source: Source, classnames: tuple[str, ...] | None) -> Source:
 
 
 def image_files(folder: str) -> list[RawPair]:
-    """The images of a folder at any depth, in order of their paths. Raises: UserError where there is none."""
+    """The images of a folder at any depth, sorted by path. Raises: UserError if it has none."""
     files = (path.relative_to(folder) for path in Path(folder).rglob("*") if path.suffix[1:].lower() in IMAGE_SUFFIXES)
     pairs = [RawPair(file.as_posix(), str(Path(folder) / file), ()) for file in sorted(files)]
     if not pairs:
@@ -136,7 +134,7 @@ def image_files(folder: str) -> list[RawPair]:
 
 
 def _class_folders(pairs: Sequence[RawPair]) -> tuple[str, ...] | None:
-    """One folder, or folders of folders, are a place for images and no classes."""
+    """Class names by folder; None for a single folder or images at another depth: those folders are not classes."""
     folders = sorted({pair.key.rpartition("/")[0] for pair in pairs})
     if len(folders) < 2 or not all(folder and "/" not in folder for folder in folders):
         return None
@@ -144,10 +142,10 @@ def _class_folders(pairs: Sequence[RawPair]) -> tuple[str, ...] | None:
 
 
 def _class_labels(table: Any) -> tuple[str, ...] | None:
-    """Of a `datasets.Dataset`."""
+    """Class names of a `datasets.Dataset`; None if it has no ClassLabel."""
     import datasets
 
-    labels = {name: of for name, of in table.features.items() if isinstance(of, datasets.ClassLabel)}
+    labels = {name: feature for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)}
     column = next((name for name in (*LABEL_COLUMNS, *labels) if name in labels), None)
     return None if column is None else tuple(name.replace("_", " ") for name in labels[column].names)
 
@@ -159,7 +157,7 @@ def bundled_pairs() -> list[RawPair]:
 
 
 def memory_source(name: str, pairs: Sequence[RawPair]) -> Source:
-    """Pairs in a list: every epoch a new permutation, each part takes every parts-th of it."""
+    """Pairs in a list: each epoch is a new permutation, of which each part takes every parts-th pair."""
 
     def epoch(seed: int, number: int, part: int, parts: int) -> Iterator[RawPair]:
         order = list(range(len(pairs)))
@@ -170,7 +168,7 @@ def memory_source(name: str, pairs: Sequence[RawPair]) -> Source:
 
 
 def read_csv(path: str, image_column: str, caption_column: str | None) -> list[RawPair]:
-    """A CSV or TSV file with a header; image paths are absolute or relative to the file."""
+    """Reads a CSV or TSV file with a header; image paths are absolute or relative to the file."""
     if not Path(path).is_file():
         raise UserError(f"the table {path!r} does not exist")
     with open(path, newline="", encoding="utf-8") as file:
@@ -190,10 +188,10 @@ def read_csv(path: str, image_column: str, caption_column: str | None) -> list[R
     ]
 
 
-def read_table(name: str, *, asked: str) -> Any:
-    """A parquet file, a folder of them, or a dataset on the Hub, memory-mapped: a `datasets.Dataset`.
+def read_table(name: str, *, flag: str) -> Any:
+    """Opens a parquet file, a folder of them, or a dataset on the Hub, memory-mapped: a `datasets.Dataset`.
 
-    Raises: UserError where there is none; `asked` is the flag that names it.
+    Raises: UserError if it does not exist; the message names the command-line `flag`.
     """
     import datasets
 
@@ -201,14 +199,14 @@ def read_table(name: str, *, asked: str) -> Any:
     if path.endswith(".parquet") or Path(path).is_dir():
         files = sorted(str(f) for f in ([Path(path)] if path.endswith(".parquet") else Path(path).rglob("*.parquet")))
         if not files or not Path(files[0]).is_file():
-            raise UserError(f"{asked} {path!r} holds no parquet file (shards are written as {path}/{{0000..9999}}.tar)")
+            raise UserError(f"{flag} {path!r} holds no parquet file (shards are written as {path}/{{0000..9999}}.tar)")
         return datasets.load_dataset("parquet", data_files=files, split="train")
     hint = "shards end in .tar, tables in .csv, .tsv or .parquet"
-    return hub_table(path, split or "train", asked=f"{asked} {name!r}", hint=hint)
+    return hub_table(path, split or "train", subject=f"{flag} {name!r}", hint=hint)
 
 
 def table_source(name: str, table: Any, image_column: str, caption_column: str | None) -> Source:
-    """The pairs of a `datasets.Dataset`, or without a caption column its images."""
+    """The pairs of a `datasets.Dataset`; without a caption column, its images."""
     need_columns(name, table.column_names, image_column, caption_column)
     table = table.select_columns([image_column] + ([caption_column] if caption_column else []))
     table = undecoded(table, image_column)
@@ -228,7 +226,7 @@ def table_source(name: str, table: Any, image_column: str, caption_column: str |
 
 
 def shard_source(spec: str) -> Source:
-    """WebDataset shards, `::` between sources, braces expanded. A part reads its own shards, shuffled in a buffer."""
+    """WebDataset shards: `::` separates sources, braces expand. A part reads its own shards, shuffled in a buffer."""
     urls = [url for part in spec.split("::") for url in expand_urls(part)]
     missing = [url for url in urls if is_local(url) and not Path(url).is_file()]
     if missing:
@@ -245,7 +243,7 @@ def shard_source(spec: str) -> Source:
 
 
 def _num_pairs_in(urls: list[str]) -> int | None:
-    """What `sizes.json` or `__len__` beside the shards says; None if any folder says nothing."""
+    """Total from `sizes.json` or `__len__` beside the shards; None if a shard is not counted in either."""
     total = 0
     for folder in dict.fromkeys(str(Path(url).parent) for url in urls):
         names = [Path(url).name for url in urls if str(Path(url).parent) == folder]
@@ -263,7 +261,12 @@ def _num_pairs_in(urls: list[str]) -> int | None:
 
 
 def read_shard(url: str) -> Iterator[RawPair]:
-    """The pairs of one tar file: members KEY.jpg|png|webp with KEY.txt (a caption a line) or KEY.json (`caption`)."""
+    """Reads the pairs of one tar file.
+
+    Members are KEY.<one of IMAGE_SUFFIXES> and KEY.txt (one caption per line) or KEY.json (`caption`).
+
+    Raises: UserError for a file that cannot be read to its end.
+    """
     try:
         stream: Any = gopen(url)  # a file or webdataset's Pipe
         with stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
@@ -280,7 +283,7 @@ def read_shard(url: str) -> Iterator[RawPair]:
                         yield pair
                     current, members = key, {}
                 body = tar.extractfile(info)
-                assert body is not None  # isfile() said so
+                assert body is not None  # isfile() holds
                 members[suffix.lower()] = body.read()
             if current is not None and (pair := _pair_of(current, members)):
                 yield pair
@@ -291,7 +294,7 @@ def read_shard(url: str) -> Iterator[RawPair]:
 def _pair_of(key: str, members: dict[str, bytes]) -> RawPair | None:
     image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
     if image is None and "txt" not in members and "json" not in members:
-        return None  # something else lies in the tar
+        return None  # another kind of file, not a sample
     return RawPair(key, image, _captions_of(members))
 
 
@@ -302,10 +305,11 @@ def _captions_of(members: dict[str, bytes]) -> tuple[str, ...]:
         caption = json.loads(members.get("json", b"{}")).get("caption") or ""
         return (caption,) if isinstance(caption, str) else tuple(caption)
     except (UnicodeDecodeError, json.JSONDecodeError):
-        return ()  # counted as a broken pair further on
+        return ()  # `PairStream` counts the pair as broken
 
 
 def _shuffled(pairs: Iterator[RawPair], rng: random.Random) -> Iterator[RawPair]:
+    """Yields the pairs in an order that is random within a buffer of SHUFFLE_BUFFER pairs."""
     buffer: list[RawPair] = []
     for pair in pairs:
         buffer.append(pair)

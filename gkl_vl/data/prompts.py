@@ -1,7 +1,7 @@
-"""Class prompts, from a file or the bundled ones: what a teacher is asked about images that nobody labelled.
+"""Class prompts for zero-shot classification: from a file, bundled, or CLIP's templates for ImageNet and CIFAR.
 
 pets.json   {"classnames": ["Abyssinian", "beagle"], "templates": ["a photo of a {c}, a type of pet."]}
-pets.txt    a template a line; the class names are those that the data knows
+pets.txt    one template per line; the class names are those of the data
 """
 
 import difflib
@@ -17,7 +17,7 @@ from gkl_vl.data.pairs import BUNDLED
 from gkl_vl.errors import UserError, first_line
 
 Templates = Sequence[str] | dict[str, list[str]]
-"""Texts with {c} for the class name; or {class name: its texts}, CuPL's form."""
+"""Texts with {c} for the class name; or {class name: its texts}, CuPL's format."""
 IMAGENET_TEMPLATES = [template("{c}") for template in OPENAI_IMAGENET_TEMPLATES]
 _CIFAR_PICTURES = ("a photo", "a blurry photo", "a black and white photo", "a low contrast photo")
 _CIFAR_PICTURES += ("a high contrast photo", "a bad photo", "a good photo")
@@ -31,7 +31,7 @@ CIFAR_TEMPLATES = [
 ]
 """CLIP's 18 prompts for CIFAR-10 and CIFAR-100."""
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
-"""Of a set in CLIP_benchmark's layout: a template a line."""
+"""In CLIP_benchmark's layout, the file of a set with one template per line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,31 +43,31 @@ class Prompts:
     """With {c} for the class name."""
 
     def of_template(self, number: int) -> list[str]:
-        """The texts of all classes."""
+        """The texts of all classes for one template."""
         return [self.templates[number].replace("{c}", name) for name in self.classnames]
 
 
 def bundled_prompts() -> Prompts:
-    """The names and templates that the bundled emoji are evaluated with."""
-    names, templates = (_lines(str(BUNDLED / file)) for file in ("classnames.txt", TEMPLATES_FILE))
+    """Class names and templates of the bundled emoji, the same as in their evaluation."""
+    names, templates = (_read_lines(str(BUNDLED / file)) for file in ("classnames.txt", TEMPLATES_FILE))
     return Prompts(classnames=tuple(names), templates=tuple(templates))
 
 
 def read_prompts(file: str, *, classnames: tuple[str, ...] | None) -> Prompts:
-    """The prompts in a file; see the top of this module.
+    """Reads prompts from a file in one of the formats at the top of this module.
 
     Args:
-        file: .json, whose "classnames" may be left out where the data knows its classes, or .txt.
-        classnames: those that the data knows, None where it knows none. A file may name some of them, in any order.
+        file: .json or .txt; a .json may omit "classnames" if the data has class names.
+        classnames: those of the data, None if it has none. A file may list a subset, in any order.
 
     Raises:
-        UserError: a file that is missing or holds something else; a template without {c}; a class name that the data
-            lacks, or that is there twice; fewer than two classes.
+        UserError: a missing or malformed file; a template without {c}; a class name that the data lacks, or that
+            occurs twice; fewer than two classes.
     """
     if file.endswith(".json"):
-        names, templates = _of_json(file)
+        names, templates = _read_json_prompts(file)
     elif file.endswith(".txt"):
-        names, templates = None, _lines(file)
+        names, templates = None, _read_lines(file)
     else:
         raise UserError(f"--prompts {file!r}: expected a file that ends in .json or .txt")
     if not is_texts(templates):
@@ -76,53 +76,56 @@ def read_prompts(file: str, *, classnames: tuple[str, ...] | None) -> Prompts:
     if names is None:
         if classnames is None:
             raise UserError(
-                f"{file!r} has no class names, and the data knows of none: write "
+                f"{file!r} has no class names, and the data has none: write "
                 '{"classnames": [...], "templates": [...]} in a .json file'
             )
         names = list(classnames)
     if not is_texts(names):
-        raise UserError(f"{file!r}: its classnames are no list of texts")
+        raise UserError(f"{file!r}: its classnames are not a list of texts")
     _check_names(file, names, classnames)
     return Prompts(classnames=tuple(names), templates=tuple(templates))
 
 
-def _of_json(file: str) -> tuple[Any, Any]:
-    """Class names and templates, as they stand there."""
-    content = read_json(Path(file), dict)
-    if strange := sorted(content.keys() - {"classnames", "templates"}):
-        raise UserError(f"{file!r} has the key {strange[0]!r}: expected classnames and templates")
-    return content.get("classnames"), content.get("templates", [])
-
-
-def _lines(file: str) -> list[str]:
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise UserError(f"{file!r} does not exist") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file!r} is no text ({first_line(error)}): write a template a line") from error
-    return [line.strip() for line in lines if line.strip()]
-
-
-def _check_names(file: str, names: list[str], known: tuple[str, ...] | None) -> None:
-    if any(not name.strip() for name in names):
-        raise UserError(f"{file!r} has an empty class name: take it out")
-    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
-        raise UserError(f"{file!r} has the class {twice[0]!r} twice: take one out")
-    if len(names) < 2:
-        raise UserError(f"{file!r} has the class {names[0]!r} alone: a student learns to tell two or more apart")
-    if known is None:
-        return
-    if lacking := [name for name in names if name.replace("_", " ") not in known]:
-        nearest = difflib.get_close_matches(lacking[0], known, n=1, cutoff=0)[0]
-        raise UserError(f"{file!r} has the class {lacking[0]!r}, which the data lacks: did you mean {nearest!r}?")
-
-
 def require_places(where: str, templates: Sequence[str]) -> None:
-    """Raises: UserError for a template without {c}; its line begins with `where`."""
+    """Raises: UserError for a template without {c}; its message starts with `where`."""
     if without := [template for template in templates if "{c}" not in template]:
         raise UserError(f"{where}: the template {without[0]!r} has no place for the class name: write {{c}}")
 
 
 def is_texts(value: Any) -> bool:
+    """Whether the value is a non-empty list of strings."""
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+def _read_json_prompts(file: str) -> tuple[Any, Any]:
+    """Class names and templates, unchecked."""
+    content = read_json(Path(file), dict)
+    if unknown := sorted(content.keys() - {"classnames", "templates"}):
+        raise UserError(f"{file!r} has the key {unknown[0]!r}: expected classnames and templates")
+    return content.get("classnames"), content.get("templates", [])
+
+
+def _read_lines(file: str) -> list[str]:
+    """Lines that are not empty. Raises: UserError for a file that is missing or is not UTF-8 text."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise UserError(f"{file!r} does not exist") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file!r} is not text ({first_line(error)}): write one template per line") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _check_names(file: str, names: list[str], known: tuple[str, ...] | None) -> None:
+    """Raises: UserError for an empty, repeated or unknown name, or fewer than two."""
+    if any(not name.strip() for name in names):
+        raise UserError(f"{file!r} has an empty class name: remove it")
+    if repeated := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise UserError(f"{file!r} has the class {repeated[0]!r} twice: remove one")
+    if len(names) < 2:
+        raise UserError(f"{file!r} has only the class {names[0]!r}: name at least two")
+    if known is None:
+        return
+    if unknown := [name for name in names if name.replace("_", " ") not in known]:
+        nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0)[0]
+        raise UserError(f"{file!r} has the class {unknown[0]!r}, which the data lacks: did you mean {nearest!r}?")

@@ -1,11 +1,11 @@
-"""Augmented views of labelled images, and the batches that a training run makes of them.
+"""Augmented views of images, by number of the view and index of the image.
 
-View v of image i is drawn by (seed, v, i) alone, and the order of an epoch by (seed, epoch). So a batch is a pure
-function of its number: a resume needs that number and nothing else, and a teacher can be asked about a view beforehand.
+The random draws of view v of image i depend only on (seed, v, i). A resumed run therefore sees the same views, and a
+teacher's outputs on a view can be computed beforehand.
 
-Synthesized images are numbered on behind the set's own: 0 to N - 1 are original, N to N + M - 1 synthesized.
+Indices of synthesized images follow those of the set: 0 to N - 1 are original, N to N + M - 1 synthesized.
 
-Axis letters: N = images of the set, M = synthesized ones, n = of a batch, h w = pixels.
+Axis letters: N = images of the set, M = synthesized images, n = images of a batch, h w = pixels.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,58 +25,58 @@ from gkl_vl.data.synthesized import Synthesized
 from gkl_vl.errors import UserError
 
 Ids = tuple[int, Int[Tensor, " n"]]
-"""A view's number, and the numbers of images."""
+"""Number of a view, and indices of images."""
 PLAIN = -1
-"""The view without augmentation."""
+"""Number of the view without augmentation."""
 
 
 @runtime_checkable
 class Views(Protocol):
-    """Where views come from."""
+    """A source of views."""
 
     def batches(self, ids: Iterator[Ids]) -> Iterator[UInt8[Tensor, "n 3 h w"]]:
-        """The views that are asked for, batch by batch."""
+        """Yields the requested views, one batch per element of `ids`. May consume `ids` ahead of what it yields."""
         ...
 
     def description(self) -> str:
-        """All that decides what a view shows, beside the images."""
+        """Text of all settings that determine a view, except the images; part of cache keys."""
         ...
 
 
 @runtime_checkable
 class Images(Protocol):
-    """Where images come from, by number: a `LabelledSet`, or one `WithSynthesized`."""
+    """A source of images by index: a `LabelledSet`, an `ImageSet`, `MemoryImages` or `WithSynthesized`."""
 
     def read(self, index: int, /) -> Image.Image:
-        """Decoded, RGB; it goes to worker processes. Raises: UserError for one that cannot be decoded."""
+        """Image by index, decoded to RGB; called in worker processes. Raises: UserError if it cannot be decoded."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryViews:
-    """The whole set in memory, cropped from padded images and flipped, a batch at a time: CIFAR's augmentation."""
+    """Views of a set in memory, a batch at a time: random crops of the padded images, flipped; CIFAR's augmentation."""
 
     images: UInt8[Tensor, "N 3 h w"]
     seed: int
     padding: int = 4
     reflect: bool = False
-    """Pad with what lies inside the border, mirrored, instead of zeros."""
+    """Pads by reflection instead of with zeros."""
     upside_down: bool = False
-    """Flip vertically too: pictures from above."""
+    """Also flips vertically, for aerial images."""
 
     def batches(self, ids: Iterator[Ids]) -> Iterator[UInt8[Tensor, "n 3 h w"]]:
         drawn = PLAIN
-        shifts, flips, turned = torch.empty(0), torch.empty(0), torch.empty(0)
+        shifts, flips, vertical_flips = torch.empty(0), torch.empty(0), torch.empty(0)
         for view, index in ids:
             if view == PLAIN:
                 yield self.images[index]
                 continue
             if view != drawn:
-                shifts, flips, turned = self._draw(view)
+                shifts, flips, vertical_flips = self._draw(view)
                 drawn = view
             images = cropped(self.images[index], shifts[index], flips[index], self.padding, reflect=self.reflect)
             if self.upside_down:
-                images = torch.where(turned[index][:, None, None, None], images.flip(2), images)
+                images = torch.where(vertical_flips[index][:, None, None, None], images.flip(2), images)
             yield images
 
     def description(self) -> str:
@@ -84,20 +84,21 @@ class MemoryViews:
         return f"crop with padding {self.padding}, flip{more}, seed {self.seed}"
 
     def _draw(self, view: int) -> tuple[Int[Tensor, "N 2"], Bool[Tensor, " N"], Bool[Tensor, " N"]]:
-        """Of every image in a view: the crop's corner, whether it is flipped, and whether it is upside down."""
+        """For every image of a view: corner of the crop, flipped or not, flipped vertically or not."""
         generator = torch.Generator().manual_seed(stable_hash(f"view {view} of seed {self.seed}"))
         shifts = torch.randint(0, 2 * self.padding + 1, (len(self.images), 2), generator=generator)
-        flips, turned = (torch.rand(len(self.images), generator=generator) < 0.5 for _ in range(2))
-        return shifts, flips, turned
+        flips, vertical_flips = (torch.rand(len(self.images), generator=generator) < 0.5 for _ in range(2))
+        return shifts, flips, vertical_flips
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixedViews:
-    """Images in memory and, numbered on behind them, synthesized ones on disk, all cropped and flipped.
+    """Views of images in memory and of synthesized images on disk, whose indices follow; all cropped and flipped.
 
-    What is done to a synthesized image is read off a digest of (seed, view, image): no numbers are drawn for all M.
+    Crop and flip of a synthesized image are computed from a hash of (seed, view, image), so that a view needs no
+    draws for all M images.
 
-    Raises: UserError when the two differ in size.
+    Raises: UserError if the two differ in image size.
     """
 
     original: MemoryViews
@@ -112,19 +113,19 @@ class MixedViews:
             )
 
     def batches(self, ids: Iterator[Ids]) -> Iterator[UInt8[Tensor, "n 3 h w"]]:
-        own = len(self.original.images)
-        asked: list[Ids] = []
+        num_original = len(self.original.images)
+        pending: list[Ids] = []
 
         def originals() -> Iterator[Ids]:
             for view, index in ids:
-                asked.append((view, index))
-                yield view, index[index < own]
+                pending.append((view, index))
+                yield view, index[index < num_original]
 
         for pixels in self.original.batches(originals()):
-            view, index = asked.pop(0)
+            view, index = pending.pop(0)
             images = pixels.new_empty(len(index), *pixels.shape[1:])
-            images[index < own] = pixels
-            images[index >= own] = self._synthesized(view, index[index >= own] - own)
+            images[index < num_original] = pixels
+            images[index >= num_original] = self._synthesized(view, index[index >= num_original] - num_original)
             yield images
 
     def description(self) -> str:
@@ -143,7 +144,7 @@ class MixedViews:
 
 @dataclass(frozen=True)
 class MemoryImages:
-    """Images in memory, for transforms that want them one by one."""
+    """Images in memory, read one by one as PIL images."""
 
     images: UInt8[Tensor, "N 3 h w"]
 
@@ -153,13 +154,13 @@ class MemoryImages:
 
 @dataclass(frozen=True, kw_only=True)
 class DiskViews:
-    """Images augmented one by one, in worker processes, which read them from disk if they are there."""
+    """Views of images augmented one by one in worker processes, which also read images that are on disk."""
 
     data: Images
     augment: Callable[[Image.Image], Tensor]
-    """PIL image -> uint8 view, drawing from torch's generator."""
+    """PIL image -> uint8 view; draws from torch's global generator."""
     plain: Callable[[Image.Image], Tensor]
-    """For `PLAIN`: the evaluation transform."""
+    """PIL image -> the view `PLAIN`: the evaluation transform."""
     seed: int
     num_workers: int
     pin_memory: bool = False
@@ -167,12 +168,12 @@ class DiskViews:
     def batches(self, ids: Iterator[Ids]) -> Iterator[UInt8[Tensor, "n 3 h w"]]:
         numbers = ([(view, int(i)) for i in index] for view, index in ids)
         loader = DataLoader(
-            _Images(self),
-            batch_sampler=_Endless(numbers),
-            collate_fn=_stacked,
+            _ViewDataset(self),
+            batch_sampler=_EndlessSampler(numbers),
+            collate_fn=_stack,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
-            generator=torch.Generator(),  # a DataLoader draws a seed, which must not move training's
+            generator=torch.Generator(),  # DataLoader draws a seed, which must not advance the global generator
         )
         for batch in loader:
             if isinstance(batch, str):
@@ -184,8 +185,8 @@ class DiskViews:
 
 
 @dataclass(frozen=True)
-class _Endless:
-    """What a DataLoader takes for a batch sampler, of a stream without length."""
+class _EndlessSampler:
+    """A batch sampler for DataLoader, without length."""
 
     numbers: Iterator[list[tuple[int, int]]]
 
@@ -193,7 +194,9 @@ class _Endless:
         return self.numbers
 
 
-class _Images(Dataset):
+class _ViewDataset(Dataset):
+    """(view, index) -> that view, or the message of the error that reading it raised."""
+
     def __init__(self, views: DiskViews):
         self.views = views
 
@@ -201,14 +204,14 @@ class _Images(Dataset):
         (view, index), views = number, self.views
         try:
             image = views.data.read(index)
-        except UserError as error:  # as data: from a worker, torch would raise it with a traceback in its text
+        except UserError as error:  # as data: raised in a worker, torch would add its traceback to the message
             return str(error)
         if view == PLAIN:
             return views.plain(image)
         return apply_seeded(views.augment, image, stable_hash(f"view {view} of {index}, seed {views.seed}"))
 
 
-def _stacked(images: list[Tensor | str]) -> Tensor | str:
-    """A batch, or the first message of what went wrong."""
-    faults = [image for image in images if isinstance(image, str)]
-    return faults[0] if faults else torch.stack([image for image in images if isinstance(image, Tensor)])
+def _stack(images: list[Tensor | str]) -> Tensor | str:
+    """The stacked batch, or the first error message in it."""
+    errors = [image for image in images if isinstance(image, str)]
+    return errors[0] if errors else torch.stack([image for image in images if isinstance(image, Tensor)])

@@ -9,6 +9,23 @@ from huggingface_hub import EvalResult, ModelCardData
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """The run that trained a model, for its card."""
+
+    command: str
+    """Command line."""
+    commit: str | None
+    """Commit of gkl-vl at its start; None where it was installed."""
+    steps: int
+    """Optimizer updates."""
+    seed: int
+    metrics: list[dict] = field(default_factory=list)
+    """Records as in results.jsonl: `model` (teacher or student), `dataset`, metrics as fractions."""
+    repo_id: str | None = None
+    """org/name on the Hub, where the model is pushed."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClipCard:
     """What the README of an exported model says. It claims nothing that is not in these fields."""
 
@@ -20,30 +37,19 @@ class ClipCard:
     """Licence of the weights, as the Hub abbreviates it (mit, apache-2.0, cc-by-4.0, other)."""
     datasets: list[str]
     """Training data: Hub ids, paths or names. Only the Hub ids go into the metadata."""
-    command: str
-    """The command line that trained it."""
-    commit: str | None
-    """Commit of gkl-vl that ran the command, when known."""
-    steps: int
-    """Optimizer steps."""
-    seed: int
-    """Seed of the run."""
+    run: RunFacts
     attack: str | None = None
     """Radius and norm of the attacks that it was trained against, e.g. 4/255 in linf; None = none."""
-    metrics: list[dict] = field(default_factory=list)
-    """Evaluation lines as in results.jsonl: `model` (teacher or student), `dataset`, metrics as fractions."""
-    repo_id: str | None = None
-    """org/name on the Hub, when the model is to be pushed."""
 
     def render(self, *, transformers: bool = False) -> str:
         """The text of README.md. `transformers`: the folder holds that format as well."""
         sections = [
             f"---\n{self._metadata().to_yaml()}\n---",
-            f"# {self.repo_id.split('/')[1] if self.repo_id else self.student}",
+            f"# {self.run.repo_id.split('/')[1] if self.run.repo_id else self.student}",
             self._summary(),
-            f"## Results\n\n{results_markdown(self.metrics)}",
+            f"## Results\n\n{results_markdown(self.run.metrics)}",
             f"## Usage\n\n{self._usage(transformers)}",
-            f"## Training\n\n```bash\n{self.command}\n```\n\n{self._training()}",
+            f"## Training\n\n```bash\n{self.run.command}\n```\n\n{self._training()}",
             f"## Licence and limitations\n\n{self._limits()}",
         ]
         return "\n\n".join(sections) + "\n"
@@ -59,7 +65,7 @@ class ClipCard:
                 metric_name=key,
                 metric_value=round(value, 6),
             )
-            for row in self.metrics
+            for row in self.run.metrics
             if row["model"] == "student"
             for key, value in _scores(row).items()
         ]
@@ -72,7 +78,7 @@ class ClipCard:
             base_model=base_model,
             # The Hub knows finetune, adapter, merge and quantized, and no word for distilled.
             base_model_relation="finetune" if base_model else None,
-            model_name=self.repo_id or self.student,
+            model_name=self.run.repo_id or self.student,
             eval_results=results or None,
         )
 
@@ -83,7 +89,7 @@ class ClipCard:
         return f"A CLIP model for {purpose}: `{self.student}`, {made}{against} with gkl-vl."
 
     def _usage(self, transformers: bool) -> str:
-        name = f"hf-hub:{self.repo_id}" if self.repo_id else "local-dir:path/to/this/folder"
+        name = f"hf-hub:{self.run.repo_id}" if self.run.repo_id else "local-dir:path/to/this/folder"
         text = f"""```python
 import open_clip
 
@@ -98,19 +104,19 @@ With transformers:
 ```python
 from transformers import CLIPModel, CLIPProcessor
 
-model = CLIPModel.from_pretrained("{self.repo_id or "path/to/this/folder"}")
-processor = CLIPProcessor.from_pretrained("{self.repo_id or "path/to/this/folder"}")
+model = CLIPModel.from_pretrained("{self.run.repo_id or "path/to/this/folder"}")
+processor = CLIPProcessor.from_pretrained("{self.run.repo_id or "path/to/this/folder"}")
 # inputs = processor(text=texts, images=images, padding="max_length", truncation=True, return_tensors="pt")
 ```"""
         return text
 
     def _training(self) -> str:
         facts = {
-            "Steps": f"{self.steps:,}",
-            "Seed": str(self.seed),
+            "Steps": f"{self.run.steps:,}",
+            "Seed": str(self.run.seed),
             "Training data": ", ".join(self.datasets),
             "Teacher": f"`{self.teacher}`" if self.teacher else "none",
-            "Commit of gkl-vl": self.commit,
+            "Commit of gkl-vl": self.run.commit,
         }
         return "\n".join(f"- {name}: {fact}" for name, fact in facts.items() if fact)
 
@@ -169,13 +175,7 @@ class ClassifierCard:
     teacher: str | None
     data: str
     """What it was trained on."""
-    command: str
-    commit: str | None
-    metrics: list[dict]
-    """Evaluation lines as in results.jsonl."""
-    steps: int
-    seed: int
-    repo_id: str | None
+    run: RunFacts
 
     def render(self) -> str:
         """The text of README.md."""
@@ -188,15 +188,15 @@ class ClassifierCard:
             base_model=teacher,
             base_model_relation="finetune" if teacher else None,
         )
-        facts = {"Steps": f"{self.steps:,}", "Seed": str(self.seed), "Training data": self.data}
-        facts |= {"Commit of gkl-vl": self.commit} if self.commit else {}
+        facts = {"Steps": f"{self.run.steps:,}", "Seed": str(self.run.seed), "Training data": self.data}
+        facts |= {"Commit of gkl-vl": self.run.commit} if self.run.commit else {}
         sections = [
             f"---\n{metadata.to_yaml()}\n---",
-            f"# {self.repo_id.split('/')[1] if self.repo_id else self.student}",
+            f"# {self.run.repo_id.split('/')[1] if self.run.repo_id else self.student}",
             f"An image classifier: `{self.student}`, {self.made} with gkl-vl.",
-            f"## Results\n\n{results_markdown(self.metrics)}",
-            f"## Usage\n\n```python\n{classifier_usage(self.student, self.repo_id or 'path/to/this/folder')}\n```",
-            f"## Training\n\n```bash\n{self.command}\n```\n\n" + "\n".join(f"- {k}: {v}" for k, v in facts.items()),
+            f"## Results\n\n{results_markdown(self.run.metrics)}",
+            f"## Usage\n\n```python\n{classifier_usage(self.student, self.run.repo_id or 'path/to/this/folder')}\n```",
+            f"## Training\n\n```bash\n{self.run.command}\n```\n\n" + "\n".join(f"- {k}: {v}" for k, v in facts.items()),
             "## Limitations\n\nOnly what the table above shows has been measured: test the model on your own images "
             "before you rely on it. The training data and the teacher have terms of their own: read them before use.",
         ]
@@ -208,4 +208,4 @@ def classifier_usage(name: str, folder: str) -> str:
     where = f"hf-hub:{folder}" if hub_id(folder) else f"local-dir:{folder}"
     if name.startswith("timm:"):
         return f'import timm\nmodel = timm.create_model("{where}", pretrained=True)'
-    return f'from gkl_vl.classifiers import load_classifier\nmodel = load_classifier("{where}").model'
+    return f'from gkl_vl.models.classifiers import load_classifier\nmodel = load_classifier("{where}").model'

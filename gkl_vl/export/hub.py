@@ -41,7 +41,7 @@ def export_clip(
     Args:
         clip: an open_clip model; a transformers model has no open_clip configuration.
         folder: absent, empty, or an earlier export.
-        card: becomes README.md; its `repo_id` also tells open_clip where the tokenizer will be.
+        card: becomes README.md; its `run.repo_id` also tells open_clip where the tokenizer will be.
         dtype: precision of the stored weights; None = as they are, fp32 after training.
         transformers: also write transformers' CLIPModel format where the architecture fits; doubles the size.
 
@@ -59,7 +59,7 @@ def export_clip(
             clip.hf_tokenizer.save_pretrained(scratch)
         if as_transformers:
             write_transformers(clip=clip, folder=scratch, tensors=tensors)
-        (scratch / CONFIG_NAME).write_text(json.dumps(_open_clip_config(clip, card.repo_id), indent=2) + "\n")
+        (scratch / CONFIG_NAME).write_text(json.dumps(_open_clip_config(clip, card.run.repo_id), indent=2) + "\n")
         (scratch / CARD_NAME).write_text(card.render(transformers=as_transformers), encoding="utf-8")
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gkl_vl.distributed import gather_rows
-from gkl_vl.losses.gkl import kl_rows, ratio_of_sums, smooth_weight, soft_cross_entropy_rows, wmse_rows
+from gkl_vl.losses.gkl import GklSettings, kl_rows, ratio_of_sums, smooth_weight, soft_cross_entropy_rows, wmse_rows
 
 Method = Literal["supervised", "fixmatch", "flexmatch", "mean-teacher"]
 Consistency = Literal["hard", "kl", "mse", "ikl", "gkl"]
@@ -41,14 +41,8 @@ class SemiSupervised:
     """Of the consistency term (paper: lambda_u)."""
     rampup_steps: int = 0
     """The weight grows linearly from 0 over so many updates; 0 = whole from the start."""
-    temperature: float = 1.0
-    """Sharpens the weak view's softmax where that is the target: `kl`, and the soft cross entropy of `ikl`, `gkl`."""
-    soft_ce_weight: float = 1.0
-    wmse_weight: float = 0.1
-    gamma: float = 0.5
-    """Of GKL; IKL's is 1."""
-    weight_temperature: float = 1.0
-    """Of the softmax that the wMSE's weights, and the class prior, come from."""
+    gkl: GklSettings = GklSettings(wmse_weight=0.1, gamma=0.5)
+    """`gkl`, and `ikl`, whose gamma is 1. The temperature divides the weak view's logits, also for `kl`."""
     class_prior: bool = False
     """GKL, IKL: weigh classes by what was thought of the pseudo-label's class in the pass before, where it was sure."""
 
@@ -85,19 +79,19 @@ def consistency_loss(
         return (counts * F.cross_entropy(strong, weak.argmax(dim=1), reduction="none")).mean()
     if settings.consistency == "mse":
         return (counts * (weak.softmax(dim=1) - strong.softmax(dim=1)).square().mean(dim=1)).mean()
-    target = weak / settings.temperature
+    target = weak / settings.gkl.temperature
     if settings.consistency == "kl":
         return (counts * kl_rows(student=strong, teacher=target, temperature=1)).mean()
     weight = smooth_weight(
         teacher=weak,
-        gamma=1 if settings.consistency == "ikl" else settings.gamma,
-        weight_temperature=settings.weight_temperature,
+        gamma=1 if settings.consistency == "ikl" else settings.gkl.gamma,
+        weight_temperature=settings.gkl.weight_temperature,
         class_prior=prior,
     )
     numerator, denominator = wmse_rows(student=strong, teacher=weak, weight=weight)
     wmse = ratio_of_sums(counts * numerator, denominator)  # all ranks
     soft_ce = (counts * soft_cross_entropy_rows(student=strong, teacher=target, temperature=1)).mean()
-    return settings.wmse_weight * wmse + settings.soft_ce_weight * soft_ce
+    return settings.gkl.wmse_weight * wmse + settings.gkl.soft_ce_weight * soft_ce
 
 
 def rampup(settings: SemiSupervised, *, step: int) -> float:

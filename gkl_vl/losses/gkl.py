@@ -22,6 +22,7 @@ and CSD (arXiv 2509.25837) derives the same weighted centring for language model
 """
 
 import math
+from dataclasses import dataclass
 from typing import no_type_check
 
 import torch
@@ -29,6 +30,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gkl_vl.distributed import sum_across_processes, world_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class GklSettings:
+    """Weights and temperatures of GKL, as arguments of `gkl_loss`."""
+
+    soft_ce_weight: float = 1.0
+    """Weight of the soft cross entropy (paper: beta)."""
+    wmse_weight: float = 1.0
+    """Weight of the weighted MSE of logit differences (paper: alpha)."""
+    gamma: float = 1.0
+    """Exponent of the wMSE's class weights: 0 = all classes alike, 1 = the teacher's softmax (IKL)."""
+    temperature: float = 1.0
+    """Temperature of the soft cross entropy."""
+    weight_temperature: float = 1.0
+    """Temperature of the softmax that the wMSE's weights, or the class prior, come from."""
+
 
 # The public losses say in words what is wrong with a caller's shapes. `no_type_check` keeps the shape checker
 # of the test suite, which would speak first and in its own words, away from them; it checks every function
@@ -76,14 +94,14 @@ def gkl_loss(
 
     Source: arXiv 2503.08038; `dkl_loss` in `GKL_KD.py` (see the top of this file).
     """
-    wmse, soft_ce = gkl_halves(
-        student=student,
-        teacher=teacher,
+    settings = GklSettings(
+        soft_ce_weight=soft_ce_weight,
+        wmse_weight=wmse_weight,
         gamma=gamma,
         temperature=temperature,
         weight_temperature=weight_temperature,
-        class_prior=class_prior,
     )
+    wmse, soft_ce = gkl_halves(student=student, teacher=teacher, settings=settings, class_prior=class_prior)
     return wmse_weight * wmse + soft_ce_weight * soft_ce
 
 
@@ -92,21 +110,24 @@ def gkl_halves(
     *,
     student: Float[Tensor, "n C"],
     teacher: Float[Tensor, "n C"],
-    gamma: float,
-    temperature: float,
-    weight_temperature: float,
+    settings: GklSettings,
     class_prior: Float[Tensor, "n C"] | None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """wMSE and softCE of `gkl_loss`, without their weights; arguments, processes and errors as there."""
     check_logits(student, teacher)
-    check_positive("temperature", temperature)
-    check_positive("weight_temperature", weight_temperature)
-    check_gamma(gamma)
+    check_positive("temperature", settings.temperature)
+    check_positive("weight_temperature", settings.weight_temperature)
+    check_gamma(settings.gamma)
     _check_class_prior(class_prior, student)
     student, teacher = upcast(student), upcast(teacher)
-    weight = smooth_weight(teacher=teacher, gamma=gamma, weight_temperature=weight_temperature, class_prior=class_prior)
+    weight = smooth_weight(
+        teacher=teacher,
+        gamma=settings.gamma,
+        weight_temperature=settings.weight_temperature,
+        class_prior=class_prior,
+    )
     wmse = ratio_of_sums(*wmse_rows(student=student, teacher=teacher, weight=weight))
-    return wmse, soft_cross_entropy_rows(student=student, teacher=teacher, temperature=temperature).mean()
+    return wmse, soft_cross_entropy_rows(student=student, teacher=teacher, temperature=settings.temperature).mean()
 
 
 @no_type_check

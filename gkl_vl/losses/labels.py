@@ -5,7 +5,7 @@ Axis letters: n = my rows, N = everybody's, C = classes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import no_type_check
 
 import torch
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gkl_vl.distributed import gather_rows
-from gkl_vl.losses.gkl import check_logits, check_positive, dkl_loss, gkl_loss, kl_loss, upcast
+from gkl_vl.losses.gkl import GklSettings, check_logits, check_positive, dkl_loss, gkl_loss, kl_loss, upcast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +27,10 @@ class Distillation:
     """Of the cross entropy with the labels."""
     weight: float = 1.0
     """Of the distillation, for the methods of a single term (KD and DIST)."""
-    soft_ce_weight: float = 1.0
-    wmse_weight: float = 4.0
-    gamma: float = 0.2
-    """Of GKL; IKL's and DKL's is 1."""
     temperature: float = 4.0
-    weight_temperature: float = 4.0
+    """Temperature of KD, KD on standardised logits, DKD and DIST."""
+    gkl: GklSettings = GklSettings(wmse_weight=4, gamma=0.2, temperature=4, weight_temperature=4)
+    """Settings of GKL, and of IKL and DKL, whose gamma is 1."""
     class_prior: bool = True
     """Weigh GKL's and IKL's classes by what the teacher thought of the label's class in the epoch before."""
     warmup_epochs: int = 20
@@ -169,20 +167,16 @@ def _dist(student, teacher, labels, prior, s):
 
 
 def _dkl(student, teacher, labels, prior, s):
-    return dkl_loss(student=student, teacher=teacher, **_weights(s))
+    settings = {name: value for name, value in vars(s.gkl).items() if name != "gamma"}
+    return dkl_loss(student=student, teacher=teacher, **settings)
 
 
 def _ikl(student, teacher, labels, prior, s):
-    return gkl_loss(student=student, teacher=teacher, class_prior=prior, gamma=1.0, **_weights(s))
+    return gkl_loss(student=student, teacher=teacher, class_prior=prior, **vars(replace(s.gkl, gamma=1.0)))
 
 
 def _gkl(student, teacher, labels, prior, s):
-    return gkl_loss(student=student, teacher=teacher, class_prior=prior, gamma=s.gamma, **_weights(s))
-
-
-def _weights(s: Distillation) -> dict[str, float]:
-    names = ("wmse_weight", "soft_ce_weight", "temperature", "weight_temperature")
-    return {name: vars(s)[name] for name in names}
+    return gkl_loss(student=student, teacher=teacher, class_prior=prior, **vars(s.gkl))
 
 
 METHODS: dict[str, Callable[..., Tensor]] = {

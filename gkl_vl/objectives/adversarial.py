@@ -7,7 +7,7 @@ Axis letters: n = my images, C = classes.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gkl_vl.losses.gkl import gkl_loss, kl_loss, upcast
+from gkl_vl.losses.gkl import GklSettings, gkl_loss, kl_loss, upcast
 from gkl_vl.losses.image_text import global_value, scalars_of_all_ranks
 from gkl_vl.models.classifiers import scaled
 from gkl_vl.models.modes import evaluating
 from gkl_vl.objectives.common import EpochPrior, accuracy
+from gkl_vl.protocols import Batch, Objective
 from gkl_vl.robustness.pgd import Norm, pgd, weights_perturbed
-from gkl_vl.teachers.online import Batch
 
 Method = Literal["natural", "trades", "ikl", "gkl"]
 Budget = Literal["low", "high", "ladder", "trades"]
@@ -42,16 +42,12 @@ class AdversarialTraining:
     """See `strength`."""
     kl_weight: float = 6.0
     """TRADES (paper: 1 / lambda, code: beta)."""
-    soft_ce_weight: float = 4.0
-    wmse_weight: float = 20.0
-    gamma: float = 0.4
-    """Of GKL; IKL's is 1."""
+    gkl: GklSettings = GklSettings(soft_ce_weight=4, wmse_weight=20, gamma=0.4)
+    """GKL, and IKL, whose gamma is 1. The released code has no temperature but that of the prior."""
     attack_wmse_weight: float = 1.0
     """Of the loss that the attack raises, whose soft CE has weight 1 and whose gamma is 1."""
     class_prior: bool = True
     """GKL, IKL: weigh classes by what the model thought of the label's class in the epoch before."""
-    prior_temperature: float = 1.0
-    """Of the softmax that the prior, or without one the weights, come from."""
     label_smoothing: float = 0.0
     """Of the labels' cross entropy."""
     second_view_weight: float = 0.5
@@ -104,15 +100,8 @@ def robust_loss(
     """
     if settings.method == "trades":
         return settings.kl_weight * kl_loss(student=attacked, teacher=natural)
-    return gkl_loss(
-        student=attacked,
-        teacher=natural,
-        wmse_weight=settings.wmse_weight,
-        soft_ce_weight=settings.soft_ce_weight,
-        gamma=1.0 if settings.method == "ikl" else settings.gamma,
-        weight_temperature=settings.prior_temperature,
-        class_prior=prior,
-    )
+    gkl = replace(settings.gkl, gamma=1.0) if settings.method == "ikl" else settings.gkl
+    return gkl_loss(student=attacked, teacher=natural, class_prior=prior, **vars(gkl))
 
 
 def attack_loss(
@@ -125,7 +114,7 @@ def attack_loss(
         student=attacked,
         teacher=natural,
         wmse_weight=settings.attack_wmse_weight,
-        weight_temperature=settings.prior_temperature,
+        weight_temperature=settings.gkl.weight_temperature,
         class_prior=prior,
     )
 
@@ -142,7 +131,7 @@ class MultiBatch(nn.Module):
 
 
 @dataclass(kw_only=True)
-class Adversarial:
+class Adversarial(Objective):
     """The labels' cross entropy of natural images, and the distance of attacked images' logits from theirs.
 
     Where batches have a second view, both views are attacked and go through the model as one batch, as released.
@@ -154,7 +143,7 @@ class Adversarial:
     prior: EpochPrior | None
     """What the model thinks of each class's natural images."""
 
-    def prepared(self, batch: Batch) -> Batch:
+    def prepare(self, batch: Batch) -> Batch:
         """Adds `views`, what the model is to see: attacked and natural images, or natural ones alone. All ranks."""
         images = [batch[name] for name in ("image", "second_image") if name in batch]
         natural = torch.cat([scaled(view) for view in images])
@@ -177,7 +166,7 @@ class Adversarial:
         epsilon, step_size, steps = strength(settings, epoch=epoch)
         return pgd(model, images, loss=raised, epsilon=epsilon, step_size=step_size, steps=steps, norm=settings.norm)
 
-    def perturbed(self, batches: list[Batch]) -> AbstractContextManager[None]:
+    def around_update(self, batches: list[Batch]) -> AbstractContextManager[None]:
         """The weights moved to where the loss, with both views weighed alike, is larger: from `awp_epoch` on."""
         settings, (batch,) = self.settings, batches
         if settings.method == "natural" or not settings.awp_gamma or batch["epoch"] + 1 < settings.awp_epoch:

@@ -3,17 +3,18 @@
 No maths of its own, no optimizer, no Accelerate. `engine.Objective` says what the three parts are.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
 from gkl_vl.models.clip import Clip, ImageTower
 from gkl_vl.models.modes import evaluating
+from gkl_vl.protocols import Batch, Objective
 from gkl_vl.robustness.pgd import Norm, pgd
-from gkl_vl.teachers.online import Batch, Teacher
+from gkl_vl.teachers.online import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +45,12 @@ class ClipKdWeights:
     """Weights and temperatures of `image_text_loss`, and of feature mimicry."""
 
     contrastive_weight: float
-    soft_ce_weight: float
-    wmse_weight: float
     mimicry_weight: float
-    gamma: float
-    temperature: float
-    weight_temperature: float
+    gkl: GklSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipKd:
+class ClipKd(Objective):
     """Distillation of a CLIP on image-text logits, and without a teacher the contrastive loss alone."""
 
     student: Clip
@@ -63,7 +60,7 @@ class ClipKd:
     attack: ImageAttack | None = None
     """The student is trained on attacked images in place of the clean ones, which the teacher sees."""
 
-    def prepared(self, batch: Batch) -> Batch:
+    def prepare(self, batch: Batch) -> Batch:
         """With an attack adds `targets`, so that the teacher is asked once, and the `attacked` pixels. All ranks."""
         if self.attack is None:
             return batch
@@ -79,8 +76,7 @@ class ClipKd:
         weights = replace(
             self.weights,
             contrastive_weight=1.0 if self.teacher is None else 0.0,
-            soft_ce_weight=float(attack.soft_ce_weight),
-            wmse_weight=float(attack.wmse_weight),
+            gkl=replace(self.weights.gkl, soft_ce_weight=attack.soft_ce_weight, wmse_weight=attack.wmse_weight),
         )
 
         def raised(image: Tensor) -> Tensor:
@@ -96,9 +92,6 @@ class ClipKd:
             steps=attack.steps,
             norm=attack.norm,
         )
-
-    def perturbed(self, batches: list[Batch]) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """`model` is a `towers.Student`, possibly wrapped; `batch` one of a `PairStream`."""
@@ -122,12 +115,6 @@ class ClipKd:
             loss, scalars = loss + weights.mimicry_weight * term, scalars | {"mimicry": term.detach()}
         return loss, scalars
 
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        pass
-
 
 def _logits_loss(
     outputs: dict[str, Tensor], targets: dict[str, Tensor], weights: ClipKdWeights
@@ -136,12 +123,8 @@ def _logits_loss(
     return image_text_loss(
         **outputs,
         **targets,
+        **vars(weights.gkl),
         contrastive_weight=weights.contrastive_weight,
-        soft_ce_weight=weights.soft_ce_weight,
-        wmse_weight=weights.wmse_weight,
-        gamma=weights.gamma,
-        temperature=weights.temperature,
-        weight_temperature=weights.weight_temperature,
         sigmoid=sigmoid,
         teacher_sigmoid=sigmoid and "teacher_logit_bias" in targets,
     )

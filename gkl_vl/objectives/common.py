@@ -7,7 +7,7 @@ from gkl_vl.losses.gkl import ClassPrior
 
 
 class EpochPrior:
-    """A `ClassPrior` that is collected during an epoch and used in the next; epochs are told by the batches."""
+    """A `ClassPrior` collected during an epoch and used in the next; the batch carries its epoch number."""
 
     def __init__(self, num_classes: int, temperature: float):
         self._prior, self._epoch = ClassPrior(num_classes, temperature), 0

@@ -1,6 +1,5 @@
 """Distillation of classifiers."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +10,12 @@ from gkl_vl.losses.image_text import global_value, scalars_of_all_ranks
 from gkl_vl.losses.labels import Distillation, distillation_loss
 from gkl_vl.models.classifiers import Classifier
 from gkl_vl.objectives.common import EpochPrior, accuracy
-from gkl_vl.teachers.online import Batch, LabelTeacher
+from gkl_vl.protocols import Batch, Objective
+from gkl_vl.teachers.online import LabelTeacher
 
 
 @dataclass(kw_only=True)
-class LabelKd:
+class LabelKd(Objective):
     """Distillation of a classifier; without a teacher the labels' cross entropy alone."""
 
     student: Classifier
@@ -24,12 +24,6 @@ class LabelKd:
     settings: Distillation
     prior: EpochPrior | None
     """What the teacher thinks of each class."""
-
-    def prepared(self, batch: Batch) -> Batch:
-        return batch
-
-    def perturbed(self, batches: list[Batch]) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """`batch` is one of a `LabelledLoader`."""

@@ -1,6 +1,5 @@
 """Semi-supervised training of classifiers."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +12,11 @@ from gkl_vl.losses.gkl import upcast
 from gkl_vl.losses.image_text import global_value, scalars_of_all_ranks
 from gkl_vl.models.classifiers import Classifier
 from gkl_vl.objectives.common import EpochPrior, accuracy
-from gkl_vl.teachers.online import Batch
+from gkl_vl.protocols import Batch, Objective
 
 
 @dataclass(kw_only=True)
-class SemiSupervisedTraining:
+class SemiSupervisedTraining(Objective):
     """The labels' cross entropy, and the distance of strong views' logits from what weak views' said."""
 
     student: Classifier
@@ -30,7 +29,7 @@ class SemiSupervisedTraining:
     prior: EpochPrior | None
     """What was thought of each class's images, where it was sure."""
 
-    def prepared(self, batch: Batch) -> Batch:
+    def prepare(self, batch: Batch) -> Batch:
         """Adds what the weak views say: `weak` logits and `mask`, the images that count. All ranks."""
         if "weak" not in batch:
             return batch
@@ -58,9 +57,6 @@ class SemiSupervisedTraining:
         index = batch["unlabelled_index"]
         self.thresholds.update(index=index, labels=labels, confidence=confidence)  # all ranks
         return mask
-
-    def perturbed(self, batches: list[Batch]) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """`labelled` logits [n, C], and `strong` ones [n, mu, C]: the engine wants a row per labelled image."""

@@ -10,30 +10,20 @@ from torch import Tensor, nn
 
 from gkl_vl.data.prompts import Prompts
 from gkl_vl.distributed import world_size
-from gkl_vl.losses.gkl import gkl_halves
+from gkl_vl.losses.gkl import GklSettings, gkl_halves
 from gkl_vl.losses.image_text import class_logits, global_value, scalars_of_all_ranks
 from gkl_vl.models.clip import Clip
 from gkl_vl.objectives.common import EpochPrior, accuracy
-from gkl_vl.teachers.online import Batch, LabelTeacher
+from gkl_vl.protocols import Batch, Objective
+from gkl_vl.teachers.online import LabelTeacher
 
 PROMPTS_AT_ONCE = 512
 """Prompts go through the text tower in parts of so many, each as long as its longest: with the bundled 1,658 names 3.5
 times as fast as at the tower's full length (two CPU cores, forward and backward)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ZeroShotWeights:
-    """Weights and temperatures of `gkl_loss`."""
-
-    soft_ce_weight: float
-    wmse_weight: float
-    gamma: float
-    temperature: float
-    weight_temperature: float
-
-
 @dataclass(kw_only=True)
-class ZeroShotKd:
+class ZeroShotKd(Objective):
     """Distillation of a CLIP on zero-shot logits over a list of classes: images alone, no captions, no labels.
 
         student = s e(image) @ e(prompts).T,    teacher = t e(image) @ classes.T        [n, C] each
@@ -52,7 +42,7 @@ class ZeroShotKd:
     """See `zero_shot_teacher`."""
     tokens: list[list[Tensor]]
     """The student's, by template: `prompt_tokens`."""
-    weights: ZeroShotWeights
+    gkl: GklSettings
     prior: EpochPrior | None
     num_images: int | None
     """In a pass over the data; for the prior."""
@@ -62,11 +52,8 @@ class ZeroShotKd:
     _images: int = field(default=0, init=False)
     """Behind us, of all processes."""
 
-    def prepared(self, batch: Batch) -> Batch:
-        return batch
-
     @contextmanager
-    def perturbed(self, batches: list[Batch]) -> Iterator[None]:
+    def around_update(self, batches: list[Batch]) -> Iterator[None]:
         """One update, with one template and one prior, whatever the number of batches; counts it."""
         yield
         self._updates += 1
@@ -101,18 +88,12 @@ class ZeroShotKd:
 
     def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """GKL's halves, weighted. Equal on all ranks."""
-        student, teacher, weights = outputs["logits"], targets["teacher"], self.weights
-        wmse, soft_ce = gkl_halves(
-            student=student,
-            teacher=teacher,
-            gamma=weights.gamma,
-            temperature=weights.temperature,
-            weight_temperature=weights.weight_temperature,
-            class_prior=targets.get("prior"),
-        )
+        student, teacher = outputs["logits"], targets["teacher"]
+        prior = targets.get("prior")
+        wmse, soft_ce = gkl_halves(student=student, teacher=teacher, settings=self.gkl, class_prior=prior)
         scalars = {"soft_ce": soft_ce.detach(), "wmse": wmse.detach()}
         scalars["agreement@1"] = accuracy(student, teacher.argmax(dim=1))
-        loss = weights.soft_ce_weight * soft_ce + weights.wmse_weight * wmse
+        loss = self.gkl.soft_ce_weight * soft_ce + self.gkl.wmse_weight * wmse
         return global_value(loss), scalars_of_all_ranks(scalars)
 
     def state(self) -> dict[str, Tensor]:

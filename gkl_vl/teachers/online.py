@@ -1,7 +1,6 @@
 """Teachers that are evaluated on every batch."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,8 +8,8 @@ from torch import Tensor
 from gkl_vl.losses.image_text import class_logits
 from gkl_vl.models.classifiers import Classifier
 from gkl_vl.models.clip import Clip
+from gkl_vl.protocols import Batch
 
-Batch = dict[str, Any]
 Teacher = Callable[[Batch], dict[str, Tensor]]
 """batch -> {"teacher_image", "teacher_logit_scale", maybe "teacher_logit_bias"} and, of captions, "teacher_text";
 without gradient."""

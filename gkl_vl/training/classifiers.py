@@ -1,7 +1,7 @@
-"""What the recipes that train classifiers share: settings, evaluation, export."""
+"""What the recipes that train classifiers share: overrides of published settings, evaluation, export."""
 
-from collections.abc import Iterator
-from dataclasses import fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,20 +18,43 @@ from gkl_vl.evaluation.metrics import classification_metrics, shot_accuracies
 from gkl_vl.export import hub
 from gkl_vl.export.cards import ClassifierCard, classifier_usage
 from gkl_vl.models.classifiers import Classifier, scaled
-from gkl_vl.training.checkpoint import RunFolder
+from gkl_vl.protocols import Record
+from gkl_vl.training.run import Run
 
 Settings = TypeVar("Settings", bound=Any)
 """A dataclass."""
 
 
-def overridden(defaults: Settings, config: Any, *, but: tuple[str, ...] = ()) -> Settings:
-    """What both have by the same name, and `config` does not leave at None, is taken from `config`; not `but`'s."""
-    said = {name: value for name, value in vars(config).items() if value is not None and name not in but}
-    return replace(defaults, **{name: said[name] for name in said.keys() & {f.name for f in fields(defaults)}})
+@dataclass(frozen=True, kw_only=True)
+class GklFlags:
+    """Overrides of `GklSettings`; None = the published value."""
+
+    soft_ce_weight: float | None = None
+    """Weight of the soft cross entropy (paper: beta)."""
+    wmse_weight: float | None = None
+    """Weight of the weighted MSE of logit differences (paper: alpha)."""
+    gamma: float | None = None
+    """Exponent of the wMSE's class weights; IKL and DKL have 1."""
+    temperature: float | None = None
+    """Temperature of the soft cross entropy."""
+    weight_temperature: float | None = None
+    """Temperature of the softmax that the wMSE's weights, or the class prior, come from."""
+
+
+def overridden(defaults: Settings, flags: Mapping[str, Any]) -> Settings:
+    """`defaults` with the values of `flags` that are not None, by field name; also in fields that are dataclasses."""
+    changes = {}
+    for name in (field.name for field in fields(defaults)):
+        value = vars(defaults)[name]
+        if is_dataclass(value):
+            changes[name] = overridden(value, flags)
+        elif flags.get(name) is not None:
+            changes[name] = flags[name]
+    return replace(defaults, **changes)
 
 
 def require_same_classes(train: LabelledSet, test: LabelledSet) -> None:
-    """Raises: UserError for an evaluation set with classes that training does not have."""
+    """Raises: UserError for an evaluation set with classes that the training set lacks."""
     if test.num_classes > train.num_classes:
         raise UserError(
             f"{test.name} has {test.num_classes} classes, {train.name} only {train.num_classes}: "
@@ -39,64 +62,68 @@ def require_same_classes(train: LabelledSet, test: LabelledSet) -> None:
         )
 
 
-def evaluate_on(
+def evaluate_classifier(
     data: LabelledSet, views: Views, groups: dict[str, Tensor], device: torch.device, classifier: Classifier
-) -> dict[str, Any]:
-    """A record of the classifier on the evaluation set."""
+) -> Record:
+    """`dataset` and metrics of a classifier on an evaluation set."""
     classifier.model.eval()
     logits = predict(classifier=classifier, views=views, view=PLAIN, count=len(data), device=device)
     metrics = classification_metrics(logits=logits, labels=data.labels)
-    return (
-        {"dataset": Path(data.name).name} | metrics | shot_accuracies(logits=logits, labels=data.labels, groups=groups)
-    )
+    metrics |= shot_accuracies(logits=logits, labels=data.labels, groups=groups)
+    return {"dataset": Path(data.name).name} | metrics
 
 
 def recompute_batchnorm(model: nn.Module, views: Views, *, count: int, device: torch.device) -> None:
-    """BatchNorm's statistics of a model whose weights were averaged: over view 0 of `count` images, natural ones.
+    """Recomputes BatchNorm's statistics of a model with averaged weights, on view 0 of the first `count` images.
 
-    The same on all ranks, since all see the same images. `model` takes pixels in [0, 1].
+    The same on all ranks, since all use the same images. `model` takes pixels in [0, 1].
     """
     ids = ((0, chunk) for chunk in torch.arange(count).split(256))
     update_bn((scaled(images.to(device)) for images in views.batches(ids)), model)
 
 
-def conclude(
+def finish(
+    run: Run,
     *,
-    run: RunFolder,
     student: Classifier,
-    teacher: Classifier | None,
-    card: ClassifierCard,
-    title: str,
+    teacher: tuple[str, Classifier] | None,
+    made: str,
+    data: LabelledSet,
+    steps: int,
     published: str,
 ) -> None:
-    """Export the student, draw the report, print the table and a line about what is published. Main process."""
+    """Exports the student, draws the report, prints the table and a line of published numbers. Main process.
+
+    Args:
+        teacher: its name and the model.
+        made: for the card: how the student was trained.
+        published: "" where nothing was published.
+    """
     student.model.eval()
-    hub.export_classifier(classifier=student, folder=run.path / "model", card=card)
-    report.draw_report(path=run.path / "report.png", records=run.records(), sheet=[], title=title)
-    print(report.results_table(list(_rows(teacher, student, card.metrics))))
+    facts, folder = run.facts(steps=steps), run.folder.path
+    card = ClassifierCard(
+        student=student.name,
+        made=made,
+        teacher=None if teacher is None else teacher[0],
+        data=data.name,
+        run=facts,
+    )
+    hub.export_classifier(classifier=student, folder=folder / "model", card=card)
+    report.draw_report(path=folder / "report.png", records=run.folder.records(), sheet=[], title=run.title)
+    print(report.results_table(list(_rows(None if teacher is None else teacher[1], student, facts.metrics))))
     if published:
         print(f"\n{published}")
-    print(f"\nLoad the student:\n\n{classifier_usage(student.name, str(run.path / 'model'))}\n")
-    print(f"Picture: {run.path / 'report.png'}")
-    if card.repo_id:
-        print(f"Pushed: {hub.push_to_hub(folder=run.path / 'model', repo_id=card.repo_id)}")
+    print(f"\nLoad the student:\n\n{classifier_usage(student.name, str(folder / 'model'))}\n")
+    print(f"Picture: {folder / 'report.png'}")
+    run.push()
 
 
-def _rows(teacher: Classifier | None, student: Classifier, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _rows(teacher: Classifier | None, student: Classifier, records: list[Record]) -> Iterator[dict[str, Any]]:
     for role, classifier in (("teacher", teacher), ("student", student)):
         if classifier is not None:
-            results = {
-                r["dataset"]: {k: v for k, v in r.items() if isinstance(v, float)}
-                for r in records
-                if r["model"] == role
-            }
             yield {
                 "model": role,
                 "name": classifier.name,
-                "parameters": count_parameters(classifier.model),
-                "results": results,
+                "parameters": sum(p.numel() for p in classifier.model.parameters()),
+                "results": report.metrics_by_dataset(records, role),
             }
-
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())

@@ -1,6 +1,7 @@
-"""fit(): the training loop, one page, on Accelerate. It receives callables and knows no loss, model or data set."""
+"""fit(): the training loop, on Accelerate. It receives callables and imports no loss, model or data set."""
 
 import copy
+import math
 import os
 import sys
 import time
@@ -18,22 +19,22 @@ from tqdm import tqdm
 
 from gkl_vl.distributed import gather_shards
 from gkl_vl.errors import UserError
+from gkl_vl.protocols import Loader, Objective, Record, Tensors
 from gkl_vl.training.checkpoint import RunFolder, load_checkpoint, read_loop_state, save_checkpoint
-from gkl_vl.training.gradient_cache import backward_from_cache, embed
-from gkl_vl.training.protocols import Loader, Objective, Record, Tensors
+from gkl_vl.training.gradient_cache import backward_from_cache, embed_all
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
-    """What the loop needs to know. Steps are optimizer updates."""
+    """Length and intervals of a run. A step is an optimizer update."""
 
     steps: int
-    grad_clip_norm: float = 1.0
-    """math.inf = no clipping."""
+    grad_clip_norm: float = math.inf
+    """Largest norm of the gradient; inf = no clipping."""
     accum_steps: int = 1
-    """Batches of one update; the loss is that of all of them as one, and memory that of one."""
+    """Batches per update. The loss is that of the joined batch, the memory that of one."""
     average_from_step: int = 0
-    """The average begins with the weights after so many updates and one more; until then it is the model itself."""
+    """The moving average starts with a copy of the weights after this many updates plus one."""
     log_every_steps: int = 10
     eval_every_steps: int = 0
     """0 = at the end only."""
@@ -52,29 +53,29 @@ def fit(
     run: RunFolder,
     config: FitConfig,
     evaluate: Callable[[nn.Module], Iterable[Record]],
-    after_step: Callable[[], None],
+    after_step: Callable[[], None] = lambda: None,
     average: AveragedModel | None = None,
     checkpoint: Path | None = None,
 ) -> nn.Module:
-    """Train `model` for `config.steps` updates and return what is to be exported: the model, or its moving average.
+    """Trains `model` for `config.steps` updates and returns the model to export: the model, or its moving average.
 
     Args:
-        objective: outputs of the model, targets, and the loss between them.
+        objective: model outputs, targets, and the loss between them.
         make_optimizer: see `optim.py`.
-        learning_rate: of the update after so many others, for all groups.
-        make_loader: a position of a checkpoint, or None for the start -> this rank's loader.
-        evaluate: the model to evaluate -> records with `model`, `dataset` and metrics; called on every rank.
+        learning_rate: number of updates made -> learning rate of the next one, for all parameter groups.
+        make_loader: position from a checkpoint, or None for the start -> loader of this rank.
+        evaluate: model -> records with `model`, `dataset` and metrics; called on every rank.
         after_step: called after each update, for constraints on parameters.
-        average: of the model over updates, see `moving_average`; evaluated and exported in its place. It is updated
-            here, and an objective may hold it as well.
-        checkpoint: where to go on; the run is then bit for bit the one that was never stopped (on CPU).
+        average: moving average of the model, see `moving_average`; evaluated and exported in its place. It is updated
+            here; an objective may hold it as well.
+        checkpoint: folder to resume from. On CPU the resumed run equals the uninterrupted one bit for bit.
 
     Raises:
-        UserError: gradient accumulation is on; a loss that is not finite.
+        UserError: Accelerate's gradient accumulation is on; the loss is not finite.
     """
-    refuse_accumulation(accelerator)
-    refuse_of_fsdp(accelerator, average)
-    whole = before_sharding(accelerator, model)
+    check_no_accumulation(accelerator)
+    check_fsdp(accelerator, average)
+    whole = unsharded_copy(accelerator, model)
     plain = model
     model, optimizer = accelerator.prepare(model, make_optimizer(model))
     if average is not None:
@@ -100,7 +101,7 @@ def fit(
         saving = last or is_time(step, config.checkpoint_every_steps)
         if evaluating or saving:
             fill_from_shards(accelerator, model, whole)  # all ranks
-        fresh = step > started_at  # what a checkpoint holds was evaluated and saved before
+        fresh = step > started_at  # a checkpoint's own step was evaluated and saved before it was written
         if fresh and evaluating:
             for record in evaluate(result):  # all ranks
                 log_evaluation(accelerator, run, record, step)
@@ -120,24 +121,22 @@ def fit(
         keys = [key for part in parts for key in part["keys"]]
         lr = learning_rate(step)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)  # timm's name, for rates that fall from layer to layer
+            group["lr"] = lr * group.get("lr_scale", 1.0)  # timm's key for layer-wise decay of the learning rate
         with accelerator.autocast():
-            parts = [objective.prepared(part) for part in parts]
+            parts = [objective.prepare(part) for part in parts]
         model.train()
-        with objective.perturbed(parts):
-            embedded = embed(accelerator, model, objective, parts)
-            loss, scalars = objective.loss(embedded.leaves, embedded.targets)
+        with objective.around_update(parts):
+            cached = embed_all(accelerator, model, objective, parts)
+            loss, scalars = objective.loss(cached.outputs, cached.targets)
             stop_unless_finite(accelerator, loss, scalars, keys, step)  # all ranks
-            accelerator.backward(loss)  # to the leaves
-            backward_from_cache(
-                accelerator, model, objective, parts, embedded
-            )  # all ranks: from the leaves to the parameters
+            accelerator.backward(loss)  # to the cached outputs
+            backward_from_cache(accelerator, model, objective, parts, cached)  # all ranks: to the parameters
         norm = accelerator.clip_grad_norm_(model.parameters(), config.grad_clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         after_step()
         if average is not None and step >= config.average_from_step:
-            average.update_parameters(plain)  # the first time a copy
+            average.update_parameters(plain)  # the first call copies
         step += 1
         # ----------------------------------------------------------------
 
@@ -155,9 +154,9 @@ def fit(
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel | None:
-    """For `fit`: average = decay * average + (1 - decay) * model after each update; decay 0 = no average.
+    """For `fit`: average = decay * average + (1 - decay) * model after each update; None for decay 0.
 
-    Of weights and of buffers: BatchNorm statistics of today do not fit weights of yesterday.
+    Averages buffers as well: BatchNorm statistics of the current weights do not fit averaged weights.
     """
     if not decay:
         return None
@@ -165,21 +164,22 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel | None:
     def average(ema: Tensor, now: Tensor, _: Any) -> Tensor:
         if not now.is_floating_point():
             return now
-        # What does not change stays as it is: an attention mask's -inf would become -inf - -inf = nan.
+        # Equal entries are kept: an attention mask's -inf would become -inf - -inf = nan.
         return torch.where(ema == now, now, torch.lerp(ema, now, 1 - decay))
 
     return AveragedModel(model, avg_fn=average, use_buffers=True)
 
 
 def is_time(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0 = never) is due."""
+    """Whether a step is a multiple of an interval; interval 0 = never."""
     return every > 0 and step % every == 0
 
 
 def check_all_processes_joined(accelerator: Accelerator) -> None:
-    """Processes that were launched together and do not know of each other would all train and write as the main one.
+    """Raises: UserError where more processes were launched than Accelerate joined into a group.
 
-    Accelerate joins torchrun's processes on a CPU only when told to.
+    Each would train alone and write as the main process. Accelerate joins torchrun's processes on a CPU only if
+    ACCELERATE_USE_CPU is set.
     """
     launched = int(os.environ["WORLD_SIZE"]) if {"LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
     if launched > accelerator.num_processes:
@@ -189,9 +189,12 @@ def check_all_processes_joined(accelerator: Accelerator) -> None:
         )
 
 
-def refuse_accumulation(accelerator: Accelerator) -> None:
-    """Micro-batches change a contrastive loss: each would see only its own negatives. Accelerate also reads the
-    number from the environment, so it is refused here and not at a flag."""
+def check_no_accumulation(accelerator: Accelerator) -> None:
+    """Raises: UserError for Accelerate's gradient accumulation, which would compute the loss of each micro-batch alone.
+
+    A contrastive loss would then lose negatives. Accelerate also reads the number from the environment, so the check is
+    here and not at a flag.
+    """
     if accelerator.gradient_accumulation_steps > 1:
         raise UserError(
             f"gradient_accumulation_steps = {accelerator.gradient_accumulation_steps}: micro-batches would shrink the "
@@ -199,22 +202,22 @@ def refuse_accumulation(accelerator: Accelerator) -> None:
         )
 
 
-def refuse_of_fsdp(accelerator: Accelerator, average: AveragedModel | None) -> None:
-    """What shards of a model cannot do."""
+def check_fsdp(accelerator: Accelerator, average: AveragedModel | None) -> None:
+    """Raises: UserError for FSDP 1, and for a moving average under FSDP."""
     if accelerator.distributed_type != DistributedType.FSDP:
         return
     if not accelerator.is_fsdp2:
         raise UserError(
-            "fsdp_version 1 flattens parameters, which the checkpoints here do not know: set fsdp_version: 2"
+            "fsdp_version 1 flattens parameters, which these checkpoints do not support: set fsdp_version: 2"
         )
     if average is not None:
-        raise UserError("a moving average is one of whole models, and FSDP has shards: set --ema-decay 0")
+        raise UserError("a moving average needs whole parameters, and FSDP shards them: set --ema-decay 0")
 
 
-def before_sharding(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """The model to evaluate and to export: itself, or with FSDP a copy that `fill_from_shards` fills.
+def unsharded_copy(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The model to evaluate and export: itself, or with FSDP a copy that `fill_from_shards` fills.
 
-    FSDP shards along the first axis, so parameters without one (a scale) get one. The copy keeps their shape.
+    FSDP shards along the first axis, so parameters without axes (a scale) get one. The copy keeps their shape.
     """
     if not accelerator.is_fsdp2:
         return model
@@ -226,9 +229,9 @@ def before_sharding(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 
 
 def fill_from_shards(accelerator: Accelerator, model: nn.Module, whole: nn.Module) -> None:
-    """All ranks: everybody's copy gets everybody's shards. Nothing to do where `whole` is the model.
+    """Gathers all shards into the copy of every rank; no-op where `whole` is the model. All ranks.
 
-    BatchNorm's statistics become those of rank 0, as DDP has it: a checkpoint would take some of each rank's.
+    BatchNorm's statistics become those of rank 0, as in DDP: a checkpoint would mix those of several ranks.
     """
     if accelerator.is_fsdp2:
         for buffer in model.buffers():
@@ -239,7 +242,7 @@ def fill_from_shards(accelerator: Accelerator, model: nn.Module, whole: nn.Modul
 
 
 def stop_unless_finite(accelerator: Accelerator, loss: Tensor, scalars: Tensors, keys: list[str], step: int) -> None:
-    """Stop all ranks before the update when any rank's loss is not finite. All ranks take part."""
+    """Raises: UserError on all ranks, before the update, when the loss of any rank is not finite. All ranks."""
     value = loss.detach()
     bad_ranks: Any = accelerator.reduce((~torch.isfinite(value)).float(), reduction="sum")  # all ranks
     if bad_ranks.item() == 0:
@@ -253,13 +256,13 @@ def stop_unless_finite(accelerator: Accelerator, loss: Tensor, scalars: Tensors,
 
 
 def evaluation_line(record: Record, step: int) -> str:
-    """What a person wants to see of an evaluation while the bar goes on: its first two metrics."""
+    """One line for the terminal: the first two metrics of an evaluation."""
     metrics = [f"{key} {value:.3f}" for key, value in record.items() if isinstance(value, float)]
     return f"step {step:,}: {record['model']} on {record['dataset']}: {', '.join(metrics[:2])}"
 
 
 def log_evaluation(accelerator: Accelerator, run: RunFolder, record: Record, step: int) -> None:
-    """One evaluation into results.jsonl and to the trackers."""
+    """Writes one evaluation to results.jsonl and to the trackers."""
     run.log({"step": step} | record)
     prefix = f"{record['dataset']}/{record['model']}"
     numbers = {f"{prefix}/{k}": v for k, v in record.items() if isinstance(v, (int, float))}
@@ -267,7 +270,7 @@ def log_evaluation(accelerator: Accelerator, run: RunFolder, record: Record, ste
 
 
 class Speed:
-    """Images per second over all processes, since the last ten counts."""
+    """Images per second of all processes, over the last ten steps."""
 
     def __init__(self, num_processes: int):
         self._num_processes = num_processes

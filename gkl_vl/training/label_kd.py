@@ -1,14 +1,13 @@
-"""What the label recipes share: their flags, their data, and the run from a published pair to an exported student."""
+"""Label distillation, for its recipes: flags, data, and the run from a published pair to an exported student."""
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import torch
-from accelerate.utils import set_seed
+import tyro
 
 from gkl_vl import cli
 from gkl_vl.data.augment import imagenet_augmentation, imagenet_center
@@ -16,37 +15,36 @@ from gkl_vl.data.labelled import LabelledSet, balanced_subset, in_memory, long_t
 from gkl_vl.data.loaders import LabelledLoader, batches_per_epoch
 from gkl_vl.data.views import DiskViews, MemoryViews, Views
 from gkl_vl.errors import UserError
-from gkl_vl.export import hub
-from gkl_vl.export.cards import ClassifierCard
 from gkl_vl.losses.labels import Distillation
 from gkl_vl.models.classifiers import Classifier, load_classifier
 from gkl_vl.objectives.common import EpochPrior
 from gkl_vl.objectives.labels import LabelKd
 from gkl_vl.teachers.online import LabelTeacher, online_label_teacher
 from gkl_vl.teachers.store import store_logits, stored_label_teacher
-from gkl_vl.training.checkpoint import RunFolder
-from gkl_vl.training.classifiers import conclude, evaluate_on, overridden, require_same_classes
+from gkl_vl.training.classifiers import GklFlags, evaluate_classifier, finish, overridden, require_same_classes
 from gkl_vl.training.engine import FitConfig, fit
 from gkl_vl.training.optim import multi_step, sgd, warmup_cosine
-from gkl_vl.training.run import start
+from gkl_vl.training.run import EpochIntervals, Run, RunFlags
+
+Method = Literal["ce", "kd", "kd-ls", "dkd", "dist", "dkl", "ikl", "gkl"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A published experiment: who learns from whom, how long, and with which settings of each method."""
+    """A published experiment: teacher, student, schedule, and the settings of each method."""
 
     teacher: str
     """As `load_classifier` takes it, like the student."""
     student: str
     teacher_weights: str | None = None
-    """`pretrained`, or None: the user brings them."""
+    """`pretrained`, or None: --teacher-weights must name them."""
     epochs: int
     batch_size: int
-    """Of all processes together."""
+    """Images per update, of all processes together."""
     lr: float
     wd: float
     milestones: tuple[float, ...] = ()
-    """Epochs from which on the rate is a tenth; none = a cosine to 0."""
+    """Epochs at which the learning rate falls to a tenth; none = a cosine to 0."""
     methods: dict[str, Distillation]
     expected: dict[str, float]
     """Published top-1 in percent: `teacher`, `student` (labels alone), and methods."""
@@ -54,38 +52,25 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What tells one label recipe from another."""
+    """What distinguishes one label recipe from another."""
 
     name: str
     pairs: dict[str, Pair]
     data: str | None
-    """The default of --data; None = it must be given."""
+    """Default of --data; None = it must be given."""
     splits: tuple[str, str]
     """For training and for evaluation."""
     image_size: int | None
-    """None = small images, kept in memory, cropped and flipped; else random parts of images on disk, so many pixels."""
+    """None = small images in memory, cropped and flipped; else random crops of images on disk, resized to this size."""
+
+
+# ---- flags -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelConfig:
-    """Distil a classifier. None = what the pair says."""
+class LabelModels:
+    """Teacher and student. None = the pair's."""
 
-    pair: str
-    """A published pair of the recipe's table: models, length, rate and each method's settings."""
-    method: Literal["ce", "kd", "kd-ls", "dkd", "dist", "dkl", "ikl", "gkl"] = "gkl"
-    """ce = labels alone; kd-ls = KD on standardised logits."""
-    data: str | None = None
-    """Folder of parquet, CIFAR's files or images, shards `a-{000..9}.tar`, a list `x.txt`, or a Hub dataset."""
-    eval_data: str | None = None
-    """Where the evaluation split is, if not in --data; always needed beside shards and lists."""
-    root: str | None = None
-    """Where the paths of a list begin. None = its own folder."""
-    columns: tuple[str, str] | None = None
-    """Names of the image and label column, where they are not the usual ones."""
-    images: int | None = None
-    """Train on so many images only, drawn evenly from the classes."""
-    imbalance: float | None = None
-    """Make the training set long-tailed: images of the most frequent class over those of the rarest."""
     teacher: str | None = None
     """A name of the CIFAR zoo, timm:NAME, torchvision:NAME, hf-hub:org/repo or local-dir:path."""
     teacher_weights: str | None = None
@@ -93,170 +78,180 @@ class LabelConfig:
     student: str | None = None
     """As --teacher."""
     student_weights: str | None = None
-    """Where the student starts, as --teacher-weights. None = random weights."""
-    output_dir: Path | None = None
-    """The run folder. None = runs/RECIPE-<time>."""
-    epochs: int | None = None
-    """Passes over the data; the published milestones move along."""
-    steps: int | None = None
-    """Stop after so many updates of a schedule that long, in place of --epochs."""
-    batch_size: int | None = None
-    """Per process; None = the pair's, shared out."""
-    lr: float | None = None
-    """Peak learning rate of SGD with momentum 0.9."""
-    wd: float | None = None
-    """Weight decay, of everything."""
-    precision: Literal["fp32", "amp", "fp16", "amp_bf16", "bf16"] | None = None
-    """None = what `accelerate launch` or `accelerate config` say."""
-    workers: int = 2
-    """Processes that read images from disk, per training process."""
-    seed: int = 0
-    """Of initial weights, order, augmentations, and of what --images and --imbalance draw."""
-    eval_every_epochs: int = 10
-    """0 = at the end only."""
-    checkpoint_every_epochs: int = 10
-    """0 = at the end only."""
-    resume: str | None = None
-    """`latest`, or a checkpoint folder; with the flags of the run that is taken up."""
+    """Initial weights of the student, as --teacher-weights. None = random weights."""
+    compile: bool = False
+    """Compile the student with torch.compile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelData:
+    """Images for training and evaluation, and stored teacher logits."""
+
+    data: str | None = None
+    """Folder of parquet, CIFAR's files or images, shards `a-{000..9}.tar`, a list `x.txt`, or a Hub dataset."""
+    eval_data: str | None = None
+    """Source of the evaluation split, if not in --data; always needed beside shards and lists."""
+    root: str | None = None
+    """Folder that the paths of a list are relative to. None = the list's own folder."""
+    columns: tuple[str, str] | None = None
+    """Image and label column of a table, if not the usual ones."""
+    images: int | None = None
+    """Train on so many images only, drawn evenly from the classes."""
+    imbalance: float | None = None
+    """Make the training set long-tailed: images of the most frequent class over those of the rarest."""
+    stored_views: int = 0
+    """Train on so many views of each image, with teacher logits stored once; 0 = new views, an online teacher."""
+    stored_top_k: int | None = None
+    """Logits stored of each view; None = all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelLoss:
+    """Settings of the method. None = the pair's."""
+
     ce_weight: float | None = None
     """Weight of the cross entropy with the labels."""
-    soft_ce_weight: float | None = None
-    """GKL, IKL, DKL: weight of the soft cross entropy (paper: beta)."""
-    wmse_weight: float | None = None
-    """GKL, IKL, DKL: weight of the weighted MSE of logit differences (paper: alpha)."""
-    gamma: float | None = None
-    """GKL: exponent of the classes' weights."""
-    temperature: float | None = None
-    """Of the softmaxes that are compared."""
-    weight_temperature: float | None = None
-    """GKL, IKL, DKL: of the softmax that the weights or the class prior come from."""
+    gkl: Annotated[GklFlags, tyro.conf.arg(name="")] = GklFlags()
     class_prior: bool | None = None
-    """GKL, IKL: weigh classes by what the teacher thought of the label's class in the epoch before."""
+    """GKL, IKL: weigh classes by the teacher's mean softmax over the label's class in the epoch before."""
     warmup_epochs: int | None = None
-    """The distillation grows over these."""
-    stored_views: int = 0
-    """Ask the teacher about so many views of each image once, and train on these; 0 = ask it about every batch."""
-    stored_top_k: int | None = None
-    """Logits that are stored of each view; None = all."""
-    compile: bool = False
-    """torch.compile the student."""
-    push_to_hub: str | None = None
-    """org/name: upload the exported folder when done."""
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Trackers besides results.jsonl."""
-    allow_pickle: bool = False
-    """Read weights stored as pickles (.pth, .pt), with weights_only=True; mdistiller's teachers are."""
-    debug: bool = False
-    """Show the traceback of an error."""
+    """Epochs over which the distillation term grows linearly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelOptimisation:
+    """Length of the run, batch and optimizer (SGD with momentum 0.9). None = the pair's."""
+
+    epochs: int | None = None
+    """Passes over the data; the published milestones scale with it."""
+    steps: int | None = None
+    """Optimizer updates, in place of --epochs."""
+    batch_size: int | None = None
+    """Images per process; None = the pair's, divided by the number of processes."""
+    lr: float | None = None
+    """Peak learning rate."""
+    wd: float | None = None
+    """Weight decay of all parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelConfig:
+    """Distil a classifier with the settings of a published pair."""
+
+    pair: str
+    """A published pair of the recipe's table: models, schedule and each method's settings."""
+    method: Method = "gkl"
+    """ce = labels alone; kd-ls = KD on standardised logits."""
+    model: LabelModels = LabelModels()
+    data: LabelData = LabelData()
+    loss: LabelLoss = LabelLoss()
+    optimisation: LabelOptimisation = LabelOptimisation()
+    run: RunFlags = RunFlags()
+    evaluation: EpochIntervals = EpochIntervals()
+
+
+# ---- the run -----------------------------------------------------------------------------------------------------
 
 
 def train_classifier(config: LabelConfig, *, recipe: Recipe) -> None:
-    """A run from flags to an exported student."""
-    if config.push_to_hub:
-        hub.check_repo_id(config.push_to_hub)
+    """Trains a student from flags to the exported folder."""
     pair = find_pair(recipe, config)
     settings = find_settings(pair, config)
-    run, accelerator, asked = start(config, recipe=recipe.name)
-    set_seed(config.seed)  # the same initial weights on every rank
+    run = Run(config, recipe=recipe.name)
     train, test = open_data(recipe, config)
-    teacher = None if config.method == "ce" else load_teacher(pair, config, train, accelerator.device)
+    teacher = None if config.method == "ce" else load_teacher(pair, config, train, run.device)
     student = load_classifier(
         pair.student,
         num_classes=train.num_classes,
-        weights=config.student_weights,
-        allow_pickle=config.allow_pickle,
+        weights=config.model.student_weights,
+        allow_pickle=config.run.allow_pickle,
     )
     student.model.to(memory_format=torch.channels_last)
-    batch_size, per_epoch, steps = count_steps(pair, config, len(train), accelerator.num_processes)
-    if not config.resume:  # from here on there is a run
-        run.write_json("config.json", asked)
-    told = "" if teacher is None else f" from {pair.teacher} by {config.method}"
-    title = f"{pair.student}{told} · {len(train):,} images · {steps:,} steps of {batch_size} · seed {config.seed}"
-    accelerator.print(f"{title} · {accelerator.num_processes} x {accelerator.device.type} · {run.path}")
-    views = make_views(recipe, config, train)
-    test_views = make_views(recipe, config, test)
-    with accelerator.main_process_first():  # the others find the file
-        ask = make_teacher(config, teacher, views, train, accelerator.device)
-    if config.compile:
+    batch_size, per_epoch, steps = count_steps(pair, config, len(train), run.num_processes)
+    origin = "" if teacher is None else f" from {pair.teacher} by {config.method}"
+    run.begin(f"{pair.student}{origin} · {len(train):,} images · {steps:,} steps of {batch_size}")
+    views = make_views(recipe, config.run, train)
+    test_views = make_views(recipe, config.run, test)
+    with run.accelerator.main_process_first():  # the others find the file
+        teach = make_teacher(config.data, teacher, views, train, run.device)
+    if config.model.compile:
         student.model.compile()
     has_prior = teacher is not None and config.method in ("gkl", "ikl") and settings.class_prior
-    prior = EpochPrior(train.num_classes, settings.weight_temperature) if has_prior else None
-    set_seed(config.seed, device_specific=True)  # from here on each rank draws its own
-
-    def make_loader(position: dict[str, Any] | None) -> LabelledLoader:
-        return LabelledLoader(
+    prior = EpochPrior(train.num_classes, settings.gkl.weight_temperature) if has_prior else None
+    run.seed_ranks()
+    counts = train.counts()
+    groups = shot_groups(counts) if len(counts.unique()) > 1 else {}
+    evaluate = partial(evaluate_classifier, test, test_views, groups, run.device)
+    exported = fit(
+        accelerator=run.accelerator,
+        model=student.model,
+        objective=LabelKd(student=student, teacher=teach, settings=settings, prior=prior),
+        make_optimizer=partial(sgd, lr=pair.lr, wd=pair.wd),
+        learning_rate=lr_schedule(pair, steps),
+        make_loader=lambda position: LabelledLoader(
             views=views,
             labels=train.labels,
             batch_size=batch_size,
-            seed=config.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            num_views=config.stored_views or None,
+            seed=config.run.seed,
+            rank=run.accelerator.process_index,
+            world_size=run.num_processes,
+            num_views=config.data.stored_views or None,  # 0 = a new view in each epoch
             position=position,
-        )
-
-    counts = train.counts()
-    groups = shot_groups(counts) if len(counts.unique()) > 1 else {}
-    evaluate = partial(evaluate_on, test, test_views, groups, accelerator.device)
-    exported = fit(
-        accelerator=accelerator,
-        model=student.model,
-        objective=LabelKd(student=student, teacher=ask, settings=settings, prior=prior),
-        make_optimizer=partial(sgd, lr=pair.lr, wd=pair.wd),
-        learning_rate=lr_schedule(pair, steps),
-        make_loader=make_loader,
-        run=run,
-        config=FitConfig(
-            steps=steps,
-            grad_clip_norm=float("inf"),
-            log_every_steps=min(50, per_epoch),
-            eval_every_steps=config.eval_every_epochs * per_epoch,
-            checkpoint_every_steps=config.checkpoint_every_epochs * per_epoch,
         ),
+        run=run.folder,
+        config=FitConfig(steps=steps, log_every_steps=min(50, per_epoch), **config.evaluation.in_steps(per_epoch)),
         evaluate=lambda model: [{"model": "student"} | evaluate(replace(student, model=model))],
-        after_step=lambda: None,
-        checkpoint=run.find_checkpoint(config.resume) if config.resume else None,
+        checkpoint=run.checkpoint(),
     )
-    if accelerator.is_main_process:
-        if teacher is not None and not any(record.get("model") == "teacher" for record in run.records()):
-            run.log({"step": steps, "model": "teacher"} | evaluate(teacher))
-        finish(config, pair, run, replace(student, model=exported), teacher, train, steps, title)
-    accelerator.end_training()
-
-
-# ---- before ------------------------------------------------------------------------------------------------------
+    if run.accelerator.is_main_process:
+        if teacher is not None and not any(record.get("model") == "teacher" for record in run.folder.records()):
+            run.folder.log({"step": steps, "model": "teacher"} | evaluate(teacher))
+        finish(
+            run,
+            student=replace(student, model=exported),
+            teacher=None if teacher is None else (pair.teacher, teacher),
+            made=made(pair, config),
+            data=train,
+            steps=steps,
+            published=published(pair, config),
+        )
+    run.accelerator.end_training()
 
 
 def find_pair(recipe: Recipe, config: LabelConfig) -> Pair:
-    """The published pair, with what the flags say otherwise."""
-    pair = cli.named(recipe.pairs, config.pair, flag="--pair")
-    if config.steps is not None and config.epochs is not None:
-        raise UserError(f"--steps {config.steps} and --epochs {config.epochs} say the same twice: give one")
-    if config.stored_views < 0:
-        raise UserError(f"--stored-views {config.stored_views} must be at least 1, or 0 for none")
+    """The published pair with the overrides of the flags."""
+    pair, length = cli.named(recipe.pairs, config.pair, flag="--pair"), config.optimisation
+    if length.steps is not None and length.epochs is not None:
+        raise UserError(f"--steps {length.steps} and --epochs {length.epochs} exclude each other: give one")
+    if config.data.stored_views < 0:
+        raise UserError(f"--stored-views {config.data.stored_views} must be at least 1, or 0 for none")
     cli.require_positive(config, "steps", "epochs", "batch_size", "images", "stored_top_k")
-    if config.epochs is not None:  # the milestones keep their share of the way
-        moved = tuple(epoch * config.epochs / pair.epochs for epoch in pair.milestones)
-        pair = replace(pair, milestones=moved, epochs=config.epochs)
-    if config.teacher is not None:
-        pair = replace(pair, teacher=config.teacher, teacher_weights=None)
-    return overridden(pair, config, but=("batch_size",))  # there of all processes together
+    if length.epochs is not None:  # the milestones keep their share of the training
+        moved = tuple(epoch * length.epochs / pair.epochs for epoch in pair.milestones)
+        pair = replace(pair, milestones=moved, epochs=length.epochs)
+    if config.model.teacher is not None:
+        pair = replace(pair, teacher=config.model.teacher, teacher_weights=None)
+    flags = cli.flat(config)
+    del flags["batch_size"]  # per process; the pair's is of all processes together
+    return overridden(pair, flags)
 
 
 def find_settings(pair: Pair, config: LabelConfig) -> Distillation:
-    """The method's published settings, with what the flags say otherwise."""
+    """The published settings of the method with the overrides of the flags."""
     if config.method == "ce":
         return Distillation(method="ce")
     of_methods = {"ikl": pair.methods["gkl"], "dkl": pair.methods["gkl"]} | pair.methods
-    return overridden(replace(of_methods[config.method], method=config.method), config)
+    return overridden(replace(of_methods[config.method], method=config.method), cli.flat(config))
 
 
 def count_steps(pair: Pair, config: LabelConfig, num_images: int, num_processes: int) -> tuple[int, int, int]:
-    """Images in a batch of a process, batches in an epoch, and updates of the run."""
-    batch_size = config.batch_size or max(pair.batch_size // num_processes, 1)
+    """Images per batch and process, batches per epoch, updates of the run."""
+    batch_size = config.optimisation.batch_size
+    if batch_size is None:
+        batch_size = max(pair.batch_size // num_processes, 1)
     per_epoch = batches_per_epoch(num_images, batch_size, num_processes)
-    steps = config.steps or pair.epochs * per_epoch
-    if config.class_prior and steps <= per_epoch:
+    steps = pair.epochs * per_epoch if config.optimisation.steps is None else config.optimisation.steps
+    if config.loss.class_prior and steps <= per_epoch:
         raise UserError(
             f"--class-prior is collected in an epoch and used in the next, and {steps} steps are one epoch at most "
             f"({per_epoch} steps): train longer, or leave it out"
@@ -265,27 +260,28 @@ def count_steps(pair: Pair, config: LabelConfig, num_images: int, num_processes:
 
 
 def open_data(recipe: Recipe, config: LabelConfig) -> tuple[LabelledSet, LabelledSet]:
-    """For training and for evaluation."""
-    source = config.data or recipe.data
+    """The sets for training and for evaluation."""
+    flags = config.data
+    source = recipe.data if flags.data is None else flags.data
     if source is None:
         raise UserError(f"{recipe.name} has no data of its own: give --data and --eval-data")
-    if config.eval_data is None and source.endswith((".tar", ".txt")):
+    if flags.eval_data is None and source.endswith((".tar", ".txt")):
         raise UserError(f"--data {source} is one split: name the other with --eval-data")
-    open_split = partial(open_labelled, root=config.root, columns=config.columns)
+    open_split = partial(open_labelled, root=flags.root, columns=flags.columns)
     train = open_split(source, recipe.splits[0])
-    test = open_split(config.eval_data or source, recipe.splits[1])
+    test = open_split(source if flags.eval_data is None else flags.eval_data, recipe.splits[1])
     require_same_classes(train, test)
-    if config.imbalance is not None:
-        train = long_tailed(train, ratio=config.imbalance, seed=config.seed)
-    if config.images is not None:
-        train = balanced_subset(train, config.images, config.seed)
+    if flags.imbalance is not None:
+        train = long_tailed(train, ratio=flags.imbalance, seed=config.run.seed)
+    if flags.images is not None:
+        train = balanced_subset(train, flags.images, config.run.seed)
     return train, test
 
 
 def load_teacher(pair: Pair, config: LabelConfig, train: LabelledSet, device: torch.device) -> Classifier:
-    """Frozen, in evaluation mode, on its device."""
-    carries = pair.teacher.startswith(("hf-hub:", "local-dir:"))
-    if pair.teacher_weights is None and not carries:
+    """The teacher, frozen, in evaluation mode, on its device."""
+    has_weights = pair.teacher.startswith(("hf-hub:", "local-dir:"))
+    if pair.teacher_weights is None and not has_weights:
         raise UserError(
             f"teacher {pair.teacher!r} comes without weights: give --teacher-weights, see the recipe's text"
         )
@@ -293,83 +289,66 @@ def load_teacher(pair: Pair, config: LabelConfig, train: LabelledSet, device: to
         pair.teacher,
         num_classes=train.num_classes,
         weights=pair.teacher_weights,
-        allow_pickle=config.allow_pickle,
+        allow_pickle=config.run.allow_pickle,
     )
     teacher.model.requires_grad_(False).eval().to(device).to(memory_format=torch.channels_last)
     return teacher
 
 
-def make_views(recipe: Recipe, config: LabelConfig, data: LabelledSet) -> Views:
+def make_views(recipe: Recipe, flags: RunFlags, data: LabelledSet) -> Views:
+    """Augmented and plain views of a set, as the recipe prepares its images."""
     if recipe.image_size is None:
-        return MemoryViews(images=in_memory(data), seed=config.seed)
+        return MemoryViews(images=in_memory(data), seed=flags.seed)
     return DiskViews(
         data=data,
         augment=imagenet_augmentation(recipe.image_size),
         plain=imagenet_center(recipe.image_size),
-        seed=config.seed,
-        num_workers=config.workers,
+        seed=flags.seed,
+        num_workers=flags.workers,
         pin_memory=torch.cuda.is_available(),
     )
 
 
 def make_teacher(
-    config: LabelConfig, teacher: Classifier | None, views: Views, train: LabelledSet, device: torch.device
+    flags: LabelData, teacher: Classifier | None, views: Views, train: LabelledSet, device: torch.device
 ) -> LabelTeacher | None:
-    """What says the teacher's logits of a batch: the teacher itself, or what it said once."""
+    """The teacher's logits of a batch: computed, or read from the store."""
     if teacher is None:
         return None
-    if not config.stored_views:
+    if not flags.stored_views:
         return online_label_teacher(teacher)
     stored = store_logits(
         classifier=teacher,
         views=views,
         labels=train.labels,
         contents=_contents(train, views),
-        num_views=config.stored_views,
-        top_k=config.stored_top_k,
+        num_views=flags.stored_views,
+        top_k=flags.stored_top_k,
         device=device,
     )
     return stored_label_teacher(stored, train.num_classes)
 
 
 def _contents(data: LabelledSet, views: Views) -> str:
-    """What tells the images from others: their bytes where they are at hand, else the name of their source."""
+    """Identity of the images: a hash where they are in memory, else the name of their source."""
     if isinstance(views, MemoryViews):
         return hashlib.sha256(views.images.numpy().tobytes()).hexdigest()
     return data.name
 
 
 def lr_schedule(pair: Pair, steps: int) -> Callable[[int], float]:
-    """The pair's schedule over so many updates."""
+    """The pair's learning rate over so many updates."""
     if not pair.milestones:
         return partial(warmup_cosine, lr=pair.lr, steps=steps, warmup_steps=0)
     return partial(multi_step, lr=pair.lr, milestones=tuple(round(e / pair.epochs * steps) for e in pair.milestones))
 
 
-def finish(
-    config: LabelConfig,
-    pair: Pair,
-    run: RunFolder,
-    student: Classifier,
-    teacher: Classifier | None,
-    train: LabelledSet,
-    steps: int,
-    title: str,
-) -> None:
-    """Export, pictures, tables. Main process."""
-    final = [r for r in run.records() if "model" in r and r["step"] == steps]
-    card = ClassifierCard(
-        student=student.name,
-        made="trained on labels alone" if teacher is None else f"distilled from `{pair.teacher}` by {config.method}",
-        teacher=None if teacher is None else pair.teacher,
-        data=train.name,
-        command=run.config()["command"],
-        commit=run.config()["commit"],
-        metrics=final,
-        steps=steps,
-        seed=config.seed,
-        repo_id=config.push_to_hub,
-    )
-    published = pair.expected.get("student" if config.method == "ce" else config.method)
-    told = f"Published for {config.pair} by {config.method}: {published:.2f} % top-1" if published else ""
-    conclude(run=run, student=student, teacher=teacher, card=card, title=title, published=told)
+def made(pair: Pair, config: LabelConfig) -> str:
+    """For the card: how the student was trained."""
+    return "trained on labels alone" if config.method == "ce" else f"distilled from `{pair.teacher}` by {config.method}"
+
+
+def published(pair: Pair, config: LabelConfig) -> str:
+    """A line with the pair's published accuracy; "" where there is none."""
+    accuracy = pair.expected.get("student" if config.method == "ce" else config.method)
+    return f"Published for {config.pair} by {config.method}: {accuracy:.2f} % top-1" if accuracy else ""

@@ -1,0 +1,426 @@
+"""Training of a CLIP student, for the CLIP recipes: flags, data, the run, evaluation and export.
+
+A recipe opens its data, builds its objective and calls `train_clip`.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Protocol, runtime_checkable
+
+import torch
+import tyro
+from torch import nn
+
+from gkl_vl import cli, report
+from gkl_vl.data.augment import drawing_augmentation, light_augmentation, mild_drawing_augmentation
+from gkl_vl.data.pair_stream import PairLoader, PairStream, Position
+from gkl_vl.data.pairs import Source, bundled_pairs
+from gkl_vl.disk_cache import cache_folder
+from gkl_vl.errors import UserError
+from gkl_vl.evaluation.benchmark import TASK_OF, measure, metrics_of
+from gkl_vl.evaluation.embed import Embedder, milliseconds_per_image, top_names
+from gkl_vl.evaluation.set_collections import BenchmarkTask
+from gkl_vl.evaluation.sets import BUNDLED, BenchmarkSet, load_benchmark_set, load_benchmark_sets
+from gkl_vl.export import hub
+from gkl_vl.export.cards import ClipCard
+from gkl_vl.losses.gkl import GklSettings
+from gkl_vl.models.clip import BUNDLED_TEACHER, Clip, Student, clamp_scale, load_clip
+from gkl_vl.models.modes import freeze
+from gkl_vl.objectives.clip import ClipKdWeights
+from gkl_vl.protocols import Objective, Record
+from gkl_vl.teachers.online import Teacher, online_teacher
+from gkl_vl.teachers.store import StoredViews, store_views, stored_teacher
+from gkl_vl.training.checkpoint import RunFolder
+from gkl_vl.training.engine import FitConfig, fit, moving_average
+from gkl_vl.training.optim import adamw, warmup_cosine
+from gkl_vl.training.run import Run, RunFlags, StepIntervals
+
+# The bundled set is small: a fixed number of views lets the teacher embed each once (teachers/store.py).
+BUNDLED_VIEWS = 6
+BUNDLED_STEPS = 300
+BUNDLED_MIMICRY_WEIGHT, MIMICRY_WEIGHT = 10_000.0, 2000.0
+LR = 1e-3
+SHEET_IMAGES = 12
+
+# ---- flags -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipModels:
+    """Teacher and student."""
+
+    teacher: str = "bundled"
+    """An open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, `bundled`, or `none`."""
+    teacher_pretrained: str | None = None
+    """open_clip's tag or a file of weights, for a teacher given by an open_clip name."""
+    student: str = "emoji-student"
+    """As --teacher, or a shipped config: ViT-T-16, FastViT-T8, emoji-student. A plain name has random weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionData:
+    """Image-text pairs for training."""
+
+    train_data: str | None = None
+    """Shards `a-{000..9}.tar::b.tar`, a .csv or .tsv, parquet, or a Hub dataset id. None = the bundled emoji."""
+    columns: tuple[str, str] | None = None
+    """Image and caption column of a table. None = `filepath title` in CSV, `image caption` elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionLoss:
+    """Weights of the loss terms, and the settings of GKL."""
+
+    contrastive_weight: float = 1.0
+    """Weight of the student's own contrastive loss."""
+    mimicry_weight: float | None = None
+    """Weight of the MSE between normalised embeddings. None = CLIP-KD's 2000, 10000 on bundled data."""
+    gkl: Annotated[GklSettings, tyro.conf.arg(name="")] = GklSettings(wmse_weight=0.5, gamma=0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipOptimisation:
+    """Length of the run, batch and optimizer (AdamW)."""
+
+    steps: int | None = None
+    """Optimizer updates. None = --epochs, or 300 on bundled data."""
+    epochs: int | None = None
+    """Passes over the data, in place of --steps; needs a data set with a known size."""
+    batch_size: int = 256
+    """Samples per process and forward pass."""
+    accum_steps: int = 1
+    """Batches per update: exactly the loss of the joined batch, in the memory of one."""
+    lr: float | None = None
+    """Peak learning rate: linear warm-up, then cosine to 0. None = 1e-3; bundled data has its own."""
+    wd: float = 0.2
+    """Weight decay; none on biases, norms and the logit scale."""
+    warmup: int = 50
+    """Warm-up steps."""
+    ema_decay: float = 0.0
+    """Decay per step of a moving average of the weights, which is evaluated and exported; 0 = none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipEvaluation:
+    """Evaluation while training, and checkpoints."""
+
+    eval_data: tuple[str, ...] | None = None
+    """Sets as eval/zero_shot.py names them. None = the bundled ones for bundled data, else none."""
+    dataset_root: str | None = None
+    """Folder of these sets, or its URL on the Hub; {dataset} and {dataset_cleaned} are filled in."""
+    intervals: Annotated[StepIntervals, tyro.conf.arg(name="")] = StepIntervals(
+        eval_every_steps=100, checkpoint_every_steps=250
+    )
+
+
+@runtime_checkable
+class ClipFlags(Protocol):
+    """Flags that every CLIP recipe has."""
+
+    @property
+    def model(self) -> ClipModels: ...
+    @property
+    def optimisation(self) -> ClipOptimisation: ...
+    @property
+    def run(self) -> RunFlags: ...
+    @property
+    def evaluation(self) -> ClipEvaluation: ...
+
+
+def caption_weights(loss: CaptionLoss, *, teacher: str, bundled: bool) -> ClipKdWeights:
+    """The weights of a run on captions. Raises: UserError where all are 0."""
+    mimicry_weight = loss.mimicry_weight
+    if mimicry_weight is None:
+        mimicry_weight = BUNDLED_MIMICRY_WEIGHT if bundled else MIMICRY_WEIGHT
+    of_teacher = (loss.gkl.soft_ce_weight, loss.gkl.wmse_weight, mimicry_weight)
+    if not loss.contrastive_weight and (teacher == "none" or not any(of_teacher)):
+        others = "" if teacher == "none" else ", --soft-ce-weight, --wmse-weight or --mimicry-weight"
+        raise UserError(f"every weight is 0, so there is nothing to train on: set --contrastive-weight{others}")
+    return ClipKdWeights(contrastive_weight=loss.contrastive_weight, mimicry_weight=mimicry_weight, gkl=loss.gkl)
+
+
+# ---- the run -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipData:
+    """What a recipe trains on."""
+
+    source: Source
+    name: str | None
+    """As the user named it; None = the bundled emoji."""
+    flag: str = "--train-data"
+    """The flag that names it, for messages."""
+
+    @property
+    def bundled(self) -> bool:
+        """The bundled emoji have stored teacher views, their own augmentation, evaluation sets and defaults."""
+        return self.name is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSetup:
+    """What an objective is built from."""
+
+    student: Clip
+    teacher: Clip | None
+    teach: Teacher | None
+    """Embeddings of the teacher for a batch, online or stored; None without a teacher."""
+    device: torch.device
+
+
+def train_clip(
+    config: ClipFlags,
+    *,
+    recipe: str,
+    data: ClipData,
+    make_objective: Callable[[ClipSetup], Objective],
+    bundled_lr: float,
+    mimicry: bool = False,
+    detail: str = "",
+    attack: str | None = None,
+    check: Callable[[int], None] = lambda images: None,
+) -> None:
+    """Trains a student from flags to the exported folder.
+
+    Args:
+        recipe: run folders are runs/RECIPE-TIME.
+        bundled_lr: default of --lr on bundled data.
+        mimicry: the student has a map into the teacher's embedding space.
+        detail: part of the run's title, behind the teacher.
+        attack: for the card: radius and norm of attacks in training. FSDP is then refused.
+        check: called before the run folder is made with the number of images that the run will see.
+    """
+    run = Run(config, recipe=recipe)
+    if attack is not None:
+        run.refuse_shards("attacks")
+    teacher = load_teacher(config, run.device)
+    student = load_student(config)
+    sets = evaluation_sets(config.evaluation, bundled=data.bundled)
+    steps = count_steps(config.optimisation, data, run.num_processes)
+    images_per_step = config.optimisation.batch_size * config.optimisation.accum_steps
+    check(steps * images_per_step * run.num_processes)
+    origin = "" if teacher is None else f" distilled from {config.model.teacher}"
+    run.begin(f"{config.model.student}{origin}{detail} · {steps:,} steps of {images_per_step:,}")
+    augment = augmentation(student, teacher, bundled=data.bundled)
+    stored = store_bundled_views(run, teacher, student, augment) if data.bundled and teacher is not None else None
+    mimicry_dim = teacher.embed_dim if teacher is not None and mimicry else None
+    model = Student(student.towers, embed_dim=student.embed_dim, mimicry_dim=mimicry_dim)
+    run.seed_ranks()
+    lr = config.optimisation.lr
+    if lr is None:
+        lr = bundled_lr if stored is not None else LR
+    teach = make_teacher(teacher, stored, run.device)
+    exported = fit(
+        accelerator=run.accelerator,
+        model=model,
+        objective=make_objective(ClipSetup(student=student, teacher=teacher, teach=teach, device=run.device)),
+        make_optimizer=partial(adamw, lr=lr, wd=config.optimisation.wd),
+        learning_rate=partial(warmup_cosine, lr=lr, steps=steps, warmup_steps=min(config.optimisation.warmup, steps)),
+        make_loader=partial(make_loader, config, run, data, augment, student, teacher, stored),
+        run=run.folder,
+        config=FitConfig(
+            steps=steps,
+            grad_clip_norm=1.0,
+            accum_steps=config.optimisation.accum_steps,
+            **vars(config.evaluation.intervals),
+        ),
+        evaluate=partial(evaluate_student, sets, student, run.device),
+        after_step=partial(clamp_scale, student.towers),
+        average=moving_average(model, config.optimisation.ema_decay),
+        checkpoint=run.checkpoint(),
+    )
+    if teacher is not None:
+        log_teacher(run.folder, steps, evaluate(teacher, "teacher", sets, run.device, cache_folder("embeddings")))
+    if run.accelerator.is_main_process:
+        finish(config, run, data, replace(student, towers=exported.towers), teacher, steps, attack)
+    run.accelerator.end_training()
+
+
+# ---- before the first step ---------------------------------------------------------------------------------------
+
+
+def load_teacher(config: ClipFlags, device: torch.device) -> Clip | None:
+    """The frozen teacher on its device, not wrapped by Accelerate."""
+    if config.model.teacher == "none":
+        return None
+    allow_pickle = config.run.allow_pickle
+    teacher = freeze(load_clip(config.model.teacher, config.model.teacher_pretrained, allow_pickle=allow_pickle))
+    teacher.towers.to(device).to(memory_format=torch.channels_last)
+    return teacher
+
+
+def load_student(config: ClipFlags) -> Clip:
+    """The student. Raises: UserError for a model that cannot be exported."""
+    student = load_clip(config.model.student, allow_pickle=config.run.allow_pickle)
+    if student.model_cfg is None:
+        raise UserError(
+            f"--student {config.model.student} is a transformers model, which cannot be exported: take an open_clip one"
+        )
+    student.towers.to(memory_format=torch.channels_last)
+    return student
+
+
+def evaluation_sets(evaluation: ClipEvaluation, *, bundled: bool) -> list[BenchmarkSet]:
+    """The sets of --eval-data, loaded before the first step."""
+    if evaluation.eval_data is None and not bundled:
+        return []
+    names = BUNDLED if evaluation.eval_data is None else evaluation.eval_data
+    return load_benchmark_sets(names, root=evaluation.dataset_root, split="test")
+
+
+def count_steps(optimisation: ClipOptimisation, data: ClipData, num_processes: int) -> int:
+    """Updates of the run, from --steps or --epochs."""
+    cli.require_positive(optimisation, "steps", "epochs", "batch_size", "accum_steps")
+    if optimisation.steps is not None and optimisation.epochs is not None:
+        raise UserError(f"--steps {optimisation.steps} and --epochs {optimisation.epochs} exclude each other: give one")
+    if optimisation.steps is not None:
+        return optimisation.steps
+    if optimisation.epochs is None:
+        if data.bundled:
+            return BUNDLED_STEPS
+        raise UserError(f"{data.flag} needs --steps or --epochs")
+    if data.source.num_pairs is None:
+        raise UserError(
+            f"--epochs needs the size of {data.source.name!r}: put sizes.json beside the shards, or give --steps"
+        )
+    global_batch = optimisation.batch_size * optimisation.accum_steps * num_processes
+    return max(optimisation.epochs * data.source.num_pairs // global_batch, 1)
+
+
+def augmentation(student: Clip, teacher: Clip | None, *, bundled: bool) -> Callable[..., torch.Tensor]:
+    """One view for both models, at the larger of their sizes."""
+    size = max(clip.image_size for clip in (student, teacher) if clip is not None)
+    if not bundled:
+        return light_augmentation(size)
+    return drawing_augmentation(size) if teacher is None else mild_drawing_augmentation(size)
+
+
+def store_bundled_views(run: Run, teacher: Clip, student: Clip, augment: Callable) -> StoredViews:
+    """Views of the bundled drawings with the teacher's embeddings, from disk after the first run."""
+    with run.accelerator.main_process_first():  # the others find the file
+        return store_views(
+            clip=teacher,
+            pairs=bundled_pairs(),
+            num_views=BUNDLED_VIEWS,
+            augment=augment,
+            size=student.image_size,
+            num_workers=run.flags.workers,
+        )
+
+
+def make_teacher(teacher: Clip | None, stored: StoredViews | None, device: torch.device) -> Teacher | None:
+    """The teacher's embeddings of a batch: stored ones for the bundled set, otherwise computed."""
+    if teacher is None:
+        return None
+    return online_teacher(teacher) if stored is None else stored_teacher(teacher, stored, device)
+
+
+def make_loader(
+    config: ClipFlags,
+    run: Run,
+    data: ClipData,
+    augment: Callable,
+    student: Clip,
+    teacher: Clip | None,
+    stored: StoredViews | None,
+    position: dict[str, Any] | None,
+) -> PairLoader:
+    """Batches of this rank from a position. An online teacher gets the captions in its own tokens."""
+    tokenizers = {"text": student.tokenize}
+    if teacher is not None and stored is None:
+        tokenizers["teacher_text"] = teacher.tokenize
+    stream = PairStream(
+        data.source,
+        augment=augment,
+        tokenizers=tokenizers,
+        batch_size=config.optimisation.batch_size,
+        seed=run.flags.seed,
+        rank=run.accelerator.process_index,
+        world_size=run.num_processes,
+        num_workers=run.flags.workers,
+        stored_views=None if stored is None else stored.pixels,
+        start=None if position is None else Position.of(position),
+    )
+    return PairLoader(stream, pin_memory=run.device.type == "cuda")
+
+
+# ---- evaluation and export ---------------------------------------------------------------------------------------
+
+
+def evaluate_student(
+    sets: list[BenchmarkSet], student: Clip, device: torch.device, model: nn.Module
+) -> Iterator[Record]:
+    """Records of the student with the current weights of `model`."""
+    yield from evaluate(replace(student, towers=model.towers), "student", sets, device, cache=None)
+
+
+def evaluate(
+    clip: Clip, role: str, sets: list[BenchmarkSet], device: torch.device, cache: Path | None
+) -> Iterator[Record]:
+    """A record per set, with CLIP_benchmark's keys. All processes share the work."""
+    embedder = Embedder(clip=clip, device=device, batch_size=256, cache=cache)
+    for dataset in sets:
+        tasks: list[BenchmarkTask] = [TASK_OF[dataset.kind]]
+        if dataset.name in BUNDLED:  # they have captions too
+            tasks.append("zeroshot_retrieval")
+        yield {"model": role, "dataset": dataset.name} | metrics_of(measure(embedder, dataset, tasks))
+
+
+def log_teacher(folder: RunFolder, step: int, records: Iterator[Record]) -> None:
+    """Logs the teacher's metrics once per run, also after a resume. All processes measure, the main one writes."""
+    measured = list(records)  # all ranks
+    if not any(record.get("model") == "teacher" for record in folder.records()):
+        for record in measured:
+            folder.log({"step": step} | record)
+
+
+def finish(
+    config: ClipFlags, run: Run, data: ClipData, student: Clip, teacher: Clip | None, steps: int, attack: str | None
+) -> None:
+    """Exports the student, draws the report, prints the table. Main process."""
+    student.towers.eval()
+    facts, folder = run.facts(steps=steps), run.folder.path
+    card = ClipCard(
+        student=config.model.student,
+        teacher=None if teacher is None else config.model.teacher,
+        license="mit" if data.bundled else "other",  # of other data the licence is not known
+        datasets=["bundled emoji (Noto, Twemoji)" if data.name is None else data.name],
+        run=facts,
+        attack=attack,
+    )
+    hub.export_clip(clip=student, folder=folder / "model", card=card)
+    sheet = draw_sheet(student, run.device) if data.bundled else []
+    report.draw_report(path=folder / "report.png", records=run.folder.records(), sheet=sheet, title=run.title)
+    rows = [table_row("teacher", teacher, facts.metrics, run.device)] if teacher else []
+    print(report.results_table([*rows, table_row("student", student, facts.metrics, run.device)]))
+    print(f"\nLoad the student:\n\n    import open_clip\n    model, _, preprocess = "
+          f'open_clip.create_model_and_transforms("local-dir:{folder / "model"}")\n')  # fmt: skip
+    print(f"Pictures: {folder / 'report.png'}")
+    run.push()
+
+
+def table_row(role: str, clip: Clip, records: list[Record], device: torch.device) -> dict[str, Any]:
+    """A model in the closing table: parameters, time per image, metrics."""
+    return {
+        "model": role,
+        "name": "bundled" if clip.name == BUNDLED_TEACHER else clip.name,
+        "image_parameters": sum(p.numel() for p in clip.towers.image_parameters()),
+        "parameters": sum(p.numel() for p in clip.towers.parameters()),
+        "ms_per_image": milliseconds_per_image(clip=clip, device=device),
+        "results": report.metrics_by_dataset(records, role),
+    }
+
+
+def draw_sheet(student: Clip, device: torch.device) -> list[report.SheetItem]:
+    """Held-out drawings, evenly spaced through the set, with the student's three likeliest names."""
+    dataset = load_benchmark_set(BUNDLED[0])
+    names = dataset.classnames
+    assert names is not None  # the bundled set has them
+    drawings: list[Any] = list(dataset)
+    chosen = drawings[:: max(len(drawings) // SHEET_IMAGES, 1)][:SHEET_IMAGES]
+    embedder = Embedder(clip=student, device=device, batch_size=256)
+    best = top_names(embedder, images=[image for image, _ in chosen], dataset=dataset, k=3)
+    return [report.SheetItem(image, names[label], top) for (image, label), top in zip(chosen, best, strict=True)]

@@ -1,4 +1,4 @@
-"""The house stands as its plan says: who imports whom, what the README's tree and the packages hold, that
+"""The house stands as its plan says: who imports whom, what the documented tree and the packages hold, that
 accelerate reads the launch configs, and that the tests' own tools do what every other test relies on."""
 
 import ast
@@ -175,7 +175,7 @@ def test_a_source_that_keeps_it_passes(path, source):
     assert not breaches(path, source)
 
 
-# The README's tree.
+# The tree in docs/layout.md.
 
 
 def tree_of(readme: str) -> list[str]:
@@ -200,22 +200,21 @@ def tree_of(readme: str) -> list[str]:
     return paths
 
 
-def test_every_name_in_the_readme_tree_exists():
-    tree = readme_tree()
+def test_every_name_in_the_documented_tree_exists():
+    tree = documented_tree()
     assert [p for p in tree if not (HOUSE / p).exists() or p.endswith("/") != (HOUSE / p).is_dir()] == []
 
 
-def test_every_module_of_the_library_is_in_the_readme_tree():
-    tree = readme_tree()
+def test_every_module_of_the_library_is_in_the_documented_tree():
+    tree = documented_tree()
     modules = [p.relative_to(HOUSE) for p in LIBRARY.rglob("*.py") if p.name != "__init__.py"]
     folders = {m.parent for m in modules if f"{m.parent.as_posix()}/" in tree} - {Path("gkl_vl")}
     assert [m for m in modules if m.as_posix() not in tree and m.parent not in folders] == []
 
 
-def readme_tree() -> list[str]:
-    tree = tree_of((HOUSE / "README.md").read_text())
-    if not tree:
-        pytest.skip("the README has no tree yet")
+def documented_tree() -> list[str]:
+    tree = tree_of((HOUSE / "docs" / "layout.md").read_text())
+    assert tree
     return tree
 
 

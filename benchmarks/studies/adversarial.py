@@ -8,7 +8,6 @@ steps. The models of the first seed are then attacked by standard AutoAttack on 
 tables.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -16,21 +15,21 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from study import Arms, Study
+from study import Arm, Arms, Study, make_parser
 
 HOUSE = Path(__file__).parents[2]
 Interval = tuple[float, float]
 
 
-def arms(names: list[str]) -> Arms:
+def arms_of(names: list[str]) -> Arms:
     """Each arm's flags: a method, or `gkl-5` with another wMSE weight. IKL and GKL are compared with TRADES."""
-    found: Arms = {}
+    arms: Arms = {}
     for name in names:
         method, _, weight = name.partition("-")
         flags = ["--method", method] + (["--wmse-weight", weight] if weight else [])
         other = None if name in ("natural", "trades") or "trades" not in names else "trades"
-        found[name] = (flags, other)
-    return found
+        arms[name] = Arm(flags, other)
+    return arms
 
 
 def autoattack(run: Path, data: str, images: int) -> dict:
@@ -52,19 +51,16 @@ def with_interval(share: float, interval: Interval) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, seeds=[0, 1], folder="runs/study_adversarial")
     parser.add_argument("--data", required=True, help="folder with CIFAR-10")
     parser.add_argument("--arms", nargs="+", default=["natural", "trades", "ikl", "gkl"], help="gkl-5 = wMSE weight 5")
     parser.add_argument("--model", default="wrn_16_1")
     parser.add_argument("--images", type=int, default=10_000, help="training images")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--lr", default="0.1")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument(
         "--attacked", type=int, default=500, help="test images for AutoAttack, and for PGD-20 each time"
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/study_adversarial"))
     options = parser.parse_args()
     flags = ["--preset", "cifar10-basic", "--data", options.data, "--model", options.model]
     flags += [
@@ -81,8 +77,8 @@ def main() -> None:
     flags += ["--eval-every-epochs", "0", "--checkpoint-every-epochs", "0"]
     test = f"{Path(options.data).name}:test"
     study = Study(
-        recipe=HOUSE / "recipes" / "adversarial.py",
-        arms=arms(options.arms),
+        recipe="adversarial",
+        arms=arms_of(options.arms),
         flags=flags,
         columns={"PGD-20": (f"pgd20:{test}", "acc1"), "natural images": (test, "acc1")},
         seeds=options.seeds,

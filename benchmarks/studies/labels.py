@@ -8,33 +8,28 @@ distillation's warm-up shortened with the run (20 of 240 epochs), the teacher's 
 are epochs, so nothing is approximated. IKL is GKL with gamma 1. Prints a Markdown table.
 """
 
-import argparse
-import os
-from pathlib import Path
+from study import Arm, Arms, Study, make_parser
 
-from study import Arms, Study
-
-RECIPE = Path(__file__).parents[2] / "recipes" / "cifar_kd.py"
 Columns = dict[str, tuple[str | None, str]]
 BALANCED: Columns = {"acc1": (None, "acc1"), "acc5": (None, "acc5")}
 LONG_TAILED: Columns = {"acc1": (None, "acc1"), **{name: (None, f"{name}_acc1") for name in ("many", "medium")}}
 """No class of CIFAR-10 has fewer than 20 images at a ratio of 100: `few` is empty."""
 
 
-def arms(names: list[str], warmup: str) -> Arms:
+def arms_of(names: list[str], warmup: str) -> Arms:
     """Each arm's flags: a method, or `gkl-0.5` with another wMSE weight. All but `ce` are compared with KD."""
-    found: Arms = {}
+    arms: Arms = {}
     for name in names:
         method, _, weight = name.partition("-")
         flags = ["--method", method] + (["--wmse-weight", weight] if weight else [])
         flags += ["--warmup-epochs", warmup] if method in ("dkd", "ikl", "gkl") else []
         other = {"ce": None, "kd": "ce"}.get(name, "kd")
-        found[name] = (flags, other if other in names else None)
-    return found
+        arms[name] = Arm(flags, other if other in names else None)
+    return arms
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, seeds=[0, 1, 2], folder="runs/study_labels")
     parser.add_argument("--data", required=True, help="folder with CIFAR-10")
     parser.add_argument("--teacher-weights", required=True, help="of resnet56_a")
     parser.add_argument(
@@ -44,9 +39,6 @@ def main() -> None:
     parser.add_argument("--imbalance", type=float, help="the long-tailed study, at this ratio, on all images it leaves")
     parser.add_argument("--images", type=int, default=10_000, help="training images of the balanced study")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="every arm runs on each")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/study_labels"))
     options = parser.parse_args()
     flags = ["--pair", "resnet56-resnet20", "--data", options.data, "--epochs", str(options.epochs)]
     flags += ["--teacher", "resnet56_a", "--teacher-weights", options.teacher_weights, "--student", "resnet20_a"]
@@ -55,8 +47,8 @@ def main() -> None:
     long_tailed = options.imbalance is not None
     flags += ["--imbalance", str(options.imbalance)] if long_tailed else ["--images", str(options.images)]
     study = Study(
-        recipe=RECIPE,
-        arms=arms(options.arms, str(max(round(20 * options.epochs / 240), 1))),
+        recipe="cifar_kd",
+        arms=arms_of(options.arms, str(max(round(20 * options.epochs / 240), 1))),
         flags=flags,
         columns=LONG_TAILED if long_tailed else BALANCED,
         seeds=options.seeds,

@@ -2,20 +2,18 @@
 
     python benchmarks/studies/robust_clip.py
 
-Arms are `recipes/clip_kd.py` on the bundled default, plain and with `--adversarial linf` at each --train-epsilon. Each
+Arms on the bundled default: `recipes/clip_kd.py`, and `recipes/clip_robust.py` at each --train-epsilon. Each
 student is then attacked by `eval/zero_shot.py`'s APGD on the same images of `emoji`. Runs and attacks that are done
 are not done again. Prints a Markdown table: mean and standard deviation over seeds, paired differences of the clean
 accuracy with standard error.
 """
 
-import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
-from study import Arms, Study
+from study import Arm, Arms, Study, make_parser
 
 from gkl_vl.evaluation.embed import Embedder
 from gkl_vl.evaluation.sets import load_benchmark_set
@@ -23,25 +21,21 @@ from gkl_vl.models.clip import load_clip
 from gkl_vl.robustness.pgd import radius
 from gkl_vl.robustness.zero_shot import attack_zero_shot
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "clip_kd.py"
 PLAIN = "plain"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, seeds=[0, 1], folder="runs/study_robust_clip")
     parser.add_argument("--train-epsilon", nargs="+", default=["4/255"], help="of the robust arms' attacks")
     parser.add_argument("--epsilon", nargs="+", default=["2/255", "4/255", "8/255"], help="of the attacks in the table")
     parser.add_argument("--images", type=int, default=500, help="of `emoji`, evenly spaced, that are attacked")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="every arm runs on each")
     parser.add_argument("--steps", type=int, default=300, help="updates of every run")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/study_robust_clip"))
     options = parser.parse_args()
-    arms: Arms = {PLAIN: ([], None)}
+    arms: Arms = {PLAIN: Arm([], None)}
     for epsilon in options.train_epsilon:
-        arms[f"linf {epsilon}"] = (["--adversarial", "linf", "--epsilon", epsilon], PLAIN)
+        arms[f"linf {epsilon}"] = Arm(["--norm", "linf", "--epsilon", epsilon], PLAIN, recipe="clip_robust")
     study = Study(
-        recipe=RECIPE,
+        recipe="clip_kd",
         arms=arms,
         flags=["--steps", str(options.steps), "--workers", "0", "--eval-every-steps", "0"]
         + ["--checkpoint-every-steps", "0"],

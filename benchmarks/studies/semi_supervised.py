@@ -7,23 +7,20 @@ METHOD:TERM:prior; the same seed is the same labels, initial weights, batches an
 labels, a table of accuracy and one of the pseudo-labels in the last quarter of the training, and draws those over time.
 """
 
-import argparse
 import json
-import os
 from pathlib import Path
 from statistics import fmean
 
-from study import Arms, Study, spread
+from study import Arm, Arms, Study, make_parser, spread
 
 from gkl_vl.report import draw_pseudo_labels, pseudo_labels
 
-HOUSE = Path(__file__).parents[2]
 ARMS = ["supervised", "fixmatch:hard", "fixmatch:kl", "fixmatch:ikl", "fixmatch:gkl"]
 
 
-def arms(names: list[str]) -> Arms:
+def arms_of(names: list[str]) -> Arms:
     """Each arm's flags; `fixmatch:gkl:prior` = with the class prior. FixMatch's others are compared with KL's."""
-    found: Arms = {}
+    arms: Arms = {}
     for name in names:
         method, *rest = name.split(":")
         flags = ["--method", method, *(["--consistency", rest[0]] if rest else [])]
@@ -31,8 +28,8 @@ def arms(names: list[str]) -> Arms:
         other = {"supervised": None, "fixmatch:hard": "supervised", "fixmatch:kl": "supervised"}.get(
             name, "fixmatch:kl"
         )
-        found[name] = (flags, other if other in names else None)
-    return found
+        arms[name] = Arm(flags, other if other in names else None)
+    return arms
 
 
 def records(run: Path) -> list[dict]:
@@ -45,7 +42,7 @@ def mean_of(runs: list[list[dict[str, float]]]) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, seeds=[0, 1, 2], folder="runs/study_semi_supervised")
     parser.add_argument("--data", required=True, help="folder with CIFAR-10")
     parser.add_argument("--num-labels", type=int, nargs="+", default=[40, 250], help="of all classes together")
     parser.add_argument("--arms", nargs="+", default=ARMS, help="METHOD, METHOD:TERM or METHOD:TERM:prior")
@@ -55,9 +52,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="labelled images")
     parser.add_argument("--mu", type=int, default=4)
     parser.add_argument("--lr", default="0.1")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/study_semi_supervised"))
     parser.add_argument("--picture", type=Path, help="where to draw; None = beside the runs")
     options = parser.parse_args()
     drawn = {}
@@ -70,8 +64,8 @@ def main() -> None:
         flags += ["--ema-decay", "0.99", "--workers", "0", "--eval-every-steps", "0", "--checkpoint-every-steps", "0"]
         setting = f"{options.images}-{steps}-{options.batch_size}-{options.mu}-{options.lr}"
         study = Study(
-            recipe=HOUSE / "recipes" / "semi_supervised.py",
-            arms=arms(options.arms),
+            recipe="semi_supervised",
+            arms=arms_of(options.arms),
             flags=flags,
             columns={"acc1": (None, "acc1")},
             seeds=options.seeds,

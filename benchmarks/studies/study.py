@@ -1,5 +1,6 @@
-"""What the studies share: arms of one recipe on equal seeds, and the table that they end in."""
+"""What the studies share: runs of recipes on equal seeds, and the closing table."""
 
+import argparse
 import json
 import math
 import os
@@ -11,25 +12,39 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-Arms = dict[str, tuple[list[str], str | None]]
-"""name: (flags, the arm to compare it with)."""
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of a study's table."""
+
+    flags: list[str]
+    other: str | None
+    """The arm that it is compared with."""
+    recipe: str | None = None
+    """Another recipe than the study's."""
+
+
+Arms = dict[str, Arm]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """Every arm on every seed."""
 
-    recipe: Path
+    recipe: str
+    """Name of the script in recipes/."""
     arms: Arms
     flags: list[str]
-    """Of all arms."""
+    """Flags of all arms."""
     columns: dict[str, tuple[str | None, str]]
-    """Heading: (evaluation set, or None where there is one, metric). Differences are those of the first."""
+    """Heading: (evaluation set, or None where there is only one, metric). Differences are taken of the first."""
     seeds: list[int]
     jobs: int
     """Runs at a time, one thread each."""
     folder: Path
-    """Where the runs are kept. Those that are done are not run again."""
+    """Folder of the runs. Finished runs are not repeated."""
 
     def run(self) -> dict[tuple[str, int], dict[str, float]]:
         """Percent by arm, seed and column."""
@@ -39,28 +54,27 @@ class Study:
             return dict(zip(runs, pool.map(self._run_once, runs), strict=True))
 
     def folder_of(self, arm: str, seed: int) -> Path:
-        """Of a run."""
+        """The run folder of an arm and a seed."""
         return self.folder / str(seed) / "".join(c if c.isalnum() else "_" for c in arm)
 
     def _run_once(self, run: tuple[str, int]) -> dict[str, float]:
         arm, seed = run
         folder = self.folder_of(arm, seed)
         if not (folder / "report.png").is_file():
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
-            flags = [*self.flags, "--seed", str(seed), "--output-dir", str(folder), *self.arms[arm][0]]
+            shutil.rmtree(folder, ignore_errors=True)  # left by a run that was stopped
+            flags = [*self.flags, "--seed", str(seed), "--output-dir", str(folder), *self.arms[arm].flags]
+            recipe = RECIPES / f"{self.arms[arm].recipe or self.recipe}.py"
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            done = subprocess.run(
-                [sys.executable, self.recipe, *flags], env=environment, capture_output=True, text=True
-            )
+            done = subprocess.run([sys.executable, recipe, *flags], env=environment, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{arm}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
             print(f"{arm}, seed {seed}: done", file=sys.stderr)
         records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
         student = [record for record in records if record.get("model") == "student"]
-        found = {}
-        for heading, (dataset, key) in self.columns.items():
-            found[heading] = 100 * [r for r in student if dataset in (None, r["dataset"])][-1][key]
-        return found
+        return {
+            heading: 100 * [r for r in student if dataset in (None, r["dataset"])][-1][key]
+            for heading, (dataset, key) in self.columns.items()
+        }
 
     def table(self, results: dict[tuple[str, int], dict[str, float]]) -> str:
         """Markdown: a row per arm. Mean and standard deviation over seeds; paired differences with standard error."""
@@ -68,11 +82,20 @@ class Study:
         headline = headings[0]
         lines = [f"| arm | {' | '.join(headings)} | {headline}, paired difference |"]
         lines.append("|---" * (len(headings) + 2) + "|")
-        for arm, (_, other) in self.arms.items():
+        for arm, other in ((name, arm.other) for name, arm in self.arms.items()):
             cells = [spread([results[arm, seed][heading] for seed in self.seeds]) for heading in headings]
             differences = [results[arm, s][headline] - results[other, s][headline] for s in self.seeds if other]
             lines.append(f"| {arm} | {' | '.join(cells)} | {paired(differences, other) if other else ''} |")
         return "\n".join(lines)
+
+
+def make_parser(description: str | None, *, seeds: list[int], folder: str) -> argparse.ArgumentParser:
+    """The flags of every study: --seeds, --jobs and --output-dir."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="every arm runs on each")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    parser.add_argument("--output-dir", type=Path, default=Path(folder))
+    return parser
 
 
 def paired(differences: list[float], other: str) -> str:

@@ -177,7 +177,7 @@ def train_clip(
     recipe: str,
     data: ClipData,
     make_objective: Callable[[ClipSetup], Objective],
-    bundled_lr: float,
+    bundled_lr: float = LR,
     mimicry: bool = False,
     detail: str = "",
     attack: str | None = None,

@@ -1,22 +1,22 @@
-"""Robust accuracy of a label model: standard AutoAttack, batch by batch over processes, resumable; or quicker looks.
+"""Robust accuracy of a label model under standard AutoAttack or a faster attack; several processes, resumable.
 
-A run of a label recipe, an exported folder, a model of the zoo with its weights:
+A run of a label recipe, an exported folder, or a model of the zoo with its weights:
 
     python eval/autoattack.py --model runs/NAME --data DATA
     accelerate launch --multi_gpu --num_processes 8 eval/autoattack.py --model hf-hub:org/name --data DATA
     python eval/autoattack.py --model resnet20_a --weights resnet20.safetensors --data DATA --attack pgd20 --images 1000
 
-Somebody else's from RobustBench, by the same evaluation (its timm is older than ours, hence two steps:
+A model from RobustBench, evaluated in the same way (robustbench requires an older timm, hence two steps:
 pip install -e '.[robustbench]', then pip install --no-deps robustbench):
 
     python eval/autoattack.py --model robustbench:Carmon2019Unlabeled --data DATA
 
-Only AutoAttack's number is one to report: the others are upper bounds, and the record and the table say so.
-RobustBench's are of all 10,000 images of CIFAR's test split, and so is ours without --images; with it, so many images
-are drawn evenly from the classes, always the same ones, and the interval tells how far off a part can be.
+Only the accuracy under AutoAttack is comparable with published ones: the other attacks give upper bounds, which the
+record and the table note. RobustBench uses all 10,000 test images of CIFAR, as this script does without --images; with
+it, that many images are drawn evenly from the classes with a fixed seed, and the interval gives the sampling error.
 
-Each batch is attacked by itself with --seed, so images fare the same whatever the number of processes; the same command
-goes on where a killed one stopped. Results are appended to --output, one JSON line each.
+Each batch is attacked separately from --seed, so the result does not depend on the number of processes. After an
+interruption the same command resumes. Results are appended to --output, one JSON line each.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ from gkl_vl.robustness.results import result_record, results_table
 from gkl_vl.robustness.targets import load_examples, load_target
 
 TASK = "adversarial_robustness"
-PATIENCE = timedelta(days=7)  # a process that has done its batches waits for the others, for hours at times
+TIMEOUT = timedelta(days=7)  # a process that has finished its batches may wait for the others for hours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,37 +50,37 @@ class Config:
     data: str
     """Folder of parquet, CIFAR's files or images, shards `a-{000..9}.tar`, a list `x.txt`, or a Hub dataset."""
     split: str = "test"
-    """Of --data."""
+    """Split of --data."""
     root: str | None = None
-    """Where the paths of a list begin. None = its own folder."""
+    """Folder that the paths of a list are relative to. None = the folder of the list."""
     columns: tuple[str, str] | None = None
-    """Names of the image and label column, where they are not the usual ones."""
+    """Names of the image and the label column. None = the usual names."""
     images: int | None = None
-    """Attack so many images only, drawn evenly from the classes, always the same ones. None = all, as RobustBench."""
+    """Number of images, drawn evenly from the classes with a fixed seed. None = all, as RobustBench."""
     image_size: int | None = None
-    """Resize, and cut out the middle of so many pixels. None = the images as they are, all of one size."""
+    """Resize and crop the centre to this many pixels a side. None = keep the images' size, the same for all."""
     attack: AttackName = "autoattack"
-    """pgd20, pgd100, cw (PGD-30 on the margin): quick looks. apgd-ce, square: parts of AutoAttack. All upper bounds."""
+    """pgd20, pgd100, cw (PGD-30 on the margin): fast. apgd-ce, square: parts of AutoAttack. All give upper bounds."""
     version: Version = "standard"
-    """Of AutoAttack; rand = for randomised defences."""
+    """Version of AutoAttack; rand = for randomised defences."""
     norm: Norm = "linf"
-    """Of what the attack may add to an image."""
+    """Norm that limits the perturbation of an image."""
     epsilon: str | None = None
-    """The most that it may add, like 8/255 or 0.03; pixels are in [0, 1]. None = 8/255 for linf, 0.5 for l2."""
+    """Radius of the attack, as 8/255 or 0.03, for pixels in [0, 1]. None = 8/255 for linf, 0.5 for l2."""
     batch_size: int = 250
-    """Images that are attacked together, by one process. It is part of the result: a rerun has to keep it."""
+    """Images per attack, in one process. The result depends on it: a rerun must use the same value."""
     seed: int = 0
-    """Of the attack's random starts."""
+    """Seed of the attack's random starts."""
     check_masking: bool = False
-    """Also compare attacks that see gradients with one that does not, and let epsilon grow; warn where it looks odd."""
+    """Also compare attacks with and without gradients, and growing epsilons; warn of signs of masked gradients."""
     masking_images: int = 200
-    """For --check-masking."""
+    """Number of images for --check-masking."""
     state_dir: Path | None = None
-    """Where finished batches are kept; all processes must see it. None = runs/attack-HASH, by all that decides them."""
+    """Folder of finished batches, on a shared disk. None = runs/attack-HASH, a hash of settings, model and data."""
     output: str = "results.jsonl"
     """Results file; {dataset}, {pretrained}, {model} and {task} are filled in."""
     allow_pickle: bool = False
-    """Read weights stored as a pickle, still as tensors alone. RobustBench's are read as robustbench reads them."""
+    """Read weights from a pickle, tensors only. RobustBench's models are loaded by robustbench."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -90,9 +90,9 @@ def main(config: Config) -> None:
     attack = Attack(name=config.attack, norm=config.norm, epsilon=epsilon, version=config.version, seed=config.seed)
     names = dict(model=config.model, pretrained=config.weights or "")
     path = result_path(config.output, dataset=config.data, task=TASK, **names)
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])
     data = open_labelled(config.data, config.split, root=config.root, columns=config.columns)
-    with accelerator.main_process_first():  # the others find what it downloads
+    with accelerator.main_process_first():  # the others read its downloads from the cache
         target = load_target(
             config.model,
             num_classes=data.num_classes,
@@ -103,7 +103,7 @@ def main(config: Config) -> None:
     target.model.to(accelerator.device)
     examples = load_examples(data, images=config.images, image_size=config.image_size)
     masking, warnings = {}, []
-    if config.check_masking:  # first: whoever sees it fail may want to save the hours
+    if config.check_masking:  # first, so that a user can stop before the long attack
         masking, warnings = check_masking(
             attack=attack,
             target=target,

@@ -90,9 +90,9 @@ def pass_on_ring(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def gather_objects(value: Value) -> list[Value]:
-    """Values of all ranks, in the order of the ranks; any that can be pickled.
+    """Returns the picklable values of all ranks, in the order of the ranks.
 
-    nccl sends them by way of the current CUDA device: `torch.cuda.set_device` comes first, which Accelerate calls.
+    nccl copies them through the current CUDA device, so each process must have set its own; Accelerate does.
     """
     if world_size() == 1:
         return [value]

@@ -1,4 +1,4 @@
-"""Attacks stay in their ball to the last bit, raise their loss, and leave no trace in the model."""
+"""Attacks stay in their ball to the last bit, raise their loss, and leave the model unchanged."""
 
 import copy
 
@@ -33,8 +33,8 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(2)
 
 
-def far(attacked, images, norm) -> float:
-    """The largest distance of an image, computed in float64 from what is stored."""
+def largest_distance(attacked, images, norm) -> float:
+    """The largest distance of an image, computed in float64 from the stored values."""
     difference = (attacked.double() - images.double()).flatten(1)
     return (difference.abs().amax() if norm == "linf" else difference.norm(dim=1).max()).item()
 
@@ -51,14 +51,14 @@ def test_attacked_images_stay_in_the_ball_and_in_the_cube_to_the_last_bit(epsilo
     images, labels = batch()
     options = {"epsilon": epsilon, "step_size": step, "steps": steps, "norm": norm, "start": start}
     attacked = pgd(net(), images, loss=lambda y: F.cross_entropy(y, labels), generator=generator(), **options)
-    # float32's epsilon: of the two numbers that are stored, the one that the caller can compare with
-    assert far(attacked, images, norm) <= (torch.tensor(epsilon).item() if norm == "linf" else epsilon)
+    # epsilon as float32, the precision that a caller can compare in
+    assert largest_distance(attacked, images, norm) <= (torch.tensor(epsilon).item() if norm == "linf" else epsilon)
     assert 0 <= attacked.min() and attacked.max() <= 1
     assert not attacked.requires_grad
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_it_is_the_loop_of_the_papers(norm):
+def test_pgd_is_the_loop_of_the_papers(norm):
     model, (images, labels) = net().eval(), batch()
     noise = 0.001 * torch.randn(images.shape, generator=generator())
     x = (images + noise).clamp(0, 1)
@@ -66,12 +66,12 @@ def test_it_is_the_loop_of_the_papers(norm):
         x.requires_grad_()
         (g,) = torch.autograd.grad(F.cross_entropy(model(x), labels), x)
         moved = []
-        for image, now, gradient in zip(images, x.detach(), g, strict=True):
+        for image, current, gradient in zip(images, x.detach(), g, strict=True):
             if norm == "linf":
-                now = now + 0.02 * gradient.sign()
-                delta = (now - image).clamp(-0.05, 0.05)
+                current = current + 0.02 * gradient.sign()
+                delta = (current - image).clamp(-0.05, 0.05)
             else:
-                delta = now + 0.02 * gradient / gradient.norm() - image
+                delta = current + 0.02 * gradient / gradient.norm() - image
                 delta = delta * min(1, 0.05 / delta.norm().item())
             moved.append((image + delta).clamp(0, 1))
         x = torch.stack(moved)
@@ -91,7 +91,7 @@ def test_the_loss_rises(norm):
     assert after > before + 0.01
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_unchanged():
     model, (images, labels) = net(), batch()
     model[1].eval()  # a frozen BatchNorm within a model in training
     model(images).sum().backward()
@@ -107,13 +107,13 @@ def test_the_model_is_left_as_it_was():
         step_size=0.1,
         steps=2,
     )
-    assert seen == [False, False]  # crafted in evaluation mode
+    assert seen == [False, False]  # runs in evaluation mode
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def test_the_mode_comes_back_after_an_error():
+def test_the_mode_is_restored_after_an_error():
     model, (images, _) = net(), batch()
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         pgd(model, images[..., :4], loss=lambda y: y.sum(), epsilon=0.1, step_size=0.1, steps=1)
@@ -136,7 +136,7 @@ def test_a_gradient_of_zero_moves_nothing_and_gives_no_nan(norm):
         (torch.zeros(1, 3, 5, 5), {"steps": -1}, "steps must be at least 0, got -1"),
     ],
 )
-def test_what_makes_no_sense_is_refused(images, options, message):
+def test_invalid_arguments_are_refused(images, options, message):
     with pytest.raises(ValueError, match=message):
         pgd(net(), images, loss=lambda y: y.sum(), **({"epsilon": 0.1, "step_size": 0.1, "steps": 1} | options))
 
@@ -144,7 +144,7 @@ def test_what_makes_no_sense_is_refused(images, options, message):
 # ---- weights -----------------------------------------------------------------------------------------------------
 
 
-def test_weights_move_up_by_a_share_of_their_length_and_come_back_to_the_bit():
+def test_weights_move_by_a_share_of_their_norm_and_are_restored_to_the_bit():
     model, (images, labels) = net(), batch()
     model.eval()
 
@@ -156,19 +156,19 @@ def test_weights_move_up_by_a_share_of_their_length_and_come_back_to_the_bit():
     )
     before, low = copy.deepcopy(model.state_dict()), loss().item()
     with weights_perturbed(model, loss=loss, gamma=0.01):
-        for name, now in model.named_parameters():
+        for name, moved in model.named_parameters():
             w, g = before[name], gradients[name]
-            wanted = w + 0.01 * w.norm() * g / g.norm() if w.ndim >= 2 else w
-            torch.testing.assert_close(now.detach(), wanted)
+            expected = w + 0.01 * w.norm() * g / g.norm() if w.ndim >= 2 else w
+            torch.testing.assert_close(moved.detach(), expected)
         high = loss()
         high.backward()
     assert high.item() > low
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    # the step that follows is taken with the gradient at the moved weights
+    # the gradient is taken at the moved weights
     assert not torch.allclose(model[0].weight.grad, gradients["0.weight"])
 
 
-def test_what_batchnorm_learns_from_the_look_ahead_is_forgotten():
+def test_batchnorm_statistics_are_restored():
     model, (images, labels) = net(), batch()
     before = copy.deepcopy(dict(model.named_buffers()))
     with weights_perturbed(model, loss=lambda: F.cross_entropy(model(images), labels), gamma=0.1):
@@ -176,7 +176,7 @@ def test_what_batchnorm_learns_from_the_look_ahead_is_forgotten():
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
-def test_weights_come_back_after_an_error():
+def test_weights_are_restored_after_an_error():
     model, (images, labels) = net(), batch()
     before = copy.deepcopy(model.state_dict())
     with (
@@ -189,8 +189,8 @@ def test_weights_come_back_after_an_error():
 
 def moved_weights(rank, world_size):
     model, (images, labels) = net().eval(), batch()
-    mine = slice(rank * 6 // world_size, (rank + 1) * 6 // world_size)
-    with weights_perturbed(model, loss=lambda: F.cross_entropy(model(images[mine]), labels[mine]), gamma=0.1):
+    own = slice(rank * 6 // world_size, (rank + 1) * 6 // world_size)
+    with weights_perturbed(model, loss=lambda: F.cross_entropy(model(images[own]), labels[own]), gamma=0.1):
         return [p.detach().clone() for p in model.parameters()]
 
 
@@ -203,14 +203,14 @@ def test_two_processes_move_the_weights_as_one():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_radius_is_a_fraction_or_a_number(norm):
-    found = [radius(text, norm) for text in ("8/255", "0.5", "1e-2", " 4 / 255 ")]
-    assert found == [8 / 255, 0.5, 0.01, 4 / 255]
+    values = [radius(text, norm) for text in ("8/255", "0.5", "1e-2", " 4 / 255 ")]
+    assert values == [8 / 255, 0.5, 0.01, 4 / 255]
     for text in ("eight", "8/0", "8/255/1", "", "/255", "nan", "inf", "0", "-1/255"):
         with pytest.raises(UserError, match="write 8/255 or 0.03"):
             radius(text, norm)
 
 
-def test_pixels_are_at_most_1_apart():
+def test_a_radius_in_linf_is_at_most_1():
     with pytest.raises(UserError, match="an epsilon of 8 is no radius in linf"):
         radius("8", "linf")
     assert radius("8", "l2") == 8

@@ -1,5 +1,5 @@
-"""eval/autoattack.py, run as a user runs it: what it appends and prints, by one process and by two, and that
-every mistake ends in one line and exit code 2."""
+"""eval/autoattack.py from the command line: the record and the table, equal with one process and with two; every user
+error is one line and exit code 2."""
 
 import json
 import os
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def place(one_thread, tmp_path_factory) -> Path:
-    """A folder with images of 4 colours and a run whose resnet8 tells them apart."""
+    """A folder with images of 4 colours and a run whose resnet8 classifies them."""
     folder = tmp_path_factory.mktemp("place")
     draw = np.random.default_rng(0)
     colours = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200], [180, 180, 60]])
@@ -59,12 +59,11 @@ def place(one_thread, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def call(place, tmp_path, monkeypatch, run_script):
-    """call(*flags) -> (exit code, stdout, stderr), in a folder of its own."""
+    """call(*flags) -> (exit code, stdout, stderr), in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
     def call(*flags: str) -> tuple[int, str, str]:
-        asked = ["--model", str(place / "runs" / "a"), "--data", str(place / "data"), *flags]
-        return run_script(SCRIPT, *asked)
+        return run_script(SCRIPT, "--model", str(place / "runs" / "a"), "--data", str(place / "data"), *flags)
 
     return call
 
@@ -73,7 +72,7 @@ def records(file: str = "results.jsonl") -> list[dict]:
     return [json.loads(line) for line in Path(file).read_text().splitlines()]
 
 
-def test_autoattack_of_a_run_leaves_a_line_and_a_table(call, place):
+def test_autoattack_of_a_run_writes_a_record_and_a_table(call, place):
     code, out, err = call("--epsilon", "128/255", "--batch-size", "8")
     assert (code, err) == (0, "")
     (record,) = records()
@@ -96,7 +95,7 @@ def test_autoattack_of_a_run_leaves_a_line_and_a_table(call, place):
 
 
 @pytest.mark.parametrize("attack", ["pgd20", "pgd100", "cw"])
-def test_a_quick_look_says_that_it_is_one(call, attack):
+def test_pgd_is_marked_as_an_upper_bound(call, attack):
     code, out, err = call("--attack", attack, "--images", "8", "--seed", "2")
     assert (code, err) == (0, "")
     (record,) = records()
@@ -126,10 +125,10 @@ def test_weights_by_name_are_the_model_of_the_run(call, place):
     assert call("--attack", "pgd20", "--model", "resnet8", "--weights", weights)[0] == 0
     first, second = records()
     assert first["model_sha256"] == second["model_sha256"] and second["pretrained"] == weights
-    assert len(list(Path("runs").iterdir())) == 1  # it found what the first one had done
+    assert len(list(Path("runs").iterdir())) == 1  # the second call reused the batches of the first
 
 
-def test_two_processes_append_the_line_of_one(call, place, tmp_path):
+def test_two_processes_append_the_same_record_as_one(call, place, tmp_path):
     flags = ["--attack", "apgd-ce", "--epsilon", "0.1", "--batch-size", "5"]
     assert call(*flags)[0] == 0
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2"]
@@ -144,31 +143,33 @@ def test_two_processes_append_the_line_of_one(call, place, tmp_path):
         assert json.loads(file.read_text())["flags"] == json.loads((tmp_path / "two" / file.name).read_text())["flags"]
 
 
-def complaint(call, *flags: str) -> str:
+def error_of(call, *flags: str) -> str:
     code, out, err = call(*flags)
     assert code == 2 and out == "" and err.count("\n") == 1 and not Path("results.jsonl").exists()
     return err
 
 
-def test_mistakes_end_in_one_line(call, place, tmp_path, monkeypatch):
-    look = ["--attack", "pgd20"]
-    assert "write 8/255 or 0.03" in complaint(call, *look, "--epsilon", "eight")
-    assert "is no radius in linf" in complaint(call, *look, "--epsilon", "8")
-    assert "an epsilon of 0 is no radius" in complaint(call, *look, "--epsilon", "0")
-    assert "it has 12" in complaint(call, *look, "--images", "13")
-    assert "--batch-size 0" in complaint(call, *look, "--batch-size", "0")
-    assert "--masking-images 0" in complaint(call, *look, "--check-masking", "--masking-images", "0")
-    assert "no split 'train'" in complaint(call, *look, "--split", "train")
-    assert "has random weights" in complaint(call, *look, "--model", "resnet8")
-    assert "unknown classifier" in complaint(call, *look, "--model", "resnet7", "--weights", "a.safetensors")
-    assert "is AutoAttack's" in complaint(call, *look, "--version", "plus")
-    assert "unknown placeholder" in complaint(call, *look, "--output", "{sets}.json")
-    assert "--epsilon" in complaint(call, *look, "--epsilom", "8/255")
+def test_errors_are_one_line(call, place, tmp_path, monkeypatch):
+    pgd = ["--attack", "pgd20"]
+    assert "write 8/255 or 0.03" in error_of(call, *pgd, "--epsilon", "eight")
+    assert "is no radius in linf" in error_of(call, *pgd, "--epsilon", "8")
+    assert "an epsilon of 0 is no radius" in error_of(call, *pgd, "--epsilon", "0")
+    assert "it has 12" in error_of(call, *pgd, "--images", "13")
+    assert "--batch-size 0" in error_of(call, *pgd, "--batch-size", "0")
+    assert "--masking-images 0" in error_of(call, *pgd, "--check-masking", "--masking-images", "0")
+    assert "no split 'train'" in error_of(call, *pgd, "--split", "train")
+    assert "has random weights" in error_of(call, *pgd, "--model", "resnet8")
+    assert "unknown classifier" in error_of(call, *pgd, "--model", "resnet7", "--weights", "a.safetensors")
+    assert "--version plus is a version of AutoAttack and does not apply to --attack pgd20" in error_of(
+        call, *pgd, "--version", "plus"
+    )
+    assert "unknown placeholder" in error_of(call, *pgd, "--output", "{sets}.json")
+    assert "--epsilon" in error_of(call, *pgd, "--epsilom", "8/255")
     for package in ("pyautoattack", "robustbench"):
         monkeypatch.setitem(sys.modules, package, None)
-    assert "gkl-vl[attack]" in complaint(call)
+    assert "gkl-vl[attack]" in error_of(call)
     monkeypatch.delitem(sys.modules, "pyautoattack")
-    assert "gkl-vl[robustbench]" in complaint(call, *look, "--model", "robustbench:Carmon2019Unlabeled")
+    assert "gkl-vl[robustbench]" in error_of(call, *pgd, "--model", "robustbench:Carmon2019Unlabeled")
 
 
 def test_a_state_of_other_weights_is_refused(call, place, tmp_path):
@@ -179,5 +180,5 @@ def test_a_state_of_other_weights_is_refused(call, place, tmp_path):
     code, _, err = call(
         "--attack", "pgd20", "--state-dir", "state", "--model", "resnet8", "--weights", "other.safetensors"
     )
-    assert code == 2 and "belongs to another evaluation, but model_sha256" in err and err.count("\n") == 1
+    assert code == 2 and "belongs to another evaluation: model_sha256" in err and err.count("\n") == 1
     assert len(records()) == 1

@@ -1,5 +1,6 @@
 """Robust CLIP students: what the attack does and leaves alone, the recipe that trains on it, accuracy under attack."""
 
+import io
 import json
 import shutil
 import sys
@@ -25,9 +26,9 @@ from gkl_vl.evaluation.benchmark import measure, metrics_of
 from gkl_vl.evaluation.embed import Embedder
 from gkl_vl.evaluation.sets import load_benchmark_set
 from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
-from gkl_vl.models.clip import Clip, OpenClipTowers, Student, load_clip
+from gkl_vl.models.clip import Clip, OpenClipTowers, Student, load_clip, resize
 from gkl_vl.objectives.clip import ClipKd, ClipKdWeights, ImageAttack, image_attack
-from gkl_vl.robustness import pgd
+from gkl_vl.robustness import pgd, zero_shot
 from gkl_vl.robustness.results import wilson_interval
 from gkl_vl.robustness.zero_shot import ZeroShot, _zero_shot_examples, attack_zero_shot
 from gkl_vl.training.checkpoint import RunFolder
@@ -110,7 +111,7 @@ def objective_of(clip: Clip, attack: ImageAttack | None = ATTACK, teacher: Teach
 def test_attacked_pixels_stay_within_the_radius_and_in_range(configs, norm, epsilon):
     clip = student_of(configs["vit"])
     batch = batch_of(clip)
-    attacked = objective_of(clip, image_attack(norm, epsilon)).prepared(batch)["attacked"]
+    attacked = objective_of(clip, image_attack(norm, epsilon)).prepare(batch)["attacked"]
     moved = attacked - clip.scaled(batch["image"])
     length = moved.abs().amax() if norm == "linf" else moved.flatten(1).norm(dim=1).amax()
     assert attacked.shape == (N, 3, 32, 32) and 0 <= attacked.min() and attacked.max() <= 1
@@ -141,7 +142,7 @@ def test_the_attack_raises_the_distance_to_the_teacher(configs):
     clip = student_of(configs["vit"])
     batch, teacher = batch_of(clip), Teacher()
     clean = clip.scaled(batch["image"])
-    attacked = objective_of(clip).prepared(batch)["attacked"]
+    attacked = objective_of(clip).prepare(batch)["attacked"]
     noise = (clean + 4 / 255 * torch.randn(clean.shape).sign()).clamp(0, 1)
     before, by_chance, after = (distance(clip, pixels, batch, teacher) for pixels in (clean, noise, attacked))
     assert after - before > 10 * abs(by_chance - before)
@@ -157,7 +158,7 @@ def test_the_attack_is_the_procedure_written_out(configs, norm, bias, teacher_bi
     clip.towers.double()
     batch, teacher = batch_of(clip), Teacher(teacher_bias)
     torch.manual_seed(4)
-    found = objective_of(clip, image_attack(norm, epsilon), teacher).prepared(batch)["attacked"]
+    found = objective_of(clip, image_attack(norm, epsilon), teacher).prepare(batch)["attacked"]
     clip.towers.eval()
     torch.manual_seed(4)
     clean = clip.scaled(batch["image"])
@@ -183,7 +184,7 @@ def test_every_setting_of_the_attack_shows(configs):
 
     def attacked(attack: ImageAttack, teacher: Teacher | None = None) -> Tensor:
         torch.manual_seed(4)
-        return objective_of(clip, attack, teacher).prepared(batch)["attacked"]
+        return objective_of(clip, attack, teacher).prepare(batch)["attacked"]
 
     base = attacked(ATTACK)
     assert torch.equal(base, attacked(ATTACK))
@@ -192,7 +193,7 @@ def test_every_setting_of_the_attack_shows(configs):
     alone = attacked(replace(ATTACK, soft_ce_weight=0.0, wmse_weight=1.0))
     assert not torch.equal(base, alone)
     torch.manual_seed(4)
-    without_teacher = ClipKd(student=clip, teacher=None, weights=WEIGHTS, attack=ATTACK).prepared(batch)["attacked"]
+    without_teacher = ClipKd(student=clip, teacher=None, weights=WEIGHTS, attack=ATTACK).prepare(batch)["attacked"]
     assert not torch.equal(base, without_teacher)
 
 
@@ -201,7 +202,7 @@ def test_without_a_teacher_the_contrastive_loss_is_raised(configs):
     batch = batch_of(clip)
     objective = ClipKd(student=clip, teacher=None, weights=WEIGHTS, attack=ATTACK)
     losses = []
-    for pixels in (clip.scaled(batch["image"]), objective.prepared(batch)["attacked"]):
+    for pixels in (clip.scaled(batch["image"]), objective.prepare(batch)["attacked"]):
         image, text = clip.towers.encode_image(clip.normalised(pixels)), clip.towers.encode_text(batch["text"])
         scale = clip.towers.log_scale().exp()
         losses.append(image_text_loss(image=image, text=text, logit_scale=scale, text_ids=batch["text_ids"])[0].item())
@@ -217,7 +218,7 @@ def test_the_student_is_left_as_it_was(configs):
     for part in (clip.towers.model.visual, clip.towers.model.transformer):
         part.register_forward_hook(lambda module, *_: seen.append(module.training))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    objective_of(clip).prepared(batch_of(clip))
+    objective_of(clip).prepare(batch_of(clip))
     assert seen == [False] * 4  # the captions once, the images in three steps
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -231,7 +232,7 @@ def test_the_student_is_left_as_it_was(configs):
 def test_the_student_sees_attacked_images_and_the_teacher_clean_ones(configs):
     clip, teacher = student_of(configs["vit"]), Teacher()
     model, objective, batch = model_of(clip), objective_of(clip, teacher=teacher), batch_of(clip)
-    prepared = objective.prepared(batch)
+    prepared = objective.prepare(batch)
     loss, _ = objective.loss(objective.outputs(model, prepared), objective.targets(prepared))
     assert len(teacher.asked) == 1 and torch.equal(teacher.asked[0], batch["image"])
     output, said = model(clip.normalised(prepared["attacked"]), batch["text"]), Teacher()(batch)
@@ -261,9 +262,9 @@ def test_without_an_attack_nothing_changes(configs):
     clip, batch = student_of(configs["vit"]), batch_of(student_of(configs["vit"]))
     model, objective = model_of(clip), objective_of(clip, attack=None)
     state = torch.get_rng_state()
-    assert objective.prepared(batch) is batch and torch.equal(torch.get_rng_state(), state)
+    assert objective.prepare(batch) is batch and torch.equal(torch.get_rng_state(), state)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.2, 0.3, 0.4), (0.5, 0.6, 0.7)))
-    by_hand = (clip.resize(batch["image"], 32) - mean) / std
+    by_hand = (resize(batch["image"], 32) - mean) / std
     assert torch.equal(clip.prepare(batch["image"]), by_hand)
     output = objective.outputs(model, batch)
     assert all(torch.equal(output[name], tensor) for name, tensor in model(by_hand, batch["text"]).items())
@@ -317,7 +318,7 @@ def waves(images: Tensor, *_) -> Tensor:
 
 def scaled_in_double(clip: Clip, images: Tensor) -> Tensor:
     """In float32 a gradient near 0 rounds to either sign, and the attack takes another way."""
-    return clip.resize(images, clip.image_size).double()
+    return resize(images, clip.image_size).double()
 
 
 CASES = [(None, None), (-4.0, None), (-4.0, -2.0)]
@@ -338,7 +339,7 @@ def shares(
     rows = slice(rank * N // world_size, (rank + 1) * N // world_size)
     batch = {name: value[rows] for name, value in batch_of(clip).items()}
     batch["teacher"] = batch["teacher"].double()
-    prepared = objective.prepared(batch)
+    prepared = objective.prepare(batch)
     loss, _ = objective.loss(objective.outputs(model, prepared), objective.targets(prepared))
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()]), prepared["attacked"]
@@ -359,7 +360,8 @@ def test_processes_with_different_data_give_the_joined_batch(configs, monkeypatc
 
 place = test_recipes.place  # the fixtures
 call = test_recipes.call
-FLAGS = ["--batch-size", "4", "--workers", "0", "--adversarial"]
+RECIPE = "clip_robust"
+FLAGS = ["--batch-size", "4", "--workers", "0", "--norm"]
 
 
 def flags_of(place: Path, configs: dict[str, str], *more: str) -> list[str]:
@@ -369,7 +371,7 @@ def flags_of(place: Path, configs: dict[str, str], *more: str) -> list[str]:
 
 def test_two_processes_train_a_robust_student(place, configs):
     flags = flags_of(place, configs, "linf", "--steps", "2", "--output-dir", "robust")
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", test_recipes.RECIPE]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", test_recipes.HOUSE / "recipes" / f"{RECIPE}.py"]
     done = test_recipes.python(*launch, *flags, cwd=place)
     assert done.returncode == 0, done.stderr
     assert " · against linf 4/255 · 2 steps of 4 · seed 0 · 2 x cpu" in done.stdout
@@ -381,12 +383,12 @@ def test_a_stopped_robust_run_goes_on_bit_for_bit(place, configs, call, tmp_path
     """The noise of the attack is drawn from the generator that the checkpoint holds."""
     flags = flags_of(place, configs, "l2", "--epsilon", "0.3", "--steps", "4", "--checkpoint-every-steps", "2")
     flags += ["--precision", "bf16", "--accum-steps", "2"]
-    code, out, told = call(*flags, "--output-dir", tmp_path / "whole")
+    code, out, told = call(*flags, "--output-dir", tmp_path / "whole", recipe=RECIPE)
     assert (code, told) == (0, "") and " · against l2 0.3 · 4 steps of 8 " in out
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "step_00000004")
     torch.manual_seed(99)
-    code, _, told = call(*flags, "--output-dir", tmp_path / "stopped", "--resume", "latest")
+    code, _, told = call(*flags, "--output-dir", tmp_path / "stopped", "--resume", "latest", recipe=RECIPE)
     assert (code, told) == (0, "")
     ends = [
         load_file(tmp_path / name / "checkpoints" / "step_00000004" / "model.safetensors")
@@ -397,15 +399,22 @@ def test_a_stopped_robust_run_goes_on_bit_for_bit(place, configs, call, tmp_path
 
 def test_a_student_in_shards_is_refused(place, configs, call, monkeypatch):
     monkeypatch.setattr(accelerate.Accelerator, "is_fsdp2", property(lambda self: True))
-    code, _, told = call(*flags_of(place, configs, "linf", "--steps", "1"))
+    code, _, told = call(*flags_of(place, configs, "linf", "--steps", "1"), recipe=RECIPE)
     assert code == 2 and "FSDP keeps a model in shards, and attacks need it whole" in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("epsilon, message", [("8", "an epsilon of 8 is no radius in linf"), ("x", "is no number")])
+def test_a_wrong_radius_is_one_line_and_code_2(place, configs, call, epsilon, message):
+    code, _, error = call(*flags_of(place, configs, "linf", "--epsilon", epsilon), recipe=RECIPE)
+    assert code == 2 and message in error and error.count("\n") == 1
+    assert not Path("runs").exists()  # a run that never started leaves no folder
 
 
 # ---- accuracy under attack ---------------------------------------------------------------------------------------
 
 
 class Brightest(nn.Module):
-    """A CLIP whose images lie on three axes, by the mean of their channels, as red, green and blue do."""
+    """A CLIP that embeds an image as the means of its channels, and the texts red, green and blue as unit vectors."""
 
     def __init__(self):
         super().__init__()
@@ -422,6 +431,10 @@ class Brightest(nn.Module):
 
 @pytest.fixture
 def brightest() -> Clip:
+    return brightest_clip()
+
+
+def brightest_clip() -> Clip:
     def tokenize(texts: list[str]) -> Tensor:
         return torch.tensor([[["red", "green", "blue"].index(text.split()[-1])] for text in texts])
 
@@ -431,7 +444,7 @@ def brightest() -> Clip:
 
 @pytest.fixture
 def shades(tmp_path):
-    """Ten images: the named channel is 10, 20, ... 100 levels brighter than the others; the last is named wrongly."""
+    """Ten images: the labelled channel is 10, 20, ... 100 levels brighter than the others; the last label is wrong."""
     samples = []
     for number in range(10):
         levels = [100, 100, 100]
@@ -450,10 +463,10 @@ def shades(tmp_path):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_what_is_left_is_what_algebra_says(brightest, shades, norm):
-    """Both channels move by epsilon at most: a lead of more than 2 epsilon stays. In l2 sqrt(2) epsilon / 8 pixels."""
-    room = 47 / 255  # leads of 50 to 90 levels stay
-    epsilon = room / 2 if norm == "linf" else room * 8 / 2**0.5
+def test_accuracy_under_attack_equals_the_exact_one(brightest, shades, norm):
+    """A channel changes by at most epsilon: a lead above 2 epsilon remains. In l2: above sqrt(2) epsilon / 8 pixels."""
+    lead = 47 / 255  # leads of 50 to 90 levels remain
+    epsilon = lead / 2 if norm == "linf" else lead * 8 / 2**0.5
     brightest.towers.train()
     state = torch.get_rng_state()
     before = {name: tensor.clone() for name, tensor in brightest.towers.state_dict().items()}
@@ -474,12 +487,55 @@ def test_what_is_left_is_what_algebra_says(brightest, shades, norm):
     assert all(parameter.grad is None for parameter in brightest.towers.parameters())
 
 
-def test_between_no_radius_and_a_large_one(brightest, shades):
+def test_a_tiny_radius_keeps_the_accuracy_and_a_large_one_gives_0(brightest, shades):
     embedder = Embedder(clip=brightest)
     clean = metrics_of(measure(embedder, shades))["acc1"]
     for epsilon, expected in ((1e-6, clean), (0.5, 0.0)):
         metrics, _ = attack_zero_shot(embedder=embedder, dataset=shades, norm="linf", epsilon=epsilon, images=10)
         assert (metrics["apgd_linf_clean_acc1"], metrics["apgd_linf_acc1"]) == (clean, expected)
+
+
+class Terminal(io.StringIO):
+    """A stderr on which bars are shown."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def attack_in_ranks(rank: int, world_size: int, folder: str) -> tuple[dict[str, float], list[str], list[int], str]:
+    """Metrics, warnings, first image of each batch that this process attacked, its stderr. Each batch has warnings."""
+    attacked, terminal, original = [], Terminal(), zero_shot.attack_batch
+
+    def attack_batch(attack, target, examples, index, device):
+        attacked.append(int(index[0]))
+        result = original(attack, target, examples, index, device)
+        own = {0: "in the first", 4: "in the second", 8: "in the third"}[int(index[0])]
+        return result | {"warnings": [f"batch at {index[0]}", own]}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        patch.setattr(zero_shot, "attack_batch", attack_batch)
+        metrics, warnings = attack_zero_shot(
+            embedder=Embedder(clip=brightest_clip(), batch_size=4),
+            dataset=load_benchmark_set(folder),
+            norm="linf",
+            epsilon=0.5 * 47 / 255,
+            images=10,
+        )
+    return metrics, warnings, attacked, terminal.getvalue()
+
+
+def test_processes_share_the_batches_and_return_the_same_numbers(shades, tmp_path):
+    folder = str(tmp_path / "shades")
+    metrics, warnings, attacked, stderr = attack_in_ranks(0, 1, folder)
+    assert attacked == [0, 4, 8] and "| 0/3 [" in stderr
+    assert metrics["apgd_linf_acc1"] == 0.5 and metrics["apgd_linf_clean_acc1"] == 0.9
+    once = [f"AutoAttack, 1 of 3 batches: in the {number}" for number in ("first", "second", "third")]
+    assert warnings == ["AutoAttack, 3 of 3 batches: batch at 0", *once]
+    first, second = run_ranks(attack_in_ranks, 2, folder)
+    assert first[:2] == second[:2] == (metrics, warnings)
+    assert first[2] == [0, 8] and second[2] == [4]  # batches 0 and 2, batch 1
+    assert "| 0/2 [" in first[3] and second[3] == ""  # the bar of rank 0 alone
 
 
 def test_logits_are_scaled_similarities(configs):
@@ -489,7 +545,7 @@ def test_logits_are_scaled_similarities(configs):
     torch.testing.assert_close(ZeroShot(clip, weights)(pixels), similarity / 0.07)  # CLIP's first scale
 
 
-def test_some_images_are_spread_evenly_over_the_set(brightest, shades):
+def test_a_part_of_the_images_is_evenly_spaced(brightest, shades):
     part = _zero_shot_examples(brightest, shades, 4)
     assert part.labels.tolist() == [number % 3 for number in (0, 2, 5, 7)]
     leads = part.images.float().mean(dim=(2, 3)).amax(dim=1) - 100
@@ -543,13 +599,13 @@ def test_the_script_adds_accuracy_under_attack(evaluate, model, colours):
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(evaluate, model, colours, flags, message):
-    code, out, told = evaluate("--model", model, "--dataset", str(colours), *flags)
-    assert (code, out) == (2, "") and message in told and told.count("\n") == 1
+    code, out, error = evaluate("--model", model, "--dataset", str(colours), *flags)
+    assert (code, out) == (2, "") and message in error and error.count("\n") == 1
     assert not Path("result.json").exists()
 
 
 def test_without_pyautoattack_the_line_says_what_to_install(evaluate, colours, monkeypatch):
-    """Before the model is loaded, and the hours are spent."""
+    """The check comes before the model is loaded."""
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    code, _, told = evaluate("--model", "local-dir:nowhere", "--dataset", str(colours), "--attack", "apgd")
-    assert code == 2 and "pip install 'gkl-vl[attack]'" in told and told.count("\n") == 1
+    code, _, error = evaluate("--model", "local-dir:nowhere", "--dataset", str(colours), "--attack", "apgd")
+    assert code == 2 and "pip install 'gkl-vl[attack]'" in error and error.count("\n") == 1

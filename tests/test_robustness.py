@@ -1,9 +1,10 @@
-"""AutoAttack is AutoAttack, sample by sample, and finds what a linear model's algebra says; processes, kills and reruns
-change nothing; doubtful numbers come with a warning; mistakes end in a line."""
+"""Results equal pyautoattack's sample by sample and the exact radii of a linear model; they do not depend on processes,
+kills and reruns; doubtful numbers have a warning; user errors are one line."""
 
 import json
 import logging
 import os
+import re
 import sys
 import types
 from dataclasses import replace
@@ -37,12 +38,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def shorten(monkeypatch, part: type, **iterations: int) -> None:
-    """A part of AutoAttack with fewer iterations, whoever calls it; the versions set them just before."""
-    whole = part.perturb
+    """Gives a part of AutoAttack fewer iterations. Set at each call, because the versions set them too."""
+    original = part.perturb
 
     def perturb(self, *args, **options):
         vars(self).update(iterations)
-        return whole(self, *args, **options)
+        return original(self, *args, **options)
 
     monkeypatch.setattr(part, "perturb", perturb)
 
@@ -64,16 +65,16 @@ def patterns(classes: int) -> Tensor:
 
 
 def linear(classes: int = 10, *, scale: float = 1.0) -> nn.Sequential:
-    """Knows the pattern of each class."""
+    """A linear model whose weights are the patterns of the classes."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, classes))
     with torch.no_grad():
         model[1].weight.copy_(scale * patterns(classes))
-        model[1].bias.copy_(-0.5 * scale * patterns(classes).sum(1))  # grey is nobody's
+        model[1].bias.copy_(-0.5 * scale * patterns(classes).sum(1))  # grey gives equal logits
     return model.eval()
 
 
 def examples(n: int = 12, classes: int = 10, *, contrast: float = 0.08) -> Examples:
-    """Grey images with a trace of their class's pattern, more in some than in others, far from black and white."""
+    """Grey images plus the pattern of their class at random strength, far from black and white."""
     draw = torch.Generator().manual_seed(2)
     labels = torch.arange(n) % classes
     strength = contrast * torch.rand(n, 1, generator=draw)
@@ -87,10 +88,10 @@ def target(model: nn.Module) -> Target:
     return Target(architecture="made", model=model)
 
 
-def far_enough(model: nn.Module, data: Examples, norm: str) -> Tensor:
-    """The epsilon at which each image of a linear model falls, by algebra; below 0 where it is wrong to begin with.
+def exact_radii(model: nn.Module, data: Examples, norm: str) -> Tensor:
+    """The smallest epsilon that fools a linear model on each image; below 0 where it is misclassified.
 
-    (z_y - z_j) / |w_y - w_j|, the norm being the dual one, at the nearest class j.
+    (z_y - z_j) / |w_y - w_j| in the dual norm, for the nearest class j.
     """
     weight, x = model[1].weight.double(), data.images.double().flatten(1) / 255
     logits = x @ weight.T + model[1].bias.double()
@@ -102,14 +103,14 @@ def far_enough(model: nn.Module, data: Examples, norm: str) -> Tensor:
 
 
 def middle(distances: Tensor) -> float:
-    """An epsilon that half of the images survive, as far as may be from where any of them falls."""
+    """An epsilon that about half of the images survive, in the middle of the widest gap between radii."""
     ordered = distances[distances > 0].sort().values
     gaps = (ordered[1:] - ordered[:-1])[len(ordered) // 3 : -(len(ordered) // 3)]
     best = int(gaps.argmax()) + len(ordered) // 3
     return ((ordered[best] + ordered[best + 1]) / 2).item()
 
 
-# ---- numbers
+# ---- intervals ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -134,26 +135,26 @@ def test_the_interval_at_none_and_at_all(n):
 
 
 @pytest.mark.parametrize("hits, n", [(0, 0), (3, 2), (-1, 2)])
-def test_an_interval_of_nonsense_is_refused(hits, n):
+def test_invalid_counts_are_refused(hits, n):
     with pytest.raises(ValueError, match="hits"):
         wilson_interval(hits=hits, n=n)
 
 
-# ---- one batch
+# ---- one batch ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_autoattack_finds_what_algebra_says_of_a_linear_model(norm, short_square):
+def test_autoattack_gives_the_exact_radii_of_a_linear_model(norm, short_square):
     model, data = linear(), examples(24)
-    falls_at = far_enough(model, data, norm)
-    epsilon = middle(falls_at)
-    assert (falls_at - epsilon).abs().min() > 2e-4  # the answer is clear for every image
+    radii = exact_radii(model, data, norm)
+    epsilon = middle(radii)
+    assert (radii - epsilon).abs().min() > 2e-4  # no image is near the border
     flags = survivors(
         Attack(name="autoattack", norm=norm, epsilon=epsilon), model=model, images=data.images, labels=data.labels
     )
     assert list(flags) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
-    assert torch.equal(flags["clean"], falls_at > 0)
-    assert torch.equal(flags["square"], falls_at > epsilon)
+    assert torch.equal(flags["clean"], radii > 0)
+    assert torch.equal(flags["square"], radii > epsilon)
     assert 3 < flags["square"].sum() < flags["clean"].sum() - 3
     for before, after in zip(list(flags.values()), list(flags.values())[1:], strict=False):
         assert not (after & ~before).any()
@@ -161,50 +162,52 @@ def test_autoattack_finds_what_algebra_says_of_a_linear_model(norm, short_square
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("name", ["pgd20", "pgd100", "cw", "apgd-ce", "square"])
-def test_a_quick_look_is_an_upper_bound_and_close(name, norm, short_square):
+def test_the_other_attacks_are_upper_bounds_and_close(name, norm, short_square):
     model, data = linear(), examples(24)
-    falls_at = far_enough(model, data, norm)
-    epsilon = middle(falls_at)
+    radii = exact_radii(model, data, norm)
+    epsilon = middle(radii)
     flags = survivors(
         Attack(name=name, norm=norm, epsilon=epsilon), model=model, images=data.images, labels=data.labels
     )
-    survives = falls_at > epsilon
-    assert list(flags) == ["clean", name] and torch.equal(flags["clean"], falls_at > 0)
+    survives = radii > epsilon
+    assert list(flags) == ["clean", name] and torch.equal(flags["clean"], radii > 0)
     assert not (survives & ~flags[name]).any()
-    most = {"cw": 2, "square": 24}.get(name, 5)  # the cross entropy goes to the likeliest class, not to the nearest
+    most = {"cw": 2, "square": 24}.get(name, 5)  # the cross entropy leads to the likeliest class, not to the nearest
     assert (flags[name] & ~survives).sum() <= most
 
 
-def same_as_by_hand(folder: Path, *, n: int, batch_size: int, norm: str, version: str) -> None:
+def check_against_pyautoattack(folder: Path, *, n: int, batch_size: int, norm: str, version: str) -> None:
     data = examples(n)
-    falls_at = far_enough(linear(), data, norm)
-    epsilon = 1.01 * falls_at[falls_at > 0].median().item()
-    data = replace(data, labels=(data.labels + (torch.arange(n) == 1)) % 10)  # one is wrong to begin with
-    model = nn.Sequential(*linear(), nn.Tanh()).eval()  # more than algebra can say
+    radii = exact_radii(linear(), data, norm)
+    epsilon = 1.01 * radii[radii > 0].median().item()
+    data = replace(data, labels=(data.labels + (torch.arange(n) == 1)) % 10)  # one is misclassified before the attack
+    model = nn.Sequential(*linear(), nn.Tanh()).eval()  # not linear
     attack = Attack(name="autoattack", norm=norm, epsilon=epsilon, version=version, seed=3)
     ours = measure(attack=attack, target=target(model), examples=data, batch_size=batch_size, state_dir=folder)
-    by_hand = []
-    for images, wanted in zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True):
+    expected = []
+    for images, labels in zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True):
         adversary = pyautoattack.AutoAttack(
             model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=epsilon, seed=3, version=version
         )
-        _, told = adversary.run_standard_evaluation(images / 255, wanted, batch_size=batch_size)
-        by_hand.append(told == wanted)
-    assert torch.equal(list(ours.flags.values())[-1], torch.cat(by_hand))
-    assert 0 < torch.cat(by_hand).sum() < ours.flags["clean"].sum() < n  # some survive, some fall, some are wrong
+        _, predicted = adversary.run_standard_evaluation(images / 255, labels, batch_size=batch_size)
+        expected.append(predicted == labels)
+    assert torch.equal(list(ours.flags.values())[-1], torch.cat(expected))
+    assert (
+        0 < torch.cat(expected).sum() < ours.flags["clean"].sum() < n
+    )  # some survive, some do not, one is misclassified
 
 
 def test_the_numbers_are_pyautoattacks_to_the_sample(tmp_path):
-    same_as_by_hand(tmp_path / "s", n=4, batch_size=4, norm="linf", version="standard")
+    check_against_pyautoattack(tmp_path / "s", n=4, batch_size=4, norm="linf", version="standard")
 
 
 @pytest.mark.parametrize("version, norm", [("standard", "linf"), ("standard", "l2"), ("plus", "linf"), ("rand", "l2")])
-def test_so_they_are_in_batches_whatever_the_version(tmp_path, short, version, norm):
-    same_as_by_hand(tmp_path / "s", n=7, batch_size=4, norm=norm, version=version)
+def test_the_numbers_are_pyautoattacks_in_batches_for_every_version(tmp_path, short, version, norm):
+    check_against_pyautoattack(tmp_path / "s", n=7, batch_size=4, norm=norm, version=version)
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-def test_every_part_draws_from_the_attacks_seed(monkeypatch, short, seed):
+def test_every_part_uses_the_attacks_seed(monkeypatch, short, seed):
     seeds = []
     monkeypatch.setattr(torch.random, "manual_seed", seeds.append)  # what pyautoattack calls
     data = examples(4)
@@ -213,11 +216,11 @@ def test_every_part_draws_from_the_attacks_seed(monkeypatch, short, seed):
     assert seeds == [seed] * 4  # not the time of day
 
 
-def test_an_image_that_is_wrong_to_begin_with_has_not_survived(monkeypatch):
+def test_a_misclassified_image_does_not_survive(monkeypatch):
     model, data = linear(), examples()
     clean = model(data.images / 255).argmax(1) == data.labels
     assert 0 < clean.sum() < len(clean)
-    # an attack that puts all right
+    # an attack after which all images are classified correctly
     monkeypatch.setattr(autoattack, "pgd", lambda model, images, **_: images)
     monkeypatch.setattr(autoattack, "is_correct", lambda model, pixels, labels: model(pixels).argmax(1) == labels)
     flags = survives_pgd(
@@ -227,7 +230,7 @@ def test_an_image_that_is_wrong_to_begin_with_has_not_survived(monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_undefended_model_falls_to_nothing(name):
+def test_the_accuracy_of_an_undefended_model_is_0(name):
     model, data = linear(), examples(8)
     flags = survivors(Attack(name=name, norm="linf", epsilon=0.3), model=model, images=data.images, labels=data.labels)
     assert flags["clean"].sum() > 4 and list(flags.values())[-1].sum() == 0
@@ -236,8 +239,8 @@ def test_an_undefended_model_falls_to_nothing(name):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_batch_of_one_and_a_batch_with_one_left(norm, short):
     model, data = linear(), examples(24)
-    strongest = far_enough(model, data, norm).argmax()
-    epsilon = far_enough(model, data, norm).sort().values[-2:].mean().item()
+    strongest = exact_radii(model, data, norm).argmax()
+    epsilon = exact_radii(model, data, norm).sort().values[-2:].mean().item()
     attack = Attack(name="autoattack", norm=norm, epsilon=epsilon)
     alone = survivors(
         attack, model=model, images=data.images[strongest, None], labels=data.labels[strongest].reshape(1)
@@ -251,13 +254,13 @@ def test_with_few_classes_the_targets_are_all_others(tmp_path, short):
     data = examples(5, classes=4)
     attack = Attack(name="autoattack", norm="linf", epsilon=0.01)
     outcome = measure(attack=attack, target=target(linear(4)), examples=data, state_dir=tmp_path / "s")
-    survives = far_enough(linear(4), data, "linf") > 0.01
+    survives = exact_radii(linear(4), data, "linf") > 0.01
     assert torch.equal(outcome.flags["square"], survives) and outcome.warnings == []
     record = result_record(outcome, model="m", pretrained="", examples=data, masking={}, warnings=[])
     assert record["target_classes"] == 3 and "aim at 3 classes" in results_table(record)
 
 
-def test_with_too_few_classes_it_says_what_to_use(tmp_path, short):
+def test_with_too_few_classes_the_error_names_another_attack(tmp_path, short):
     data, three = examples(5, classes=3), target(linear(3))
     attack = Attack(name="autoattack", norm="linf", epsilon=0.01)
     with pytest.raises(UserError, match="ranks 4 logits and the model has 3: use --attack pgd100"):
@@ -266,10 +269,10 @@ def test_with_too_few_classes_it_says_what_to_use(tmp_path, short):
     assert measure(attack=rand, target=three, examples=data, state_dir=tmp_path / "r").flags["apgd-dlr"].sum() >= 0
 
 
-# ---- PGD, as training watches it
+# ---- PGD during training -----------------------------------------------------------------------------------------
 
 
-def test_pgd_leaves_no_trace_and_depends_on_its_seed_alone():
+def test_pgd_changes_nothing_and_depends_only_on_its_seed():
     data = examples()
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, 10))
     model.train()[1].eval()  # a frozen part in a model in training
@@ -288,7 +291,7 @@ def test_pgd_leaves_no_trace_and_depends_on_its_seed_alone():
             labels=labels[:n],
             epsilon=0.1,
             steps=1,
-            step_size=0.0,  # what survives hangs on the start alone
+            step_size=0.0,  # the result depends on the start only
             batch_size=5,
             seed=seed,
         ).tolist()
@@ -310,7 +313,7 @@ def test_pgd_leaves_no_trace_and_depends_on_its_seed_alone():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_pgd_of_no_images_and_of_batches_of_nothing():
+def test_pgd_of_no_images_and_with_a_batch_size_of_0():
     data = examples()
     options = {"model": linear(), "epsilon": 0.1, "steps": 1, "step_size": 0.1}
     assert survives_pgd(images=data.images[:0], labels=data.labels[:0], **options).tolist() == []
@@ -338,81 +341,83 @@ def test_the_margin_attack_maximises_the_margin():
     assert gradient.tolist() == [[-1, 0, 1], [0, 1, -1]]
 
 
-# ---- batches, processes, kills
+# ---- batches, processes, kills -----------------------------------------------------------------------------------
 
 
-QUICK = Attack(name="apgd-ce", norm="linf", epsilon=0.012, seed=1)
+SHORT = Attack(name="apgd-ce", norm="linf", epsilon=0.012, seed=1)
 
 
-def quick(folder: Path, *, model: nn.Module | None = None, data: Examples | None = None, batch_size: int = 4, **other):
+def measure_short(
+    folder: Path, *, model: nn.Module | None = None, data: Examples | None = None, batch_size: int = 4, **other
+):
     data = data or examples(14)
-    attack = replace(QUICK, **other)
+    attack = replace(SHORT, **other)
     return measure(
         attack=attack, target=target(model or linear()), examples=data, batch_size=batch_size, state_dir=folder
     )
 
 
 def flags_on_ranks(rank, world_size, folder, name):
-    outcome = quick(Path(folder), name=name)
+    outcome = measure_short(Path(folder), name=name)
     return {part: flags.tolist() for part, flags in outcome.flags.items()}, outcome.seconds
 
 
 def test_two_processes_and_one_agree_to_the_sample(tmp_path):
     name = "apgd-ce"
-    one = quick(tmp_path / "one", name=name)
+    one = measure_short(tmp_path / "one", name=name)
     assert 0 < one.flags[name].sum() < one.flags["clean"].sum()
     two = run_ranks(flags_on_ranks, 2, str(tmp_path / "two"), name)
-    assert two[0] == two[1]  # both know all
+    assert two[0] == two[1]  # both have the complete outcome
     assert two[0][0] == {part: flags.tolist() for part, flags in one.flags.items()}
     batches = [json.loads((tmp_path / "two" / f"batch_0000{k}.json").read_text()) for k in range(4)]
     assert [batch["indices"] for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13]]
 
 
 class Dies(nn.Module):
-    """A linear model whose process ends without a word at the so-maniest look."""
+    """A linear model that kills its process in a given forward pass."""
 
-    def __init__(self, looks: int):
+    def __init__(self, calls: int):
         super().__init__()
-        self.model, self.looks = linear(), looks
+        self.model, self.calls = linear(), calls
 
     def forward(self, pixels: Tensor) -> Tensor:
-        self.looks -= 1
-        if self.looks == 0:
+        self.calls -= 1
+        if self.calls == 0:
             os._exit(9)
         return self.model(pixels)
 
 
 def killed(rank, world_size, folder):
-    quick(Path(folder), model=Dies(150 if rank == 0 else 10**9))
+    measure_short(Path(folder), model=Dies(150 if rank == 0 else 10**9))
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_killed_run_goes_on_where_it_was(tmp_path, world_size):
-    whole = quick(tmp_path / "whole", model=Dies(10**9))
+def test_a_killed_run_resumes(tmp_path, world_size):
+    whole = measure_short(tmp_path / "whole", model=Dies(10**9))
     with pytest.raises(RankFailed, match="died without a word"):
         run_ranks(killed, world_size, str(tmp_path / "killed"))
-    there = {file.name: file.read_text() for file in (tmp_path / "killed").glob("batch_*.json")}
-    assert 0 < len(there) < 4
-    again = quick(tmp_path / "killed", model=Dies(10**9))
+    finished = {file.name: file.read_text() for file in (tmp_path / "killed").glob("batch_*.json")}
+    assert 0 < len(finished) < 4
+    again = measure_short(tmp_path / "killed", model=Dies(10**9))
     assert {part: flags.tolist() for part, flags in again.flags.items()} == {
         part: flags.tolist() for part, flags in whole.flags.items()
     }
-    for name, text in there.items():  # not attacked again
+    for name, text in finished.items():  # not attacked again
         assert (tmp_path / "killed" / name).read_text() == text
     assert not list((tmp_path / "killed").glob("*.writing*"))
 
 
 def test_a_finished_run_is_not_attacked_again(tmp_path, monkeypatch):
-    first = quick(tmp_path / "s")
+    first = measure_short(tmp_path / "s")
     monkeypatch.setattr(measure_module, "survivors", lambda *_, **__: pytest.fail("attacked again"))
-    again = quick(tmp_path / "s")
+    again = measure_short(tmp_path / "s")
     assert again.accuracies() == first.accuracies() and again.seconds == first.seconds
 
 
-def test_without_a_state_folder_the_same_evaluation_finds_its_own(tmp_path, monkeypatch):
+def test_without_a_state_folder_the_same_evaluation_uses_the_same_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = quick(None)
-    assert quick(None).seconds == first.seconds and quick(None, seed=2).state_dir != first.state_dir
+    first = measure_short(None)
+    assert measure_short(None).seconds == first.seconds and measure_short(None, seed=2).state_dir != first.state_dir
     assert first.state_dir.parent == Path("runs")
 
 
@@ -430,13 +435,13 @@ OTHERS = {
 
 @pytest.mark.parametrize("key", OTHERS)
 def test_a_state_of_another_evaluation_is_refused(tmp_path, key):
-    quick(tmp_path / "s")
-    with pytest.raises(UserError, match=rf"belongs to another evaluation, but .*{key} .*\(was ") as refused:
-        quick(tmp_path / "s", **OTHERS[key])
+    measure_short(tmp_path / "s")
+    with pytest.raises(UserError, match=rf"belongs to another evaluation: .*{key} .*\(was ") as refused:
+        measure_short(tmp_path / "s", **OTHERS[key])
     assert "\n" not in str(refused.value)
 
 
-def test_labels_and_version_belong_to_the_evaluation_too(tmp_path):
+def test_a_state_of_other_labels_or_another_version_is_refused(tmp_path):
     data = examples(4)
     attack = Attack(name="autoattack", norm="linf", epsilon=0.3)
     measure(attack=attack, target=target(linear()), examples=data, state_dir=tmp_path / "s")
@@ -452,19 +457,19 @@ def test_labels_and_version_belong_to_the_evaluation_too(tmp_path):
         measure(attack=attack, target=target(linear()), examples=other, state_dir=tmp_path / "s")
 
 
-def test_somebody_elses_folder_is_no_state(tmp_path):
+def test_a_folder_with_other_content_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="is no state of an attack"):
-        quick(tmp_path)
-    with pytest.raises(UserError, match="is no state of an attack"):
-        quick(tmp_path / "thesis.tex")
+    with pytest.raises(UserError, match="is not the state of an attack"):
+        measure_short(tmp_path)
+    with pytest.raises(UserError, match="is not the state of an attack"):
+        measure_short(tmp_path / "thesis.tex")
 
 
-# ---- can the number be trusted?
+# ---- masked gradients and other warnings -------------------------------------------------------------------------
 
 
 class Rounded(nn.Module):
-    """Logits without their fractions: no gradient anywhere."""
+    """Rounds logits to halves, so that gradients are 0."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -478,50 +483,52 @@ MASKED = {"rounded": lambda: Rounded(linear()), "saturated": lambda: linear(scal
 
 
 @pytest.mark.parametrize("model", MASKED)
-def test_masked_gradients_are_noticed(tmp_path, model):
+def test_masked_gradients_give_warnings(tmp_path, model):
     data = examples(30, contrast=0.16)
     attack = Attack(name="autoattack", norm="linf", epsilon=0.04)
-    found, lines = check_masking(
+    accuracies, lines = check_masking(
         attack=attack, target=target(MASKED[model]()), examples=data, images=16, state_dir=tmp_path / "s"
     )
-    assert found["square"] < found["apgd-ce"] - 0.1
-    told = " ".join(lines)
-    assert "masked gradients? Square, which sees no gradients" in told
-    assert "it must come to 0" in told
+    assert accuracies["square"] < accuracies["apgd-ce"] - 0.1
+    text = " ".join(lines)
+    assert re.search(r"masked gradients\? accuracy [\d.]+ % under Square, which uses no gradients, below ", text)
+    assert "it must be 0" in text
 
 
-def test_ordinary_gradients_are_not_suspected(tmp_path):
+def test_ordinary_gradients_give_no_warning(tmp_path):
     data = examples(30, contrast=0.16)
     attack = Attack(name="autoattack", norm="linf", epsilon=0.04)
-    found, lines = check_masking(
+    accuracies, lines = check_masking(
         attack=attack, target=target(linear()), examples=data, images=16, state_dir=tmp_path / "s"
     )
     assert lines == []
-    assert found["apgd-ce"] <= found["square"] and found["pgd100 at 0.5"] == 0
-    assert list(found) == [
+    assert accuracies["apgd-ce"] <= accuracies["square"] and accuracies["pgd100 at 0.5"] == 0
+    assert list(accuracies) == [
         "apgd-ce",
         "square",
         *(f"pgd100 at {e}" for e in ("0.04", "0.08", "0.16", "0.32", "0.5")),
     ]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["s-masking"]  # --state-dir stays that of the attack
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s-masking"]  # --state-dir itself is left to the attack
 
 
-def test_each_oddity_has_its_line():
-    fine = {"pgd": 0.41, "apgd": 0.40, "square": 0.5, "growing": {0.03: 0.41, 0.06: 0.1, 0.5: 0.0}}
-    assert masking_warnings(**fine) == []
-    for other, line in {
-        "plain PGD leaves 30.00 %, less than APGD's 40.00 %": {"pgd": 0.30},
-        "Square, which sees no gradients, leaves 37.00 %, less than APGD's 40.00 %": {"square": 0.37},
-        "PGD leaves 20.00 % at epsilon 0.06, more than 10.00 % at 0.03": {"growing": {0.03: 0.1, 0.06: 0.2, 0.5: 0}},
-        "PGD leaves 9.00 % at epsilon 0.5, where every image can be made plain grey": {
+def test_each_sign_has_its_line():
+    usual = {"pgd": 0.41, "apgd": 0.40, "square": 0.5, "growing": {0.03: 0.41, 0.06: 0.1, 0.5: 0.0}}
+    assert masking_warnings(**usual) == []
+    for line, values in {
+        "accuracy 30.00 % under plain PGD, below 40.00 % under APGD: APGD is stuck": {"pgd": 0.30},
+        "accuracy 37.00 % under Square, which uses no gradients, below 40.00 % under APGD": {"square": 0.37},
+        "accuracy 20.00 % under PGD at epsilon 0.06, above 10.00 % at 0.03": {
+            "growing": {0.03: 0.1, 0.06: 0.2, 0.5: 0}
+        },
+        "accuracy 9.00 % under PGD at epsilon 0.5, where every image can be made plain grey": {
             "growing": {0.03: 0.4, 0.5: 0.09}
         },
     }.items():
-        (told,) = masking_warnings(**(fine | line))
-        assert told.startswith(f"masked gradients? {other}")
+        (warning,) = masking_warnings(**(usual | values))
+        assert warning.startswith(f"masked gradients? {line}")
 
 
-def test_a_lead_by_accident_is_no_oddity():
+def test_small_differences_give_no_warning():
     assert masking_warnings(pgd=0.39, apgd=0.40, square=0.385, growing={0.03: 0.39, 0.06: 0.4, 0.5: 0.01}) == []
 
 
@@ -531,7 +538,7 @@ def test_epsilon_grows_until_every_image_can_be_grey():
     assert growing_epsilons(0.6, norm="linf", numbers=48) == (0.6,)
 
 
-def test_what_pyautoattack_warns_of_reaches_the_user_once(tmp_path, caplog):
+def test_warnings_of_pyautoattack_are_reported_once(tmp_path, caplog):
     data, attack = examples(9), Attack(name="autoattack", norm="linf", epsilon=0.3)
     logger = logging.getLogger("auto-attack")
     before = list(logger.handlers), logger.level, logger.propagate
@@ -547,11 +554,11 @@ def test_what_pyautoattack_warns_of_reaches_the_user_once(tmp_path, caplog):
 
 
 def test_numbers_in_warnings_do_not_multiply_them():
-    heard = [["there are 3 points with zero gradient!"], [], ["there are 12 points with zero gradient!"]]
-    assert distinct_warnings(heard) == ["AutoAttack, 2 of 3 batches: there are 3 points with zero gradient!"]
+    warnings = [["there are 3 points with zero gradient!"], [], ["there are 12 points with zero gradient!"]]
+    assert distinct_warnings(warnings) == ["AutoAttack, 2 of 3 batches: there are 3 points with zero gradient!"]
 
 
-def test_a_square_that_takes_more_than_gradients_is_told():
+def test_square_adding_to_the_gradient_attacks_gives_a_warning():
     def flags(count: int) -> Tensor:
         return torch.arange(1000) < count
 
@@ -559,14 +566,14 @@ def test_a_square_that_takes_more_than_gradients_is_told():
     parts = {"clean": flags(900), "apgd-ce": flags(500), "apgd-t": flags(480), "fab-t": flags(480)}
     assert measure_module._square_warning(attack, parts | {"square": flags(478)}) == []
     (line,) = measure_module._square_warning(attack, parts | {"square": flags(470)})
-    assert "took 1.00 % more" in line
+    assert "fools the model on 1.00 % more images" in line
 
 
-# ---- results
+# ---- results -----------------------------------------------------------------------------------------------------
 
 
-def test_the_record_says_what_was_measured(tmp_path):
-    outcome = quick(tmp_path / "s")
+def test_the_record_holds_accuracies_and_settings(tmp_path):
+    outcome = measure_short(tmp_path / "s")
     data = examples(14)
     record = result_record(outcome, model="runs/a", pretrained="", examples=data, masking={}, warnings=[])
     record = json.loads(json.dumps(record))
@@ -580,8 +587,8 @@ def test_the_record_says_what_was_measured(tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_whatever_is_not_autoattack_says_so(tmp_path, name):
-    outcome = quick(tmp_path / "s", data=examples(3), name=name, epsilon=0.3)
+def test_attacks_other_than_autoattack_are_marked_as_upper_bounds(tmp_path, name):
+    outcome = measure_short(tmp_path / "s", data=examples(3), name=name, epsilon=0.3)
     record = result_record(outcome, model="m", pretrained="", examples=examples(3), masking={}, warnings=[])
     is_autoattack = name == "autoattack"
     assert (record["note"] is None) == is_autoattack
@@ -592,7 +599,7 @@ def test_whatever_is_not_autoattack_says_so(tmp_path, name):
         assert "steps of epsilon/4" in record["settings"] and record["pyautoattack"] is None
 
 
-# ---- models, data and mistakes
+# ---- models, data and user errors --------------------------------------------------------------------------------
 
 
 def write_images(folder: Path, *, classes: int = 4, each: int = 3, side: int = 8) -> LabelledSet:
@@ -605,7 +612,7 @@ def write_images(folder: Path, *, classes: int = 4, each: int = 3, side: int = 8
     return open_labelled(str(folder), "test")
 
 
-def test_a_part_is_drawn_evenly_and_always_the_same(tmp_path):
+def test_a_part_is_drawn_evenly_and_deterministically(tmp_path):
     data = write_images(tmp_path)
     part = load_examples(data, images=8)
     assert part.labels.bincount().tolist() == [2, 2, 2, 2] and part.num_classes == 4
@@ -638,12 +645,12 @@ def test_a_run_its_folder_and_its_weights_are_the_same_model(run_folder):
     pixels = torch.rand(2, 3, 8, 8)
     plain = load_classifier(f"local-dir:{run_folder / 'model'}")
     with torch.no_grad():
-        wanted = plain.on_pixels().eval()(pixels)
+        expected = plain.on_pixels().eval()(pixels)
     for name in (str(run_folder), str(run_folder / "model"), f"local-dir:{run_folder / 'model'}"):
-        found = load_target(name, num_classes=4, norm="linf")
-        assert found.architecture == "resnet8" and not found.model.training
-        assert not any(p.requires_grad for p in found.model.parameters())
-        assert torch.equal(found.model(pixels), wanted)
+        loaded = load_target(name, num_classes=4, norm="linf")
+        assert loaded.architecture == "resnet8" and not loaded.model.training
+        assert not any(p.requires_grad for p in loaded.model.parameters())
+        assert torch.equal(loaded.model(pixels), expected)
     weights = str(run_folder / "model" / "model.safetensors")
     assert load_target("resnet8", num_classes=4, norm="linf", weights=weights).architecture == "resnet8"
 
@@ -655,9 +662,9 @@ def test_random_weights_are_refused():
 
 
 def test_a_model_for_other_classes_is_refused(tmp_path, run_folder):
-    found = load_target(str(run_folder), num_classes=10, norm="linf")
+    loaded = load_target(str(run_folder), num_classes=10, norm="linf")
     with pytest.raises(UserError, match=r"\[2, 4\] for 2 images and made:test has 10 classes"):
-        measure(attack=QUICK, target=found, examples=examples(), state_dir=tmp_path / "s")
+        measure(attack=SHORT, target=loaded, examples=examples(), state_dir=tmp_path / "s")
 
 
 @pytest.mark.parametrize(
@@ -669,22 +676,25 @@ def test_a_model_for_other_classes_is_refused(tmp_path, run_folder):
         ({"epsilon": float("nan")}, "--epsilon nan must be above 0"),
         ({"epsilon": 11, "norm": "l2"}, r"at most 10.3923, the l2 distance of black and white"),
         ({"batch_size": 0}, "--batch-size 0 must be at least 1"),
-        ({"version": "plus"}, "--version plus is AutoAttack's"),
-        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(27, 10))}, "does not take images of 6x6 .*--image-size"),
+        (
+            {"version": "plus"},
+            "--version plus is a version of AutoAttack and does not apply to --attack apgd-ce: leave",
+        ),
+        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(27, 10))}, "does not accept images of 6x6 .*--image-size"),
         ({"model": nn.Sequential(linear(), nn.Threshold(1e9, float("nan")))}, "logits that are not finite"),
     ],
 )
-def test_a_mistake_ends_in_a_line_and_leaves_nothing(tmp_path, other, message):
+def test_an_error_is_one_line_and_leaves_no_folder(tmp_path, other, message):
     with pytest.raises(UserError, match=message) as refused:
-        quick(tmp_path / "s", **other)
+        measure_short(tmp_path / "s", **other)
     assert "\n" not in str(refused.value) and not (tmp_path / "s").exists()
 
 
 def test_without_pyautoattack_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     with pytest.raises(UserError, match=r"pip install 'gkl-vl\[attack\]'"):
-        quick(tmp_path / "s")
-    assert quick(tmp_path / "s", name="pgd20").flags["pgd20"].sum() > 0  # needs none
+        measure_short(tmp_path / "s")
+    assert measure_short(tmp_path / "s", name="pgd20").flags["pgd20"].sum() > 0  # needs none
 
 
 def test_without_robustbench_the_extra_is_named(monkeypatch):
@@ -695,7 +705,7 @@ def test_without_robustbench_the_extra_is_named(monkeypatch):
 
 @pytest.fixture
 def robustbench(monkeypatch) -> list:
-    """robustbench, as far as it is used: its import of `autoattack`, and load_model. The calls."""
+    """A stand-in for robustbench with `load_model`; the list of its calls."""
     calls = []
 
     def load_model(model_name, *, dataset, threat_model):
@@ -714,9 +724,9 @@ def robustbench(monkeypatch) -> list:
 
 
 def test_a_model_of_robustbench_is_loaded_by_threat_model_and_dataset(robustbench):
-    found = load_target("robustbench:Known2026", num_classes=10, norm="l2")
+    loaded = load_target("robustbench:Known2026", num_classes=10, norm="l2")
     assert robustbench == [("Known2026", "cifar10", "L2")]
-    assert found.architecture == "robustbench:Known2026" and not found.model.training
+    assert loaded.architecture == "robustbench:Known2026" and not loaded.model.training
     from autoattack import AutoAttack  # what robustbench 1.1 imports
     from autoattack.state import EvaluationState
 
@@ -728,9 +738,9 @@ def test_a_model_of_robustbench_is_loaded_by_threat_model_and_dataset(robustbenc
     [
         ("Unknown", {}, "RobustBench's 'Unknown' for cifar10 and Linf could not be loaded .*check the name"),
         ("Known2026", {"num_classes": 7}, "10, 100 or 1000 classes, the data has 7"),
-        ("Known2026", {"weights": "a.pt"}, "--weights a.pt do not go with"),
+        ("Known2026", {"weights": "a.pt"}, "--weights a.pt cannot be used with"),
     ],
 )
-def test_mistakes_with_robustbench_end_in_a_line(robustbench, name, options, message):
+def test_errors_with_robustbench_are_one_line(robustbench, name, options, message):
     with pytest.raises(UserError, match=message):
         load_target(f"robustbench:{name}", **({"num_classes": 10, "norm": "linf"} | options))

@@ -12,55 +12,8 @@ from gkl_vl.robustness.pgd import Norm
 from gkl_vl.robustness.results import format_epsilon
 from gkl_vl.robustness.targets import Examples, Target
 
-CLEARLY = 0.02
-"""Share of the images from which on a weaker attack's lead over a stronger one is no accident."""
-
-
-def growing_epsilons(epsilon: float, *, norm: Norm, numbers: int) -> tuple[float, ...]:
-    """epsilon, 2 epsilon, 4 epsilon, ... up to the radius within which every image can be made plain grey.
-
-    That is 0.5 for linf and 0.5 sqrt(numbers) for l2, `numbers` = values of an image (3 h w).
-    """
-    grey = 0.5 if norm == "linf" else 0.5 * numbers**0.5
-    ladder = []
-    while epsilon < grey:
-        ladder.append(epsilon)
-        epsilon = 2 * epsilon
-    return (*ladder, grey if ladder else epsilon)
-
-
-def masking_warnings(*, pgd: float, apgd: float, square: float, growing: dict[float, float]) -> list[str]:
-    """What in these accuracies hints at masked gradients, a line each; none is no proof that they are not.
-
-    Args:
-        pgd, apgd, square: accuracy in [0, 1] under PGD-100, APGD (cross entropy) and Square at the same epsilon.
-        growing: epsilon -> accuracy under PGD-100, the last one where every image can be made plain grey.
-
-    Source: Carlini et al., 2019, "On Evaluating Adversarial Robustness", arXiv 1902.06705, section 5; Athalye et al.,
-    ICML 2018, arXiv 1802.00420, section 3.1.
-    """
-    lines = []
-    if pgd < apgd - CLEARLY:
-        lines.append(f"plain PGD leaves {percent(pgd)}, less than APGD's {percent(apgd)}: APGD is stuck")
-    if square < apgd - CLEARLY:
-        lines.append(
-            f"Square, which sees no gradients, leaves {percent(square)}, less than APGD's {percent(apgd)}: gradients "
-            "of the cross entropy are masked"
-        )
-    steps = list(growing.items())
-    for (small, few), (large, many) in zip(steps, steps[1:], strict=False):
-        if many > few + CLEARLY:
-            lines.append(
-                f"PGD leaves {percent(many)} at epsilon {format_epsilon(large)}, more than {percent(few)} at "
-                f"{format_epsilon(small)}: more room must not help the model"
-            )
-    epsilon, left = steps[-1]
-    if left > CLEARLY:
-        lines.append(
-            f"PGD leaves {percent(left)} at epsilon {format_epsilon(epsilon)}, where every image can be made plain "
-            "grey: it must come to 0"
-        )
-    return [f"masked gradients? {line}; the robust accuracy may be far too high" for line in lines]
+MIN_GAP = 0.02
+"""Smallest difference of accuracies that counts, as a share of the images; smaller ones can be chance."""
 
 
 def check_masking(
@@ -73,9 +26,11 @@ def check_masking(
     state_dir: Path | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[dict[str, float], list[str]]:
-    """Measure what `masking_warnings` asks for on evenly spaced images; the accuracies by name, and its lines.
+    """Measures the accuracies that `masking_warnings` compares, on evenly spaced images.
 
-    `attack` gives norm, epsilon and seed. Resumes as `measure` does, in folders below `STATE_DIR-masking`.
+    `attack` gives norm, epsilon and seed. Resumes as `measure` does, from folders below `STATE_DIR-masking`.
+
+    Returns: accuracies by name of the attack, and the warnings.
     """
     if images < 1:
         raise UserError(f"--masking-images {images} must be at least 1")
@@ -89,20 +44,67 @@ def check_masking(
         draw=f"{count} evenly spaced of {examples.draw}",
     )
 
-    def left(name: AttackName, epsilon: float) -> tuple[float, list[str]]:
-        weaker = Attack(name=name, norm=attack.norm, epsilon=epsilon, seed=attack.seed)
+    def accuracy_under(name: AttackName, epsilon: float) -> tuple[float, list[str]]:
+        part_attack = Attack(name=name, norm=attack.norm, epsilon=epsilon, seed=attack.seed)
         folder = None if state_dir is None else Path(f"{state_dir}-masking") / f"{name}-{epsilon:.6g}"
         outcome = measure(
-            attack=weaker, target=target, examples=part, batch_size=batch_size, state_dir=folder, device=device
+            attack=part_attack, target=target, examples=part, batch_size=batch_size, state_dir=folder, device=device
         )
         return outcome.accuracies()[name], outcome.warnings
 
-    apgd, heard = left("apgd-ce", attack.epsilon)
-    square, heard_too = left("square", attack.epsilon)
-    ladder = growing_epsilons(attack.epsilon, norm=attack.norm, numbers=part.images[0].numel())
-    growing: dict[float, float] = {epsilon: left("pgd100", epsilon)[0] for epsilon in ladder}
-    lines = masking_warnings(pgd=growing[ladder[0]], apgd=apgd, square=square, growing=growing)
-    found = {"apgd-ce": apgd, "square": square} | {
-        f"pgd100 at {format_epsilon(e)}": float(a) for e, a in growing.items()
+    apgd, apgd_warnings = accuracy_under("apgd-ce", attack.epsilon)
+    square, square_warnings = accuracy_under("square", attack.epsilon)
+    epsilons = growing_epsilons(attack.epsilon, norm=attack.norm, numbers=part.images[0].numel())
+    growing: dict[float, float] = {epsilon: accuracy_under("pgd100", epsilon)[0] for epsilon in epsilons}
+    warnings = masking_warnings(pgd=growing[epsilons[0]], apgd=apgd, square=square, growing=growing)
+    accuracies = {"apgd-ce": apgd, "square": square} | {
+        f"pgd100 at {format_epsilon(epsilon)}": float(accuracy) for epsilon, accuracy in growing.items()
     }
-    return found, list(dict.fromkeys(heard + heard_too)) + lines
+    return accuracies, list(dict.fromkeys(apgd_warnings + square_warnings)) + warnings
+
+
+def growing_epsilons(epsilon: float, *, norm: Norm, numbers: int) -> tuple[float, ...]:
+    """epsilon, 2 epsilon, 4 epsilon, ... up to the radius within which every image can be made plain grey.
+
+    That is 0.5 for linf and 0.5 sqrt(numbers) for l2, `numbers` = values of an image (3 h w).
+    """
+    grey = 0.5 if norm == "linf" else 0.5 * numbers**0.5
+    epsilons = []
+    while epsilon < grey:
+        epsilons.append(epsilon)
+        epsilon = 2 * epsilon
+    return (*epsilons, grey if epsilons else epsilon)
+
+
+def masking_warnings(*, pgd: float, apgd: float, square: float, growing: dict[float, float]) -> list[str]:
+    """Signs of masked gradients in these accuracies, one line each. An empty list does not prove that there are none.
+
+    Args:
+        pgd, apgd, square: accuracy in [0, 1] under PGD-100, APGD (cross entropy) and Square at the same epsilon.
+        growing: epsilon -> accuracy under PGD-100; at the last epsilon every image can be made plain grey.
+
+    Source: Carlini et al., 2019, "On Evaluating Adversarial Robustness", arXiv 1902.06705, section 5; Athalye et al.,
+    ICML 2018, arXiv 1802.00420, section 3.1.
+    """
+    lines = []
+    if pgd < apgd - MIN_GAP:
+        lines.append(f"accuracy {percent(pgd)} under plain PGD, below {percent(apgd)} under APGD: APGD is stuck")
+    if square < apgd - MIN_GAP:
+        lines.append(
+            f"accuracy {percent(square)} under Square, which uses no gradients, below {percent(apgd)} under APGD: "
+            "gradients of the cross entropy are masked"
+        )
+    steps = list(growing.items())
+    for (small, few), (large, many) in zip(steps, steps[1:], strict=False):
+        if many > few + MIN_GAP:
+            lines.append(
+                f"accuracy {percent(many)} under PGD at epsilon {format_epsilon(large)}, above {percent(few)} at "
+                f"{format_epsilon(small)}: it must not rise with epsilon"
+            )
+    epsilon, accuracy = steps[-1]
+    if accuracy > MIN_GAP:
+        lines.append(
+            f"accuracy {percent(accuracy)} under PGD at epsilon {format_epsilon(epsilon)}, where every image can be "
+            "made plain grey: it must be 0"
+        )
+    return [f"masked gradients? {line}; the robust accuracy may be far too high" for line in lines]

@@ -1,4 +1,4 @@
-"""Attacks for training and for quick looks: projected gradient ascent on images, and on weights.
+"""Projected gradient ascent (PGD) on images, adversarial perturbation of weights, and the radius of an attack.
 
 Axis letters: n = images, C = classes, h w = pixels.
 """
@@ -21,6 +21,9 @@ Norm = Literal["linf", "l2"]
 Start = Literal["gaussian", "uniform", "none"]
 Images = Float[Tensor, "n 3 h w"]
 
+USUAL_CLIP_EPSILON: dict[Norm, str] = {"linf": "4/255", "l2": "0.5"}
+"""Usual radii for CLIPs: linf as in Schlarmann et al., ICML 2024; l2 as in RobustBench for CIFAR-10."""
+
 
 def pgd(
     model: nn.Module,
@@ -34,26 +37,26 @@ def pgd(
     start: Start = "gaussian",
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "n 3 h w"]:
-    """Images within `epsilon` of these that make `loss(model(images))` large: projected gradient ascent.
+    """Computes adversarial images by projected gradient ascent on `loss(model(images))`.
 
         x <- clamp(project(x + step_size * direction(grad_x loss), ball(images, epsilon)), 0, 1)
 
-    with direction = sign (linf) or g / ||g|| per image (l2). The model is in evaluation mode meanwhile; its mode, its
-    gradients and its buffers are afterwards what they were.
+    with direction = sign (linf) or g / ||g|| per image (l2). The model runs in evaluation mode; its mode is restored,
+    and its gradients and buffers do not change.
 
     Args:
         model: takes images in [0, 1] and normalises them itself. Not DistributedDataParallel, which would wait for the
-            parameters' gradients: pass what it wraps.
-        images: in [0, 1]. What comes back is too, and differs by at most `epsilon` to the last bit.
-        loss: of the model's output, a sum or mean over images.
-        epsilon, step_size: in units of pixels of [0, 1] (8/255), for l2 the length of an image's difference.
-        start: gaussian = 0.001 N(0, 1), as TRADES and its successors have it; uniform = anywhere in the ball (l2: at a
-            random length in a random direction); none = at the images.
-        generator: of the start.
+            parameters' gradients: pass the wrapped module.
+        images: in [0, 1]. The result is in [0, 1] as well and differs by at most `epsilon`, to the last bit.
+        loss: function of the model's output, a sum or mean over images.
+        epsilon, step_size: in pixel values of [0, 1] (8/255); for l2 the norm of the perturbation of an image.
+        start: gaussian = images + 0.001 N(0, 1), as in TRADES and its successors; uniform = random in the ball (l2:
+            uniform length, random direction); none = the images.
+        generator: generator of the start.
 
     Raises: ValueError for images outside of [0, 1], steps < 0, epsilon or step_size < 0.
 
-    Source: Madry et al., ICLR 2018, arXiv 1706.06083; the gaussian start is that of Zhang et al., ICML 2019.
+    Source: Madry et al., ICLR 2018, arXiv 1706.06083; gaussian start: Zhang et al., ICML 2019.
     """
     if images.min() < 0 or images.max() > 1:
         raise ValueError(f"images must lie in [0, 1], got {images.min().item():g} to {images.max().item():g}")
@@ -67,39 +70,24 @@ def pgd(
         for _ in range(steps):
             attacked.requires_grad_()
             with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(loss(model(attacked)), attacked)  # of nothing but the images
+                (gradient,) = torch.autograd.grad(loss(model(attacked)), attacked)  # for the images only
             step = gradient.sign_() if norm == "linf" else gradient / _length(gradient).clamp_min(_tiny(gradient))
             attacked = project(attacked.detach().add(step, alpha=step_size))
     return attacked.detach()
 
 
-def radius(text: str, norm: Norm) -> float:
-    """ "8/255" or "0.03" as a number.
-
-    Raises: UserError for what is none, or no radius: not above 0, for linf above 1.
-    """
-    above, _, below = text.partition("/")
-    try:
-        value = float(above) / float(below or 1)
-    except (ValueError, ZeroDivisionError):
-        raise UserError(f"an epsilon of {text!r} is no number: write 8/255 or 0.03") from None
-    if not 0 < value < (math.inf if norm == "l2" else 1 + 1e-9):
-        raise UserError(f"an epsilon of {text} is no radius in {norm} for pixels in [0, 1]: write 8/255 or 0.03")
-    return value
-
-
 def _projection(images: Images, epsilon: float, norm: Norm) -> Callable[[Images], Images]:
-    """To the nearest point within `epsilon` of the images, then to the nearest in [0, 1], which is nearer still."""
+    """Returns the projection onto the ball around the images and then onto [0, 1], which keeps points in the ball."""
     if norm == "linf":
         edges = (images - epsilon).clamp_min(0), (images + epsilon).clamp_max(1)
-        # images + epsilon is rounded, by at most a unit in the last place
+        # images +- epsilon is rounded, by at most one unit in the last place
         low, high = (torch.where((e - images).abs() > epsilon, torch.nextafter(e, images), e) for e in edges)
         return partial(torch.clamp, min=low, max=high)
 
     def nearest(moved: Images) -> Images:
         difference = moved - images
         length = _length(difference)
-        # a little shorter than epsilon: adding to the images rounds each pixel
+        # slightly below epsilon, because the addition to the images rounds each pixel
         rounding = torch.finfo(images.dtype).eps * images[0].numel() ** 0.5
         longest = max((1 - 1e-6) * epsilon - rounding, 0.0)
         scale = torch.where(length > longest, longest / length.clamp_min(_tiny(length)), 1.0)
@@ -130,19 +118,20 @@ def _tiny(x: Tensor) -> float:
 
 @contextmanager
 def weights_perturbed(model: nn.Module, *, loss: Callable[[], Tensor], gamma: float) -> Iterator[None]:
-    """Adversarial weight perturbation: for a while, each weight tensor is moved to where the loss is larger.
+    """Adversarial weight perturbation: within the context each weight tensor is moved one step up the loss.
 
         w <- w + gamma ||w|| g / ||g||,   g = the gradient of `loss()` to w
 
-    for tensors with two or more axes, as released; g is averaged over processes, so that all move alike. Take the
-    training step's backward pass within, the optimizer's step after: the weights are then what they were, to the bit.
+    for tensors with two or more axes, as in the released code; g is averaged over processes, so that all apply the
+    same perturbation. The backward pass of the training step belongs inside the context, the optimizer step after it:
+    on exit the weights are restored bit for bit.
 
     Args:
-        loss: a forward pass of the model and the loss that is to be raised. Its mode is the caller's; what BatchNorm
-            learns in it is forgotten.
+        loss: runs the model and returns the loss to maximise. The caller sets the model's mode; buffers, such as
+            BatchNorm statistics, are restored after it.
 
-    Source: Wu et al., NeurIPS 2020, arXiv 2004.05884, `utils_awp.py`: one ascent step of a copy, whose length is lost
-    in the normalisation, so that a gradient is all that it needs.
+    Source: Wu et al., NeurIPS 2020, arXiv 2004.05884, `utils_awp.py`: one ascent step of a copy. The normalisation
+    removes the length of that step, so the gradient suffices.
     """
     weights = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -164,5 +153,16 @@ def weights_perturbed(model: nn.Module, *, loss: Callable[[], Tensor], gamma: fl
                 weight.copy_(value)
 
 
-USUAL_CLIP_EPSILON: dict[Norm, str] = {"linf": "4/255", "l2": "0.5"}
-"""As in the work on robust CLIPs (Schlarmann et al., ICML 2024), and RobustBench's for CIFAR-10."""
+def radius(text: str, norm: Norm) -> float:
+    """Parses a radius, as "8/255" or "0.03".
+
+    Raises: UserError for text that is not a number, and for values not above 0, or above 1 for linf.
+    """
+    numerator, _, denominator = text.partition("/")
+    try:
+        value = float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"an epsilon of {text!r} is no number: write 8/255 or 0.03") from None
+    if not 0 < value < (math.inf if norm == "l2" else 1 + 1e-9):
+        raise UserError(f"an epsilon of {text} is no radius in {norm} for pixels in [0, 1]: write 8/255 or 0.03")
+    return value

@@ -1,4 +1,4 @@
-"""Records and tables of attacks."""
+"""Result records and tables of attacks, and the interval of an accuracy."""
 
 import math
 from typing import Any
@@ -14,34 +14,34 @@ UPPER_BOUND = "not AutoAttack: an upper bound"
 
 
 def wilson_interval(*, hits: int, n: int) -> tuple[float, float]:
-    """95 % score interval of a share of which `hits` of `n` independent images were seen.
+    """Computes the 95 % score interval of a share, given `hits` among `n` independent images.
 
         (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n),   p = hits/n,  z = 1.96
 
-    Both ends lie in [0, 1], and unlike p -+ z sqrt(p (1 - p)/n) it does not shrink to a point at 0 or n hits. It speaks
-    of the choice of images, not of the attack: a stronger attack may leave less than its lower end.
+    Both ends are in [0, 1], and unlike p -+ z sqrt(p (1 - p)/n) it does not shrink to a point at 0 or n hits. It covers
+    the choice of images, not of the attack: accuracy under a stronger attack can be below its lower end.
 
     Source: Wilson, JASA 22 (1927) 209-212.
 
     Raises: ValueError unless 0 <= hits <= n and n >= 1.
     """
     if not 0 <= hits <= n or n < 1:
-        raise ValueError(f"{hits} hits of {n}: it takes 0 to n hits of at least one")
+        raise ValueError(f"{hits} hits of {n}: hits must be between 0 and n, and n at least 1")
     z = 1.959963984540054
     p = hits / n
     middle = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = (end / (1 + z * z / n) for end in (middle - half, middle + half))
-    return (0.0 if hits == 0 else low, 1.0 if hits == n else high)  # exactly, whatever the rounding
+    return (0.0 if hits == 0 else low, 1.0 if hits == n else high)  # exact, in spite of rounding
 
 
 def result_record(
     outcome: Outcome, *, model: str, pretrained: str, examples: Examples, masking: dict[str, float], warnings: list[str]
 ) -> dict[str, Any]:
-    """The line that goes to the results file: shares in [0, 1], epsilon in pixels of [0, 1].
+    """Returns the record for the results file: shares in [0, 1], epsilon in pixel values of [0, 1].
 
-    `after` = accuracy after each part of the attack; `note` says of all but AutoAttack that it is an upper bound;
-    intervals as of `wilson_interval`; `masking` and `warnings` = what `check_masking` measured and said.
+    `after` = accuracy after each part of the attack; `note` marks all attacks but AutoAttack as upper bounds; intervals
+    by `wilson_interval`; `masking` and `warnings` = results of `check_masking`.
     """
     attack, (clean, *_, robust) = outcome.attack, outcome.flags.values()
     is_autoattack = attack.name == "autoattack"
@@ -78,7 +78,7 @@ def result_record(
 
 
 def results_table(record: dict[str, Any]) -> str:
-    """A record for people: what was measured, a line for each accuracy, then notes and warnings."""
+    """Formats a record as text: model, data and settings, a line for each accuracy, then notes and warnings."""
     last = list(record["after"])[-1]
     rows = {"clean": (record["clean_acc1"], record["clean_acc1_interval"])}
     rows |= {f"after {name}": (share, None) for name, share in record["after"].items() if name != last}
@@ -89,14 +89,15 @@ def results_table(record: dict[str, Any]) -> str:
         record["settings"] + (f" · {record['note']}" if record["note"] else ""),
     ]
     for name, (share, interval) in rows.items():
-        told = "" if interval is None else f"   95 %: {percent(interval[0])} to {percent(interval[1])}"
-        lines.append(f"{name:24}{percent(share):>10}{told}")
+        suffix = "" if interval is None else f"   95 %: {percent(interval[0])} to {percent(interval[1])}"
+        lines.append(f"{name:24}{percent(share):>10}{suffix}")
     if record["target_classes"] not in (None, 9):
-        lines.append(f"targeted parts aim at {record['target_classes']} classes, all others that there are, not at 9")
+        lines.append(f"targeted parts aim at {record['target_classes']} classes, all but the true one, not at 9")
     lines += [f"masking, {name:<15}{percent(share):>10}" for name, share in record["masking"].items()]
     return "\n".join([*lines, *(f"warning: {line}" for line in record["warnings"])])
 
 
 def format_epsilon(epsilon: float) -> str:
+    """As k/255 where k is an integer, else with 4 digits."""
     levels = 255 * epsilon
     return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"{epsilon:.4g}"

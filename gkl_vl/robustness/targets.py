@@ -23,7 +23,7 @@ from gkl_vl.robustness.autoattack import import_autoattack, to_pixels
 from gkl_vl.robustness.pgd import Norm
 
 DRAW_SEED = 0
-"""Of the images of a part of a set. Not the attack's seed, or runs with several seeds would differ by their images."""
+"""Seed for drawing a part of a set. Not the attack's seed, so that runs with several seeds attack the same images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Target:
 
     architecture: str
     model: nn.Module
-    """pixels in [0, 1] -> logits; in evaluation mode, its weights without gradients."""
+    """Maps pixels in [0, 1] to logits; in evaluation mode, weights without gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,33 +44,34 @@ class Examples:
     labels: Int64[Tensor, " N"]
     num_classes: int
     draw: str
-    """Which images of their set these are, in words."""
+    """Describes which images of the set these are."""
 
 
 def load_target(
     name: str, *, num_classes: int, norm: Norm, weights: str | None = None, allow_pickle: bool = False
 ) -> Target:
-    """The model of a name.
+    """Loads the model to attack.
 
     Args:
-        name: a run folder (its `model/` is taken) or an exported folder; `robustbench:NAME`; else as for
+        name: a run folder (its `model/` is loaded) or an exported folder; `robustbench:NAME`; else as for
             `load_classifier`.
-        num_classes: of the data; of RobustBench, 10 stands for CIFAR-10, 100 for CIFAR-100, 1000 for ImageNet.
-        norm: RobustBench's threat model.
+        num_classes: classes of the data; selects RobustBench's dataset: 10 = CIFAR-10, 100 = CIFAR-100,
+            1000 = ImageNet.
+        norm: selects RobustBench's threat model.
 
     Raises: UserError as `load_classifier` does, for a model without weights, and where robustbench is not installed.
     """
     if name.startswith("robustbench:"):
         if weights is not None:
-            raise UserError(f"--weights {weights} do not go with {name!r}, which brings its own: leave them out")
+            raise UserError(f"--weights {weights} cannot be used with {name!r}, which has its own: leave them out")
         model = _load_robustbench(name.partition(":")[2], num_classes=num_classes, norm=norm)
         return Target(architecture=name, model=model.eval().requires_grad_(False))
     if Path(name).is_dir():
         name = f"local-dir:{Path(name) / 'model' if (Path(name) / 'model').is_dir() else name}"
-    carries = name.startswith(("local-dir:", "hf-hub:"))
-    if weights is None and not carries:
+    has_weights = name.startswith(("local-dir:", "hf-hub:"))
+    if weights is None and not has_weights:
         raise UserError(f"model {name!r} has random weights: give a checkpoint as --weights, or name a run folder")
-    classes = None if carries else num_classes
+    classes = None if has_weights else num_classes
     classifier = load_classifier(name, num_classes=classes, weights=weights, allow_pickle=allow_pickle)
     return Target(architecture=classifier.name, model=classifier.on_pixels().eval().requires_grad_(False))
 
@@ -83,7 +84,7 @@ def _load_robustbench(name: str, *, num_classes: int, norm: Norm) -> nn.Module:
     dataset, threat = datasets[num_classes], {"linf": "Linf", "l2": "L2"}[norm]
     try:
         return utils.load_model(name, dataset=dataset, threat_model=threat)
-    except Exception as error:  # an unknown name is a KeyError, a download can fail in any way
+    except Exception as error:  # KeyError for an unknown name; a download can raise anything
         raise UserError(
             f"RobustBench's {name!r} for {dataset} and {threat} could not be loaded "
             f"({type(error).__name__}: {first_line(error)}): check the name, --norm and the connection"
@@ -91,7 +92,7 @@ def _load_robustbench(name: str, *, num_classes: int, norm: Norm) -> nn.Module:
 
 
 def _import_robustbench() -> ModuleType:
-    # robustbench 1.1 asks pip for pyautoattack and Python for autoattack, its name before it came to PyPI
+    # robustbench 1.1 depends on pyautoattack but imports autoattack, the name of that module before it was on PyPI
     sys.modules.setdefault("autoattack", import_autoattack())
     sys.modules.setdefault("autoattack.state", importlib.import_module("pyautoattack.state"))
     try:
@@ -99,20 +100,20 @@ def _import_robustbench() -> ModuleType:
     except ImportError as error:
         raise UserError(
             f"robustbench: models need robustbench, which cannot be imported here ({first_line(error)}): pip install "
-            "'gkl-vl[robustbench]', then pip install --no-deps robustbench, which asks for an old timm"
+            "'gkl-vl[robustbench]', then pip install --no-deps robustbench, which requires an old timm"
         ) from error
     return utils
 
 
 def load_examples(data: LabelledSet, *, images: int | None = None, image_size: int | None = None) -> Examples:
-    """The images of a set, decoded.
+    """Decodes the images of a set.
 
     Args:
-        images: so many only, drawn evenly from the classes, always the same ones. None = all, which is what RobustBench
-            reports for CIFAR; its part of a test set would be the first so many, whose classes come as they fall.
-        image_size: shorter side resized to 256 / 224 of this and the middle cut out; None = as the images are.
+        images: number of images, drawn evenly from the classes with a fixed seed. None = all, as RobustBench reports
+            for CIFAR. A part of a set in RobustBench is its first images, which are not balanced by class.
+        image_size: resizes the shorter side to 256 / 224 of this and crops the centre. None = keep the images' size.
 
-    Raises: UserError for more images than there are, images that cannot be decoded or differ in size.
+    Raises: UserError for more images than the set has, and for images that cannot be decoded or differ in size.
     """
     part = data if images is None else balanced_subset(data, images, DRAW_SEED)
     draw = f"all {len(data)}" if images is None else f"{images} of {len(data)}, evenly by class, seed {DRAW_SEED}"
@@ -129,20 +130,24 @@ def _resized(data: LabelledSet, size: int) -> UInt8[Tensor, "N 3 h w"]:
 
 
 def check_model(target: Target, examples: Examples, device: torch.device | str) -> int:
-    """The number of classes."""
+    """Returns the number of classes of the model.
+
+    Raises: UserError for a model that does not take the images, whose classes are not those of the data, or whose
+        logits are not finite.
+    """
     h, w = examples.images.shape[2:]
     try:
         with evaluating(target.model), torch.no_grad():
             logits = target.model(to_pixels(examples.images[:2], device))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(
-            f"{target.architecture} does not take images of {w}x{h} ({first_line(error)}): give its --image-size"
+            f"{target.architecture} does not accept images of {w}x{h} ({first_line(error)}): give its --image-size"
         ) from error
     if logits.ndim != 2 or logits.shape[1] != examples.num_classes:
         raise UserError(
-            f"{target.architecture} gives logits of shape {list(logits.shape)} for 2 images and {examples.name} has "
-            f"{examples.num_classes} classes: name the data that it was trained for"
+            f"{target.architecture} returns logits of shape {list(logits.shape)} for 2 images and {examples.name} has "
+            f"{examples.num_classes} classes: use the data that it was trained on"
         )
     if not logits.isfinite().all():
-        raise UserError(f"{target.architecture} gives logits that are not finite: its accuracy would be a guess")
+        raise UserError(f"{target.architecture} returns logits that are not finite: check its weights")
     return logits.shape[1]

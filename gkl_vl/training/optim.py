@@ -1,4 +1,4 @@
-"""Optimizers and learning rates, for `engine.fit`: what is updated how, and by how much at which step."""
+"""Optimizers and learning-rate schedules for `engine.fit`."""
 
 import math
 from typing import Any
@@ -12,18 +12,18 @@ from torch import nn
 def adamw(
     model: nn.Module, *, lr: float, wd: float, beta1: float = 0.9, beta2: float = 0.98, eps: float = 1e-6
 ) -> torch.optim.AdamW:
-    """AdamW as open_clip has it: parameters with two or more axes decay, biases, norms and the scale do not."""
+    """AdamW as in open_clip: parameters with two or more axes decay; biases, norms and the logit scale do not."""
     return torch.optim.AdamW(parameter_groups(model, wd), lr=lr, betas=(beta1, beta2), eps=eps)
 
 
 def layered_adamw(model: nn.Module, *, lr: float, wd: float, layer_decay: float) -> torch.optim.AdamW:
-    """AdamW, torch's betas, to fine-tune: the rate falls by `layer_decay` from the head to each layer below it.
+    """AdamW with torch's betas for fine-tuning: the rate falls by `layer_decay` from the head to each layer below it.
 
-    Each group's `lr_scale` multiplies the rate that `engine.fit` sets. Layers are timm's; biases, norms and a ViT's
-    class token and positions do not decay. Source: Bao et al., arXiv 2106.08254 (BEiT), as in USB.
+    `lr_scale` of each group multiplies the rate that `engine.fit` sets. Layers are timm's; biases, norms and a ViT's
+    class token and positions have no weight decay. Source: Bao et al., arXiv 2106.08254 (BEiT), as in USB.
     """
-    apart = model.no_weight_decay() if isinstance(model, VisionTransformer) else ()
-    groups = param_groups_layer_decay(model, wd, no_weight_decay_list=list(apart), layer_decay=layer_decay)
+    no_decay = model.no_weight_decay() if isinstance(model, VisionTransformer) else ()
+    groups = param_groups_layer_decay(model, wd, no_weight_decay_list=list(no_decay), layer_decay=layer_decay)
     return torch.optim.AdamW(groups, lr=lr)
 
 
@@ -36,22 +36,22 @@ def sgd(
     nesterov: bool = False,
     norms_decay: bool = True,
 ) -> torch.optim.SGD:
-    """SGD. By default everything decays, as in the distillation literature; else as in `adamw`."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = trained if norms_decay else parameter_groups(model, wd)
+    """SGD. With `norms_decay` all parameters decay, as in the distillation literature; else as in `adamw`."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = trainable if norms_decay else parameter_groups(model, wd)
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=wd, nesterov=nesterov)
 
 
 def parameter_groups(model: nn.Module, wd: float) -> list[dict[str, Any]]:
-    """Two groups: what decays, and what has fewer than two axes (biases, norms, the scale) and does not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """Two groups: parameters with two or more axes, and the others (biases, norms, the scale), which do not decay."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": wd},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": wd},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
 
 
-# Pure functions of the number of updates made, so there is nothing to save.
+# Schedules are pure functions of the number of updates made, so there is no state to save.
 
 
 def warmup_cosine(step: int, *, lr: float, steps: int, warmup_steps: int) -> float:
@@ -63,12 +63,12 @@ def warmup_cosine(step: int, *, lr: float, steps: int, warmup_steps: int) -> flo
 
 
 def warmup_fixmatch(step: int, *, lr: float, steps: int, warmup_steps: int) -> float:
-    """Linear warm-up from 0, then 7/16 of a cosine's half, which ends at a fifth of it: FixMatch's schedule."""
+    """FixMatch's schedule: linear warm-up from 0, then cos(7/16 pi progress), which ends at 0.2."""
     if step < warmup_steps:
         return lr * step / warmup_steps
     return lr * math.cos(7 / 16 * math.pi * (step - warmup_steps) / max(steps - warmup_steps, 1))
 
 
 def multi_step(step: int, *, lr: float, milestones: tuple[int, ...]) -> float:
-    """A tenth of it from each milestone on, in updates."""
+    """The rate falls to a tenth at each milestone, in updates."""
     return lr * 0.1 ** sum(step >= milestone for milestone in milestones)

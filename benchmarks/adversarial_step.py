@@ -83,9 +83,9 @@ def step(model: MultiBatch, images: torch.Tensor, labels: torch.Tensor, rounds: 
     objective = Adversarial(model=model, settings=settings, prior=EpochPrior(CLASSES, 1))
 
     def update() -> None:
-        part = objective.prepared(batch)
+        part = objective.prepare(batch)
         model.train()
-        with objective.perturbed([part]):
+        with objective.around_update([part]):
             loss, _ = objective.loss(objective.outputs(model, part), objective.targets(part))
             loss.backward()
         model.zero_grad()
@@ -102,10 +102,10 @@ def step(model: MultiBatch, images: torch.Tensor, labels: torch.Tensor, rounds: 
     def loss() -> None:
         robust_loss(attacked=logits[0], natural=logits[1], prior=prior, settings=settings).backward()
 
-    part = objective.prepared(batch)
+    part = objective.prepare(batch)
 
     def perturb() -> None:
-        with objective.perturbed([part]):
+        with objective.around_update([part]):
             pass
 
     model.train()

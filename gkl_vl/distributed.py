@@ -16,7 +16,7 @@ Value = TypeVar("Value")
 
 
 def world_size() -> int:
-    """float of processes, 1 when nothing was launched."""
+    """Number of processes, 1 when nothing was launched."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

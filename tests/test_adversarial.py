@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from helpers import run_ranks
 from torch import Tensor
 
-from gkl_vl.losses.gkl import gkl_loss, kl_loss
+from gkl_vl.losses.gkl import GklSettings, gkl_loss, kl_loss
 from gkl_vl.models.classifiers import OnPixels
 from gkl_vl.objectives import adversarial
 from gkl_vl.objectives.adversarial import (
@@ -30,7 +30,8 @@ from gkl_vl.training.engine import FitConfig, fit, moving_average
 from gkl_vl.training.optim import sgd
 
 N, C = 6, 4
-SETTINGS = AdversarialTraining(epochs=4, gamma=0.4, prior_temperature=2.0, awp_epoch=2, label_smoothing=0.1)
+GKL = GklSettings(soft_ce_weight=4, wmse_weight=20, gamma=0.4, weight_temperature=2.0)
+SETTINGS = AdversarialTraining(epochs=4, gkl=GKL, awp_epoch=2, label_smoothing=0.1)
 EIGHT = 8 / 255
 
 
@@ -121,7 +122,7 @@ class Loader:
 def trained(folder: Path, settings: AdversarialTraining, second: bool, from_step: int = 2) -> tuple:
     """By the engine: the model, and its average."""
     model = MultiBatch(OnPixels(net(), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)).double())
-    prior = EpochPrior(C, settings.prior_temperature) if settings.method in ("ikl", "gkl") else None
+    prior = EpochPrior(C, settings.gkl.weight_temperature) if settings.method in ("ikl", "gkl") else None
     torch.manual_seed(5)  # of the attacks' noise
     result = fit(
         accelerator=Accelerator(cpu=True),
@@ -153,7 +154,7 @@ def transcribed(settings: AdversarialTraining, second: bool) -> tuple:
     """The loop of the released script, with its proxy model and its way to perturb and restore."""
     mean, std = (torch.tensor(v).double().view(3, 1, 1) for v in ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
     inner = net().double()
-    gamma = 1.0 if settings.method == "ikl" else settings.gamma
+    gamma = 1.0 if settings.method == "ikl" else settings.gkl.gamma
     optimizer = torch.optim.SGD(inner.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     torch.manual_seed(5)
     weight, sums, before, average = torch.ones(C, C) / C, torch.zeros(C, C).double(), 0, None
@@ -192,7 +193,7 @@ def transcribed(settings: AdversarialTraining, second: bool) -> tuple:
             ascent = torch.optim.SGD(proxy.parameters(), lr=0.01)
             natural, attacked = model(x, proxy), model(adv, proxy)
             loss = F.cross_entropy(natural, target, label_smoothing=smoothing)
-            loss = -(loss + distance(attacked, natural, rows, settings.soft_ce_weight, settings.wmse_weight))
+            loss = -(loss + distance(attacked, natural, rows, settings.gkl.soft_ce_weight, settings.gkl.wmse_weight))
             loss.backward()
             ascent.step()
             for (name, old), new in zip(inner.state_dict().items(), proxy.state_dict().values(), strict=True):
@@ -204,8 +205,8 @@ def transcribed(settings: AdversarialTraining, second: bool) -> tuple:
         attacked, natural = model(adv), model(x)
         with torch.no_grad():
             onehot = F.one_hot(target[:N], C).double()
-            sums += onehot.t() @ F.softmax(natural[:N] / settings.prior_temperature, dim=1)
-        both = (settings.soft_ce_weight, settings.wmse_weight)
+            sums += onehot.t() @ F.softmax(natural[:N] / settings.gkl.weight_temperature, dim=1)
+        both = (settings.gkl.soft_ce_weight, settings.gkl.wmse_weight)
         robust = distance(attacked[:N], natural[:N], rows[:N], *both)
         if second:
             robust = robust + settings.second_view_weight * distance(attacked[N:], natural[N:], rows[N:], *both)
@@ -248,8 +249,8 @@ def test_every_setting_of_the_step_shows(tmp_path):
     for number, change in enumerate(
         [
             {"awp_gamma": 0},
-            {"gamma": 1.0},
-            {"class_prior": False, "prior_temperature": 1.0},
+            {"gkl": replace(GKL, gamma=1.0)},
+            {"class_prior": False, "gkl": replace(GKL, weight_temperature=1.0)},
             {"attack_wmse_weight": 0},
             {"second_view_weight": 1.0},
             {"label_smoothing": 0.0},

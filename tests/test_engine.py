@@ -210,7 +210,7 @@ def test_accumulation_is_refused_with_the_reason(tmp_path, monkeypatch, by_envir
         monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=1 if by_environment else 4)
     with pytest.raises(UserError, match="gradient_accumulation_steps = 4.*negatives"):
-        engine.refuse_accumulation(accelerator)
+        engine.check_no_accumulation(accelerator)
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from gkl_vl import distributed
 from gkl_vl.losses import gkl, labels
-from gkl_vl.losses.gkl import dkl_loss, gkl_loss
+from gkl_vl.losses.gkl import GklSettings, dkl_loss, gkl_loss
 from gkl_vl.losses.labels import METHODS, Distillation, dist_loss, distillation_loss, dkd_loss, kd_loss, standardised
 
 # Of the largest entry, or of 0.1 where that is smaller: with two classes the gradients of kd-ls and DIST within a row
@@ -179,23 +179,23 @@ def test_the_teacher_gets_no_gradient(name):
 # ---- every method ------------------------------------------------------------------------------------------------
 
 # No number stands twice, so that a setting that goes elsewhere shows.
-SETTINGS = dict(weight=1.7, soft_ce_weight=0.6, wmse_weight=2.5, gamma=0.3, temperature=3.0, weight_temperature=2.0)
-SETTINGS |= dict(target_weight=0.9, other_weight=4.5)
+SETTINGS = dict(weight=1.7, temperature=3.5, target_weight=0.9, other_weight=4.5)
+GKL = dict(soft_ce_weight=0.6, wmse_weight=2.5, gamma=0.3, temperature=3.0, weight_temperature=2.0)
 
 
-def by_method(method, *, student, teacher, labels, prior, **changed):
-    settings = Distillation(method=method, **(SETTINGS | changed))
+def by_method(method, *, student, teacher, labels, prior, gkl=None, **changed):
+    settings = Distillation(method=method, gkl=GklSettings(**(GKL | (gkl or {}))), **(SETTINGS | changed))
     return distillation_loss(student=student, teacher=teacher, labels=labels, prior=prior, settings=settings)
 
 
 FAMILY = dict(wmse_weight=2.5, soft_ce_weight=0.6, temperature=3.0, weight_temperature=2.0)
 BY_HAND = {
-    "kd": lambda both, labels, prior: 1.7 * kd_loss(**both, temperature=3.0),
-    "kd-ls": lambda both, labels, prior: 1.7 * standardised_kd(**both, temperature=3.0),
+    "kd": lambda both, labels, prior: 1.7 * kd_loss(**both, temperature=3.5),
+    "kd-ls": lambda both, labels, prior: 1.7 * standardised_kd(**both, temperature=3.5),
     "dkd": lambda both, labels, prior: dkd_loss(
-        **both, labels=labels, target_weight=0.9, other_weight=4.5, temperature=3.0
+        **both, labels=labels, target_weight=0.9, other_weight=4.5, temperature=3.5
     ),
-    "dist": lambda both, labels, prior: 1.7 * dist_loss(**both, inter_weight=0.9, intra_weight=4.5, temperature=3.0),
+    "dist": lambda both, labels, prior: 1.7 * dist_loss(**both, inter_weight=0.9, intra_weight=4.5, temperature=3.5),
     "dkl": lambda both, labels, prior: dkl_loss(**both, **FAMILY),
     "ikl": lambda both, labels, prior: gkl_loss(**both, **FAMILY, gamma=1.0, class_prior=prior),
     "gkl": lambda both, labels, prior: gkl_loss(**both, **FAMILY, gamma=0.3, class_prior=prior),
@@ -230,12 +230,13 @@ def test_the_class_prior_is_that_of_ikl_and_gkl_alone():
     assert heeding == {"ikl", "gkl"}
 
 
+GKLS = {"dkl", "ikl", "gkl"}
+OTHERS = set(METHODS) - GKLS
 READ = {
     "weight": {"kd", "kd-ls", "dist"},
     "soft_ce_weight": {"dkl", "ikl", "gkl"},
     "wmse_weight": {"dkl", "ikl", "gkl"},
     "gamma": {"gkl"},
-    "temperature": set(METHODS),
     "weight_temperature": {"dkl", "ikl", "gkl"},
     "target_weight": {"dkd", "dist"},
     "other_weight": {"dkd", "dist"},
@@ -245,15 +246,22 @@ READ = {
 @pytest.mark.parametrize("setting", READ)
 def test_every_setting_is_read_by_its_methods_and_no_others(setting):
     arguments = drawn(5, 7) | {"prior": None}
-    changed = {setting: 2 * SETTINGS[setting]}
+    changed = {"gkl": {setting: 2 * GKL[setting]}} if setting in GKL else {setting: 2 * SETTINGS[setting]}
     assert {m for m in METHODS if by_method(m, **arguments, **changed) != by_method(m, **arguments)} == READ[setting]
+
+
+def test_each_family_of_methods_has_its_temperature():
+    arguments = drawn(5, 7) | {"prior": None}
+    before = {method: by_method(method, **arguments) for method in METHODS}
+    for changed, methods in (({"temperature": 7.0}, OTHERS), ({"gkl": {"temperature": 6.0}}, GKLS)):
+        assert {m for m in METHODS if by_method(m, **arguments, **changed) != before[m]} == methods
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, float("nan")])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_temperature_that_is_not_positive_is_refused(method, temperature):
     with pytest.raises(ValueError, match="temperature must be a finite number > 0"):
-        by_method(method, **drawn(5, 7), temperature=temperature)
+        by_method(method, **drawn(5, 7), temperature=temperature, gkl={"temperature": temperature})
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (5, 8)], ids=str)

@@ -12,6 +12,7 @@ from helpers import run_ranks
 from torch import nn
 from torch.testing import assert_close
 
+from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.losses.labels import METHODS, Distillation, distillation_loss
 from gkl_vl.models.classifiers import Classifier
 from gkl_vl.objectives.common import EpochPrior
@@ -25,10 +26,7 @@ EPOCHS = [0, 0, 1, 1, 2, 2]  # of the batches, in their order
 SETTINGS = Distillation(
     method="gkl",
     ce_weight=0.5,
-    wmse_weight=2.5,
-    gamma=0.7,
-    temperature=3.0,
-    weight_temperature=TEMPERATURE,
+    gkl=GklSettings(wmse_weight=2.5, gamma=0.7, temperature=3.0, weight_temperature=TEMPERATURE),
     warmup_epochs=4,
 )
 STUDENT_LOOK = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg
 
+from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
 from gkl_vl.models.clip import MODEL_CONFIGS, Clip, Student, load_clip
 from gkl_vl.models.modes import freeze
@@ -15,12 +16,8 @@ from gkl_vl.teachers.online import online_teacher, teacher_scales
 
 WEIGHTS = ClipKdWeights(
     contrastive_weight=1.0,
-    soft_ce_weight=2.0,
-    wmse_weight=0.3,
     mimicry_weight=7.0,
-    gamma=0.5,
-    temperature=2.0,
-    weight_temperature=3.0,
+    gkl=GklSettings(soft_ce_weight=2.0, wmse_weight=0.3, gamma=0.5, temperature=2.0, weight_temperature=3.0),
 )
 CAPTIONS = ["red car", "a very long flag", "red car"]
 
@@ -133,7 +130,8 @@ def test_a_model_with_a_bias_is_a_siglip(student_config, student, teacher, batch
             **{name: tensor for name, tensor in output.items() if not name.startswith("mimicry")},
             **targets,
             text_ids=batch["text_ids"],
-            **{name: weight for name, weight in dataclasses.asdict(WEIGHTS).items() if name != "mimicry_weight"},
+            contrastive_weight=WEIGHTS.contrastive_weight,
+            **vars(WEIGHTS.gkl),
             **forms,
         )
         assert loss.item() == pytest.approx((logits + 7 * scalars["mimicry"]).item(), rel=1e-5)
@@ -154,7 +152,7 @@ def test_without_a_teacher_the_contrastive_loss_is_left(student, batch):
 
 
 def test_mimicry_alone_is_the_mimicry_loss(student, teacher, batch):
-    alone = dataclasses.replace(WEIGHTS, contrastive_weight=0.0, soft_ce_weight=0.0, wmse_weight=0.0)
+    alone = dataclasses.replace(WEIGHTS, contrastive_weight=0.0, gkl=GklSettings(soft_ce_weight=0.0, wmse_weight=0.0))
     model = model_for(student, teacher.embed_dim)
     loss, scalars = clip_kd(model, batch, student=student, teacher=online_teacher(teacher), weights=alone)
     loss.backward()

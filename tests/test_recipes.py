@@ -240,6 +240,14 @@ def test_the_default_command_distils_the_bundled_teacher(tmp_path, monkeypatch, 
     assert "teacher" in capsys.readouterr().out and (folder / "report.png").stat().st_size > 10_000
 
 
+def test_a_rate_of_0_is_0_and_not_the_default(place, call):
+    flags = ["--teacher", "none", "--train-data", f"{place}/pairs.tar", "--steps", "1", "--batch-size", "4"]
+    code, _, error = call(*flags, "--workers", "0", "--lr", "0", "--output-dir", "run")
+    assert code == 0, error
+    record = json.loads(Path("run/results.jsonl").read_text().splitlines()[0])
+    assert record["train/lr"] == 0 and json.loads(Path("run/config.json").read_text())["lr"] == 0
+
+
 def test_another_number_of_processes_cannot_resume(run, place, call):
     flags = json.loads((run / "config.json").read_text())["command"]
     flags = shlex.split(flags)[3:]

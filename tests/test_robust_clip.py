@@ -25,6 +25,7 @@ from gkl_vl.errors import UserError
 from gkl_vl.evaluation.benchmark import measure, metrics_of
 from gkl_vl.evaluation.embed import Embedder
 from gkl_vl.evaluation.sets import load_benchmark_set
+from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
 from gkl_vl.models.clip import Clip, OpenClipTowers, Student, load_clip, resize
 from gkl_vl.objectives.clip import ClipKd, ClipKdWeights, ImageAttack, image_attack
@@ -38,12 +39,8 @@ from gkl_vl.training.optim import adamw
 N, WIDTH = 6, 20
 WEIGHTS = ClipKdWeights(
     contrastive_weight=1.0,
-    soft_ce_weight=2.0,
-    wmse_weight=0.3,
     mimicry_weight=7.0,
-    gamma=0.5,
-    temperature=2.0,
-    weight_temperature=3.0,
+    gkl=GklSettings(soft_ce_weight=2.0, wmse_weight=0.3, gamma=0.5, temperature=2.0, weight_temperature=3.0),
 )
 ATTACK = image_attack("linf", 4 / 255)
 TEXT = {"context_length": 24, "vocab_size": 4096, "hf_tokenizer_name": "gkl-vl/clip-bpe-4096"}

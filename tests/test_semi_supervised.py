@@ -13,6 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from gkl_vl.losses.consistency import ClassThresholds, SemiSupervised, consistency_loss, pseudo_label_scalars, rampup
+from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.models.classifiers import Classifier
 from gkl_vl.objectives.common import EpochPrior
 from gkl_vl.objectives.semi_supervised import SemiSupervisedTraining
@@ -23,11 +24,7 @@ TERMS = ("hard", "kl", "mse", "ikl", "gkl")
 SETTINGS = SemiSupervised(
     threshold=0.5,
     unlabelled_weight=0.7,
-    temperature=0.5,
-    soft_ce_weight=1.5,
-    wmse_weight=0.3,
-    gamma=0.4,
-    weight_temperature=2,
+    gkl=GklSettings(temperature=0.5, soft_ce_weight=1.5, wmse_weight=0.3, gamma=0.4, weight_temperature=2),
 )
 
 
@@ -43,7 +40,7 @@ def naive_rows(strong, weak, prior, s: SemiSupervised) -> tuple[list[float], lis
     """Of each image, from the definitions over pairs of classes: term, wMSE's numerator and its denominator."""
     terms, numerators, denominators = [], [], []
     for b, (x, w) in enumerate(zip(strong.tolist(), weak.tolist(), strict=True)):
-        p, target = softmax(x), softmax(w, s.temperature)
+        p, target = softmax(x), softmax(w, s.gkl.temperature)
         cross_entropy = -sum(t * math.log(q) for t, q in zip(target, p, strict=True))
         if s.consistency == "hard":
             terms.append(-math.log(p[w.index(max(w))]))
@@ -52,9 +49,9 @@ def naive_rows(strong, weak, prior, s: SemiSupervised) -> tuple[list[float], lis
         elif s.consistency == "mse":
             terms.append(sum((a - q) ** 2 for a, q in zip(softmax(w), p, strict=True)) / len(w))
         else:
-            terms.append(s.soft_ce_weight * cross_entropy)
-        gamma = 1.0 if s.consistency == "ikl" else s.gamma
-        base = softmax(w, s.weight_temperature) if prior is None else prior[b].tolist()
+            terms.append(s.gkl.soft_ce_weight * cross_entropy)
+        gamma = 1.0 if s.consistency == "ikl" else s.gkl.gamma
+        base = softmax(w, s.gkl.weight_temperature) if prior is None else prior[b].tolist()
         v = [q**gamma for q in base]
         d = [a - c for a, c in zip(w, x, strict=True)]
         classes = range(len(w))
@@ -68,7 +65,7 @@ def naive(strong, weak, mask, prior, s: SemiSupervised) -> float:
     counts = mask.tolist()
     value = sum(term for term, m in zip(terms, counts, strict=True) if m) / len(terms)
     if s.consistency in ("ikl", "gkl"):
-        value += s.wmse_weight * sum(x for x, m in zip(numerators, counts, strict=True) if m) / sum(denominators)
+        value += s.gkl.wmse_weight * sum(x for x, m in zip(numerators, counts, strict=True) if m) / sum(denominators)
     return value
 
 
@@ -114,11 +111,11 @@ def test_ikl_is_the_released_one():
     strong, weak, mask, _ = logits(6, 4, torch.float64)
     settings = dataclasses.replace(SETTINGS, consistency="ikl")
     pairs = [x[:, :, None] - x[:, None, :] for x in (weak, strong)]
-    probability = F.softmax(weak / settings.weight_temperature, dim=1)
+    probability = F.softmax(weak / settings.gkl.weight_temperature, dim=1)
     products = probability[:, :, None] @ probability[:, None, :]
     mse = 0.25 * ((pairs[0] - pairs[1]).pow(2) * products).sum(dim=(1, 2))
-    sce = -(F.softmax(weak / settings.temperature, dim=1) * F.log_softmax(strong, dim=1)).sum(dim=1)
-    released = ((settings.wmse_weight * mse + settings.soft_ce_weight * sce) * mask).mean()
+    sce = -(F.softmax(weak / settings.gkl.temperature, dim=1) * F.log_softmax(strong, dim=1)).sum(dim=1)
+    released = ((settings.gkl.wmse_weight * mse + settings.gkl.soft_ce_weight * sce) * mask).mean()
     assert_close(consistency_loss(strong=strong, weak=weak, mask=mask, prior=None, settings=settings), released)
 
 

@@ -321,7 +321,7 @@ class Columns:
     teacher: Float[Tensor, "m e"] | None
     ids: Int[Tensor, " m"]
     first: int
-    """float of the first among everybody's."""
+    """Number of the first among everybody's."""
     direction: Direction
 
     def tiles(self, rows: Rows, size: int) -> Iterator[tuple[slice, slice, Logits, Float[Tensor, "r c"]]]:

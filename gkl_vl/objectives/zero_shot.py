@@ -60,7 +60,7 @@ class ZeroShotKd(Objective):
         self._images += world_size() * sum(len(batch["keys"]) for batch in batches)
 
     def template(self) -> int:
-        """float of the template that this update's prompts are made with, the same on all ranks."""
+        """Number of the template that this update's prompts are made with, the same on all ranks."""
         return random.Random(f"{self.seed}/{self._updates}").randrange(len(self.tokens))
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:

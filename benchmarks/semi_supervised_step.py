@@ -38,7 +38,7 @@ def ours(student: Classifier, batch: dict) -> Callable[[], Tensor]:
     training = SemiSupervisedTraining(student=student, average=None, settings=SETTINGS, thresholds=None, prior=None)
 
     def loss() -> Tensor:
-        prepared = training.prepared(batch)
+        prepared = training.prepare(batch)
         return training.loss(training.outputs(student.model, prepared), training.targets(prepared))[0]
 
     return loss

@@ -31,7 +31,7 @@ from gkl_vl.losses.image_text import class_logits
 from gkl_vl.models.clip import Clip, Student, load_clip
 from gkl_vl.models.modes import freeze
 from gkl_vl.objectives.common import EpochPrior
-from gkl_vl.objectives.zero_shot import ZeroShotKd, by_length, prompt_tokens
+from gkl_vl.objectives.zero_shot import ZeroShotKd, sorted_by_length, prompt_tokens
 from gkl_vl.teachers.online import online_teacher, zero_shot_teacher
 from gkl_vl.training import clip as training
 from gkl_vl.training.gradient_cache import backward_from_cache, embed_all
@@ -195,10 +195,10 @@ def test_the_students_two_towers_learn_and_nothing_reaches_the_teacher(folder):
 
 @pytest.mark.parametrize("at_once", [1, 2, 512])
 def test_short_prompts_have_the_embeddings_and_the_gradient_of_whole_ones(folder, monkeypatch, at_once):
-    monkeypatch.setattr("gkl_vl.objectives.zero_shot.PROMPTS_AT_ONCE", at_once)
+    monkeypatch.setattr("gkl_vl.objectives.zero_shot.PROMPTS_PER_CHUNK", at_once)
     student, _ = models(folder)
     towers = student.towers
-    prompts = by_length(PROMPTS, student)
+    prompts = sorted_by_length(PROMPTS, student)
     assert sorted(prompts.classnames) == sorted(NAMES) and prompts.classnames[-1] == NAMES[0]
     for template, parts in enumerate(prompt_tokens(prompts, student, torch.device("cpu"))):
         whole = student.tokenize(prompts.of_template(template))

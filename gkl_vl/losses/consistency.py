@@ -1,15 +1,15 @@
-"""Semi-supervised learning: which pseudo-labels count, and how far strong views are from what weak views said.
+"""Semi-supervised learning: consistency losses between strong and weak views, and FlexMatch's thresholds.
 
-A model (FixMatch, FlexMatch) or the moving average of its weights (Mean Teacher) sees a weakly augmented view of an
-image without label; where it is sure, the model is to say the same of a strongly augmented view. What "the same" means
-is the consistency term, one of five.
+A model (FixMatch, FlexMatch) or the moving average of its weights (Mean Teacher) predicts a weakly augmented view of an
+unlabelled image; where its confidence reaches a threshold, the model is trained to the same prediction for a strongly
+augmented view, by one of five consistency losses.
 
 Sources: Sohn et al., NeurIPS 2020, arXiv 2001.07685 (FixMatch); Zhang et al., NeurIPS 2021, arXiv 2110.08263
 (FlexMatch); Tarvainen and Valpola, NeurIPS 2017, arXiv 1703.01780 (Mean Teacher); Wang et al., NeurIPS 2022, arXiv
 2208.07204, microsoft/Semi-supervised-learning (USB, whose settings these are); Cui et al., arXiv 2305.13948,
 jiequancui/DKL, `DKLv1/Semi-supervised-learning-dkl` (IKL in both).
 
-Axis letters: u = my images without label in a batch, U = everybody's, C = classes, N = all images without label.
+Axis letters: u = unlabelled images of this process's batch, U = of all processes, C = classes, N = all of them.
 """
 
 from dataclasses import dataclass
@@ -29,22 +29,22 @@ Consistency = Literal["hard", "kl", "mse", "ikl", "gkl"]
 
 @dataclass(frozen=True, kw_only=True)
 class SemiSupervised:
-    """A method, its consistency term and their settings; each reads those that it has. Defaults are USB's and DKL's."""
+    """A method, its consistency term and their settings. Defaults are USB's and DKL's."""
 
     method: Method = "fixmatch"
     """supervised = labelled images alone."""
     consistency: Consistency = "gkl"
     """See `consistency_loss`."""
     threshold: float = 0.95
-    """The least probability of the likeliest class that makes a pseudo-label count (paper: tau)."""
+    """Least probability of the likeliest class for a pseudo-label to count (paper: tau)."""
     unlabelled_weight: float = 1.0
-    """Of the consistency term (paper: lambda_u)."""
+    """Weight of the consistency term (paper: lambda_u)."""
     rampup_steps: int = 0
-    """The weight grows linearly from 0 over so many updates; 0 = whole from the start."""
+    """Updates over which the weight grows linearly from 0; 0 = no ramp-up."""
     gkl: GklSettings = GklSettings(wmse_weight=0.1, gamma=0.5)
-    """`gkl`, and `ikl`, whose gamma is 1. The temperature divides the weak view's logits, also for `kl`."""
+    """Settings of `gkl` and `ikl` (gamma 1). `temperature` divides the weak view's logits, also for `kl`."""
     class_prior: bool = False
-    """GKL, IKL: weigh classes by what was thought of the pseudo-label's class in the pass before, where it was sure."""
+    """GKL, IKL: weigh classes by the mean softmax over the pseudo-label's class in the pass before."""
 
 
 def consistency_loss(
@@ -55,7 +55,7 @@ def consistency_loss(
     prior: Float[Tensor, "u C"] | None,
     settings: SemiSupervised,
 ) -> Float[Tensor, ""]:
-    """Distance of the strong views' logits from what the weak views' said, 1/U sum_b m_b l_b over all images.
+    """Distance between strong and weak views' predictions, 1/U sum_b m_b l_b over all images.
 
         hard   l = - log softmax(s)_argmax(w)                            FixMatch
         kl     l = KL(softmax(w / temperature) || softmax(s))            its soft form
@@ -64,15 +64,15 @@ def consistency_loss(
 
     s, w = strong, weak; soft CE has the target of `kl`. GKL's halves are those of `gkl.gkl_loss`, numerators masked:
     wMSE = 1/4 sum_b m_b sum_jk v_bj v_bk (d_bj - d_bk)^2 / sum_b (sum_j v_bj)^2, d = w - s, v = the classes' weights.
-    An image that does not count is thus in every denominator, as in FixMatch: few sure images are a small loss.
+    An image that does not count is in every denominator, as in FixMatch: few confident images give a small loss.
 
     Args:
-        strong: the student's logits. Half precision is computed in float32 by the caller.
-        weak: the teacher's; no gradient reaches it.
+        strong: logits of the student, in float32 or float64.
+        weak: logits of the teacher; they get no gradient.
         mask: m, the images that count.
-        prior: the class prior's row of each pseudo-label, for `ikl` and `gkl`; None = the weak view's own softmax.
+        prior: class prior of each pseudo-label, for `ikl` and `gkl`; None = the weak view's own softmax.
 
-    Over several processes with as many rows each, all must call it; the mean of what they get is the loss of all.
+    All ranks, each with the same number of rows; the mean over ranks is the loss of the joined batch.
     """
     counts, weak = mask.to(strong.dtype), weak.detach()
     if settings.consistency == "hard":
@@ -95,17 +95,17 @@ def consistency_loss(
 
 
 def rampup(settings: SemiSupervised, *, step: int) -> float:
-    """How much of the unlabelled weight counts in the update after `step` others."""
+    """Factor of the unlabelled weight after `step` updates, in [0, 1]."""
     return min(step / settings.rampup_steps, 1.0) if settings.rampup_steps else 1.0
 
 
 def pseudo_label_scalars(
     *, weak: Float[Tensor, "u C"], mask: Bool[Tensor, " u"], hidden: Int[Tensor, " u"]
 ) -> dict[str, Float[Tensor, ""]]:
-    """For the log: `mask_rate`, the share of images that count, and `pseudo_label_acc1`, how many of those are right.
+    """`mask_rate`, the share of images that count, and `pseudo_label_acc1`, the share of correct ones among those.
 
-    The second is of images whose label is known (hidden >= 0), 0 where none of them counts. Means over ranks are those
-    of all images. All ranks.
+    The second is over images with a known label (hidden >= 0), and 0 if none of them counts. The mean over ranks is the
+    value for all images. All ranks.
     """
     known = mask & (hidden >= 0)
     right = known & (weak.argmax(dim=1) == hidden)
@@ -113,24 +113,24 @@ def pseudo_label_scalars(
 
 
 class ClassThresholds:
-    """FlexMatch's thresholds: lower for a class of which fewer images are sure yet.
+    """FlexMatch's thresholds: lower for classes with fewer confident pseudo-labels so far.
 
         threshold_c = threshold * b_c / (2 - b_c),   b_c = n_c / max(n_1, ..., n_C, n_none)
 
-    n_c = images whose last sure pseudo-label was c, n_none = those that never had one: while most had none, all
-    thresholds are low (the paper's warm-up). The same on all ranks.
+    n_c = images whose last confident pseudo-label was c, n_none = images that never had one: while these are the
+    majority, all thresholds are low (the paper's warm-up). Equal on all ranks.
 
     Args:
         num_images: N.
         num_classes: C.
-        threshold: of a class that is learnt, and what makes a pseudo-label sure.
+        threshold: of a fully learnt class, and of a confident pseudo-label.
 
     Source: arXiv 2110.08263, eqs. 5 to 10; USB's `FlexMatchThresholdingHook`.
     """
 
     def __init__(self, *, num_images: int, num_classes: int, threshold: float):
         self.num_classes, self.threshold = num_classes, threshold
-        self.last = torch.full((num_images,), num_classes)  # of each image its last sure pseudo-label; C = none
+        self.last = torch.full((num_images,), num_classes)  # last confident pseudo-label of each image; C = none
 
     def of(self, labels: Int[Tensor, " u"]) -> Float[Tensor, " u"]:
         """The threshold of each pseudo-label."""
@@ -139,7 +139,7 @@ class ClassThresholds:
         return (self.threshold * learnt / (2 - learnt))[labels]
 
     def update(self, *, index: Int[Tensor, " u"], labels: Int[Tensor, " u"], confidence: Float[Tensor, " u"]) -> None:
-        """Remembers the sure ones among these images' pseudo-labels. All ranks."""
-        told = torch.stack([index, labels, (confidence >= self.threshold).long()], dim=1)
-        index, labels, sure = gather_rows(told).cpu().unbind(dim=1)  # all ranks
-        self.last[index[sure == 1]] = labels[sure == 1]
+        """Stores the confident ones among these pseudo-labels. All ranks."""
+        rows = torch.stack([index, labels, (confidence >= self.threshold).long()], dim=1)
+        index, labels, confident = gather_rows(rows).cpu().unbind(dim=1)  # all ranks
+        self.last[index[confident == 1]] = labels[confident == 1]

@@ -1,7 +1,7 @@
-"""Distillation with labels: the methods that GKL is compared with, and GKL, in one table.
+"""Label distillation: GKL and the methods that it is compared with, in one table.
 
-All means over the batch are those of the joined batch of all processes, as in `gkl.py`.
-Axis letters: n = my rows, N = everybody's, C = classes.
+All means are over the joined batch of all processes, as in `gkl.py`.
+Axis letters: n = rows of this process, N = rows of all processes, C = classes.
 """
 
 from collections.abc import Callable
@@ -19,26 +19,26 @@ from gkl_vl.losses.gkl import GklSettings, check_logits, check_positive, dkl_los
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """A method and its settings; each method reads those that it has. Defaults are GKL's of resnet56 -> resnet20."""
+    """A method and its settings; each method uses its own. Defaults are GKL's for resnet56 -> resnet20."""
 
     method: str = "gkl"
     """A name of `METHODS`, or `ce`: labels alone."""
     ce_weight: float = 1.0
-    """Of the cross entropy with the labels."""
+    """Weight of the cross entropy with the labels."""
     weight: float = 1.0
-    """Of the distillation, for the methods of a single term (KD and DIST)."""
+    """Weight of the distillation term of KD and DIST."""
     temperature: float = 4.0
     """Temperature of KD, KD on standardised logits, DKD and DIST."""
     gkl: GklSettings = GklSettings(wmse_weight=4, gamma=0.2, temperature=4, weight_temperature=4)
     """Settings of GKL, and of IKL and DKL, whose gamma is 1."""
     class_prior: bool = True
-    """Weigh GKL's and IKL's classes by what the teacher thought of the label's class in the epoch before."""
+    """GKL, IKL: weigh classes by the teacher's mean softmax over the label's class in the epoch before."""
     warmup_epochs: int = 20
-    """The distillation grows linearly over these; 0 = whole from the start."""
+    """Epochs over which the distillation term grows linearly; 0 = no warm-up."""
     target_weight: float = 1.0
-    """Of DKD's target-class part (paper: alpha), and of DIST's relation between classes (paper: beta)."""
+    """Weight of DKD's target-class term (paper: alpha), and of DIST's inter-class term (paper: beta)."""
     other_weight: float = 2.0
-    """Of DKD's non-target part (paper: beta), and of DIST's relation within a class (paper: gamma)."""
+    """Weight of DKD's non-target term (paper: beta), and of DIST's intra-class term (paper: gamma)."""
 
 
 def distillation_loss(
@@ -49,11 +49,11 @@ def distillation_loss(
     prior: Float[Tensor, "n C"] | None,
     settings: Distillation,
 ) -> Float[Tensor, ""]:
-    """The method's loss without the labels' cross entropy and without warm-up; all ranks."""
+    """The distillation term of the method, without cross entropy and warm-up. All ranks."""
     return METHODS[settings.method](student, teacher, labels, prior, settings)
 
 
-# ---- the losses that gkl.py does not have ------------------------------------------------------------------------
+# ---- losses ------------------------------------------------------------------------------------------------------
 
 
 @no_type_check
@@ -74,7 +74,7 @@ def dkd_loss(
     other_weight: float = 8.0,
     temperature: float = 4.0,
 ) -> Float[Tensor, ""]:
-    """Decoupled KD: KD taken apart at the label's class, mean over rows.
+    """Decoupled KD: KD split into target-class and non-target terms, mean over rows.
 
         T^2 (target_weight KL(b_t || b_s) + other_weight KL(q_t || q_s))
 
@@ -85,7 +85,7 @@ def dkd_loss(
     check_positive("temperature", temperature)
     target = F.one_hot(labels, student.shape[1]).bool()
     (s_binary, s_log_q), (t_binary, t_log_q) = (
-        _taken_apart(upcast(logits) / temperature, target, labels) for logits in (student, teacher.detach())
+        _split_at_label(upcast(logits) / temperature, target, labels) for logits in (student, teacher.detach())
     )
     binary = kl_loss(student=s_binary, teacher=t_binary)
     q = t_log_q.exp().masked_fill(target, 0.0)
@@ -93,10 +93,10 @@ def dkd_loss(
     return temperature**2 * (target_weight * binary + other_weight * other)
 
 
-def _taken_apart(
+def _split_at_label(
     logits: Float[Tensor, "n C"], target: Bool[Tensor, "n C"], labels: Int[Tensor, " n"]
 ) -> tuple[Float[Tensor, "n 2"], Float[Tensor, "n C"]]:
-    """Logits of the label's class and of all others together; log q, with 0 in the place of the label's class."""
+    """Logits of the label's class and of all others together; log q, with 0 in place of the label's class."""
     others = logits.masked_fill(target, -torch.inf)
     rest = others.logsumexp(dim=1, keepdim=True)
     # -inf - rest would give NaN gradients
@@ -112,11 +112,11 @@ def dist_loss(
     intra_weight: float = 1.0,
     temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """DIST: one minus the correlation of teacher and student, over the classes of a row and over the rows of a class.
+    """DIST: one minus Pearson's correlation of student and teacher, over classes and over rows.
 
         T^2 (inter_weight (1 - mean_i r(p_s[i, :], p_t[i, :])) + intra_weight (1 - mean_c r(p_s[:, c], p_t[:, c])))
 
-    r is Pearson's correlation, p = softmax(logits / T). The rows of a class are those of all processes.
+    r is Pearson's correlation, p = softmax(logits / T). Columns have the rows of all processes.
     Source: Huang et al., NeurIPS 2022, arXiv 2205.10536, eqs. 7 and 8.
     """
     check_logits(student, teacher)
@@ -134,12 +134,12 @@ def _correlation(x: Float[Tensor, "a b"], y: Float[Tensor, "a b"]) -> Float[Tens
 
 
 def standardised(logits: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
-    """Each row's z-score. Source: Sun et al., CVPR 2024, arXiv 2403.01427 (with C - 1, as released)."""
+    """The z-score of each row. Source: Sun et al., CVPR 2024, arXiv 2403.01427 (with C - 1, as released)."""
     logits = upcast(logits)
     return (logits - logits.mean(dim=1, keepdim=True)) / (1e-7 + logits.std(dim=1, keepdim=True))
 
 
-# ---- the table ---------------------------------------------------------------------------------------------------
+# ---- methods -----------------------------------------------------------------------------------------------------
 
 
 def _kd(student, teacher, labels, prior, s):

@@ -1,9 +1,9 @@
-"""Adversarial training: how strong the attack of an epoch is, what it raises, and what is trained on.
+"""Adversarial training: the attack's schedule, the loss that it maximises, and the loss that is minimised.
 
 Sources: Zhang et al., ICML 2019, arXiv 1901.08573 (TRADES); Cui et al., arXiv 2305.13948 (IKL) and 2503.08038 (GKL);
 jiequancui/DKL, `DKLv2/Adv-training-dkl/train_dkl_cifar100.py` and `train_dkl_cifar10.py`.
 
-Axis letters: n = my images, C = classes.
+Axis letters: n = images of this process, C = classes.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -30,36 +30,36 @@ Logits = Float[Tensor, "n C"]
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialTraining:
-    """A method and its settings; each method reads those that it has. Defaults are GKL's on CIFAR-100."""
+    """A method and its settings; each method uses its own. Defaults are GKL's on CIFAR-100."""
 
     method: Method = "gkl"
     """natural = the labels' cross entropy alone, no attack."""
     epochs: int = 200
     norm: Norm = "linf"
     epsilon: float = 8 / 255
-    """Of the last epoch; in pixels of [0, 1]."""
+    """Radius of the attack in the last epoch, in pixel values of [0, 1]."""
     budget: Budget = "high"
     """See `strength`."""
     kl_weight: float = 6.0
-    """TRADES (paper: 1 / lambda, code: beta)."""
+    """TRADES: weight of the KL divergence (paper: 1 / lambda, code: beta)."""
     gkl: GklSettings = GklSettings(soft_ce_weight=4, wmse_weight=20, gamma=0.4)
-    """GKL, and IKL, whose gamma is 1. The released code has no temperature but that of the prior."""
+    """Settings of GKL, and of IKL, whose gamma is 1. The released code has the weight temperature alone."""
     attack_wmse_weight: float = 1.0
-    """Of the loss that the attack raises, whose soft CE has weight 1 and whose gamma is 1."""
+    """wMSE weight in the loss that the attack maximises; its soft CE weight and gamma are 1."""
     class_prior: bool = True
-    """GKL, IKL: weigh classes by what the model thought of the label's class in the epoch before."""
+    """GKL, IKL: weigh classes by the model's mean softmax over the label's class in the epoch before."""
     label_smoothing: float = 0.0
-    """Of the labels' cross entropy."""
+    """Label smoothing of the cross entropy."""
     second_view_weight: float = 0.5
-    """Of the second view's distance between attacked and natural logits."""
+    """Weight of the second view's distance between attacked and natural logits."""
     awp_gamma: float = 0.005
-    """Length of the weights' perturbation, relative to theirs; 0 = none."""
+    """Norm of the weight perturbation relative to that of the weights; 0 = none."""
     awp_epoch: int = 10
-    """The first epoch, counted from 1, whose weights are perturbed."""
+    """First epoch, counted from 1, with weight perturbation."""
 
 
 class Strength(NamedTuple):
-    """Of an attack: `attacks.pgd`'s arguments."""
+    """Arguments of `robustness.pgd.pgd`."""
 
     epsilon: float
     step_size: float
@@ -74,8 +74,8 @@ def strength(settings: AdversarialTraining, *, epoch: int) -> Strength:
         ladder  2 steps of eps to e = E / 4, 3 of 2/3 eps to E / 2, 4 of eps / 2 to 3/4 E, then 5; eps growing
         trades  10 steps of epsilon / 4, epsilon from the start
 
-    `high` is what the released scripts do: they mean `ladder`, but write it as a row of `if`s without `else`, so that
-    the last one always has its way.
+    `high` is what the released scripts do: they intend `ladder`, but write it as consecutive `if`s without `else`, so
+    that the last branch always wins.
     """
     if settings.budget == "trades":
         return Strength(float(settings.epsilon), settings.epsilon / 4, 10)
@@ -94,9 +94,9 @@ def strength(settings: AdversarialTraining, *, epoch: int) -> Strength:
 def robust_loss(
     *, attacked: Logits, natural: Logits, prior: Logits | None, settings: AdversarialTraining
 ) -> Float[Tensor, ""]:
-    """The distance between an image's two logits that is trained down, weighted; gradient reaches both.
+    """The weighted distance between attacked and natural logits that is minimised, with gradient to both.
 
-    Across processes as `gkl_loss` is: the mean of what they get is the loss of the joined batch. All ranks.
+    The mean over processes is the loss of the joined batch, as for `gkl_loss`. All ranks.
     """
     if settings.method == "trades":
         return settings.kl_weight * kl_loss(student=attacked, teacher=natural)
@@ -107,7 +107,7 @@ def robust_loss(
 def attack_loss(
     *, attacked: Logits, natural: Logits, prior: Logits | None, settings: AdversarialTraining
 ) -> Float[Tensor, ""]:
-    """The distance that the attack raises: KL for TRADES, else IKL at weights of 1. All ranks."""
+    """The distance that the attack maximises: KL for TRADES, else IKL with soft CE weight 1. All ranks."""
     if settings.method == "trades":
         return kl_loss(student=attacked, teacher=natural)
     return gkl_loss(
@@ -120,7 +120,10 @@ def attack_loss(
 
 
 class MultiBatch(nn.Module):
-    """A model on several batches in one call: DistributedDataParallel allows one, and BatchNorm counts each apart."""
+    """Applies a model to several batches in one call.
+
+    DistributedDataParallel allows one forward call per step, and BatchNorm needs the statistics of each batch apart.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -132,19 +135,19 @@ class MultiBatch(nn.Module):
 
 @dataclass(kw_only=True)
 class Adversarial(Objective):
-    """The labels' cross entropy of natural images, and the distance of attacked images' logits from theirs.
+    """Cross entropy of natural images plus the distance between attacked and natural logits.
 
-    Where batches have a second view, both views are attacked and go through the model as one batch, as released.
+    If batches have a second view, both views are attacked and pass the model as one batch, as in the released code.
     """
 
     model: MultiBatch
-    """What is trained, without what Accelerate wraps around it; it takes pixels in [0, 1]."""
+    """The trained model, not wrapped by Accelerate; it takes pixels in [0, 1]."""
     settings: AdversarialTraining
     prior: EpochPrior | None
-    """What the model thinks of each class's natural images."""
+    """The model's mean softmax over natural images of each class."""
 
     def prepare(self, batch: Batch) -> Batch:
-        """Adds `views`, what the model is to see: attacked and natural images, or natural ones alone. All ranks."""
+        """Adds `views`, the inputs of the model: attacked and natural images, or natural ones alone. All ranks."""
         images = [batch[name] for name in ("image", "second_image") if name in batch]
         natural = torch.cat([scaled(view) for view in images])
         labels = batch["label"].repeat(len(images))
@@ -159,15 +162,15 @@ class Adversarial(Objective):
         with evaluating(model), torch.no_grad():
             natural = upcast(model(images))
 
-        def raised(logits: Tensor) -> Tensor:
+        def objective(logits: Tensor) -> Tensor:
             loss = attack_loss(attacked=upcast(logits), natural=natural, prior=prior, settings=settings)
-            return len(images) * loss  # not the mean, whose gradients float16 would round to 0
+            return len(images) * loss  # the sum: float16 would round the gradients of the mean to 0
 
         epsilon, step_size, steps = strength(settings, epoch=epoch)
-        return pgd(model, images, loss=raised, epsilon=epsilon, step_size=step_size, steps=steps, norm=settings.norm)
+        return pgd(model, images, loss=objective, epsilon=epsilon, step_size=step_size, steps=steps, norm=settings.norm)
 
     def around_update(self, batches: list[Batch]) -> AbstractContextManager[None]:
-        """The weights moved to where the loss, with both views weighed alike, is larger: from `awp_epoch` on."""
+        """Adversarial weight perturbation from `awp_epoch` on; its loss weighs both views alike."""
         settings, (batch,) = self.settings, batches
         if settings.method == "natural" or not settings.awp_gamma or batch["epoch"] + 1 < settings.awp_epoch:
             return nullcontext()
@@ -181,19 +184,19 @@ class Adversarial(Objective):
         return weights_perturbed(self.model, loss=loss, gamma=settings.awp_gamma)
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """`attacked`, where there are such, and `natural` logits of each view: a row per sample."""
+        """`attacked` (if any) and `natural` logits of each view: a row per sample."""
         n = len(batch["label"])
         logits = [upcast(both).split(n) for both in model(batch["views"])]
         names = ("attacked", "natural")[-len(logits) :]
         return {f"{name}_{view}": rows for name, of in zip(names, logits, strict=True) for view, rows in enumerate(of)}
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
-        """Labels, and the prior's rows, the same for both views."""
+        """Labels, and the prior of each label, which both views share."""
         labels = batch["label"]
         return {"labels": labels} | ({"prior": batch["prior"][: len(labels)]} if "prior" in batch else {})
 
     def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """CE(natural) + distance, that of a second view times its weight. Equal on all ranks. Once for each update."""
+        """CE(natural) + distance, weighted for a second view. Equal on all ranks. Called once per update."""
         settings, labels = self.settings, targets["labels"]
         natural = [outputs[name] for name in ("natural_0", "natural_1") if name in outputs]
         smoothing = settings.label_smoothing

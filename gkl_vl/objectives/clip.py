@@ -1,7 +1,4 @@
-"""Which loss sees which part of a batch: outputs of the model, targets, loss. One class per recipe family.
-
-No maths of its own, no optimizer, no Accelerate. `engine.Objective` says what the three parts are.
-"""
+"""Distillation of a CLIP on image-text logits, with or without attacks on the student's images."""
 
 from dataclasses import dataclass, replace
 
@@ -19,15 +16,15 @@ from gkl_vl.teachers.online import Teacher
 
 @dataclass(frozen=True, kw_only=True)
 class ImageAttack:
-    """What is done to a CLIP student's images in training: `steps` steps of `step_size`, from TRADES's start.
+    """PGD on a CLIP student's images in training: `steps` steps of `step_size`, from TRADES's gaussian start.
 
-    The attack raises GKL between the student's image-text logits of the attacked images and the teacher's of the clean
-    ones, at the weights here, without a teacher the contrastive loss; text is left alone.
+    The attack maximises GKL, with the weights given here, between the student's image-text logits of the attacked
+    images and the teacher's of the clean ones; without a teacher, the contrastive loss. Texts are not attacked.
     """
 
     norm: Norm
     epsilon: float
-    """In pixels of [0, 1], at the size that the student takes; for l2 the length of an image's difference."""
+    """Radius in pixel values of [0, 1] at the student's image size; for l2 the norm of an image's difference."""
     steps: int = 3
     step_size: float
     soft_ce_weight: float = 1.0
@@ -36,13 +33,13 @@ class ImageAttack:
 
 
 def image_attack(norm: Norm, epsilon: float) -> ImageAttack:
-    """Of this radius: 3 steps of 2/3 epsilon, as `strength`'s ladder has it in the second quarter of training."""
+    """An attack of 3 steps of 2/3 epsilon, as in the second quarter of `strength`'s ladder."""
     return ImageAttack(norm=norm, epsilon=epsilon, step_size=2 * epsilon / 3)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipKdWeights:
-    """Weights and temperatures of `image_text_loss`, and of feature mimicry."""
+    """Weights of the contrastive loss, of feature mimicry and of GKL."""
 
     contrastive_weight: float
     mimicry_weight: float
@@ -51,17 +48,17 @@ class ClipKdWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipKd(Objective):
-    """Distillation of a CLIP on image-text logits, and without a teacher the contrastive loss alone."""
+    """`image_text_loss` plus weighted feature mimicry; without a teacher, the contrastive loss alone."""
 
     student: Clip
-    """Whose preparation of images is used; its towers are inside the model."""
+    """Prepares the images; its towers are the ones inside the model."""
     teacher: Teacher | None
     weights: ClipKdWeights
     attack: ImageAttack | None = None
-    """The student is trained on attacked images in place of the clean ones, which the teacher sees."""
+    """The student sees attacked images, the teacher the clean ones."""
 
     def prepare(self, batch: Batch) -> Batch:
-        """With an attack adds `targets`, so that the teacher is asked once, and the `attacked` pixels. All ranks."""
+        """With an attack: adds `targets`, which the attack needs already, and `attacked` pixels. All ranks."""
         if self.attack is None:
             return batch
         targets = self.targets(batch)
@@ -79,14 +76,14 @@ class ClipKd(Objective):
             gkl=replace(self.weights.gkl, soft_ce_weight=attack.soft_ce_weight, wmse_weight=attack.wmse_weight),
         )
 
-        def raised(image: Tensor) -> Tensor:
+        def attack_loss(image: Tensor) -> Tensor:
             loss, _ = _logits_loss(outputs | {"image": image}, targets, weights)
-            return len(image) * loss  # not the mean, whose gradients float16 would round to 0
+            return len(image) * loss  # the sum: float16 would round the gradients of the mean to 0
 
         return pgd(
             ImageTower(self.student),
             self.student.scaled(batch["image"]),
-            loss=raised,
+            loss=attack_loss,
             epsilon=attack.epsilon,
             step_size=attack.step_size,
             steps=attack.steps,
@@ -94,18 +91,18 @@ class ClipKd(Objective):
         )
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """`model` is a `towers.Student`, possibly wrapped; `batch` one of a `PairStream`."""
+        """Embeddings and scale. `model` is a `Student`, possibly wrapped; `batch` comes from a `PairStream`."""
         scaled_images = batch["attacked"] if "attacked" in batch else self.student.scaled(batch["image"])
         return model(self.student.normalised(scaled_images), batch["text"])
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
-        """The captions' ids, and what the teacher says of the clean images."""
+        """Caption ids, and the teacher's embeddings of the clean images and of the captions."""
         if "targets" in batch:
             return batch["targets"]
         return {"text_ids": batch["text_ids"]} | ({} if self.teacher is None else self.teacher(batch))
 
     def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """`image_text_loss` and mimicry, weighted. A model with a bias is a SigLIP."""
+        """The weighted sum of the terms. A model with a bias is a SigLIP and gets the sigmoid forms."""
         weights = self.weights
         mimicry = {name: outputs[f"mimicry_{name}"] for name in ("image", "text")}
         logits = {name: tensor for name, tensor in outputs.items() if not name.startswith("mimicry_")}

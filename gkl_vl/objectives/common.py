@@ -1,4 +1,4 @@
-"""What several objectives share."""
+"""Parts of several objectives: a class prior per epoch, accuracy."""
 
 import torch
 from torch import Tensor
@@ -13,25 +13,26 @@ class EpochPrior:
         self._prior, self._epoch = ClassPrior(num_classes, temperature), 0
 
     def rows(self, labels: Tensor, *, epoch: int) -> Tensor:
-        """The prior of each sample's label. All ranks: they change epochs together."""
+        """The prior of each sample's label. All ranks, since a new epoch sums over processes."""
         if epoch != self._epoch:
             self._prior.end_epoch()
             self._epoch = epoch
         return self._prior.rows(labels)
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Adds what was said of these samples."""
+        """Adds the softmax of these samples to the sums of their labels."""
         self._prior.update(logits, labels)
 
     def state(self) -> dict[str, Tensor]:
-        """For the checkpoint of this rank."""
+        """State of this rank, for the checkpoint."""
         return self._prior.state_dict() | {"epoch": torch.tensor(self._epoch)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Goes on from where `state` was taken."""
+        """Restores what `state` returned."""
         self._prior.load_state_dict(state)
         self._epoch = int(state["epoch"])
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of rows whose largest logit is the label's, without gradient."""
     return (logits.detach().argmax(dim=1) == labels).float().mean()

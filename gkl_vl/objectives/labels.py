@@ -16,38 +16,35 @@ from gkl_vl.teachers.online import LabelTeacher
 
 @dataclass(kw_only=True)
 class LabelKd(Objective):
-    """Distillation of a classifier; without a teacher the labels' cross entropy alone."""
+    """Cross entropy with the labels plus a distillation loss; without a teacher, the cross entropy alone."""
 
     student: Classifier
-    """Whose preparation of images is used; its model is what is trained."""
+    """Prepares the images; its model is trained."""
     teacher: LabelTeacher | None
     settings: Distillation
     prior: EpochPrior | None
-    """What the teacher thinks of each class."""
+    """The teacher's mean softmax over each class."""
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """`batch` is one of a `LabelledLoader`."""
+        """Logits. `batch` comes from a `LabelledLoader`."""
         return {"logits": model(self.student.prepare(batch["image"]))}
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
-        """Labels, and from a teacher its logits, the prior's rows, and how much of the distillation counts yet."""
+        """Labels; with a teacher its logits, the prior of each label, and the warm-up's share of the distillation."""
         labels = batch["label"]
         if self.teacher is None:
             return {"labels": labels}
         teacher = self.teacher(batch)
-        found = {
-            "labels": labels,
-            "teacher": teacher,
-            "share": labels.new_tensor(self._share(batch), dtype=torch.float),
-        }
+        share = labels.new_tensor(self._share(batch), dtype=torch.float)
+        targets = {"labels": labels, "teacher": teacher, "share": share}
         if self.prior is None:
-            return found
+            return targets
         rows = self.prior.rows(labels, epoch=batch["epoch"])  # all ranks
         self.prior.update(teacher, labels)
-        return found | {"prior": rows}
+        return targets | {"prior": rows}
 
     def _share(self, batch: Batch) -> float:
-        """As released: epochs count from 1."""
+        """Share of the distillation loss in warm-up. As in the released code, epochs count from 1."""
         warmup = self.settings.warmup_epochs
         return min((batch["epoch"] + 1) / warmup, 1.0) if warmup else 1.0
 

@@ -17,38 +17,40 @@ from gkl_vl.protocols import Batch, Objective
 
 @dataclass(kw_only=True)
 class SemiSupervisedTraining(Objective):
-    """The labels' cross entropy, and the distance of strong views' logits from what weak views' said."""
+    """Cross entropy with the labels plus a consistency loss between strong and weak views of unlabelled images."""
 
     student: Classifier
-    """Whose preparation of images is used; its model is what is trained."""
+    """Prepares the images; its model is trained."""
     average: AveragedModel | None
-    """Mean Teacher: what sees the weak views, with statistics of BatchNorm that are averaged too. None = the model."""
+    """Mean Teacher: the moving average, with averaged BatchNorm statistics, for weak views. None = the model itself."""
     settings: SemiSupervised
     thresholds: ClassThresholds | None
-    """FlexMatch's; None = one for all classes."""
+    """FlexMatch's thresholds; None = one threshold for all classes."""
     prior: EpochPrior | None
-    """What was thought of each class's images, where it was sure."""
+    """Mean softmax over images with the same pseudo-label, of those that count."""
 
     def prepare(self, batch: Batch) -> Batch:
-        """Adds what the weak views say: `weak` logits and `mask`, the images that count. All ranks."""
+        """Adds `weak`, the logits of the weak views, and `mask`, the images that count. All ranks."""
         if "weak" not in batch:
             return batch
         weak = self._weak(batch["weak"])
         confidence, labels = weak.softmax(dim=1).max(dim=1)
-        found = {"weak": weak, "mask": self._mask(batch, confidence, labels)}
+        mask = self._mask(batch, confidence, labels)
+        batch = batch | {"weak": weak, "mask": mask}
         if self.prior is None:
-            return batch | found
-        found["prior"] = self.prior.rows(labels, epoch=batch["epoch"])  # all ranks
-        self.prior.update(weak[found["mask"]], labels[found["mask"]])
-        return batch | found
+            return batch
+        rows = self.prior.rows(labels, epoch=batch["epoch"])  # all ranks
+        self.prior.update(weak[mask], labels[mask])
+        return batch | {"prior": rows}
 
     @torch.no_grad()
     def _weak(self, images: Tensor) -> Tensor:
-        """In a pass of their own: no graph is kept of images that get no gradient."""
+        """Logits of weak views, in a forward pass of their own: no graph is kept of images without gradient."""
         pixels = self.student.prepare(images)
         if self.average is not None:
             return upcast(self.average.module.eval()(pixels))  # EMAN: Cai et al., CVPR 2021
-        return upcast(self.student.model.train()(pixels))  # as the strong views are seen: with their own statistics
+        # Training mode, as for the strong views: BatchNorm uses the batch's statistics.
+        return upcast(self.student.model.train()(pixels))
 
     def _mask(self, batch: Batch, confidence: Tensor, labels: Tensor) -> Tensor:
         if self.thresholds is None:
@@ -59,7 +61,7 @@ class SemiSupervisedTraining(Objective):
         return mask
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """`labelled` logits [n, C], and `strong` ones [n, mu, C]: the engine wants a row per labelled image."""
+        """`labelled` logits [n, C] and `strong` logits [n, mu, C]: the loop needs a row per labelled image."""
         if "strong" not in batch:
             return {"labelled": upcast(model(self.student.prepare(batch["image"])))}
         n = len(batch["label"])
@@ -67,16 +69,14 @@ class SemiSupervisedTraining(Objective):
         return {"labelled": both[:n], "strong": both[n:].unflatten(0, (n, -1))}
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
-        """Labels, and what the weak views say; of hidden labels what the log is to know."""
+        """Labels, and what `prepare` added; hidden labels for the log only."""
         labels = batch["label"]
         if "strong" not in batch:
             return {"labels": labels}
         rows = {name: batch[name] for name in ("weak", "mask", "prior", "hidden_label") if name in batch}
         share = labels.new_tensor(rampup(self.settings, step=batch["step"]), dtype=torch.float)
-        return {name: x.unflatten(0, (len(labels), -1)) for name, x in rows.items()} | {
-            "labels": labels,
-            "share": share,
-        }
+        unlabelled = {name: x.unflatten(0, (len(labels), -1)) for name, x in rows.items()}
+        return unlabelled | {"labels": labels, "share": share}
 
     def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """CE(labelled) + unlabelled_weight * consistency. Equal on all ranks."""
@@ -96,8 +96,8 @@ class SemiSupervisedTraining(Objective):
         return global_value(loss), scalars_of_all_ranks(scalars)
 
     def state(self) -> dict[str, Tensor]:
-        found = {} if self.prior is None else self.prior.state()
-        return found if self.thresholds is None else found | {"last_pseudo_label": self.thresholds.last}
+        state = {} if self.prior is None else self.prior.state()
+        return state if self.thresholds is None else state | {"last_pseudo_label": self.thresholds.last}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         if self.prior is not None:

@@ -17,77 +17,77 @@ from gkl_vl.objectives.common import EpochPrior, accuracy
 from gkl_vl.protocols import Batch, Objective
 from gkl_vl.teachers.online import LabelTeacher
 
-PROMPTS_AT_ONCE = 512
-"""Prompts go through the text tower in parts of so many, each as long as its longest: with the bundled 1,658 names 3.5
-times as fast as at the tower's full length (two CPU cores, forward and backward)."""
+PROMPTS_PER_CHUNK = 512
+"""Prompts pass the text tower in chunks, each trimmed to its longest: with the bundled 1,658 names 3.5 times as fast as
+at the tower's full context length (two CPU cores, forward and backward)."""
 
 
 @dataclass(kw_only=True)
 class ZeroShotKd(Objective):
-    """Distillation of a CLIP on zero-shot logits over a list of classes: images alone, no captions, no labels.
+    """GKL between zero-shot logits of student and teacher over a list of classes, on images alone.
 
         student = s e(image) @ e(prompts).T,    teacher = t e(image) @ classes.T        [n, C] each
 
-    The student's class embeddings come from its own text tower, which is trained, and one template an update; the
-    teacher's stand still. The class prior is the teacher's: its mean softmax of the images that it takes for the same
-    class, collected in a pass over the data and used in the next.
+    The student's class embeddings come from its own text tower, which is trained, with one template per update; the
+    teacher's are fixed. The class prior is the teacher's mean softmax over images with the same likeliest class,
+    collected in a pass over the data and used in the next.
 
     Source of the setting: PromptKD, Li et al., CVPR 2024, arXiv 2403.02781, which keeps the teacher's class embeddings
     for the student and trains it with KL; GKL and the prior are this project's.
     """
 
     student: Clip
-    """Whose preparation of images is used; its towers are inside the model."""
+    """Prepares the images; its towers are the ones inside the model."""
     teacher: LabelTeacher
     """See `zero_shot_teacher`."""
     tokens: list[list[Tensor]]
-    """The student's, by template: `prompt_tokens`."""
+    """Of the student, by template and chunk: `prompt_tokens`."""
     gkl: GklSettings
     prior: EpochPrior | None
     num_images: int | None
-    """In a pass over the data; for the prior."""
+    """Images in a pass over the data; needed with a prior."""
     seed: int
-    """Of the templates."""
+    """Seed of the templates."""
     _updates: int = field(default=0, init=False)
     _images: int = field(default=0, init=False)
-    """Behind us, of all processes."""
+    """Images seen so far by all processes."""
 
     @contextmanager
     def around_update(self, batches: list[Batch]) -> Iterator[None]:
-        """One update, with one template and one prior, whatever the number of batches; counts it."""
+        """Counts the update: all its batches use the same template and the same prior."""
         yield
         self._updates += 1
         self._images += world_size() * sum(len(batch["keys"]) for batch in batches)
 
     def template(self) -> int:
-        """Number of the template that this update's prompts are made with, the same on all ranks."""
+        """Index of this update's template, the same on all ranks."""
         return random.Random(f"{self.seed}/{self._updates}").randrange(len(self.tokens))
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """`model` is a `towers.Student`, possibly wrapped; `batch` one of a `PairStream`, with or without captions."""
-        said = model(self.student.prepare(batch["image"]), *self.tokens[self.template()])
+        """Logits. `model` is a `Student`, possibly wrapped; `batch` comes from a `PairStream`."""
+        outputs = model(self.student.prepare(batch["image"]), *self.tokens[self.template()])
         return {
             "logits": class_logits(
-                image=said["image"],
-                classes=said["text"],
-                logit_scale=said["logit_scale"],
-                logit_bias=said.get("logit_bias"),
+                image=outputs["image"],
+                classes=outputs["text"],
+                logit_scale=outputs["logit_scale"],
+                logit_bias=outputs.get("logit_bias"),
             )
         }
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
-        """The teacher's logits, and the prior's rows of the classes that it takes the images for. All ranks."""
+        """The teacher's logits, and the prior of each image's likeliest class. All ranks."""
         teacher = self.teacher(batch)
         if self.prior is None:
             return {"teacher": teacher}
-        assert self.num_images is not None  # or there is no pass to speak of
+        assert self.num_images is not None  # checked by the recipe
         best = teacher.argmax(dim=1)
         rows = self.prior.rows(best, epoch=self._images // self.num_images)  # all ranks
         self.prior.update(teacher, best)
         return {"teacher": teacher, "prior": rows}
 
     def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """GKL's halves, weighted. Equal on all ranks."""
+        """The weighted sum of GKL's halves. Equal on all ranks."""
         student, teacher = outputs["logits"], targets["teacher"]
         prior = targets.get("prior")
         wmse, soft_ce = gkl_halves(student=student, teacher=teacher, settings=self.gkl, class_prior=prior)
@@ -106,13 +106,13 @@ class ZeroShotKd(Objective):
             self.prior.load_state(state)
 
 
-def by_length(prompts: Prompts, clip: Clip) -> Prompts:
-    """The same prompts with the classes in order of their length in tokens, which the losses do not see."""
+def sorted_by_length(prompts: Prompts, clip: Clip) -> Prompts:
+    """The prompts with classes sorted by number of tokens, so that chunks trim well; no loss depends on the order."""
     ends = clip.tokenize(prompts.of_template(0)).argmax(dim=1)
     return replace(prompts, classnames=tuple(prompts.classnames[c] for c in ends.argsort(stable=True).tolist()))
 
 
 def prompt_tokens(prompts: Prompts, clip: Clip, device: torch.device) -> list[list[Tensor]]:
-    """By template the tokens of all classes, in parts for `towers.Student`."""
+    """Tokens of all classes by template, in chunks for `Student.forward`."""
     of_templates = [clip.tokenize(prompts.of_template(number)) for number in range(len(prompts.templates))]
-    return [[clip.towers.trimmed(part).to(device) for part in t.split(PROMPTS_AT_ONCE)] for t in of_templates]
+    return [[clip.towers.trimmed(part).to(device) for part in t.split(PROMPTS_PER_CHUNK)] for t in of_templates]

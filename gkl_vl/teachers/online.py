@@ -11,26 +11,26 @@ from gkl_vl.models.clip import Clip
 from gkl_vl.protocols import Batch
 
 Teacher = Callable[[Batch], dict[str, Tensor]]
-"""batch -> {"teacher_image", "teacher_logit_scale", maybe "teacher_logit_bias"} and, of captions, "teacher_text";
-without gradient."""
+"""batch -> {"teacher_image", "teacher_logit_scale"}, plus "teacher_logit_bias" of a SigLIP and "teacher_text" where the
+batch has captions; without gradient."""
 
 
 def online_teacher(clip: Clip) -> Teacher:
-    """The teacher embeds every batch, with its own preparation of images and its own tokens; captions if there are."""
+    """A teacher that embeds every batch, with its own image preparation and its own tokens."""
 
     @torch.no_grad()
     def teacher(batch: Batch) -> dict[str, Tensor]:
-        said = {"teacher_image": clip.towers.encode_image(clip.prepare(batch["image"])).float()}
+        outputs = {"teacher_image": clip.towers.encode_image(clip.prepare(batch["image"])).float()}
         if "teacher_text" in batch:
-            said["teacher_text"] = clip.towers.encode_text(batch["teacher_text"]).float()
-        return said | teacher_scales(clip)
+            outputs["teacher_text"] = clip.towers.encode_text(batch["teacher_text"]).float()
+        return outputs | teacher_scales(clip)
 
     return teacher
 
 
 @torch.no_grad()
 def teacher_scales(clip: Clip) -> dict[str, Tensor]:
-    """The teacher's exponentiated scale and, where it has one, its bias."""
+    """The teacher's logit scale, exponentiated, and its bias if it has one."""
     scales = {"teacher_logit_scale": clip.towers.log_scale().exp().detach()}
     bias = clip.towers.bias()
     return scales if bias is None else scales | {"teacher_logit_bias": bias.detach()}
@@ -41,7 +41,7 @@ LabelTeacher = Callable[[Batch], Tensor]
 
 
 def online_label_teacher(classifier: Classifier) -> LabelTeacher:
-    """The teacher, in evaluation mode, sees every batch as its own normalisation has it."""
+    """A classifier in evaluation mode as teacher, with its own normalisation."""
 
     @torch.no_grad()
     def teacher(batch: Batch) -> Tensor:
@@ -51,19 +51,19 @@ def online_label_teacher(classifier: Classifier) -> LabelTeacher:
 
 
 def zero_shot_teacher(teacher: Teacher, classes: Tensor) -> LabelTeacher:
-    """A teacher's logits over classes, of what it says of images.
+    """A teacher's zero-shot logits over classes, from its image embeddings.
 
     Args:
-        classes: its class embeddings [C, e], normalised: `embed.zero_shot_classifier`.
+        classes: its normalised class embeddings [C, e], see `evaluation.embed.zero_shot_classifier`.
     """
 
     def logits(batch: Batch) -> Tensor:
-        said = teacher(batch)
+        outputs = teacher(batch)
         return class_logits(
-            image=said["teacher_image"],
+            image=outputs["teacher_image"],
             classes=classes,
-            logit_scale=said["teacher_logit_scale"],
-            logit_bias=said.get("teacher_logit_bias"),
+            logit_scale=outputs["teacher_logit_scale"],
+            logit_bias=outputs.get("teacher_logit_bias"),
         )
 
     return logits

@@ -1,11 +1,11 @@
-"""Stored views and what the teacher said of them.
+"""Teachers that read stored outputs: augmented views of a small set, with a CLIP's embeddings or a classifier's logits.
 
-A frozen teacher says the same of the same view every time. Where the training set is small enough to give each image
-a fixed number of augmented views, the views are made once, the teacher embeds them and every caption once, and a step
-costs the student alone. Everything is kept on disk under a hash of what it depends on.
+A frozen teacher has the same output for the same view every time. With a fixed number of augmented views per image,
+the views are made once, the teacher is evaluated on them once, and a training step costs the student alone. Results
+are kept on disk under a hash of everything that they depend on.
 
-Axis letters: p = pairs in the set, v = views of each, c = captions of each at most, e = the teacher's embedding,
-s = side of the student's image; of classifiers N = images, C = classes, k = logits that are kept.
+Axis letters: p = pairs in the set, v = views of each, c = most captions of a pair, e = the teacher's embedding,
+s = side of the student's image; for classifiers N = images, C = classes, k = stored logits.
 """
 
 import hashlib
@@ -47,16 +47,16 @@ class StoredViews:
 
 
 def stored_teacher(clip: Clip, stored: StoredViews, device: torch.device) -> Teacher:
-    """A teacher that looks its embeddings up by the batch's `view_rows` and, where it has captions, `caption_rows`."""
+    """A teacher that looks embeddings up by the batch's `view_rows` and, if it has captions, `caption_rows`."""
     image, text, scales = stored.image.to(device), stored.text.to(device), teacher_scales(clip)
 
     def teacher(batch: dict[str, Any]) -> dict[str, Tensor]:
         views = batch["view_rows"]
-        said = {"teacher_image": image[views[:, 0], views[:, 1]]} | scales
+        outputs = {"teacher_image": image[views[:, 0], views[:, 1]]} | scales
         if "caption_rows" in batch:
             captions = batch["caption_rows"]
-            said["teacher_text"] = text[captions[:, 0], captions[:, 1]]
-        return said
+            outputs["teacher_text"] = text[captions[:, 0], captions[:, 1]]
+        return outputs
 
     return teacher
 
@@ -71,16 +71,16 @@ def store_views(
     num_workers: int,
     folder: Path | None = None,
 ) -> StoredViews:
-    """Make `num_views` views of every image and embed them and every caption, or load what an earlier run stored.
+    """Makes `num_views` views of every image and embeds them and every caption, or loads the result of an earlier run.
 
-    View v of pair p is drawn by (p, v) alone, so it is the same in every run. Both models get the same view, each in
+    View v of pair p is drawn by (p, v) alone, so it is the same in every run. Both models get the same view, each at
     its own size.
 
     Args:
-        clip: the frozen teacher, on the device where it is to run.
+        clip: the frozen teacher, on its device.
         augment: PIL image -> uint8 view.
         size: side of the student's image, in pixels.
-        folder: where to keep the result; None = the user's cache (`disk_cache.cache_folder`).
+        folder: where to store the result; None = the user's cache (`disk_cache.cache_folder`).
     """
     path = (folder or cache_folder()) / f"{_key(clip, pairs, num_views, augment, size)}.safetensors"
     tensors = disk_cache.read(path)
@@ -96,12 +96,12 @@ def store_views(
 
 
 def cache_folder() -> Path:
-    """Where the teacher's word is kept unless told otherwise."""
+    """Default folder of stored teacher outputs."""
     return disk_cache.cache_folder("teacher")
 
 
 def _key(clip: Clip, pairs: Sequence[RawPair], num_views: int, augment: Callable[..., Tensor], size: int) -> str:
-    """Of all that decides what is stored."""
+    """Hash of everything that decides the stored tensors."""
     digest = hashlib.sha256(f"{num_views} {size} {describe(augment)} {torchvision.__version__}".encode())
     add_clip(digest, clip)
     for pair in pairs:
@@ -116,7 +116,7 @@ def _distinct_captions(pairs: Sequence[RawPair]) -> list[str]:
 
 
 class _ViewSet(Dataset):
-    """View v of pair p at p * num_views + v."""
+    """View v of pair p at index p * num_views + v."""
 
     def __init__(self, pairs: Sequence[RawPair], num_views: int, augment: Callable[..., Tensor]):
         self.pairs, self.num_views, self.augment = pairs, num_views, augment
@@ -134,7 +134,7 @@ def _embed_images(
     clip: Clip, images: _ViewSet, size: int, num_workers: int
 ) -> tuple[UInt8[Tensor, "m 3 s s"], Float[Tensor, "m e"]]:
     device = next(clip.towers.parameters()).device
-    generator = torch.Generator()  # a DataLoader draws a seed, which must not move training's
+    generator = torch.Generator()  # a DataLoader draws a seed, which must not advance the training's generator
     loader = DataLoader(images, batch_size=BATCH, num_workers=num_workers, generator=generator)
     pixels, embeddings = [], []
     for views in tqdm(loader, desc=f"teacher embeds {len(images):,} views, once", disable=not sys.stderr.isatty()):
@@ -157,22 +157,19 @@ def _embed_texts(clip: Clip, pairs: Sequence[RawPair]) -> Float[Tensor, "p c e"]
     return table
 
 
-# ---- classifiers -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class StoredLogits:
-    """A classifier's logits of each view of each image, in fp16: all of them, or the k largest."""
+    """A classifier's logits of each view of each image in fp16: all of them, or the k largest."""
 
     values: Float16[Tensor, "v N k"]
     classes: Int16[Tensor, "v N k"]
-    """Of the values, largest first; in their own order where all are kept."""
+    """Classes of the values, largest value first; in class order where all are stored."""
     rest: Float16[Tensor, "v N"]
-    """What each of the others is taken to be: as much as gives all of them together the probability they had."""
+    """Logit of each class that is not stored, chosen so that their total probability is unchanged."""
 
 
 def stored_label_teacher(stored: StoredLogits, num_classes: int) -> LabelTeacher:
-    """A teacher that looks its logits up by the batch's `view` and `index`; they stay in the machine's memory."""
+    """A teacher that looks logits up by the batch's `view` and `index`; the store stays in main memory."""
 
     def teacher(batch: dict[str, Any]) -> Float[Tensor, "n C"]:
         view, index = batch["view"], batch["index"].cpu()
@@ -194,13 +191,13 @@ def store_logits(
     device: torch.device,
     folder: Path | None = None,
 ) -> StoredLogits:
-    """Ask the teacher about views 0 .. num_views - 1 of every image, or load what an earlier run stored.
+    """Computes the logits of views 0 to num_views - 1 of every image, or loads the result of an earlier run.
 
     Args:
         classifier: the frozen teacher, in evaluation mode, on `device`.
-        contents: what tells this set of images from another: a digest, or the name of the source.
-        top_k: logits that are kept of each view; None = all.
-        folder: where to keep the result; None = the user's cache.
+        contents: identity of the set of images: a digest, or the name of the source.
+        top_k: number of logits stored of each view; None = all.
+        folder: where to store the result; None = the user's cache.
     """
     digest = hashlib.sha256(f"{classifier.model} {classifier.mean} {classifier.std} {num_views} {top_k}".encode())
     digest.update(f"{contents} {views.description()} {torchvision.__version__}".encode() + labels.numpy().tobytes())
@@ -209,8 +206,10 @@ def store_logits(
     tensors = disk_cache.read(path)
     if tensors is None:
         parts = [
-            _compressed(logits, top_k)
-            for view in tqdm(range(num_views), desc="teacher sees each view, once", disable=not sys.stderr.isatty())
+            _compress(logits, top_k)
+            for view in tqdm(
+                range(num_views), desc="teacher logits of each view, once", disable=not sys.stderr.isatty()
+            )
             for logits in [predict(classifier=classifier, views=views, view=view, count=len(labels), device=device)]
         ]
         names = ("values", "classes", "rest")
@@ -219,8 +218,8 @@ def store_logits(
     return StoredLogits(**tensors)
 
 
-def _compressed(logits: Float[Tensor, "N C"], top_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, classes, rest."""
+def _compress(logits: Float[Tensor, "N C"], top_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`values`, `classes` and `rest` of `StoredLogits`."""
     num_classes = logits.shape[1]
     if top_k is None or top_k >= num_classes:
         classes = torch.arange(num_classes, dtype=torch.int16).expand(len(logits), num_classes)

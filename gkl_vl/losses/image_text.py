@@ -1,11 +1,11 @@
 """The losses of CLIP distillation on image and text embeddings, over the rows of all processes.
 
-Axis letters: n = my rows, N = everybody's rows, d = the student's embedding, e = the teacher's.
+Axis letters: n = rows of this process, N = rows of all processes, d = the student's embedding, e = the teacher's.
 
-Every term is a mean over N rows, or one ratio of two sums over N rows. A rank computes its own rows' share of it, times
-the number of ranks, against everybody's columns; `gather_rows` carries gradients, so that DistributedDataParallel's
-averaging gives exactly the gradient of one process on the joined batch. The value that comes back is the global one on
-every rank. All ranks must hold the same number of rows.
+Every term is a mean over N rows, or a ratio of two sums over N rows. A rank computes its own rows' share of it, times
+the number of ranks, against the columns of all ranks; `gather_rows` has gradients, so that DistributedDataParallel's
+averaging gives exactly the gradient of one process on the joined batch. The returned value is the global one on every
+rank. All ranks must have the same number of rows.
 """
 
 from typing import Literal, no_type_check
@@ -31,11 +31,11 @@ from gkl_vl.losses.tiles import Terms, TiledLoss, sigmoid_contrastive, sigmoid_c
 Scalars = dict[str, Tensor]
 TILE = 512
 DENSE_ENTRIES = TILE * TILE
-"""Up to one tile's worth tiles would hold what the dense form holds. Beyond, `benchmarks/loss_scale.py --edge` measures
-them faster (0.8 of the time from n = 512 on) and smaller (half the memory there, 1/14 at 2,048)."""
+"""Largest [n, N] for the dense form: a single tile needs the same memory. Beyond, tiles are faster (0.8 of the time
+from n = 512 on) and smaller (half the memory there, 1/14 at 2,048), measured by `benchmarks/loss_scale.py --edge`."""
 
 
-# The public losses say in words what is wrong with a caller's shapes; the test suite's shape checker would speak first.
+# The public losses check shapes with messages of their own; the test suite's shape checker would raise first.
 @no_type_check
 def image_text_loss(
     *,
@@ -60,7 +60,7 @@ def image_text_loss(
     sigmoid: bool = False,
     teacher_sigmoid: bool = False,
 ) -> tuple[Float[Tensor, ""], Scalars]:
-    """Contrastive loss of the student plus GKL between the image-text logits of teacher and student.
+    """Contrastive loss of the student plus GKL between the image-text logits of student and teacher.
 
     With the student's logits s_ij = scale * <image_i, text_j> + bias and the teacher's t_ij likewise, for the two
     directions (rows = images against all texts, rows = texts against all images), averaged:
@@ -76,21 +76,21 @@ def image_text_loss(
     project's; the released code has none.
 
     Args:
-        image, text: the student's L2-normalised embeddings of my pairs; row i of both is one pair.
-        logit_scale, teacher_logit_scale: the scales that multiply, already exponentiated.
+        image, text: the student's L2-normalised embeddings of this process's pairs; row i of both is one pair.
+        logit_scale, teacher_logit_scale: factors of the cosine similarities, already exponentiated.
         teacher_image, teacher_text: the teacher's L2-normalised embeddings; their length may differ from the
             student's. None = no teacher: contrastive loss only.
-        logit_bias, teacher_logit_bias: SigLIP's bias. A softmax does not feel it: without `sigmoid` it changes nothing.
+        logit_bias, teacher_logit_bias: SigLIP's bias. A softmax is invariant to it: without `sigmoid` it has no effect.
         temperature: T, of the soft cross entropy and of KL. No factor T^2.
         weight_temperature: T2, of the weights.
-        text_ids: equal numbers mark equal captions; the contrastive target is spread evenly over them, so that a
-            caption is not its twin's negative. None = all captions differ.
-        tile_size: side of the tiles that the logits are computed in, twice and never as a whole (`gkl_vl/tiles.py`):
-            memory O(N) in place of O(nN), the same number. None = the [n, N] matrices, which have second derivatives;
-            "auto" = them for small batches, tiles where those are smaller and faster.
-        ring: texts travel from rank to rank in place of being gathered: memory O(n) in place of O(N) for more and
-            smaller messages, the same number. In tiles only.
-        sigmoid: the student is a SigLIP: each pair is a yes or no of its own. With z = 1 for equal captions, else -1,
+        text_ids: equal ids mark equal captions; the contrastive target is spread evenly over them, so that equal
+            captions are not negatives of each other. None = all captions differ.
+        tile_size: side of the tiles in which the logits are computed, twice and never as a whole (`losses/tiles.py`):
+            memory O(N) in place of O(nN), the same value. None = the [n, N] matrices, which have second derivatives;
+            "auto" = these for small batches, tiles where they are smaller and faster.
+        ring: texts are passed from rank to rank in place of being gathered: memory O(n) in place of O(N), with more
+            and smaller messages, the same value. In tiles only.
+        sigmoid: the student is a SigLIP: each pair is a binary decision. With z = 1 for equal captions, else -1,
             the contrastive term is sum_ij -log sigmoid(z_ij s_ij) / N, and soft CE the binary cross entropy
             sum_ij -p_ij log sigmoid(s_ij / T) - (1 - p_ij) log sigmoid(-s_ij / T), / N. Its target p is
             sigmoid(t / T) with `teacher_sigmoid`, otherwise the mean of the two directions' softmax(t / T).
@@ -98,9 +98,10 @@ def image_text_loss(
         teacher_sigmoid: the teacher is a SigLIP too; its bias counts.
 
     Returns:
-        The loss, equal on all ranks, and detached scalars for the log: each term, agreement@1 (share of images whose
-        best caption is the same for both), entropies in nats, scales, accuracy of the batch's own pairing. With all
-        weights 0, as for `mimicry_loss` alone, the loss is 0 and the scalars are what the call is for.
+        The loss, equal on all ranks, and detached scalars for the log: each term, agreement@1 (share of images with the
+        same best caption for student and teacher), entropies in nats, scales, accuracy of the pairing in the batch.
+        With all weights 0, as when training with `mimicry_loss` alone, the loss is 0 and the scalars are still
+        computed.
 
     Raises:
         ValueError: teacher and student with different numbers of rows; part of the teacher missing; gamma < 0, a
@@ -139,13 +140,13 @@ def image_text_loss(
     if text_ids is None:
         text_ids = torch.arange(rank() * len(image), (rank() + 1) * len(image), device=image.device)
     size = _tile_size(tile_size, rows=len(image), ring=ring)
-    with torch.autocast(image.device.type, enabled=False):  # a caller's would multiply in half precision
+    with torch.autocast(image.device.type, enabled=False):  # else products would be in half precision
         if size is None:
             share, scalars = _dense_loss(student, teacher, text_ids, terms)
         else:
             share, scalars = _tiled_loss(student, teacher, text_ids, terms, size, ring)
-    # Mimicry alone leaves no term here, and a softmax does not feel a bias. Both stay in the graph, as DDP waits for
-    # every parameter's gradient.
+    # With mimicry alone no term uses the scale, and a softmax does not use the bias. Both stay in the graph, since DDP
+    # waits for the gradient of every parameter.
     loss = share + 0.0 * logit_scale if logit_bias is None else share + 0.0 * (logit_scale + logit_bias)
     scalars |= {"logit_scale": logit_scale} | ({} if teacher is None else {"teacher_logit_scale": teacher.scale})
     return global_value(loss), scalars_of_all_ranks(scalars)
@@ -164,7 +165,7 @@ def mimicry_loss(
         mean_ik (image_ik - teacher_image_ik)^2 + mean_ik (text_ik - teacher_text_ik)^2
 
     The means run over rows and dimensions, so that published weights (2000 in CLIP-KD) keep their meaning; `image` and
-    `text` are the student's embeddings after the map into the teacher's space. Equal on all ranks, as every loss here.
+    `text` are the student's embeddings after the map into the teacher's space. Equal on all ranks.
 
     Raises: ValueError where shapes differ. Source: CLIP-KD (Yang et al., CVPR 2024), "FD".
     """
@@ -182,14 +183,14 @@ def class_logits(
     logit_scale: Float[Tensor, ""],
     logit_bias: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, "n C"]:
-    """Zero-shot logits of images over classes, in fp32 or wider, also within autocast:
+    """Zero-shot logits of images over classes, in float32 or float64, also under autocast:
 
         logits = logit_scale * image @ classes.T + logit_bias
 
     Args:
         image, classes: L2-normalised embeddings.
         logit_scale: exponentiated.
-        logit_bias: a SigLIP's; it moves all classes alike.
+        logit_bias: of a SigLIP; the same for all classes.
     """
     with torch.autocast(image.device.type, enabled=False):
         logits = upcast(logit_scale) * upcast(image) @ upcast(classes).T
@@ -197,7 +198,7 @@ def class_logits(
 
 
 def global_value(share: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """My rank's share (times the number of ranks) as the global loss: everybody's value, my gradient."""
+    """The mean of `share` over ranks, with the gradient of this rank's share."""
     return share + (_mean_over_ranks(share) - share.detach())
 
 
@@ -224,7 +225,7 @@ def _check(image, text, teacher_image, teacher_text, teacher_logit_scale, text_i
 
 
 class _Side:
-    """One model's embeddings in at least fp32, its scale, and its bias where a sigmoid feels it."""
+    """Embeddings of one model in float32 or float64, its scale, and its bias for the sigmoid forms."""
 
     def __init__(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None):
         self.image, self.text, self.scale, self.bias = upcast(image), upcast(text), scale, bias
@@ -233,52 +234,52 @@ class _Side:
         return 0.0 if self.bias is None else self.bias
 
     def two_directions(self) -> tuple[Tensor, Tensor]:
-        """My images against everybody's texts, my texts against everybody's images: [n, N] each, without the bias."""
-        everybody = gather_rows(torch.cat([self.image, self.text], dim=1))  # one collective instead of two
-        all_images, all_texts = everybody.split([self.image.shape[1], self.text.shape[1]], dim=1)
+        """Own images against all texts, own texts against all images: [n, N] each, without the bias."""
+        rows = gather_rows(torch.cat([self.image, self.text], dim=1))  # one collective instead of two
+        all_images, all_texts = rows.split([self.image.shape[1], self.text.shape[1]], dim=1)
         return self.scale * self.image @ all_texts.T, self.scale * self.text @ all_images.T
 
 
-def _tile_size(asked: int | Literal["auto"] | None, *, rows: int, ring: bool) -> int | None:
-    if asked == "auto":
+def _tile_size(requested: int | Literal["auto"] | None, *, rows: int, ring: bool) -> int | None:
+    if requested == "auto":
         return TILE if ring or rows * rows * world_size() > DENSE_ENTRIES else None
-    if asked is None and ring:
+    if requested is None and ring:
         raise ValueError("ring=True needs tiles: tile_size must not be None")
-    if asked is not None and asked < 1:
-        raise ValueError(f"tile_size must be at least 1, 'auto' or None, got {asked}")
-    return asked
+    if requested is not None and requested < 1:
+        raise ValueError(f"tile_size must be at least 1, 'auto' or None, got {requested}")
+    return requested
 
 
 def _dense_loss(student: _Side, teacher: _Side | None, text_ids: Tensor, terms: Terms) -> tuple[Tensor, Scalars]:
-    """My share of the loss times the number of ranks, and the scalars of my rows; the tiled form's oracle."""
+    """This rank's share of the loss times the number of ranks, and the scalars of its rows; reference of the tiles."""
     student_logits = student.two_directions()
     same = (text_ids[:, None] == gather_rows(text_ids)).to(student.image.dtype)
-    found: dict[str, tuple[float, Tensor]] = {}
+    weighted: dict[str, tuple[float, Tensor]] = {}
     if terms.contrastive_weight:
         rows = [_contrastive_rows(logits + student.shift(), same, terms) for logits in student_logits]
-        found["contrastive"] = terms.contrastive_weight, _mean_of_rows(rows)
+        weighted["contrastive"] = terms.contrastive_weight, _mean_of_rows(rows)
     teacher_logits = None
     if teacher is not None:
         teacher_logits = teacher.two_directions()
         pairs = list(zip(student_logits, teacher_logits, strict=True))
         if terms.soft_ce_weight and terms.sigmoid:
             rows = [_sigmoid_soft_rows(s + student.shift(), t + teacher.shift(), terms) for s, t in pairs]
-            found["soft_ce"] = terms.soft_ce_weight, _mean_of_rows(rows)
+            weighted["soft_ce"] = terms.soft_ce_weight, _mean_of_rows(rows)
         elif terms.soft_ce_weight:
             rows = [soft_cross_entropy_rows(student=s, teacher=t, temperature=terms.temperature) for s, t in pairs]
-            found["soft_ce"] = terms.soft_ce_weight, _mean_of_rows(rows)
+            weighted["soft_ce"] = terms.soft_ce_weight, _mean_of_rows(rows)
         if terms.kl_weight:
             rows = [kl_rows(student=s, teacher=t, temperature=terms.temperature) for s, t in pairs]
-            found["kl"] = terms.kl_weight, _mean_of_rows(rows)
+            weighted["kl"] = terms.kl_weight, _mean_of_rows(rows)
         if terms.wmse_weight:
             ratios = []
             for s, t in pairs:
                 weight = smooth_weight(teacher=t, gamma=terms.gamma, weight_temperature=terms.weight_temperature)
                 ratios.append(ratio_of_sums(*wmse_rows(student=s, teacher=t, weight=weight)))
-            found["wmse"] = terms.wmse_weight, torch.stack(ratios).mean()
-    loss = sum((weight * term for weight, term in found.values()), student_logits[0].new_zeros(()))
+            weighted["wmse"] = terms.wmse_weight, torch.stack(ratios).mean()
+    loss = sum((weight * term for weight, term in weighted.values()), student_logits[0].new_zeros(()))
     of_images = student_logits[0], None if teacher_logits is None else teacher_logits[0]
-    return loss, {name: term for name, (_, term) in found.items()} | _watched(*of_images, same)
+    return loss, {name: term for name, (_, term) in weighted.items()} | _diagnostics(*of_images, same)
 
 
 def _contrastive_rows(student: Tensor, same: Tensor, terms: Terms) -> Tensor:
@@ -297,7 +298,7 @@ def _sigmoid_soft_rows(student: Tensor, teacher: Tensor, terms: Terms) -> Tensor
 def _tiled_loss(
     student: _Side, teacher: _Side | None, text_ids: Tensor, terms: Terms, tile_size: int, ring: bool
 ) -> tuple[Tensor, Scalars]:
-    """What `_dense_loss` gives, in tiles."""
+    """The result of `_dense_loss`, in tiles."""
 
     def columns(rows: Tensor) -> Tensor:
         return rows if ring else gather_rows(rows)
@@ -316,22 +317,22 @@ def _mean_over_ranks(x: Tensor) -> Tensor:
 
 
 def scalars_of_all_ranks(scalars: Scalars) -> Scalars:
-    """Each scalar's mean over ranks, for the log; all ranks."""
+    """The mean of each scalar over ranks, for the log. All ranks."""
     means = _mean_over_ranks(torch.stack([value.detach().float() for value in scalars.values()]))  # one collective
     return dict(zip(scalars, means.unbind(), strict=True))
 
 
 @torch.no_grad()
-def _watched(student: Tensor, teacher: Tensor | None, same: Tensor) -> Scalars:
-    """How the models see the rows of images."""
+def _diagnostics(student: Tensor, teacher: Tensor | None, same: Tensor) -> Scalars:
+    """Accuracy, agreement and entropies of the rows of images."""
 
     def entropy(logits: Tensor) -> Tensor:
         log_p = logits.log_softmax(dim=1)
         return -(log_p.exp() * log_p).sum(dim=1).mean()
 
     best = student.argmax(dim=1)
-    found = {"batch_acc1": same.gather(1, best[:, None]).mean(), "student_entropy": entropy(student)}
+    scalars = {"batch_acc1": same.gather(1, best[:, None]).mean(), "student_entropy": entropy(student)}
     if teacher is None:
-        return found
+        return scalars
     agreement = (best == teacher.argmax(dim=1)).float().mean()
-    return found | {"agreement@1": agreement, "teacher_entropy": entropy(teacher)}
+    return scalars | {"agreement@1": agreement, "teacher_entropy": entropy(teacher)}

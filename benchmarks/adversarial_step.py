@@ -1,4 +1,4 @@
-"""What adversarial training spends its time on: the attack, beside torchattacks' PGD; the loss; weight perturbation.
+"""Cost of the parts of adversarial training: the attack beside torchattacks' PGD, the loss, weight perturbation.
 
     python benchmarks/adversarial_step.py                       # WRN-16-1, n = 128: two minutes on two cores
     python benchmarks/adversarial_step.py --model preact_resnet18 --n 32
@@ -28,12 +28,12 @@ CLASSES, EPSILON, STEPS = 10, 8 / 255, 10
 
 def ratio(one: Callable[[], object], other: Callable[[], object], rounds: int) -> str:
     """Time of `one` over time of `other`."""
-    found = []
+    ratios = []
     for _ in range(rounds + 1):
         first, second = seconds(one), seconds(other)
-        found.append(first / second)
-    found = sorted(found[1:])  # the first round warms up
-    return f"{median(found):.3g} ({found[0]:.3g} to {found[-1]:.3g})"
+        ratios.append(first / second)
+    ratios = sorted(ratios[1:])  # the first round warms up
+    return f"{median(ratios):.3g} ({ratios[0]:.3g} to {ratios[-1]:.3g})"
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -110,8 +110,8 @@ def step(model: MultiBatch, images: torch.Tensor, labels: torch.Tensor, rounds: 
 
     model.train()
     print(f"GKL, forward and backward, over the whole training step: {ratio(loss, update, rounds)}")
-    told = ratio(perturb, forward_backward, rounds)
-    print(f"weight perturbation, over a forward and backward pass of both batches: {told}")
+    measured = ratio(perturb, forward_backward, rounds)
+    print(f"weight perturbation, over a forward and backward pass of both batches: {measured}")
 
 
 if __name__ == "__main__":

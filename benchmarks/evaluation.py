@@ -190,44 +190,44 @@ def measure(side: str, task: str, model: str, folder: Path, threads: int) -> dic
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{side}, {task}: {done.stderr[-2000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    costs = f"{found['seconds']:.1f} s after {found['imports']:.1f} s of imports, {found['bytes'] / 1e6:.0f} MB"
+    record = json.loads(done.stdout.splitlines()[-1])
+    costs = f"{record['seconds']:.1f} s after {record['imports']:.1f} s of imports, {record['bytes'] / 1e6:.0f} MB"
     print(f"{task:15}{model:20}{side:8}{costs}", file=sys.stderr)
-    return found
+    return record
 
 
 def take_turns(task: str, model: str, folder: Path, rounds: int, threads: int) -> dict[str, list[dict]]:
-    found = {side: [] for side in SIDES}
+    runs = {side: [] for side in SIDES}
     for index in range(rounds):
         for side in SIDES if index % 2 else reversed(SIDES):
-            found[side].append(measure(side, task, model, folder, threads))
-    return found
+            runs[side].append(measure(side, task, model, folder, threads))
+    return runs
 
 
-def ratio(found: dict[str, list[dict]], cost: Callable[[dict], float]) -> str:
+def ratio(runs: dict[str, list[dict]], cost: Callable[[dict], float]) -> str:
     """Ours over theirs."""
-    ratios = sorted(cost(mine) / cost(other) for mine, other in zip(found["ours"], found["theirs"], strict=True))
+    ratios = sorted(cost(own) / cost(other) for own, other in zip(runs["ours"], runs["theirs"], strict=True))
     return f"{median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
 
 
 def print_costs(rows: dict[str, dict[str, list[dict]]]) -> None:
     print("\n| ours / CLIP_benchmark | time | with imports | peak memory |\n| --- | --- | --- | --- |")
-    for name, found in rows.items():
+    for name, runs in rows.items():
         cells = [lambda m: m["seconds"], lambda m: m["seconds"] + m["imports"], lambda m: m["bytes"]]
-        print(f"| {name} | {' | '.join(ratio(found, cost) for cost in cells)} |")
+        print(f"| {name} | {' | '.join(ratio(runs, cost) for cost in cells)} |")
 
 
 def print_metrics(rows: dict[str, dict[str, list[dict]]]) -> bool:
     """Both values of every key; whether they agree to 1e-6 in all rounds."""
     print("\n| | metric | CLIP_benchmark | ours | difference |\n| --- | --- | --- | --- | --- |")
     agree = True
-    for name, found in rows.items():
-        theirs, mine = ([run["metrics"] for run in found[side]] for side in SIDES)
-        agree &= all(one.keys() == theirs[0].keys() for one in theirs + mine)
+    for name, runs in rows.items():
+        theirs, own = ([run["metrics"] for run in runs[side]] for side in SIDES)
+        agree &= all(one.keys() == theirs[0].keys() for one in theirs + own)
         for key, value in theirs[0].items():
-            other = mine[0].get(key, math.nan)
+            other = own[0].get(key, math.nan)
             print(f"| {name} | {key} | {value:.8f} | {other:.8f} | {abs(other - value):.0e} |")
-            agree &= all(abs(one.get(key, math.nan) - value) <= 1e-6 for one in theirs + mine)
+            agree &= all(abs(one.get(key, math.nan) - value) <= 1e-6 for one in theirs + own)
     return agree
 
 
@@ -238,11 +238,11 @@ def report(options: argparse.Namespace) -> bool:
         if options.skip != "classification":
             write_cifar10(options.data, folder / "cifar10", options.images)
             for title, model in write_models(folder).items():
-                found = take_turns("classification", model, folder, options.rounds, options.threads)
-                rows[f"classification, {title}"] = found
+                runs = take_turns("classification", model, folder, options.rounds, options.threads)
+                rows[f"classification, {title}"] = runs
         if options.skip != "retrieval":
-            found = take_turns("retrieval", "", folder, options.rounds, options.threads)
-            rows[f"retrieval, {IMAGES:,} x {IMAGES * CAPTIONS_PER_IMAGE:,}"] = found
+            runs = take_turns("retrieval", "", folder, options.rounds, options.threads)
+            rows[f"retrieval, {IMAGES:,} x {IMAGES * CAPTIONS_PER_IMAGE:,}"] = runs
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     print(f"first {options.images:,} images, {options.rounds} rounds, {options.threads} threads, load {load}")
     print_costs(rows)

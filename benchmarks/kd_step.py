@@ -48,12 +48,12 @@ def loss_step(loss: Callable[..., Tensor], n: int, classes: int) -> None:
 
 
 def seconds(call: Callable[[], None], repeats: int) -> float:
-    found = []
+    seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
         call()
-        found.append(time.perf_counter() - started)
-    return median(found)
+        seconds.append(time.perf_counter() - started)
+    return median(seconds)
 
 
 def main() -> None:

@@ -1,15 +1,15 @@
-"""The released GKL formula, which builds [n, C, C], against `gkl_loss`, which does not: time and memory.
+"""The released GKL formula, which builds [n, C, C], against `gkl_loss`: time and memory.
 
     python benchmarks/loss.py                              # n = 512, C = 1000: the released form needs 13 GB
     python benchmarks/loss.py --n 128 --classes 500        # 0.8 GB
     python benchmarks/loss.py --device cuda
 
 Forward + backward in float32, gradient to student and teacher, gamma 0.5, weights from the teacher. First
-both must agree. Then the two are timed in turns in one process; a time of `gkl_loss` is the mean of 20 calls.
-The extra memory is the peak during the first call above what the process held before it: on the CPU from
+both are compared. Then the two are timed in turns in one process; a time of `gkl_loss` is the mean of 20 calls.
+The extra memory is the peak during the first call above the process's memory before it: on the CPU from
 VmHWM of /proc/self/status (Linux), each variant in a fresh process after a call on a tiny batch, so that
 libraries are loaded and nothing freed by the other variant is reused; on CUDA from
-`torch.cuda.max_memory_allocated`. Report the ratios: seconds depend on the machine.
+`torch.cuda.max_memory_allocated`. Report ratios: seconds depend on the machine.
 """
 
 import argparse
@@ -66,8 +66,8 @@ def step(variant: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor
 
 def check_agreement(n: int, classes: int, device: str) -> None:
     student, teacher = logits(n, classes, device)
-    theirs, mine = step("released", student, teacher), step("gkl_loss", student, teacher)
-    for name, a, b in zip(("loss", "student gradient", "teacher gradient"), theirs, mine, strict=True):
+    theirs, own = step("released", student, teacher), step("gkl_loss", student, teacher)
+    for name, a, b in zip(("loss", "student gradient", "teacher gradient"), theirs, own, strict=True):
         error = ((a - b).abs().max() / a.abs().max()).item()
         if not error < 1e-5:
             sys.exit(f"{name}: the two differ by {error:.1e} of its largest entry")
@@ -91,7 +91,7 @@ def peak_resident_bytes() -> int:
 
 
 def extra_bytes_here(variant: str, n: int, classes: int, device: str) -> int:
-    """Peak of one step above what was held before it, in this process."""
+    """Peak memory of one step above the memory before it, in this process."""
     step(variant, *logits(2, 8, device))
     student, teacher = logits(n, classes, device)
     if device == "cuda":

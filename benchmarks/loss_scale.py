@@ -37,14 +37,14 @@ SHARED_WITH_OPEN_CLIP = {"wmse_weight": 0.0}
 
 
 def embeddings(n: int) -> dict[str, Tensor]:
-    """Pairs that the models tell apart, but not all: texts lean a little towards their images."""
+    """Pairs that the models separate partly: each text is slightly closer to its image."""
     draw = torch.Generator().manual_seed(0)
-    found = {}
+    tensors = {}
     for prefix, dim in (("", STUDENT_DIM), ("teacher_", TEACHER_DIM)):
         image = F.normalize(torch.randn(n, dim, generator=draw))
-        found[f"{prefix}image"] = image
-        found[f"{prefix}text"] = F.normalize(image + 6 * F.normalize(torch.randn(n, dim, generator=draw)))
-    return found
+        tensors[f"{prefix}image"] = image
+        tensors[f"{prefix}text"] = F.normalize(image + 6 * F.normalize(torch.randn(n, dim, generator=draw)))
+    return tensors
 
 
 def ours(tile_size: int | None, options: dict) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:
@@ -66,7 +66,7 @@ def open_clip_loss(tensors: dict[str, Tensor], scale: Tensor, teacher_scale: Ten
 
 
 def leaning(tensors: dict[str, Tensor], offset: float) -> dict[str, Tensor]:
-    """A direction that all of the student's embeddings share adds about `offset` to all cosines; no teacher has it."""
+    """A direction shared by all student embeddings adds about `offset` to all logits; the teacher has none."""
     common = (offset / (1 - offset)) ** 0.5 * F.normalize(torch.ones(STUDENT_DIM), dim=0)
     return tensors | {name: F.normalize(tensors[name] + common) for name in ("image", "text")}
 
@@ -120,7 +120,7 @@ def value_and_gradients(
 
 
 def edge(sizes: list[int], repeats: int) -> None:
-    """Where tiles begin to be faster or smaller than the dense form."""
+    """Batch sizes at which tiles become faster or smaller than the dense form."""
     for n in sizes:
         tiled, dense = (measured(form, n, repeats) for form in ("tiled", "dense"))
         memory = f"{tiled['extra'] / 2**20:,.0f} MiB against {dense['extra'] / 2**20:,.0f}"
@@ -137,7 +137,7 @@ FORMS = {
 
 
 def products(tensors: dict[str, Tensor]) -> None:
-    """The matrix products of the two sweeps, and nothing else."""
+    """The matrix products of the two sweeps alone."""
     image, text, teacher_image, teacher_text = tensors.values()
     to_image, to_text = torch.zeros_like(image), torch.zeros_like(text)
     tile = torch.empty(0)
@@ -175,13 +175,13 @@ def measure(form: str, n: int, repeats: int) -> dict[str, float]:
 
     call(embeddings(64))  # libraries are loaded, threads started
     tensors = embeddings(n)
-    before, seconds, found = peak_bytes(), [], (0.0, 0.0)
+    before, seconds, result = peak_bytes(), [], (0.0, 0.0)
     for _ in range(repeats):
         started = time.perf_counter()
-        found = call(tensors)
+        result = call(tensors)
         seconds.append(time.perf_counter() - started)
     extra = peak_bytes() - before
-    return {"loss": found[0], "gradient": found[1], "seconds": min(seconds), "extra": extra}
+    return {"loss": result[0], "gradient": result[1], "seconds": min(seconds), "extra": extra}
 
 
 def measured(form: str, n: int, repeats: int = 1) -> dict[str, float]:
@@ -195,20 +195,20 @@ def measured(form: str, n: int, repeats: int = 1) -> dict[str, float]:
 
 def compare(n: int, repeats: int) -> None:
     """The forms side by side, and the floor."""
-    found = {form: measured(form, n, repeats) for form in FORMS}
+    costs = {form: measured(form, n, repeats) for form in FORMS}
     floor = measured("products", n)["seconds"]
     for form, baseline in (
         ("tiled", "dense"),
         ("dense, open_clip's terms", "open_clip"),
         ("tiled, open_clip's terms", "open_clip"),
     ):
-        a, b = found[form], found[baseline]
+        a, b = costs[form], costs[baseline]
         for what in ("loss", "gradient"):
             if not math.isclose(a[what], b[what], rel_tol=1e-4):
                 sys.exit(f"{form} and {baseline} differ in {what}: {a[what]} and {b[what]}")
         ratios = f"{a['seconds'] / b['seconds']:.2f} of the time and {a['extra'] / b['extra']:.3f} of the extra memory"
         print(f"n = {n:,}: {form} takes {ratios} of {baseline}")
-    print(f"n = {n:,}: tiled takes {found['tiled']['seconds'] / floor:.2f} times its matrix products alone")
+    print(f"n = {n:,}: tiled takes {costs['tiled']['seconds'] / floor:.2f} times its matrix products alone")
 
 
 def growth(sizes: list[int], output: Path | None) -> None:
@@ -216,10 +216,10 @@ def growth(sizes: list[int], output: Path | None) -> None:
     curves: dict[str, list[tuple[int, dict[str, float]]]] = {"tiled": [(n, measured("tiled", n)) for n in sizes]}
     curves["dense"] = [(n, measured("dense", n)) for n in sizes if n <= 8192]
     for form, points in curves.items():
-        for n, found in points:
-            print(f"{form}, n = {n:,}: {found['extra'] / 2**20:,.0f} MiB extra")
+        for n, costs in points:
+            print(f"{form}, n = {n:,}: {costs['extra'] / 2**20:,.0f} MiB extra")
         if len(points) > 1:
-            grows = {what: exponent([(n, found[what]) for n, found in points]) for what in ("extra", "seconds")}
+            grows = {what: exponent([(n, costs[what]) for n, costs in points]) for what in ("extra", "seconds")}
             print(f"{form}: memory grows as n^{grows['extra']:.2f}, time as n^{grows['seconds']:.2f}")
     if output is not None:
         draw(curves, output)
@@ -246,7 +246,7 @@ def draw(curves: dict[str, list[tuple[int, dict[str, float]]]], output: Path) ->
     for axes, (what, scale, title) in zip(figure.subplots(1, 2), panels, strict=True):
         for (form, points), colour in zip(curves.items(), ("#0072b2", "#d55e00"), strict=True):
             axes.loglog(
-                [n for n, _ in points], [found[what] / scale for _, found in points], "o-", color=colour, label=form
+                [n for n, _ in points], [costs[what] / scale for _, costs in points], "o-", color=colour, label=form
             )
         axes.set_title(title, loc="left", fontsize=11, weight="bold")
         axes.set_xlabel("batch n")

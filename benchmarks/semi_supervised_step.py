@@ -1,4 +1,4 @@
-"""A FixMatch step beside one that sees all views in one pass, as USB's `use_cat` does: time, and what is kept for it.
+"""A FixMatch step beside one with all views in one pass, as USB's `use_cat` does: time and memory kept for backward.
 
     python benchmarks/semi_supervised_step.py                                   # WRN-28-2, 4 labelled images, mu 7
     python benchmarks/semi_supervised_step.py --model vit_tiny_patch2_32 --mu 1
@@ -59,16 +59,16 @@ def together(student: Classifier, batch: dict) -> Callable[[], Tensor]:
 
 def kept(loss: Callable[[], Tensor]) -> int:
     """Bytes that the forward pass keeps for the backward pass, each storage once."""
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         value = loss()  # its graph keeps them all alive, so no address is used twice
     assert value.requires_grad
-    return sum(found.values())
+    return sum(sizes.values())
 
 
 def seconds(loss: Callable[[], Tensor]) -> float:

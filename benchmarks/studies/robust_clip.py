@@ -46,18 +46,18 @@ def main() -> None:
     )
     results = study.run()
     torch.set_num_threads(1)
-    for (arm, seed), found in results.items():
+    for (arm, seed), row in results.items():
         folder = study.folder_of(arm, seed)
         attacked = [under_attack(folder, epsilon, options.images) for epsilon in options.epsilon]
-        found[f"{options.images} images"] = 100 * attacked[0]["apgd_linf_clean_acc1"]
+        row[f"{options.images} images"] = 100 * attacked[0]["apgd_linf_clean_acc1"]
         for epsilon, metrics in zip(options.epsilon, attacked, strict=True):
-            found[f"APGD {epsilon}"] = 100 * metrics["apgd_linf_acc1"]
+            row[f"APGD {epsilon}"] = 100 * metrics["apgd_linf_acc1"]
         print(f"{arm}, seed {seed}: attacked", file=sys.stderr)
     print(study.table(results))
 
 
 def under_attack(folder: Path, epsilon: str, images: int) -> dict[str, float]:
-    """`attack_zero_shot` of a run's student, from its file where there is one."""
+    """`attack_zero_shot` of a run's student; the result is kept in a file."""
     file = folder / f"apgd_{epsilon.replace('/', '_')}_{images}.json"
     if not file.is_file():
         metrics, warnings = attack_zero_shot(

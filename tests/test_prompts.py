@@ -45,7 +45,7 @@ def test_without_class_names_those_of_the_data_are_used(write, content, ending):
 def test_the_bundled_prompts_are_the_same_as_in_the_evaluation():
     prompts = bundled_prompts()
     assert len(prompts.classnames) == 1658 and prompts.templates == ("{c}", "an emoji of {c}")
-    assert open_images("bundled").classnames == prompts.classnames
+    assert open_images(None).classnames == prompts.classnames
 
 
 PAIR = ["a", "b"]

@@ -25,8 +25,9 @@ from torchvision.transforms import v2
 
 from gkl_vl import cli
 from gkl_vl.data.augment import cifar_autoaugment, cifar_cutout
-from gkl_vl.data.labelled import LabelledSet, balanced_subset, in_memory, open_labelled
+from gkl_vl.data.labelled import LabelledSet, in_memory, open_labelled
 from gkl_vl.data.loaders import LabelledLoader, batches_per_epoch
+from gkl_vl.data.subsets import balanced_subset
 from gkl_vl.data.synthesized import Synthesized, WithSynthesized, open_synthesized, synthesized_per_batch
 from gkl_vl.data.views import DiskViews, MemoryViews, MixedViews, Views
 from gkl_vl.errors import UserError

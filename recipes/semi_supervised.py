@@ -30,8 +30,9 @@ from torchvision.transforms import v2
 from gkl_vl import cli
 from gkl_vl.data.augment import randaugment_cutout
 from gkl_vl.data.label_splits import UNKNOWN, draw_labelled, labelled_lines, read_labelled
-from gkl_vl.data.labelled import LabelledSet, balanced_subset, in_memory, open_image_set, open_labelled
+from gkl_vl.data.labelled import LabelledSet, in_memory, open_image_set, open_labelled
 from gkl_vl.data.loaders import SemiSupervisedLoader
+from gkl_vl.data.subsets import balanced_subset
 from gkl_vl.data.views import DiskViews, MemoryImages, MemoryViews
 from gkl_vl.errors import UserError
 from gkl_vl.losses.consistency import ClassThresholds, Consistency, Method, SemiSupervised

@@ -20,17 +20,9 @@ from small_sets import write_shard
 from torch.utils.data import DataLoader, Dataset
 
 from gkl_vl.data.files import IMAGE_SUFFIXES, BrokenImage, BrokenSample, EncodedImage, decode
-from gkl_vl.data.labelled import (
-    LabelledSet,
-    balanced_subset,
-    in_memory,
-    long_tailed,
-    open_image_set,
-    open_labelled,
-    pixel_image,
-    shot_groups,
-)
+from gkl_vl.data.labelled import LabelledSet, in_memory, open_image_set, open_labelled, pixel_image
 from gkl_vl.data.pairs import open_images
+from gkl_vl.data.subsets import balanced_subset, long_tailed, shot_groups
 from gkl_vl.errors import UserError
 
 LABELS = [1, 0, 2, 1, 0, 0]

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 from tqdm import tqdm
 
-from gkl_vl.data.labelled import shuffled_ranks
+from gkl_vl.data.subsets import shuffled_ranks
 from gkl_vl.errors import UserError
 from gkl_vl.evaluation.metrics import multilabel_metrics, top_k_accuracy
 from gkl_vl.losses.gkl import upcast

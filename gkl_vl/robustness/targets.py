@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gkl_vl.data.augment import imagenet_center
-from gkl_vl.data.labelled import LabelledSet, balanced_subset, in_memory
+from gkl_vl.data.labelled import LabelledSet, in_memory
+from gkl_vl.data.subsets import balanced_subset
 from gkl_vl.errors import UserError, first_line
 from gkl_vl.models.classifiers import load_classifier
 from gkl_vl.models.modes import evaluating

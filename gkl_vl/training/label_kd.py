@@ -11,8 +11,9 @@ import tyro
 
 from gkl_vl import cli
 from gkl_vl.data.augment import imagenet_augmentation, imagenet_center
-from gkl_vl.data.labelled import LabelledSet, balanced_subset, in_memory, long_tailed, open_labelled, shot_groups
+from gkl_vl.data.labelled import LabelledSet, in_memory, open_labelled
 from gkl_vl.data.loaders import LabelledLoader, batches_per_epoch
+from gkl_vl.data.subsets import balanced_subset, long_tailed, shot_groups
 from gkl_vl.data.views import DiskViews, MemoryViews, Views
 from gkl_vl.errors import UserError
 from gkl_vl.losses.labels import Distillation

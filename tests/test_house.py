@@ -243,6 +243,34 @@ recipes/              one file per result
     ]
 
 
+# Links between pages.
+
+PAGES = sorted([*HOUSE.glob("*.md"), *HOUSE.glob("docs/*.md"), HOUSE / "recipes" / "README.md"])
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(HOUSE).as_posix())
+def test_every_link_to_a_file_or_a_heading_leads_there(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    broken = []
+    for link in [link for link in links if "://" not in link]:
+        path, _, heading = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (heading and heading not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def test_the_index_lists_every_page():
+    index = (HOUSE / "docs" / "README.md").read_text()
+    assert [p.name for p in (HOUSE / "docs").glob("*.md") if p.name != "README.md" and f"({p.name})" not in index] == []
+
+
 # The packages and the tree of files.
 
 

@@ -1,4 +1,4 @@
-# Every target sets up .venv first when it is missing or older than pyproject.toml; a second call goes straight to work.
+# Every target first sets up .venv if it is missing or older than pyproject.toml.
 #   PYTHON=python3.12 make test             another interpreter for a new .venv
 #   make test ARGS="tests/test_cli.py -x"   arguments for pytest, or for the recipe behind `make demo`
 PYTHON ?= python3
@@ -6,17 +6,17 @@ ARGS   ?=
 BIN    := .venv/bin
 READY  := .venv/.ready
 
-# accelerate gives each process one CPU thread unless told otherwise, which would leave the other cores idle.
+# Without OMP_NUM_THREADS accelerate gives each process one CPU thread, which leaves the other cores idle.
 OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
-# glibc gives large blocks back to the kernel and faults them in anew in every step; kept, a step on two cores took 0.7 of
-# its time. Other C libraries do not know the names.
+# By default glibc returns large blocks to the kernel and page-faults them in again in every step. These settings keep
+# them: a step on two cores took 0.7 of the time. Other C libraries ignore the names.
 MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check
 
-# A .venv whose interpreter has gone (an upgrade of the system's Python) is set up anew, whatever its age.
+# A .venv whose interpreter no longer exists (an upgrade of the system's Python) is set up again, whatever its age.
 ifeq ($(realpath $(BIN)/python),)
 .PHONY: $(READY)
 endif
@@ -24,21 +24,21 @@ endif
 help:   ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-# The four values are accelerate's own defaults; unsaid, it warns about each. --quiet: no second traceback from the launcher.
-demo: $(READY)   ## distil the bundled CLIP, on a GPU when there is one, and show what came of it
+# The four values are accelerate's defaults; it warns about each one not given. --quiet: no traceback of the launcher.
+demo: $(READY)   ## distil the bundled CLIP, on a GPU if there is one, and print a table
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(MALLOC) $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 \
 		--mixed_precision no --dynamo_backend no recipes/clip_kd.py $(ARGS)
 
 test: $(READY)   ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-check: $(READY)   ## ruff, pyright and the tests: what has to pass before a change lands
+check: $(READY)   ## ruff, pyright and the tests, which must pass before a merge
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest $(ARGS)
 
-# The stamp is touched last, so an installation that broke off is taken up again.
+# The stamp is touched last, so that an interrupted installation is repeated.
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "gkl-vl needs Python 3.10 or newer, not '$(PYTHON)': try PYTHON=python3.12 make $(MAKECMDGOALS)" >&2; exit 1; }

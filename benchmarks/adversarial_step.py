@@ -1,11 +1,10 @@
-"""Cost of the parts of adversarial training: the attack beside torchattacks' PGD, the loss, weight perturbation.
+"""Cost of the parts of adversarial training: PGD relative to torchattacks', the loss, weight perturbation.
 
     python benchmarks/adversarial_step.py                       # WRN-16-1, n = 128: two minutes on two cores
     python benchmarks/adversarial_step.py --model preact_resnet18 --n 32
 
-Everything in one process and one run: ratios, not seconds, are to be reported, each the median over rounds in which the
-two take turns, with the smallest and largest. torchattacks, which no part of this project needs, is compared where it
-is installed.
+Prints ratios of times measured in turns in one process: the median over rounds, with the smallest and largest. Report
+these, not seconds. torchattacks is no dependency of this project; it is compared where it is installed.
 """
 
 import argparse
@@ -32,7 +31,7 @@ def ratio(one: Callable[[], object], other: Callable[[], object], rounds: int) -
     for _ in range(rounds + 1):
         first, second = seconds(one), seconds(other)
         ratios.append(first / second)
-    ratios = sorted(ratios[1:])  # the first round warms up
+    ratios = sorted(ratios[1:])  # the first round is a warm-up
     return f"{median(ratios):.3g} ({ratios[0]:.3g} to {ratios[-1]:.3g})"
 
 

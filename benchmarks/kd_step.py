@@ -1,11 +1,11 @@
-"""The loss's share of a real distillation step: GKL and its released form beside a ResNet-18 at 224 px.
+"""Share of the loss in the time of a distillation step: GKL and its released form with a ResNet-18 at 224 px.
 
     python benchmarks/kd_step.py                           # n = 512, C = 1000: two minutes on two cores, 14 GB
     python benchmarks/kd_step.py --n 128
 
-The step is the student's forward and backward pass and its update, the batch in parts of 32 so that it fits; the
+The step is the student's forward and backward pass and its update, the batch in parts of 32 to fit in memory; the
 teacher is left out, as its logits may be stored. The loss is forward and backward to the student's logits, gamma 0.5,
-float32. The share is loss / (loss + step), everything in one process, each loss the median of its calls. Report the
+float32. The share is loss / (loss + step), in one process; the time of a loss is the median of its calls. Report the
 shares: seconds depend on the machine.
 """
 
@@ -26,7 +26,7 @@ PART = 32
 
 
 def student_step(n: int, classes: int) -> Callable[[], None]:
-    """A step on random images; the gradient of the logits is given, as the loss would give it."""
+    """A step on random images, backward from a random gradient of the logits in place of the loss's."""
     model = load_classifier("timm:resnet18", num_classes=classes).model.to(memory_format=torch.channels_last)
     optimizer = sgd(model, lr=0.1, wd=1e-4)
     images = torch.randn(PART, 3, 224, 224).contiguous(memory_format=torch.channels_last)
@@ -64,7 +64,7 @@ def main() -> None:
     if options.n < PART or options.n % PART:
         parser.error(f"--n {options.n} must be a multiple of {PART}")
     torch.manual_seed(0)
-    loss_step(ours, PART, options.classes)  # libraries are loaded
+    loss_step(ours, PART, options.classes)  # a warm-up, which loads libraries
     step = seconds(student_step(options.n, options.classes), 1)
     for name, loss, repeats in (("gkl_loss", ours, 20), ("the released form", released, 1)):
         own = seconds(partial(loss_step, loss, options.n, options.classes), repeats)

@@ -1,12 +1,12 @@
-"""A FixMatch step beside one with all views in one pass, as USB's `use_cat` does: time and memory kept for backward.
+"""A FixMatch step relative to one with all views in one pass (USB's `use_cat`): time, and memory saved for backward.
 
     python benchmarks/semi_supervised_step.py                                   # WRN-28-2, 4 labelled images, mu 7
     python benchmarks/semi_supervised_step.py --model vit_tiny_patch2_32 --mu 1
 
-Forward, loss (GKL, every pseudo-label counts) and backward on random images. Here the weak views go through the model
-in a pass of their own, without graph; there all three parts are one batch, and the weak rows' gradient is zero. Without
-BatchNorm and random depth the two losses are equal, which is checked first; what the norms see differs. Prints ratios,
-median and range of paired rounds: seconds depend on the machine.
+Forward, loss (GKL, every pseudo-label is used) and backward on random images. This project passes the weak views
+through the model separately, without graph; the other step has all three parts in one batch, and the gradient of the
+weak rows is zero. Without BatchNorm and random depth the two losses are equal, which is checked first; BatchNorm has
+other statistics. Prints ratios, median and range of paired rounds: seconds depend on the machine.
 """
 
 import argparse
@@ -50,15 +50,15 @@ def together(student: Classifier, batch: dict) -> Callable[[], Tensor]:
     def loss() -> Tensor:
         images = torch.cat([batch["image"], batch["weak"], batch["strong"]])
         labelled, weak, strong = student.model(student.prepare(images)).split([n, u, u])
-        every = torch.ones(u, dtype=torch.bool)
-        term = consistency_loss(strong=strong, weak=weak, mask=every, prior=None, settings=SETTINGS)
+        mask = torch.ones(u, dtype=torch.bool)
+        term = consistency_loss(strong=strong, weak=weak, mask=mask, prior=None, settings=SETTINGS)
         return F.cross_entropy(labelled, batch["label"]) + term
 
     return loss
 
 
-def kept(loss: Callable[[], Tensor]) -> int:
-    """Bytes that the forward pass keeps for the backward pass, each storage once."""
+def saved_bytes(loss: Callable[[], Tensor]) -> int:
+    """Bytes that the forward pass saves for the backward pass, each storage once."""
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def kept(loss: Callable[[], Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        value = loss()  # its graph keeps them all alive, so no address is used twice
+        value = loss()  # its graph keeps the storages alive, so that no address is used twice
     assert value.requires_grad
     return sum(sizes.values())
 
@@ -87,19 +87,19 @@ def main() -> None:
     batch = batch_of(options.n, options.mu)
     plain = load_classifier("vit_tiny_patch2_32", num_classes=10)
     plain.model.eval()
-    plain.model.train = lambda mode=True: plain.model  # neither norms nor random depth
+    plain.model.train = lambda mode=True: plain.model  # neither BatchNorm nor random depth
     torch.testing.assert_close(ours(plain, batch)(), together(plain, batch)(), rtol=1e-4, atol=1e-5)
     student = load_classifier(options.model, num_classes=10)
     student.model.train()
     calls = {"ours": ours(student, batch), "together": together(student, batch)}
-    memory = {name: kept(call) for name, call in calls.items()}
-    for call in calls.values():  # libraries are loaded
+    memory = {name: saved_bytes(call) for name, call in calls.items()}
+    for call in calls.values():  # a warm-up, which loads libraries
         seconds(call)
     rounds = [{name: seconds(call) for name, call in calls.items()} for _ in range(options.rounds)]
-    ratios = sorted(each["ours"] / each["together"] for each in rounds)
+    ratios = sorted(times["ours"] / times["together"] for times in rounds)
     print(f"{options.model}, {options.n} labelled images, mu {options.mu}, {torch.get_num_threads()} threads")
     print(f"time of a step over that of one pass: {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-    print(f"kept for the backward pass: {memory['ours'] / memory['together']:.2f} of its bytes")
+    print(f"saved for the backward pass: {memory['ours'] / memory['together']:.2f} of its bytes")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tensors kept on disk under a hash of all that they depend on; what is damaged there is made anew, not trusted."""
+"""Cache files of tensors with a checksum; a damaged file counts as missing. File names are hashes of all inputs."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ def cache_folder(kind: str) -> Path:
 
 
 def read(path: Path) -> dict[str, Tensor] | None:
-    """What `write` wrote there; None where there is nothing, or not what was written."""
+    """The tensors that `write` stored; None if the file is missing or damaged."""
     if not path.is_file():
         return None
     try:
@@ -34,7 +34,7 @@ def read(path: Path) -> dict[str, Tensor] | None:
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Replaces the file by these tensors and their checksum."""
+    """Writes the tensors and their checksum, replacing an existing file."""
     with replacing(path) as scratch:
         save_file(tensors, scratch, metadata={_CHECKSUM: _checksum(tensors)})
 
@@ -48,5 +48,5 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> Any:
-    """The bits of a tensor, a uint8 numpy array."""
+    """The bits of a tensor as a uint8 numpy array."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

@@ -1,7 +1,8 @@
-"""Rows and sums across processes. The only home of torch.distributed.
+"""Collectives: gathers, sums and maxima over processes, a ring, FSDP state. No other module uses torch.distributed.
 
-One process is the special case of many: alone, every function returns its argument and the caller's code is the same.
-Axis letters: n = my rows, N = everybody's rows in the order of the ranks; every rank has the same n.
+A single process needs no branch in the caller: every function then returns its argument unchanged (detached where there
+is no gradient).
+Axis letters: n = rows of this process, N = rows of all processes in the order of the ranks; n is the same on all ranks.
 """
 
 from typing import Any, TypeVar
@@ -16,17 +17,17 @@ Value = TypeVar("Value")
 
 
 def world_size() -> int:
-    """Number of processes, 1 when nothing was launched."""
+    """Number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """My number among the processes, 0 when alone."""
+    """Rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 class _GatherRows(torch.autograd.Function):
-    """all_gather whose gradient is the reduce_scatter that it ought to be: every rank's use of my rows counts."""
+    """all_gather with the correct gradient, a reduce_scatter: the sum of the gradients of all ranks."""
 
     @staticmethod
     def forward(ctx, rows: Tensor) -> Tensor:
@@ -36,27 +37,27 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        # gloo has no reduce_scatter; an all_reduce followed by my slice is the same sum.
+        # gloo has no reduce_scatter; all_reduce and the slice of this rank give the same sum.
         gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd owns the argument
         dist.all_reduce(gradient)  # all ranks
-        mine = gradient.shape[0] // world_size()
-        return gradient[rank() * mine : (rank() + 1) * mine]
+        num_rows = gradient.shape[0] // world_size()
+        return gradient[rank() * num_rows : (rank() + 1) * num_rows]
 
 
 def gather_rows(rows: Shaped[Tensor, " n *rest"]) -> Shaped[Tensor, " N *rest"]:
-    """Everybody's rows, in the order of the ranks, with gradient.
+    """Rows of all ranks, in the order of the ranks, with gradient (`accelerator.gather` has none).
 
-    The gradient of my rows is the sum of what all ranks' losses say of them (`accelerator.gather` has none).
+    The gradient of this rank's rows is the sum of the gradients of all ranks' losses with respect to them.
     """
     return rows if world_size() == 1 else _GatherRows.apply(rows)
 
 
 def _reduced(x: Tensor, op: Any) -> Tensor:
-    """A copy, reduced over ranks; nccl takes what is on a GPU alone, so the CPU's goes there and back."""
-    there = "cuda" if dist.get_backend() == "nccl" else x.device
-    found = x.detach().to(there, copy=True)
-    dist.all_reduce(found, op=op)  # all ranks
-    return found.to(x.device)
+    """A copy reduced over ranks. nccl reduces CUDA tensors only, so a CPU tensor is copied to the GPU and back."""
+    device = "cuda" if dist.get_backend() == "nccl" else x.device
+    result = x.detach().to(device, copy=True)
+    dist.all_reduce(result, op=op)  # all ranks
+    return result.to(x.device)
 
 
 def max_across_processes(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
@@ -74,9 +75,10 @@ def sum_across_processes(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"
 
 
 def pass_on_ring(tensors: list[Tensor]) -> list[Tensor]:
-    """Mine to the previous rank, the next rank's to me; shapes are the same on all ranks. Without gradient.
+    """Sends the tensors to the previous rank and returns those of the next rank. Without gradient.
 
-    After as many calls as there are ranks everybody has had everybody's, and one's own are back.
+    Shapes must be equal on all ranks. After `world_size()` calls every rank has received the tensors of all ranks and
+    has its own again.
     """
     if world_size() == 1:
         return tensors
@@ -102,6 +104,6 @@ def gather_objects(value: Value) -> list[Value]:
 
 
 def gather_shards(model: nn.Module) -> dict[str, Tensor]:
-    """The whole state dict of a model whose parameters FSDP2 keeps in shards, on every rank."""
+    """The full state dict of a model sharded by FSDP2, on every rank."""
     state: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))  # all ranks
     return state

@@ -1,10 +1,10 @@
-"""What a user can cause, said in one line."""
+"""The error that a user can fix, and one-line error messages."""
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: the message is one line that names the value and the remedy."""
+    """A mistake that the user can fix. The message is one line that names the value and the remedy."""
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, short enough to stand in ours."""
+    """First line of an error's message, at most 300 characters, to quote in a message of this package."""
     return str(error).strip().split("\n")[0][:300] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Where a number comes from."""
+"""Commit and command line of a run, for its records."""
 
 import shlex
 import subprocess
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def git_commit() -> str | None:
-    """Of this project's checkout; None where it is installed."""
-    done = subprocess.run(
+    """Short commit hash of this project's checkout; None if it is installed without one."""
+    result = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
-    return done.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
 def command_line() -> str:
-    """What a user types to have it again."""
+    """The shell command that repeats this process."""
     return shlex.join(["accelerate", "launch", *sys.argv])

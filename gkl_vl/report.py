@@ -1,6 +1,6 @@
-"""What came of a run, for the eye: `report.png` and the closing table.
+"""Figures of runs and model comparisons, and plain-text tables.
 
-Records are the lines of results.jsonl. A training line has `step` and `train/...` keys, an evaluation line
+Records are the lines of results.jsonl. A training record has `step` and `train/...` keys, an evaluation record has
 `step`, `model` (teacher or student), `dataset` and metrics as fractions.
 """
 
@@ -21,12 +21,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from gkl_vl.atomic import replacing
 
-Pixels = float  # from the picture's top left corner
+Pixels = float
+"""Coordinates from the figure's top left corner, and lengths."""
 
 _WIDTH, _HEIGHT = 1400, 780
-_INK, _QUIET, _RULE = "#1f2328", "#656d76", "#d8dee4"
+_INK, _MUTED, _RULE = "#1f2328", "#656d76", "#d8dee4"
 _GREEN, _GREEN_BAR, _GREY_BAR, _TRACK = "#1a7f37", "#aceebb", "#d0d7de", "#f3f5f7"
-# Okabe and Ito's palette, which colour-blind readers tell apart too; ink is kept for the total.
+# Okabe and Ito's palette for colour-blind readers; _INK is reserved for the total loss.
 _COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
 _TERMS = {
     "contrastive": "contrastive",
@@ -39,35 +40,38 @@ _TERMS = {
     "robust": "attacked",
     "consistency": "consistency",
 }
-_PSEUDO_LABELS = {"mask_rate": "Pseudo-labels that count", "acc1": "Right among those"}
-_MOST_DATASETS = 4
+_PSEUDO_LABELS = {"mask_rate": "Pseudo-labels above the threshold", "acc1": "Accuracy of those pseudo-labels"}
+_MAX_DATASETS = 4
 _SHEET_COLUMNS, _SHEET_ROWS = 2, 6
 
 
 @dataclass(frozen=True)
 class SheetItem:
-    """A held-out image, its true name, and the student's likeliest texts for it, best first."""
+    """A held-out image, its class name, and the student's predictions."""
 
     image: PIL.Image.Image
     name: str
     top: list[tuple[str, float]]
-    """(text, probability in [0, 1]); three are shown. Right when the first text is `name`."""
+    """(text, probability in [0, 1]), most probable first; three are shown. Correct if the first text is `name`."""
+
+
+# ---- figures
 
 
 def draw_report(*, path: Path, records: list[dict], sheet: list[SheetItem], title: str) -> None:
-    """Write a PNG: loss curves and top-1 accuracy at the left, the sheet of held-out images at the right.
+    """Writes a PNG with loss curves and top-1 accuracy at the left and a sheet of held-out images at the right.
 
-    What the records lack is left out: terms, evaluations, the teacher. Where there are pseudo-labels they are drawn at
-    the right. Written beside `path` and renamed.
+    Terms, evaluations and a teacher that are not in the records are left out. Without a sheet, pseudo-labels are drawn
+    at the right; without either, the curves take the full width. The file is written atomically.
 
     Args:
         path: the .png to write.
-        records: lines of results.jsonl, in the order of time.
-        sheet: up to twelve are drawn; none, and no pseudo-labels, leave the curves the whole width.
-        title: one line above everything.
+        records: lines of results.jsonl, in chronological order.
+        sheet: the first twelve are drawn.
+        title: title of the figure, one line.
 
     Raises:
-        OSError: no permission, disk full; an existing picture is untouched.
+        OSError: no permission, disk full; an existing file is untouched.
     """
     figure = Figure(figsize=(_WIDTH / 100, _HEIGHT / 100), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
@@ -86,31 +90,32 @@ def draw_report(*, path: Path, records: list[dict], sheet: list[SheetItem], titl
 
 
 def pseudo_labels(records: list[dict], *, windows: int) -> list[dict[str, float]]:
-    """How many pseudo-labels counted and how many of those were right, in percent, over the training.
+    """Share of pseudo-labels above the threshold and their accuracy over the training, in percent.
 
-    Batches are few images, so the logged ones are pooled in so many parts of the training: {"step", the last one's;
-    "mask_rate"; "acc1", NaN where none counted}.
+    Pools the logged batches, which are small, into `windows` consecutive parts. Each part has `step` (of its last
+    batch), `mask_rate` and `acc1` (NaN if no pseudo-label is above the threshold).
     """
     logged = [record for record in records if "train/mask_rate" in record]
     points = []
     for part in np.array_split(np.arange(len(logged)), min(windows, len(logged))) if logged else []:
         rates = [logged[i]["train/mask_rate"] for i in part]
-        right = [logged[i]["train/mask_rate"] * logged[i]["train/pseudo_label_acc1"] for i in part]
-        acc1 = 100 * sum(right) / sum(rates) if sum(rates) else math.nan
+        correct = [logged[i]["train/mask_rate"] * logged[i]["train/pseudo_label_acc1"] for i in part]
+        acc1 = 100 * sum(correct) / sum(rates) if sum(rates) else math.nan
         points.append({"step": logged[part[-1]]["step"], "mask_rate": 100 * sum(rates) / len(rates), "acc1": acc1})
     return points
 
 
 def draw_pseudo_labels(*, path: Path, runs: dict[str, dict[str, list[dict[str, float]]]]) -> None:
-    """Write a PNG of `pseudo_labels`: a row for each setting, at the left how many count, at the right how many are
-    right, a line for each method.
+    """Writes a PNG of `pseudo_labels`: one row per setting, one line per method.
+
+    The left column shows the share above the threshold, the right column the accuracy.
 
     Args:
         path: the .png to write.
         runs: setting -> method -> points.
 
     Raises:
-        OSError: no permission, disk full; an existing picture is untouched.
+        OSError: no permission, disk full; an existing file is untouched.
     """
     figure = Figure(figsize=(12, 4.2 * len(runs)), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
@@ -119,40 +124,20 @@ def draw_pseudo_labels(*, path: Path, runs: dict[str, dict[str, list[dict[str, f
             axes = figure.add_axes((left, (len(runs) - 1 - row + 0.13) / len(runs), 0.41, 0.64 / len(runs)))
             lines = {name: [(point["step"], point[key]) for point in points] for name, points in methods.items()}
             _draw_shares(axes, f"{_PSEUDO_LABELS[key]}, {setting}", lines)
-            axes.set_xlabel("step", fontsize=10.5, color=_QUIET)
+            axes.set_xlabel("step", fontsize=10.5, color=_MUTED)
     _save(figure, path)
 
 
-def _draw_shares(axes: Axes, title: str, lines: dict[str, list[tuple[float, float]]]) -> None:
-    """Percents over steps; a name of "" is in no legend."""
-    _style(axes)
-    handles = []
-    for (name, points), colour in zip(lines.items(), _COLOURS, strict=False):
-        known = [(int(step), value) for step, value in points if math.isfinite(value)]
-        if known:
-            line = _draw_curve(axes, known, colour, width=2.0, marker="o")
-            line.set_label(f"{name}  {known[-1][1]:.0f} %".strip())
-            handles.append(line)
-    if not handles:
-        _say_none(axes, f"{title}: none")
-        return
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_locator(MaxNLocator(7, integer=True))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
-    _head(axes, title, handles, columns=len(handles) if len(handles) <= 3 else 2)
-
-
 def draw_tradeoff(*, path: Path, points: list[dict]) -> None:
-    """Write a PNG: the average main metric of each model against its parameters, and against its latency.
+    """Writes a PNG with the average main metric of each model over its parameters, and over its latency.
 
     Args:
         path: the .png to write.
-        points: of each model `name`, `score` (percent), `results` (how many the average is over), `parameters` and
-            `ms_per_image`. None leaves a picture that says so.
+        points: one dict per model with `name`, `score` (percent), `results` (number of results in the average),
+            `parameters` and `ms_per_image`. An empty list gives a figure with a placeholder.
 
     Raises:
-        OSError: no permission, disk full; an existing picture is untouched.
+        OSError: no permission, disk full; an existing file is untouched.
     """
     figure = Figure(figsize=(12, 5), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
@@ -161,16 +146,100 @@ def draw_tradeoff(*, path: Path, points: list[dict]) -> None:
         axes, ("parameters", "ms_per_image"), ("parameters, millions", "image tower, ms per image"), strict=True
     ):
         _draw_points(ax, points, key, 1e-6 if key == "parameters" else 1, label)
-    shared = f"Average main metric over {points[0]['results']} results" if points else "Nothing was measured"
+    shared = f"Average main metric over {points[0]['results']} results" if points else "No results"
     figure.text(0.06, 0.93, shared, fontsize=14, weight="bold", color=_INK)
     _save(figure, path)
 
 
-def _draw_points(axes: Axes, points: list[dict], key: str, unit: Pixels, label: str) -> None:
+# ---- parts of figures
+
+
+def _draw_losses(axes: Axes, records: list[dict]) -> None:
     _style(axes)
-    axes.set_xlabel(f"{label} (log scale)", fontsize=10.5, color=_QUIET)
+    curves = {"loss": ("total", _INK)}
+    logged = [key for key in _TERMS if any(f"train/{key}" in row for row in records)]
+    curves |= {key: (_TERMS[key], colour) for key, colour in zip(logged, _COLOURS, strict=False)}
+    drawn = []
+    for key, (label, colour) in curves.items():
+        points = [(row["step"], row[f"train/{key}"]) for row in records if f"train/{key}" in row]
+        points = [(step, value) for step, value in points if math.isfinite(value)]
+        if points and any(value != 0 for _, value in points):  # a term that is switched off has no curve
+            _draw_curve(axes, points, colour, width=2.2 if key == "loss" else 1.4).set_label(label)
+            drawn += [value for _, value in points]
+    if not drawn:
+        _draw_placeholder(axes, "Training loss: not logged")
+        return
+    if min(drawn) > 0 and max(drawn) > 20 * min(drawn):  # terms differ by orders of magnitude
+        axes.set_yscale("log")
+        axes.tick_params(which="minor", length=0)
+        axes.set_ylabel("log scale", fontsize=10, color=_MUTED)
+    _add_title_and_legend(axes, "Training loss", list(axes.lines), columns=len(axes.lines))
+
+
+def _draw_accuracy(axes: Axes, records: list[dict]) -> None:
+    _style(axes)
+    axes.set_xlabel("step", fontsize=10.5, color=_MUTED)
+    rows = [row for row in records if "acc1" in row and math.isfinite(row["acc1"])]
+    if not rows:
+        _draw_placeholder(axes, "Top-1 accuracy: not measured")
+        return
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    rows = [row for row in rows if row["dataset"] in datasets[:_MAX_DATASETS]]
+    handles = [
+        _draw_dataset(axes, dataset, [row for row in rows if row["dataset"] == dataset], colour)
+        for dataset, colour in zip(datasets[:_MAX_DATASETS], _COLOURS, strict=False)
+    ]
+    axes.set_ylim(bottom=0, top=1.08 * max(100 * row["acc1"] for row in rows) + 1)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
+    title = "Top-1 accuracy"
+    if any(row["model"] == "teacher" for row in rows):
+        title += ", teacher dashed"
+    if len(datasets) > _MAX_DATASETS:
+        title += f" ({_MAX_DATASETS} of {len(datasets)} data sets)"
+    _add_title_and_legend(axes, title, handles, columns=2)
+
+
+def _draw_dataset(axes: Axes, dataset: str, rows: list[dict], colour: str) -> Line2D:
+    """Draws the student's curve and the teacher's horizontal line; returns the legend handle for both."""
+    student = [(row["step"], 100 * row["acc1"]) for row in rows if row["model"] == "student"]
+    teacher = [100 * row["acc1"] for row in rows if row["model"] == "teacher"]
+    handle = Line2D([], [], color=colour, linewidth=2.0, marker="o", markersize=4.5)
+    label = shorten(dataset, 13)  # two legend columns with numbers have to fit
+    if student:
+        _draw_curve(axes, student, colour, width=2.0, marker="o")
+        label += f"  {student[-1][1]:.1f} %"
+    if teacher:
+        axes.axhline(teacher[-1], color=colour, linewidth=1.4, linestyle=(0, (5, 3)))
+        label += f" (teacher {teacher[-1]:.1f} %)"
+    handle.set_label(label)
+    return handle
+
+
+def _draw_shares(axes: Axes, title: str, lines: dict[str, list[tuple[float, float]]]) -> None:
+    """Percentages over steps, one line per name; the legend shows the name, which may be empty, and the last value."""
+    _style(axes)
+    handles = []
+    for (name, points), colour in zip(lines.items(), _COLOURS, strict=False):
+        finite = [(int(step), value) for step, value in points if math.isfinite(value)]
+        if finite:
+            line = _draw_curve(axes, finite, colour, width=2.0, marker="o")
+            line.set_label(f"{name}  {finite[-1][1]:.0f} %".strip())
+            handles.append(line)
+    if not handles:
+        _draw_placeholder(axes, f"{title}: none")
+        return
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
+    _add_title_and_legend(axes, title, handles, columns=len(handles) if len(handles) <= 3 else 2)
+
+
+def _draw_points(axes: Axes, points: list[dict], key: str, unit: float, label: str) -> None:
+    _style(axes)
+    axes.set_xlabel(f"{label} (log scale)", fontsize=10.5, color=_MUTED)
     if not points:
-        _say_none(axes, "no model")
+        _draw_placeholder(axes, "no model")
         return
     xs, ys = [unit * point[key] for point in points], [point["score"] for point in points]
     axes.set_xscale("log")
@@ -184,93 +253,12 @@ def _draw_points(axes: Axes, points: list[dict], key: str, unit: Pixels, label: 
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
     for number, (point, x, y) in enumerate(zip(points, xs, ys, strict=True)):
         axes.plot([x], [y], marker="o", markersize=9, color=_COLOURS[number % len(_COLOURS)])
-        told = f"{shorten(point['name'], 28)}  {y:.1f} %"
-        left = x > (min(xs) * max(xs)) ** 0.5  # a name at the right edge goes to the left
+        text = f"{shorten(point['name'], 28)}  {y:.1f} %"
+        left = x > (min(xs) * max(xs)) ** 0.5  # in the right half the label goes to the left of its point
         axes.annotate(
-            _drawable(told), (x, y), xytext=(-10 if left else 10, 6), textcoords="offset points", fontsize=9.5,
+            _drawable(text), (x, y), xytext=(-10 if left else 10, 6), textcoords="offset points", fontsize=9.5,
             color=_INK, ha="right" if left else "left", parse_math=False,
         )  # fmt: skip
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with replacing(path) as scratch:
-        figure.savefig(scratch, format="png")
-
-
-def shorten(text: str, length: int) -> str:
-    """`text` on one line of at most `length` characters, the rest replaced by an ellipsis."""
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
-
-
-def _draw_losses(axes: Axes, records: list[dict]) -> None:
-    _style(axes)
-    curves = {"loss": ("total", _INK)}
-    logged = [key for key in _TERMS if any(f"train/{key}" in row for row in records)]
-    curves |= {key: (_TERMS[key], colour) for key, colour in zip(logged, _COLOURS, strict=False)}
-    drawn = []
-    for key, (label, colour) in curves.items():
-        points = [(row["step"], row[f"train/{key}"]) for row in records if f"train/{key}" in row]
-        points = [(step, value) for step, value in points if math.isfinite(value)]
-        if points and any(value != 0 for _, value in points):  # a term that is switched off is no curve
-            _draw_curve(axes, points, colour, width=2.2 if key == "loss" else 1.4).set_label(label)
-            drawn += [value for _, value in points]
-    if not drawn:
-        _say_none(axes, "Training loss: none was logged")
-        return
-    if min(drawn) > 0 and max(drawn) > 20 * min(drawn):  # terms differ by orders of magnitude
-        axes.set_yscale("log")
-        axes.tick_params(which="minor", length=0)
-        axes.set_ylabel("log scale", fontsize=10, color=_QUIET)
-    _head(axes, "Training loss", list(axes.lines), columns=len(axes.lines))
-
-
-def _draw_accuracy(axes: Axes, records: list[dict]) -> None:
-    _style(axes)
-    axes.set_xlabel("step", fontsize=10.5, color=_QUIET)
-    rows = [row for row in records if "acc1" in row and math.isfinite(row["acc1"])]
-    if not rows:
-        _say_none(axes, "Top-1 accuracy: none was measured")
-        return
-    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
-    rows = [row for row in rows if row["dataset"] in datasets[:_MOST_DATASETS]]
-    handles = [
-        _draw_dataset(axes, dataset, [row for row in rows if row["dataset"] == dataset], colour)
-        for dataset, colour in zip(datasets[:_MOST_DATASETS], _COLOURS, strict=False)
-    ]
-    axes.set_ylim(bottom=0, top=1.08 * max(100 * row["acc1"] for row in rows) + 1)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
-    title = "Top-1 accuracy"
-    if any(row["model"] == "teacher" for row in rows):
-        title += ", teacher dashed"
-    if len(datasets) > _MOST_DATASETS:
-        title += f" ({_MOST_DATASETS} of {len(datasets)} data sets)"
-    _head(axes, title, handles, columns=2)
-
-
-def _draw_dataset(axes: Axes, dataset: str, rows: list[dict], colour: str) -> Line2D:
-    """The student over time and the teacher's level; returns what stands for both in the legend."""
-    student = [(row["step"], 100 * row["acc1"]) for row in rows if row["model"] == "student"]
-    teacher = [100 * row["acc1"] for row in rows if row["model"] == "teacher"]
-    handle = Line2D([], [], color=colour, linewidth=2.0, marker="o", markersize=4.5)
-    label = shorten(dataset, 13)  # two of them with their numbers have to fit beside each other
-    if student:
-        _draw_curve(axes, student, colour, width=2.0, marker="o")
-        label += f"  {student[-1][1]:.1f} %"
-    if teacher:
-        axes.axhline(teacher[-1], color=colour, linewidth=1.4, linestyle=(0, (5, 3)))
-        label += f" (teacher {teacher[-1]:.1f} %)"
-    handle.set_label(label)
-    return handle
-
-
-def _draw_curve(
-    axes: Axes, points: Sequence[tuple[int, float]], colour: str, *, width: float, marker: str = ""
-) -> Line2D:
-    steps, values = zip(*points, strict=True)
-    marker = marker or ("o" if len(points) == 1 else "")  # a line through one point is invisible
-    (line,) = axes.plot(steps, values, color=colour, linewidth=width, marker=marker, markersize=4.5)
-    return line
 
 
 def _draw_sheet(figure: Figure, sheet: list[SheetItem]) -> None:
@@ -279,7 +267,7 @@ def _draw_sheet(figure: Figure, sheet: list[SheetItem]) -> None:
     hits = sum(bool(item.top) and item.top[0][0] == item.name for item in sheet)
     heading = "Held-out images and the student's three likeliest names"
     _text(figure, left, top - 22, heading, size=12, weight="bold")
-    _text(figure, right - 16, top - 22, f"{hits} of {len(sheet)} right", size=10.5, colour=_QUIET, align="right")
+    _text(figure, right - 16, top - 22, f"{hits} of {len(sheet)} right", size=10.5, colour=_MUTED, align="right")
     for index, item in enumerate(sheet):
         row, column = divmod(index, _SHEET_COLUMNS)
         _draw_item(figure, item, left + column * cell_width, top + row * cell_height, cell_width - 16)
@@ -294,10 +282,10 @@ def _draw_item(figure: Figure, item: SheetItem, x: Pixels, y: Pixels, width: Pix
     x, width = x + side + 12, width - side - 12
     _text(figure, x, y + 15, shorten(item.name, 30), size=11, weight="bold")
     for rank, (text, probability) in enumerate(item.top[:3]):
-        top, right = y + 22 + rank * line, text == item.name
+        top, correct = y + 22 + rank * line, text == item.name
         _bar(figure, x, top, width, line - 3, _TRACK)
-        _bar(figure, x, top, width * min(max(probability, 0), 1), line - 3, _GREEN_BAR if right else _GREY_BAR)
-        colour = _GREEN if right else _INK
+        _bar(figure, x, top, width * min(max(probability, 0), 1), line - 3, _GREEN_BAR if correct else _GREY_BAR)
+        colour = _GREEN if correct else _INK
         _text(figure, x + 6, top + 14, shorten(text, 27), size=9.5, colour=colour)
         _text(
             figure,
@@ -308,6 +296,15 @@ def _draw_item(figure: Figure, item: SheetItem, x: Pixels, y: Pixels, width: Pix
             colour=colour,
             align="right",
         )
+
+
+def _draw_curve(
+    axes: Axes, points: Sequence[tuple[int, float]], colour: str, *, width: float, marker: str = ""
+) -> Line2D:
+    steps, values = zip(*points, strict=True)
+    marker = marker or ("o" if len(points) == 1 else "")  # a line through one point is invisible
+    (line,) = axes.plot(steps, values, color=colour, linewidth=width, marker=marker, markersize=4.5)
+    return line
 
 
 def _bar(figure: Figure, x: Pixels, y: Pixels, width: Pixels, height: Pixels, colour: str) -> None:
@@ -326,13 +323,13 @@ def _text(
     colour=_INK,
     align="left",
 ) -> None:
-    # Names hold `$` and `_`, which matplotlib would take for formulas.
+    # Names contain `$` and `_`, which matplotlib would parse as formulas.
     style = {"fontsize": size, "weight": weight, "color": colour, "ha": align, "parse_math": False}
     figure.text(x / _WIDTH, 1 - y / _HEIGHT, _drawable(text), **style)
 
 
 def _drawable(text: str) -> str:
-    """`text` with a box for what the font has no glyph for; matplotlib would warn."""
+    """`text` with a box for every character that the font lacks, about which matplotlib would warn."""
     font = get_font(findfont("DejaVu Sans"))
     return "".join(c if font.get_char_index(ord(c)) else "□" for c in text)
 
@@ -342,13 +339,13 @@ def _style(axes: Axes) -> None:
     axes.spines[["left", "bottom"]].set_color(_RULE)
     axes.grid(axis="y", color=_RULE, linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=_QUIET, labelsize=10, length=0)
+    axes.tick_params(colors=_MUTED, labelsize=10, length=0)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
 
 
-def _head(axes: Axes, title: str, handles: list[Line2D], *, columns: int) -> None:
-    """The legend above the axes and the title above the legend."""
+def _add_title_and_legend(axes: Axes, title: str, handles: list[Line2D], *, columns: int) -> None:
+    """Places the legend above the axes and the title above the legend."""
     rows = math.ceil(len(handles) / columns)
     axes.set_title(title, loc="left", fontsize=12, weight="bold", color=_INK, pad=9 + 15 * rows)
     for handle in handles:
@@ -359,37 +356,45 @@ def _head(axes: Axes, title: str, handles: list[Line2D], *, columns: int) -> Non
         borderpad=0.4,
     )  # fmt: skip
     low, high = axes.get_xlim()
-    if high - low < 2:  # a single step: its ticks would be fractions of one
+    if high - low < 2:  # a single step: ticks would be at fractions of a step
         axes.set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)
 
 
-def _say_none(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=11, color=_QUIET)
+def _draw_placeholder(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=11, color=_MUTED)
     axes.set_axis_off()
 
 
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as scratch:
+        figure.savefig(scratch, format="png")
+
+
+# ---- plain text
+
+
 def results_table(rows: list[dict]) -> str:
-    """The closing table in plain text, at most 100 columns wide: a line per number, teacher beside student.
+    """The closing table of a run in plain text, at most 100 columns wide: one line per number, one column per model.
 
     Args:
         rows: one dict per model, with the keys
             `model`: "teacher" or "student"; a run without a teacher has one row,
-            `name`: what was loaded or trained,
+            `name`: of the model,
             `image_parameters` (of the image tower, optional) and `parameters`: counts,
             `ms_per_image`: float, optional,
-            `results`: {dataset: {metric key: fraction}}, as the evaluation lines of results.jsonl have them.
-            nan (acc5 of fewer than five classes) is left out.
+            `results`: {dataset: {metric key: fraction}}, as in the evaluation records. NaN (acc5 of fewer than five
+            classes) is left out.
     """
     sides = {row["model"]: row for row in rows}
-    head = ["", *(shorten(f"{model} {row['name']}", 21) for model, row in sides.items())]
+    header = ["", *(shorten(f"{model} {row['name']}", 21) for model, row in sides.items())]
     costs = (
         ("image tower, parameters", "image_parameters", "smaller"),
         ("all parameters", "parameters", "smaller"),
         ("ms per image", "ms_per_image", "faster"),
     )
-    lines = [head]
+    lines = [header]
     lines += [_cost_line(label, key, sides, better) for label, key, better in costs if all(key in row for row in rows)]
-    for dataset, key in dict.fromkeys((d, k) for row in rows for d, found in row["results"].items() for k in found):
+    for dataset, key in dict.fromkeys((d, k) for row in rows for d, metrics in row["results"].items() for k in metrics):
         values = {model: row["results"].get(dataset, {}).get(key, math.nan) for model, row in sides.items()}
         if not all(math.isnan(value) for value in values.values()):
             cells = ["–" if math.isnan(value) else f"{100 * value:.1f} %" for value in values.values()]
@@ -400,7 +405,7 @@ def results_table(rows: list[dict]) -> str:
 
 
 def metrics_by_dataset(records: list[dict], role: str) -> dict[str, dict[str, float]]:
-    """`results` of a row of `results_table`, from the evaluation records of "teacher" or "student"."""
+    """The `results` of a row of `results_table`, from the evaluation records of `role`, "teacher" or "student"."""
     return {
         record["dataset"]: {key: value for key, value in record.items() if isinstance(value, float)}
         for record in records
@@ -415,14 +420,14 @@ def _cost_line(label: str, key: str, sides: dict[str, dict], better: str) -> lis
 
 
 def _underlined(lines: list[list[str]]) -> str:
-    """A table with a rule below its head."""
+    """An aligned table with a rule below its header."""
     width = max(len(line) for line in lines)
-    head, *rows = aligned([line + [""] * (width - len(line)) for line in lines]).split("\n")
-    return "\n".join([head, "-" * max(map(len, [head, *rows])), *rows])
+    header, *rows = aligned([line + [""] * (width - len(line)) for line in lines]).split("\n")
+    return "\n".join([header, "-" * max(map(len, [header, *rows])), *rows])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their longest cell, the first flush left, the others right."""
+    """Pads columns to their longest cell; the first is left-aligned, the others are right-aligned."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
@@ -434,3 +439,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 def percent(share: float) -> str:
     """0.1234 -> "12.34 %"."""
     return f"{100 * share:.2f} %"
+
+
+def shorten(text: str, length: int) -> str:
+    """`text` on one line of at most `length` characters; longer text is cut and ends in an ellipsis."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"

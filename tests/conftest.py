@@ -1,4 +1,4 @@
-"""What holds for every test: no network, a cache of our own, two threads, fixed seeds, a fresh Accelerate."""
+"""Set-up of every test: no network, a temporary cache, two threads, fixed seeds, a reset Accelerate state."""
 
 import os
 import random
@@ -9,8 +9,8 @@ import tempfile
 from ipaddress import ip_address
 from pathlib import Path
 
-# Before anything that reads them at import. Programs that a test starts inherit them; the proxy that is
-# not there keeps those programs off the network.
+# Set before the imports that read them. Subprocesses of a test inherit them; the proxy does not exist, so that
+# subprocesses have no network either.
 CACHE = tempfile.TemporaryDirectory(prefix="gkl_vl_tests_")
 JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 HUB = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN", "TORCH_HOME")
@@ -34,10 +34,10 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 class NetworkBlocked(ConnectionError):
-    """An OSError, so that the code under test meets what a machine without network gives it."""
+    """A test used the network. A subclass of OSError, as on a machine without network."""
 
 
-def is_here(host: object) -> bool:
+def is_local(host: object) -> bool:
     if isinstance(host, bytes):
         host = host.decode()
     if host in (None, "", "localhost", socket.gethostname()):
@@ -50,13 +50,13 @@ def is_here(host: object) -> bool:
 
 @pytest.fixture(autouse=True, scope="session")
 def no_network():
-    """Connections and look-ups end at this machine."""
+    """Allows connections and name look-ups on this machine only."""
 
     def guard(method, host_of):
         def guarded(*args, **kwargs):
             host = host_of(*args)
-            if not is_here(host):
-                raise NetworkBlocked(f"a test wanted the network: {host}")
+            if not is_local(host):
+                raise NetworkBlocked(f"a test tried to reach the network: {host}")
             return method(*args, **kwargs)
 
         return guarded
@@ -80,7 +80,7 @@ def same_seeds():
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """Accelerate keeps one state per process: the next test may ask for another precision."""
+    """Resets the state that Accelerate keeps per process: the next test may use another precision."""
     yield
     if "accelerate.state" in sys.modules:
         from accelerate.state import AcceleratorState, GradientState
@@ -91,7 +91,7 @@ def fresh_accelerate():
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Two threads that meet after each of a thousand tiny operations take many times as long."""
+    """One thread for a module of many tiny operations, which the synchronisation of two slows down many times."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -100,8 +100,8 @@ def one_thread():
 
 @pytest.fixture
 def run_script(monkeypatch, capsys):
-    """run_script(path, *flags) -> (exit code, stdout, stderr) of a script in this process, where its folder may be
-    chosen before."""
+    """Returns run_script(path, *flags) -> (exit code, stdout, stderr), which runs a script in this process, in the
+    current folder."""
 
     def run_script(path: Path, *flags: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [path.name, *map(str, flags)])

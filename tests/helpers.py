@@ -1,4 +1,4 @@
-"""What several test files share: a function run by several processes at once."""
+"""Helpers of several test files: running a function in several processes, comparing results files."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from pathlib import Path
 
 TIMEOUT_SECONDS = 120.0
 
-# Every rank is a fresh process, forked from a server that has imported the slow parts once (one thread).
-# `spawn` would import torch in each of them; a pool would carry state from one test to the next.
+# Every rank is a fresh process, forked from a single-threaded server that has imported the slow modules once.
+# `spawn` would import torch in each process; a pool would keep state between tests.
 PROCESSES = get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
@@ -30,18 +30,18 @@ PROCESSES.set_forkserver_preload(
         "beartype",
     ]
 )
-GRACE_SECONDS = 0.5  # for the others' tracebacks, once one rank has failed
+GRACE_SECONDS = 0.5  # wait for the tracebacks of other ranks after the first failure
 
 
 class RankFailed(AssertionError):
-    """One of the processes raised, died or hung; the message holds its traceback."""
+    """A process raised, exited or timed out; the message contains its traceback."""
 
 
 def run_ranks(function: Callable, world_size: int, *args, timeout_seconds: float = TIMEOUT_SECONDS) -> list:
-    """`[function(rank, world_size, *args) for each rank]`, each in its own process of one gloo group.
+    """Returns `[function(rank, world_size, *args) for each rank]`, each run in a process of one gloo group.
 
-    `function` is defined at the top of a test file; its arguments and result are pickled (detach tensors).
-    The shapes of gkl_vl are checked in the processes too. Errors: RankFailed with the tracebacks.
+    `function` must be defined at module level of a test file; its arguments and result are pickled (detach tensors).
+    Shapes of gkl_vl are checked in the processes too. Raises: RankFailed with the tracebacks.
     """
     with tempfile.TemporaryDirectory() as folder:
         task = pickle.dumps((function, args))
@@ -56,7 +56,7 @@ def run_ranks(function: Callable, world_size: int, *args, timeout_seconds: float
         try:
             for process, (_, sender) in zip(ranks, pairs, strict=True):
                 process.start()
-                sender.close()  # the child's end: when the child dies, ours reads end-of-file
+                sender.close()  # the child's end: if the child exits, the receiver raises EOFError
             return collect([receiver for receiver, _ in pairs], timeout_seconds)
         finally:
             for process in ranks:
@@ -95,7 +95,7 @@ def receive(receiver: connection.Connection) -> tuple[bool, object]:
     try:
         return pickle.loads(receiver.recv_bytes())
     except EOFError:
-        return False, "died without a word"
+        return False, "exited without a result"
 
 
 def rank_main(rank, world_size, rendezvous, task, path, environment, sender) -> None:
@@ -110,7 +110,7 @@ def rank_main(rank, world_size, rendezvous, task, path, environment, sender) -> 
 
 
 def rank_environment(rank: int, world_size: int) -> dict[str, str]:
-    """What torchrun would set, so that Accelerate finds the group; gloo keeps to the loopback interface."""
+    """The variables that torchrun sets, which Accelerate reads; gloo uses the loopback interface."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -144,6 +144,6 @@ def in_group(rank: int, world_size: int, rendezvous: Path, task: bytes):
 
 
 def lines_without_speed(results: Path) -> list[dict]:
-    """What results.jsonl says, but for what no two runs share."""
+    """The records of results.jsonl without speeds, which differ between runs."""
     records = [json.loads(line) for line in results.read_text().splitlines()]
     return [{key: value for key, value in record.items() if "per_second" not in key} for record in records]

@@ -1,4 +1,4 @@
-"""A CLIP of a few thousand random weights in open_clip's architecture, and one that sees two colours."""
+"""Two small CLIPs for tests: open_clip's architecture with random weights, and one that distinguishes two colours."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ CONFIG = {
 
 
 def tiny_clip(folder: Path) -> Clip:
-    """With CLIP's own tokenizer; its configuration is left in `folder`."""
+    """open_clip's architecture with CLIP's tokenizer. Writes its configuration to `folder`."""
     path = folder / "tiny.json"
     path.write_text(json.dumps(CONFIG))
     torch.manual_seed(0)
@@ -27,7 +27,7 @@ def tiny_clip(folder: Path) -> Clip:
 
 
 class ColourBlind(nn.Module):
-    """An image is the mean of its channels; a text the colour it names, and everything blue looks green."""
+    """Embeds an image by the mean of its channels, with blue added to green, and a text by the colour that it names."""
 
     def __init__(self):
         super().__init__()
@@ -38,20 +38,21 @@ class ColourBlind(nn.Module):
 
     def encode_image(self, pixels, normalize):
         red, green, blue = pixels.mean(dim=(2, 3)).clamp(min=0.01).unbind(dim=1)
-        seen = self.norm(self.dropout(torch.stack([red, green + blue, 0 * blue], dim=1)))
-        return F.normalize(self.gain * seen, dim=-1)
+        channels = self.norm(self.dropout(torch.stack([red, green + blue, 0 * blue], dim=1)))
+        return F.normalize(self.gain * channels, dim=-1)
 
     def encode_text(self, tokens, normalize):
         return F.normalize(F.one_hot(tokens[:, 0], 4)[:, :3].float() + 0.1, dim=-1)
 
 
 def name_colours(texts: list[str]) -> torch.Tensor:
+    """Tokens of the texts: the index of the first colour that a text names, or 3."""
     rows = [next((i for i, colour in enumerate(COLOURS) if colour in text), 3) for text in texts]
     return torch.tensor(rows)[:, None]
 
 
 def colour_blind_clip() -> Clip:
-    """Untrained, so that its norm leaves the channels as they are."""
+    """Untrained: its batch norm is the identity in evaluation mode."""
     return Clip(
         name="colour-blind",
         towers=OpenClipTowers(ColourBlind()),

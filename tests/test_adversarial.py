@@ -1,7 +1,6 @@
 """Adversarial training: the schedule of attacks, the whole step against the released procedure, several processes."""
 
 import copy
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,35 +54,37 @@ EIGHT = 8 / 255
     ],
 )
 def test_the_attack_grows_as_published(budget, epoch, expected):
-    found = strength(AdversarialTraining(budget=budget), epoch=epoch)
-    assert found.steps == expected[2] and found[:2] == pytest.approx(expected[:2], rel=1e-12)
+    attack = strength(AdversarialTraining(budget=budget), epoch=epoch)
+    assert attack.steps == expected[2] and attack[:2] == pytest.approx(expected[:2], rel=1e-12)
 
 
-def test_high_is_what_the_released_row_of_ifs_comes_to():
+def test_high_equals_the_released_sequence_of_ifs():
     for epoch in range(1, 201):
         for until, steps, share in ((50, 2, 1), (100, 3, 2 / 3), (150, 4, 1 / 2), (200, 5, 1 / 2)):
             if epoch <= until:  # no else, as released
                 expected = (steps, share)
-        found = strength(AdversarialTraining(budget="high"), epoch=epoch - 1)
-        assert (found.steps, pytest.approx(found.step_size / found.epsilon)) == expected
+        attack = strength(AdversarialTraining(budget="high"), epoch=epoch - 1)
+        assert (attack.steps, pytest.approx(attack.step_size / attack.epsilon)) == expected
 
 
 @pytest.mark.parametrize("method", ["trades", "ikl", "gkl"])
-def test_losses_are_the_methods_own(method):
+def test_each_method_has_its_losses(method):
     settings = replace(SETTINGS, method=method, attack_wmse_weight=0.5)
     attacked, natural = torch.randn(2, N, C, generator=torch.Generator().manual_seed(0))
     prior = torch.softmax(torch.randn(N, C, generator=torch.Generator().manual_seed(1)), dim=1)
     pair = {"student": attacked, "teacher": natural}
     if method == "trades":
-        expected, raised = 6 * kl_loss(**pair), kl_loss(**pair)
+        expected, attack_objective = 6 * kl_loss(**pair), kl_loss(**pair)
     else:
         gamma = 1.0 if method == "ikl" else 0.4
         expected = gkl_loss(**pair, wmse_weight=20, soft_ce_weight=4, gamma=gamma, class_prior=prior)
-        raised = gkl_loss(**pair, wmse_weight=0.5, class_prior=prior)
+        attack_objective = gkl_loss(**pair, wmse_weight=0.5, class_prior=prior)
     torch.testing.assert_close(
         robust_loss(attacked=attacked, natural=natural, prior=prior, settings=settings), expected
     )
-    torch.testing.assert_close(attack_loss(attacked=attacked, natural=natural, prior=prior, settings=settings), raised)
+    torch.testing.assert_close(
+        attack_loss(attacked=attacked, natural=natural, prior=prior, settings=settings), attack_objective
+    )
 
 
 # ---- the whole step ----------------------------------------------------------------------------------------------
@@ -96,21 +97,21 @@ def net(norm: bool = True) -> torch.nn.Module:
 
 
 def batches(second: bool) -> list[dict]:
-    """Two for each of three epochs."""
-    draw, found = torch.Generator().manual_seed(3), []
+    """Two batches in each of three epochs."""
+    draw, batches = torch.Generator().manual_seed(3), []
     for number in range(6):
         image, other = torch.randint(0, 256, (2, N, 3, 8, 8), generator=draw, dtype=torch.uint8)
         batch = {"image": image, "label": torch.randint(0, C, (N,), generator=draw), "epoch": number // 2}
-        found.append(batch | {"keys": [str(i) for i in range(N)]} | ({"second_image": other} if second else {}))
-    return found
+        batches.append(batch | {"keys": [str(i) for i in range(N)]} | ({"second_image": other} if second else {}))
+    return batches
 
 
 class Loader:
-    def __init__(self, given: list[dict]):
-        self.given = given
+    def __init__(self, batches: list[dict]):
+        self.batches = batches
 
     def __iter__(self):
-        return iter(self.given)
+        return iter(self.batches)
 
     def position(self):
         return {}
@@ -120,10 +121,10 @@ class Loader:
 
 
 def trained(folder: Path, settings: AdversarialTraining, second: bool, from_step: int = 2) -> tuple:
-    """By the engine: the model, and its average."""
+    """Trains with the engine; returns the model and its moving average."""
     model = MultiBatch(OnPixels(net(), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)).double())
     prior = EpochPrior(C, settings.gkl.weight_temperature) if settings.method in ("ikl", "gkl") else None
-    torch.manual_seed(5)  # of the attacks' noise
+    torch.manual_seed(5)  # for the noise of the attacks
     result = fit(
         accelerator=Accelerator(cpu=True),
         model=model,
@@ -132,9 +133,8 @@ def trained(folder: Path, settings: AdversarialTraining, second: bool, from_step
         learning_rate=lambda step: 0.1,
         make_loader=lambda position: Loader(batches(second)),
         run=RunFolder(folder / "run", is_main=True),
-        config=FitConfig(steps=6, grad_clip_norm=math.inf, average_from_step=from_step),
+        config=FitConfig(steps=6, average_from_step=from_step),
         evaluate=lambda model: [],
-        after_step=lambda: None,
         average=moving_average(model, 0.9),
     )
     return model.model.model, result.model.model
@@ -151,7 +151,7 @@ def released_dkl(student, teacher, prior, *, alpha, beta, gamma):
 
 
 def transcribed(settings: AdversarialTraining, second: bool) -> tuple:
-    """The loop of the released script, with its proxy model and its way to perturb and restore."""
+    """The loop of the released script, with its proxy model and its perturbation of the weights."""
     mean, std = (torch.tensor(v).double().view(3, 1, 1) for v in ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
     inner = net().double()
     gamma = 1.0 if settings.method == "ikl" else settings.gkl.gamma
@@ -178,7 +178,9 @@ def transcribed(settings: AdversarialTraining, second: bool) -> tuple:
         rows = weight[target]
         inner.eval()
         adv = x + 0.001 * torch.randn(x.shape, dtype=x.dtype)
-        adv = torch.min(torch.max(adv, x - epsilon), x + epsilon).clamp(0, 1)  # ours stays in the ball from the start
+        adv = torch.min(torch.max(adv, x - epsilon), x + epsilon).clamp(
+            0, 1
+        )  # unlike there, within the ball from the start
         for _ in range(5):
             adv.requires_grad_()
             with torch.enable_grad():
@@ -224,14 +226,14 @@ def transcribed(settings: AdversarialTraining, second: bool) -> tuple:
 
 
 @pytest.fixture(autouse=True)
-def exactly(monkeypatch):
-    """In float64: in float32 a gradient near 0 rounds to either sign, and the attack takes another way."""
+def in_float64(monkeypatch):
+    """Pixels in float64: in float32 a gradient near 0 rounds to either sign, and the attack takes another path."""
     monkeypatch.setattr("gkl_vl.objectives.adversarial.scaled", lambda images: images.double() / 255)
 
 
 @pytest.mark.parametrize("second", [False, True])
 @pytest.mark.parametrize("method", ["ikl", "gkl"])
-def test_the_whole_step_is_the_released_procedure(tmp_path, method, second):
+def test_the_whole_step_equals_the_released_procedure(tmp_path, method, second):
     settings = replace(SETTINGS, method=method)
     model, average = trained(tmp_path, settings, second)
     expected, expected_average = transcribed(settings, second)
@@ -243,8 +245,8 @@ def test_the_whole_step_is_the_released_procedure(tmp_path, method, second):
         assert not torch.equal(value, start[name])
 
 
-def test_every_setting_of_the_step_shows(tmp_path):
-    """A transcription that agreed by chance with a step that leaves something out would be none."""
+def test_every_setting_changes_the_step(tmp_path):
+    """Otherwise the comparison with the released procedure could pass with a setting ignored."""
     base, _ = trained(tmp_path / "base", SETTINGS, True)
     for number, change in enumerate(
         [
@@ -263,7 +265,7 @@ def test_every_setting_of_the_step_shows(tmp_path):
         assert not torch.allclose(base[0].weight, other[0].weight, atol=1e-5), change
 
 
-def test_natural_training_sees_no_attack(tmp_path, monkeypatch):
+def test_natural_training_makes_no_attack(tmp_path, monkeypatch):
     monkeypatch.setattr("gkl_vl.objectives.adversarial.pgd", None)
     monkeypatch.setattr("gkl_vl.objectives.adversarial.weights_perturbed", None)
     model, _ = trained(tmp_path, replace(SETTINGS, method="natural", label_smoothing=0.0), False)
@@ -277,7 +279,7 @@ def test_natural_training_sees_no_attack(tmp_path, monkeypatch):
     torch.testing.assert_close(model[0].weight, expected[0].weight, rtol=1e-5, atol=1e-6)
 
 
-def test_before_the_average_begins_it_is_the_model_itself(tmp_path):
+def test_before_the_average_begins_the_model_itself_is_returned(tmp_path):
     model, average = trained(tmp_path / "never", SETTINGS, False, from_step=6)
     assert average is model
     model, average = trained(tmp_path / "last", SETTINGS, False, from_step=5)
@@ -288,7 +290,7 @@ def test_before_the_average_begins_it_is_the_model_itself(tmp_path):
 
 
 def waves(images: Tensor, *_) -> Tensor:
-    """A start that a row gets whichever process it is on."""
+    """A start of the attack that depends on the image, not on the process."""
     return 0.001 * torch.sin(1000 * images)
 
 
@@ -301,9 +303,9 @@ def of_rank(rank: int, world_size: int, method: str) -> tuple:
     objective = Adversarial(model=model, settings=settings, prior=EpochPrior(C, 2.0) if method != "trades" else None)
     rows = slice(rank * N // world_size, (rank + 1) * N // world_size)
     for batch in batches(True)[:3]:
-        mine = {name: value[rows] if name not in ("epoch",) else value for name, value in batch.items()}
+        own = {name: value if name == "epoch" else value[rows] for name, value in batch.items()}
         model.zero_grad()
-        part = objective.prepare(mine)
+        part = objective.prepare(own)
         with objective.around_update([part]):
             loss, _ = objective.loss(objective.outputs(model, part), objective.targets(part))
             loss.backward()
@@ -316,10 +318,12 @@ def of_rank(rank: int, world_size: int, method: str) -> tuple:
 def test_processes_with_different_data_give_the_joined_batch(method):
     ((loss, gradient, state),) = run_ranks(of_rank, 1, method)
     for world_size in (2, 3):
-        found = run_ranks(of_rank, world_size, method)
-        assert [one[0] for one in found] == pytest.approx([loss] * world_size, rel=1e-5)
-        torch.testing.assert_close(sum(one[1] for one in found) / world_size, gradient, rtol=1e-4, atol=1e-6)
+        results = run_ranks(of_rank, world_size, method)
+        assert [result[0] for result in results] == pytest.approx([loss] * world_size, rel=1e-5)
+        torch.testing.assert_close(sum(result[1] for result in results) / world_size, gradient, rtol=1e-4, atol=1e-6)
         if method == "gkl":
-            assert all(one[2]["epoch"] == 1 for one in found)
-            torch.testing.assert_close(found[0][2]["prior"], state["prior"], rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(sum(one[2]["sums"] for one in found), state["sums"], rtol=1e-5, atol=1e-6)
+            assert all(result[2]["epoch"] == 1 for result in results)
+            torch.testing.assert_close(results[0][2]["prior"], state["prior"], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                sum(result[2]["sums"] for result in results), state["sums"], rtol=1e-5, atol=1e-6
+            )

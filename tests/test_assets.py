@@ -1,5 +1,5 @@
-"""The bundled emoji are whole: pictures of one size, labels that fit the captions, nothing held out in training;
-the bundled tokenizer is the one that its script builds."""
+"""The bundled emoji are complete: images of one size, labels that match the captions, no held-out emoji in training;
+the bundled tokenizer equals the one that its script builds."""
 
 import io
 import json
@@ -23,7 +23,7 @@ SPLITS = {
 
 
 def read_split(split: str) -> dict[str, dict[str, bytes]]:
-    """key -> extension -> content, of all shards that the split's files list."""
+    """key -> extension -> content, over all shards of a split."""
     folder = ASSETS / split
     samples = {}
     for shard in range(int((folder / "nshards.txt").read_text())):

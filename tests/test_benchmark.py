@@ -1,5 +1,5 @@
-"""Results have CLIP_benchmark's keys and values, one number for one set and model, whatever the way it was asked for;
-beside them stands what a teacher says of the same images."""
+"""Results have CLIP_benchmark's keys and values, equal for names, folders and objects; with a teacher they include a
+comparison on the same images."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from small_sets import COLOURS, colour_set, picture, write_set
 from gkl_vl.atomic import append_line
 from gkl_vl.errors import UserError
 from gkl_vl.evaluation.benchmark import (
-    against,
+    comparison,
     evaluate,
     measure,
     metrics_of,
@@ -45,19 +45,19 @@ def colours(tmp_path):
 def test_zero_shot_of_a_colour_blind_model(colour_blind, colours):
     (outcome,) = measure(Embedder(clip=colour_blind, batch_size=3), colours)
     metrics = metrics_of([outcome])
-    assert metrics["acc1"] == 5 / 7  # the two blue ones are taken for green
+    assert metrics["acc1"] == 5 / 7  # the two blue images are classified as green
     assert metrics["mean_per_class_recall"] == pytest.approx(2 / 3)
     assert np.isnan(metrics["acc5"])
     assert (outcome.task, outcome.images, outcome.broken) == (CLASSIFICATION, 7, 0)
 
 
-def test_retrieval_of_a_model_that_sees_colours(tmp_path, colour_blind):
+def test_retrieval_of_a_colour_blind_model(tmp_path, colour_blind):
     def recalls(colours: list[str], recall_k: tuple[int, ...]) -> dict[str, float]:
         dataset = load_benchmark_set(str(colour_set(tmp_path / colours[0], colours)))
         return metrics_of(measure(Embedder(clip=colour_blind), dataset, [RETRIEVAL], recall_k=recall_k))
 
     assert recalls(["red", "green"], (1,)) == {"image_retrieval_recall@1": 1, "text_retrieval_recall@1": 1}
-    # Both pictures look green: green texts come first for either, so only the green one finds its own.
+    # Both images have the embedding of green: the green texts rank first for both, so only the green image is a hit.
     metrics = recalls(["green", "blue"], (2, 3))
     assert metrics["text_retrieval_recall@2"] == 0.5 and metrics["text_retrieval_recall@3"] == 1
 
@@ -68,7 +68,7 @@ def npy(labels: list[int]) -> bytes:
     return file.getvalue()
 
 
-def test_labels_and_classes_may_be_several(tmp_path, colour_blind):
+def test_images_with_several_labels(tmp_path, colour_blind):
     samples = [
         (f"s{i}", {"png": picture(colour), "npy": npy(labels)})
         for i, (colour, labels) in enumerate([("red", [1, 0, 0]), ("green", [0, 1, 1]), ("red", [0, 1, 0])])
@@ -76,20 +76,20 @@ def test_labels_and_classes_may_be_several(tmp_path, colour_blind):
     files = dict(dataset_type=["multilabel"], classnames=list(COLOURS), zeroshot_classification_templates=["{c}"])
     dataset = load_benchmark_set(str(write_set(tmp_path / "set", [samples], **files)))
     (outcome,) = measure(Embedder(clip=colour_blind), dataset)
-    # red: images 0 and 2 score alike, the positive comes first: 1. green: image 1, then 0 and 2 alike: (1 + 2/3) / 2.
-    # blue: nothing looks blue, and what looks red is a little nearer than what looks green: its positive comes third.
+    # red: images 0 and 2 tie, the positive one is first: 1. green: image 1, then 0 and 2 tie: (1 + 2/3) / 2.
+    # blue: no image has its embedding, and red is slightly more similar to it than green: the positive is third, 1/3.
     assert metrics_of([outcome]) == {"mean_average_precision": pytest.approx((1 + 5 / 6 + 1 / 3) / 3)}
 
 
-def test_a_choice_takes_the_first_caption_for_the_right_one(tmp_path, colour_blind):
+def test_the_first_caption_of_a_choice_is_the_correct_one(tmp_path, colour_blind):
     captions = [("red", b"something red\nsomething green"), ("green", b"something red\nsomething green")]
     samples = [(f"s{i}", {"png": picture(c), "txt": text}) for i, (c, text) in enumerate(captions)]
     dataset = load_benchmark_set(str(write_set(tmp_path / "set", [samples], dataset_type=["retrieval"])))
-    found = metrics_of(measure(Embedder(clip=colour_blind), dataset, [CHOICE]))
-    assert found == {"image_acc": 1, "text_acc": 0.5, "acc": 0.5}
+    metrics = metrics_of(measure(Embedder(clip=colour_blind), dataset, [CHOICE]))
+    assert metrics == {"image_acc": 1, "text_acc": 0.5, "acc": 0.5}
 
 
-def test_both_tasks_together_are_each_alone_and_embed_an_image_once(colour_blind, colours):
+def test_two_tasks_together_equal_each_alone_and_embed_an_image_once(colour_blind, colours):
     embedder = Embedder(clip=colour_blind, batch_size=3)
     alone = [measure(embedder, colours, [task])[0] for task in (CLASSIFICATION, RETRIEVAL)]
     seen = []
@@ -111,57 +111,54 @@ def test_sets_that_do_not_fit_the_task_are_refused(tmp_path, colour_blind):
     assert "class" in refusal()
 
 
-def test_settings_without_sense_are_refused_before_the_work(colour_blind, colours):
+def test_invalid_recall_k_is_refused(colour_blind, colours):
     for recall_k in ((), (5, 0)):
         with pytest.raises(ValueError, match="recall_k"):
             measure(Embedder(clip=colour_blind), colours, [RETRIEVAL], recall_k=recall_k)
 
 
-# ---- results
-
-
-def test_a_result_is_clip_benchmarks_with_more_beside(colour_blind, colours):
+def test_a_result_has_clip_benchmarks_keys_and_more(colour_blind, colours):
     (outcome,) = measure(Embedder(clip=colour_blind), colours)
-    found = result(outcome, colours, model="m", pretrained="p", asked="wds/colours", draws=50, seed=4)
+    line = result(outcome, colours, model="m", pretrained="p", name="wds/colours", draws=50, seed=4)
     theirs = {"dataset": "wds/colours", "model": "m", "pretrained": "p", "task": CLASSIFICATION, "language": "en"}
-    assert theirs.items() <= found.items()
-    assert found["metrics"].keys() == {"acc1", "acc5", "mean_per_class_recall"}
-    assert (found["n"], found["broken"], found["seed"]) == (7, 0, 4)
-    low, high = found["intervals"]["acc1"]
+    assert theirs.items() <= line.items()
+    assert line["metrics"].keys() == {"acc1", "acc5", "mean_per_class_recall"}
+    assert (line["n"], line["broken"], line["seed"]) == (7, 0, 4)
+    low, high = line["intervals"]["acc1"]
     assert low <= 5 / 7 <= high and low < high
-    assert 0 <= found["extra"]["ece"] <= 1
-    json.dumps(found)
+    assert 0 <= line["extra"]["ece"] <= 1
+    json.dumps(line)
     again = result(outcome, colours, model="m", pretrained="p", draws=50, seed=4)
     assert again["intervals"]["acc1"] == [low, high] and again["dataset"] == colours.name
 
 
 class Seeing(ColourBlind):
-    """Tells blue from green."""
+    """Distinguishes blue from green."""
 
     def encode_image(self, pixels, normalize):
         return F.normalize(pixels.mean(dim=(2, 3)).clamp(min=0.01), dim=-1)
 
 
-def test_a_student_is_measured_against_its_teacher(colour_blind, colours):
+def test_a_student_is_compared_with_its_teacher(colour_blind, colours):
     seeing = replace(colour_blind, name="seeing", towers=OpenClipTowers(Seeing()))
     student, teacher = (measure(Embedder(clip=clip), colours)[0] for clip in (colour_blind, seeing))
-    found = against(student, teacher, colours, teacher_name="seeing", draws=200)["teacher"]
-    assert found["model"] == "seeing" and found["metrics"]["acc1"] == 1
-    assert found["kept"]["acc1"] == pytest.approx(5 / 7) and "ece" not in found["kept"]
-    low, high = found["kept_intervals"]["acc1"]
+    compared = comparison(student, teacher, colours, teacher_name="seeing", draws=200)["teacher"]
+    assert compared["model"] == "seeing" and compared["metrics"]["acc1"] == 1
+    assert compared["kept"]["acc1"] == pytest.approx(5 / 7) and "ece" not in compared["kept"]
+    low, high = compared["kept_intervals"]["acc1"]
     assert low < 5 / 7 < high <= 1
-    assert found["difference"]["acc1"]["value"] == pytest.approx(-2 / 7)
-    assert found["likeness"]["agreement@1"] == pytest.approx(5 / 7)
-    assert found["likeness"]["top5_overlap"] == 1 and found["likeness"]["kl"] > 0
-    assert found["per_class"]["blue"] == {"student": 0, "teacher": 1, "n": 2}
-    assert found["per_class"]["red"] == {"student": 1, "teacher": 1, "n": 3}
-    # Of itself a model keeps everything, and nothing differs.
-    same = against(teacher, teacher, colours, teacher_name="seeing", draws=20)["teacher"]
+    assert compared["difference"]["acc1"]["value"] == pytest.approx(-2 / 7)
+    assert compared["likeness"]["agreement@1"] == pytest.approx(5 / 7)
+    assert compared["likeness"]["top5_overlap"] == 1 and compared["likeness"]["kl"] > 0
+    assert compared["per_class"]["blue"] == {"student": 0, "teacher": 1, "n": 2}
+    assert compared["per_class"]["red"] == {"student": 1, "teacher": 1, "n": 3}
+    # Compared with itself, a model keeps everything and nothing differs.
+    same = comparison(teacher, teacher, colours, teacher_name="seeing", draws=20)["teacher"]
     assert same["kept"]["acc1"] == 1 and same["difference"]["acc1"]["p"] == 1
     assert same["likeness"] == {"agreement@1": 1, "top5_overlap": 1, "kl": pytest.approx(0, abs=1e-9)}
 
 
-def test_probabilities_are_those_of_the_models_own_scale(colour_blind, colours):
+def test_logits_have_the_models_own_scale(colour_blind, colours):
     (outcome,) = measure(Embedder(clip=colour_blind), colours)
     text = F.normalize(torch.eye(3) + 0.1, dim=-1)
     image = F.normalize(torch.tensor([1.0, 0.02, 0.0]), dim=-1)
@@ -178,14 +175,14 @@ def test_evaluate_returns_plain_dicts_for_names_folders_and_objects(tmp_path, co
     assert json.dumps(by_name["metrics"]) == json.dumps(by_object["metrics"])
     assert by_name["model"] == "seeing" and by_name["teacher"]["model"] == "colour-blind"
     assert "teacher" not in by_object and type(by_object) is dict
-    tasks = [line["task"] for line in evaluate(seeing, [str(root)], tasks=[RETRIEVAL, CLASSIFICATION], draws=20)]
+    tasks = [row["task"] for row in evaluate(seeing, [str(root)], tasks=[RETRIEVAL, CLASSIFICATION], draws=20)]
     assert tasks == [RETRIEVAL, CLASSIFICATION]
 
 
-def test_a_run_folder_is_its_exported_student(tmp_path):
-    run = tmp_path / "runs" / "mine"
+def test_a_run_folder_loads_its_exported_student(tmp_path):
+    run = tmp_path / "runs" / "first"
     run.mkdir(parents=True)
-    with pytest.raises(UserError, match="no finished run"):
+    with pytest.raises(UserError, match="is a folder but not a finished run"):
         load_clip(str(run))
     (run / "model").symlink_to(BUNDLED_TEACHER.removeprefix("local-dir:"))
     clip = load_clip(str(run))

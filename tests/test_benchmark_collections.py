@@ -1,4 +1,4 @@
-"""A collection is the list that its authors publish, and a name stands for a collection, a file of names, or itself."""
+"""Collections equal the lists that their authors publish; a name is a collection, a file of names, or a set."""
 
 from collections import Counter
 
@@ -22,7 +22,7 @@ def test_the_collections_have_the_published_sizes():
 
 
 def test_clip_benchmarks_lists_in_its_order():
-    """Where a list is long, its ends and the places where one part of ours meets another."""
+    """For a long list only its ends and the positions where our parts are joined."""
     assert names("retrieval") == ["mscoco_captions", "flickr8k", "flickr30k"]
     assert names("imagenet_robustness") == ["imagenetv2", "imagenet_sketch", "imagenet-a", "imagenet-r", "objectnet"]
     assert names("vtab")[:2] + names("vtab")[-4:] == [
@@ -38,7 +38,7 @@ def test_clip_benchmarks_lists_in_its_order():
     assert set(names("vtab")) < set(names("vtab+")) and set(names("imagenet_robustness")) < set(names("vtab+"))
 
 
-def test_the_bundled_sets_are_measured_in_two_ways_and_are_there():
+def test_the_bundled_sets_have_two_tasks_each():
     assert set(names("bundled")) == set(BUNDLED)
     for entry in COLLECTIONS["bundled"]:
         assert load_benchmark_set(entry.dataset).kind == "classification"
@@ -76,7 +76,7 @@ def test_datacomps_38_sets_and_their_metrics():
     assert "average" in left_out["fairness/utkface"]
 
 
-def test_every_entry_says_how_it_is_measured_or_why_not():
+def test_every_entry_has_a_metric_or_a_reason():
     usual = {
         "zeroshot_classification": "acc1",
         "zeroshot_retrieval": "mean_recall@1",
@@ -93,8 +93,8 @@ def test_every_entry_says_how_it_is_measured_or_why_not():
 
 def test_names_are_expanded_in_order_and_once(tmp_path):
     (tmp_path / "mine.txt").write_text("wds/cars\n\n  food101 \n")
-    found = expand(["food101", "retrieval", str(tmp_path / "mine.txt"), "flickr8k", "retrieval"])
-    assert [(entry.dataset, entry.task) for entry in found] == [
+    entries = expand(["food101", "retrieval", str(tmp_path / "mine.txt"), "flickr8k", "retrieval"])
+    assert [(entry.dataset, entry.task) for entry in entries] == [
         ("food101", None),
         ("mscoco_captions", "zeroshot_retrieval"),
         ("flickr8k", "zeroshot_retrieval"),
@@ -109,10 +109,10 @@ def test_names_are_expanded_in_order_and_once(tmp_path):
 def test_a_list_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "picture").write_bytes(b"\x89PNG\xff")
-    for name, told in (
-        ("none.txt", "none.txt' is no text file here"),
+    for name, message in (
+        ("none.txt", "none.txt' does not exist or is not text"),
         ("empty.txt", "names no data set"),
-        ("picture", "no text file"),
+        ("picture", "does not exist or is not text"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             expand([str(tmp_path / name)])

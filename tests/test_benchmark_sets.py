@@ -1,5 +1,5 @@
-"""An evaluation set is read whole and in order from CLIP_benchmark's layout, or not at all: every way
-in which it can be absent, cut short or inconsistent ends in one line that says where."""
+"""An evaluation set in CLIP_benchmark's layout is read completely and in order; a set that is missing, truncated or
+inconsistent gives an error of one line that names the place."""
 
 import io
 import json
@@ -45,7 +45,7 @@ def test_samples_come_in_order_with_their_labels(tmp_path):
         assert dataset.classnames[label] == colour
 
 
-def test_captions_of_a_classification_set_can_be_asked_for(tmp_path):
+def test_captions_of_a_classification_set_can_be_requested(tmp_path):
     dataset = folder_set(colour_set(tmp_path / "set", ["red", "blue"]))
     captions = [record.targets["txt"] for record in dataset.records("txt")]
     assert captions == [["something red", "a red square"], ["something blue", "a blue square"]]
@@ -78,7 +78,7 @@ def test_a_multilabel_set_has_a_row_for_each_image(tmp_path, dtype):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (npy([0, 1]), "has 2 numbers in its .npy member for 3 class names"),
         (npy([0, 1, 2]), "of shape [3] and type float32: expected 0s and 1s"),
@@ -86,16 +86,16 @@ def test_a_multilabel_set_has_a_row_for_each_image(tmp_path, dtype):
         (npy([0, float("nan"), 1]), "expected 0s and 1s"),
         (npy([[0, 1, 1]]), "of shape [1, 3]"),
         (npy(["0", "1", "1"], "U1"), "type <U1"),
-        (npy([0, 1, 1])[:-1], "is no array"),
-        (b"0 1 1", "is no array"),
-        (b"", "is no array"),
+        (npy([0, 1, 1])[:-1], "is not an array"),
+        (b"0 1 1", "is not an array"),
+        (b"", "is not an array"),
     ],
 )
-def test_a_row_that_is_not_one_number_by_class_is_refused(tmp_path, content, told):
+def test_a_row_that_is_not_one_number_by_class_is_refused(tmp_path, content, message):
     samples = [("a", {"png": picture("red"), "npy": content})]
     root = write_set(tmp_path / "set", [samples], dataset_type=["multilabel"], classnames=list(COLOURS))
     line = complaint(lambda: list(folder_set(root)))
-    assert told in line and "sample 'a'" in line
+    assert message in line and "sample 'a'" in line
 
 
 def test_a_pickle_within_npy_is_not_read(tmp_path):
@@ -107,7 +107,7 @@ def test_a_pickle_within_npy_is_not_read(tmp_path):
     np.save(file, np.array([Trap()], dtype=object), allow_pickle=True)
     samples = [("a", {"png": picture("red"), "npy": file.getvalue()})]
     root = write_set(tmp_path / "set", [samples], dataset_type=["multilabel"], classnames=["x"])
-    assert "is no array" in complaint(lambda: list(folder_set(root)))
+    assert "is not an array" in complaint(lambda: list(folder_set(root)))
     assert not (tmp_path / "sprung").exists()
 
 
@@ -115,7 +115,7 @@ def test_every_kind_has_a_target():
     assert TARGET_OF == {"classification": "cls", "multilabel": "npy", "retrieval": "txt", "choice": "txt"}
 
 
-def test_an_image_is_read_when_it_is_asked_for_and_not_before(tmp_path):
+def test_an_image_is_read_lazily(tmp_path):
     root = colour_set(tmp_path / "set", ["red", "blue"], shards=1)
     first, second = folder_set(root).records("cls")
     assert first.read() == picture("red") and first.read() == picture("red")
@@ -127,7 +127,7 @@ def test_an_image_is_read_when_it_is_asked_for_and_not_before(tmp_path):
 
 
 def test_a_file_that_is_gone_is_not_a_broken_image(tmp_path):
-    """What may be passed over and counted is an image that does not decode, and nothing else."""
+    """Only an image that does not decode may be skipped and counted."""
     samples = [(key, {"png": content, "cls": b"0"}) for key, content in (("a", b"none"), ("b", picture("red")))]
     root = write_set(tmp_path / "set", [samples])
     broken, whole = folder_set(root).records("cls")
@@ -186,7 +186,7 @@ def test_placeholders_of_the_root_are_filled_in(tmp_path):
     assert (red, blue) == (0, 2)
 
 
-def test_braces_in_a_root_mean_themselves(tmp_path):
+def test_other_braces_in_a_root_are_literal(tmp_path):
     colour_set(tmp_path / "{0}" / "colours", ["red"])
     assert len(list(folder_set(tmp_path / "{0}" / "{dataset}"))) == 1
 
@@ -221,15 +221,15 @@ def test_files_of_an_imagenet_folder_win_over_open_clips(tmp_path):
 
 
 def test_a_set_of_the_hub_is_downloaded_by_split(tmp_path, monkeypatch):
-    asked = {}
+    arguments = {}
 
     def snapshot_download(repo, **settings):
-        asked.update(settings, repo=repo)
+        arguments.update(settings, repo=repo)
         return str(colour_set(tmp_path / "cache", ["green"]))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert [label for _, label in load_benchmark_set("wds/vtab/pets")] == [1]
-    assert asked == {
+    assert arguments == {
         "repo": "clip-benchmark/wds_vtab-pets",
         "repo_type": "dataset",
         "revision": "main",
@@ -237,7 +237,7 @@ def test_a_set_of_the_hub_is_downloaded_by_split(tmp_path, monkeypatch):
     }
     shutil.rmtree(tmp_path / "cache")
     load_benchmark_set("cars", root="https://huggingface.co/datasets/me/{dataset}_wds/tree/v2")
-    assert (asked["repo"], asked["revision"]) == ("me/cars_wds", "v2")
+    assert (arguments["repo"], arguments["revision"]) == ("me/cars_wds", "v2")
 
 
 def test_a_set_in_the_hubs_cache_is_found_offline(tmp_path, monkeypatch):
@@ -259,11 +259,11 @@ def test_an_unknown_set_offline_names_what_there_is():
     assert "clip-benchmark/wds_no_such_set" in line and "HF_HUB_OFFLINE" in line and "emoji_unseen" in line
 
 
-def test_an_unknown_set_is_told_the_nearest_names():
-    assert "names near it are imagenet_sketch, " in complaint(lambda: load_benchmark_set("imagenet-sketch"))
-    assert "names near it are emoji_unseen" in complaint(lambda: load_benchmark_set("emoji_unsen"))
-    assert "near it" not in complaint(lambda: load_benchmark_set("xyzzy"))
-    assert "near it" not in complaint(lambda: load_benchmark_set("vtab/pets"))  # known, only not here
+def test_an_unknown_set_gives_the_nearest_names():
+    assert "similar names are imagenet_sketch, " in complaint(lambda: load_benchmark_set("imagenet-sketch"))
+    assert "similar names are emoji_unseen" in complaint(lambda: load_benchmark_set("emoji_unsen"))
+    assert "similar names" not in complaint(lambda: load_benchmark_set("xyzzy"))
+    assert "similar names" not in complaint(lambda: load_benchmark_set("vtab/pets"))  # known, only not here
 
 
 def test_an_unknown_set_online_says_that_the_hub_has_none(monkeypatch):
@@ -322,7 +322,7 @@ def test_garbage_after_the_first_sample_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("members", "told"),
+    ("members", "message"),
     [
         ({"cls": b"0"}, "has no image"),
         ({"png": b"no picture", "cls": b"0"}, "cannot be decoded"),
@@ -332,20 +332,20 @@ def test_garbage_after_the_first_sample_is_an_error(tmp_path):
         ({"png": picture("red"), "txt": b"red"}, "may be one for eval/retrieval.py"),
     ],
 )
-def test_a_bad_sample_is_an_error_that_names_it(tmp_path, members, told):
+def test_a_bad_sample_is_an_error_that_names_it(tmp_path, members, message):
     samples = [("good", {"png": picture("red"), "cls": b"0"}), ("bad", members)]
     root = write_set(tmp_path / "set", [samples], classnames=list(COLOURS))
     line = complaint(lambda: list(folder_set(root)))
-    assert told in line and "sample 'bad'" in line and "0.tar" in line
+    assert message in line and "sample 'bad'" in line and "0.tar" in line
 
 
 @pytest.mark.parametrize(
-    ("members", "told"),
+    ("members", "message"),
     [({"txt": b" \n"}, "empty caption"), ({"cls": b"0"}, "may be one for eval/zero_shot.py")],
 )
-def test_an_image_without_captions_is_an_error(tmp_path, members, told):
+def test_an_image_without_captions_is_an_error(tmp_path, members, message):
     root = write_set(tmp_path / "set", [[("bad", {"png": picture("red"), **members})]])
-    assert told in complaint(lambda: list(folder_set(root).records("txt")))
+    assert message in complaint(lambda: list(folder_set(root).records("txt")))
 
 
 def test_an_empty_shard_among_others_is_fine(tmp_path):
@@ -379,29 +379,29 @@ def test_files_of_names_and_prompts_win_over_the_sets_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "found"), [("wds/vtab/pets", 1), ("vtab/pets", 1), ("pets", 1), ("wds/pets", 0), ("VTAB/pets", 0)]
+    ("key", "matches"), [("wds/vtab/pets", 1), ("vtab/pets", 1), ("pets", 1), ("wds/pets", 0), ("VTAB/pets", 0)]
 )
-def test_a_set_goes_by_several_names_in_these_files(tmp_path, key, found):
+def test_a_set_goes_by_several_names_in_these_files(tmp_path, key, matches):
     root = str(colour_set(tmp_path / "set", ["blue"]))
     prompts = written(tmp_path / "prompts.json", {key: ["{c} of these"], "imagenet1k": ["{c} of others"]})
     dataset = load_benchmark_set("wds/vtab/pets", root=root, template_file=prompts)
-    assert dataset.templates == (["{c} of these"] if found else ["{c} of others"])
+    assert dataset.templates == (["{c} of these"] if matches else ["{c} of others"])
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ({"other": ["{c}"]}, "has no templates for 'colours' or imagenet1k: sets in it are other"),
         ({"colours": ["a photo"]}, "'colours': the template 'a photo' has no place for the class name: write {c}"),
-        ({"colours": "{c}"}, "the templates of 'colours' are no list of texts"),
-        ({"colours": []}, "no list of texts"),
-        ({"colours": {"red": "a tomato"}}, "no list of texts, nor one for each class name"),
+        ({"colours": "{c}"}, "the templates of 'colours' must be a list of strings"),
+        ({"colours": []}, "must be a list of strings"),
+        ({"colours": {"red": "a tomato"}}, "must be a list of strings, or one for each class name"),
         (["{c}"], "holds a list where a dict is expected"),
     ],
 )
-def test_a_file_of_prompts_that_is_no_use_is_refused(tmp_path, content, told):
+def test_a_file_of_prompts_that_is_no_use_is_refused(tmp_path, content, message):
     root, file = str(colour_set(tmp_path / "set", ["blue"])), written(tmp_path / "prompts.json", content)
-    assert told in complaint(lambda: load_benchmark_set("colours", root=root, template_file=file))
+    assert message in complaint(lambda: load_benchmark_set("colours", root=root, template_file=file))
 
 
 def test_a_file_of_class_names_that_is_no_use_is_refused(tmp_path):
@@ -416,7 +416,7 @@ def test_a_file_of_class_names_that_is_no_use_is_refused(tmp_path):
     written(file, {"colours": ["red", "green"]})
     assert "has 2 class names for 'colours', which has 3 classes" in refusal()
     written(file, {"colours": [0, 1, 2]})
-    assert "the class names of 'colours' are no list of texts" in refusal()
+    assert "the class names of 'colours' must be a list of strings" in refusal()
 
 
 def test_names_that_do_not_cover_the_labels_are_refused_where_the_shards_have_none(tmp_path):

@@ -1,4 +1,4 @@
-"""A benchmark's own files are read as its authors ship them: every image with the right label, or all its captions."""
+"""The published files of a benchmark are read unchanged: every image with its label or all its captions."""
 
 import hashlib
 import json
@@ -69,16 +69,16 @@ def test_parquet_in_the_hubs_layout(tmp_path):
     assert pickle.loads(pickle.dumps(record)).read() == picture("blue")
     assert next(dataset.records()).targets == {}
     assert "splits there: test" in complaint(lambda: load("mine", tmp_path, "train"))
-    assert "has labels alone" in complaint(lambda: list(dataset.records("txt")))
+    assert "has labels and no captions" in complaint(lambda: list(dataset.records("txt")))
 
 
 def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
     write_parquet(tmp_path / "x.parquet", ["green", "red"], ["red_one", "green_one", "blue_one"], column="img")
     table = datasets.load_dataset("parquet", data_files=str(tmp_path / "x.parquet"), split="train")
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, *, split: asked.append((name, split)) or table)
+    calls = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *, split: calls.append((name, split)) or table)
     dataset = load_benchmark_set("hf-hub:org/cifar10", root="elsewhere", split="validation")
-    assert asked == [("org/cifar10", "validation")]
+    assert calls == [("org/cifar10", "validation")]
     assert named_labels(dataset) == [("green", 1, "green one"), ("red", 0, "red one")]
     assert dataset.templates == CIFAR_TEMPLATES  # by the last part of its name
 
@@ -88,7 +88,7 @@ def test_a_dataset_that_the_hub_has_not():
 
 
 def cifar_files(root: Path, monkeypatch: pytest.MonkeyPatch, name: str, labels: list[int], classes: list[str]) -> None:
-    """CIFAR's own files of grey images; torchvision compares checksums, so it is told those of these."""
+    """CIFAR's own files of grey images; torchvision's checksums are replaced by theirs."""
     of, folder, key, meta = {
         "cifar10": (torchvision.datasets.CIFAR10, "cifar-10-batches-py", "labels", "label_names"),
         "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python", "fine_labels", "fine_label_names"),
@@ -201,7 +201,7 @@ def test_imagenet_a_and_o_have_their_own_200(tmp_path):
     write_picture(tmp_path / "n01531178" / "0.jpg", "red")
     assert named_labels(load("imagenet-a", tmp_path)) == [("red", 1, "goldfinch")]
     line = complaint(lambda: load("imagenet-o", tmp_path))
-    assert "n01531178 is none of its 200 classes: take it out" in line
+    assert "n01531178 is none of its 200 classes: remove it" in line
     write_picture(tmp_path / "imagenet-o" / "n01770081" / "0.jpg", "blue")
     assert named_labels(load("imagenet-o", tmp_path)) == [("blue", 2, "harvestman")]
 
@@ -235,7 +235,9 @@ def test_a_class_folder_without_images_is_named(tmp_path):
 def test_wordnet_ids_are_no_class_names(tmp_path):
     """A prompt like "a photo of a n01443537" would give a number that looks like one."""
     write_picture(tmp_path / "some" / "test" / "n01443537" / "0.jpg", "red")
-    assert "call it imagenet1k, imagenet-a" in complaint(lambda: load_benchmark_set(str(tmp_path / "some")))
+    assert "call it imagenet1k, imagenet-a, ..., and give its folder as --dataset_root" in complaint(
+        lambda: load_benchmark_set(str(tmp_path / "some"))
+    )
     names = str(write_json(tmp_path / "names.json", {str(tmp_path / "some"): ["fish"]}))
     assert load_benchmark_set(str(tmp_path / "some"), classname_file=names).classnames == ["fish"]
     (tmp_path / "some").rename(tmp_path / "imagenet-r")
@@ -285,14 +287,14 @@ def test_objectnet_without_its_files(tmp_path):
 def coco(root: Path, split: str = "test", folder: str = "val2014") -> Path:
     """Images by id, not by place; six captions of one image, and captions of the two mixed."""
     images = [{"id": 9, "file_name": "COCO_9.jpg"}, {"id": 2, "file_name": "COCO_2.jpg"}]
-    said = [(9, "a red one"), (2, " two\n"), (9, "another")] + [(2, f"caption {i}") for i in range(5)]
-    annotations = [{"id": i, "image_id": image, "caption": text} for i, (image, text) in enumerate(said)]
+    captions = [(9, "a red one"), (2, " two\n"), (9, "another")] + [(2, f"caption {i}") for i in range(5)]
+    annotations = [{"id": i, "image_id": image, "caption": text} for i, (image, text) in enumerate(captions)]
     write_picture(root / folder / "COCO_9.jpg", "red")
     write_picture(root / folder / "COCO_2.jpg", "blue")
     return write_json(root / f"coco_{split}_karpathy.json", {"images": images, "annotations": annotations})
 
 
-def said(dataset: BenchmarkSet) -> list[tuple[str, list[str]]]:
+def images_and_captions(dataset: BenchmarkSet) -> list[tuple[str, list[str]]]:
     assert (dataset.classnames, dataset.templates) == (None, None)
     return [(colour_of(image), captions) for image, captions in dataset]
 
@@ -302,11 +304,13 @@ def test_coco_gives_all_captions_of_an_image(tmp_path, split, folder):
     coco(tmp_path, split, folder)
     dataset = load("mscoco_captions", tmp_path, split)
     assert dataset.kind == "retrieval"
-    assert said(dataset) == [
+    assert images_and_captions(dataset) == [
         ("blue", ["two", *(f"caption {i}" for i in range(5))]),
         ("red", ["a red one", "another"]),
     ]
-    assert said(load_benchmark_set(str(tmp_path), split=split)) == said(dataset)  # known by its files
+    assert images_and_captions(load_benchmark_set(str(tmp_path), split=split)) == images_and_captions(
+        dataset
+    )  # known by its files
     assert "is a set for eval/retrieval.py" in complaint(lambda: list(dataset.records("cls")))
     assert next(dataset.records()).targets == {}
     record = pickle.loads(pickle.dumps(next(dataset.records("txt"))))
@@ -314,11 +318,11 @@ def test_coco_gives_all_captions_of_an_image(tmp_path, split, folder):
 
 
 def test_coco_as_torchvision_reads_it(tmp_path):
-    """Its order too: what does not tie in a score depends on no order, what ties does."""
+    """In the same order, because the order decides between tied scores."""
     pytest.importorskip("pycocotools")
     file = coco(tmp_path)
     theirs = torchvision.datasets.CocoCaptions(str(tmp_path / "val2014"), str(file))
-    ours = said(load("mscoco_captions", tmp_path))
+    ours = images_and_captions(load("mscoco_captions", tmp_path))
     assert [(colour_of(image), [text.strip() for text in captions]) for image, captions in theirs] == ours
 
 
@@ -330,7 +334,7 @@ def test_flickrs_text_files(tmp_path, name, folder):
     (tmp_path / f"{name}_test_karpathy.txt").write_text("\n".join(lines) + "\n")
     write_picture(tmp_path / folder / "10.jpg", "green")
     write_picture(tmp_path / folder / "7.jpg", "red")
-    assert said(load(name, tmp_path)) == [
+    assert images_and_captions(load(name, tmp_path)) == [
         ("green", ["A dog , with a tail .", "2 dogs,"]),
         ("red", ['"quoted", he said: x.jpg,']),
     ]
@@ -356,14 +360,14 @@ def karpathy(root: Path, name: str, *, filepath: str | None) -> None:
 )
 def test_karpathys_own_files_hold_all_splits(tmp_path, name, file, filepath):
     karpathy(tmp_path, file, filepath=filepath)
-    assert said(load(name, tmp_path)) == [("blue", ["one", "two"]), ("green", ["3"])]
-    assert said(load(name, tmp_path, "train")) == [("red", ["not this"])]
+    assert images_and_captions(load(name, tmp_path)) == [("blue", ["one", "two"]), ("green", ["3"])]
+    assert images_and_captions(load(name, tmp_path, "train")) == [("red", ["not this"])]
     assert "has no split 'val', splits there: test, train" in complaint(lambda: load(name, tmp_path, "val"))
 
 
 def test_annotations_that_are_not_there_are_named(tmp_path):
     line = complaint(lambda: load("mscoco_captions", tmp_path))
-    assert f"neither {tmp_path}/coco_test_karpathy.json nor {tmp_path}/dataset_coco.json is there" in line
+    assert f"neither {tmp_path}/coco_test_karpathy.json nor {tmp_path}/dataset_coco.json exists" in line
     (tmp_path / "flickr8k_test_karpathy.txt").touch()
     assert "flickr30k_val_karpathy.txt" in complaint(lambda: load("flickr30k", tmp_path, "val"))
     assert "flickr8k_test_karpathy.txt names no images" in complaint(lambda: load("flickr8k", tmp_path))
@@ -380,25 +384,25 @@ def test_images_that_are_not_there_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
-        ({"images": []}, "is not laid out as COCO's captions, images and annotations (KeyError: 'annotations')"),
-        ({"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}, "is not laid out as COCO's"),
+        ({"images": []}, "is not in COCO's format: expected images and annotations (KeyError: 'annotations')"),
+        ({"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}, "is not in COCO's format: expected"),
         ({"images": [], "annotations": []}, "names no images"),
         ({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}, "has no caption for 1 images"),
         ({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": " "}]}, "no caption"),
         ([{"caption": "x"}], "holds a list where a dict is expected"),
     ],
 )
-def test_malformed_annotations_are_one_line(tmp_path, content, told):
+def test_malformed_annotations_are_one_line(tmp_path, content, message):
     write_json(tmp_path / "coco_test_karpathy.json", content)
     line = complaint(lambda: load("mscoco_captions", tmp_path))
-    assert told in line and "coco_test_karpathy.json" in line
+    assert message in line and "coco_test_karpathy.json" in line
 
 
 def test_malformed_annotations_of_the_other_formats(tmp_path):
     write_json(tmp_path / "dataset_coco.json", {"images": [{"filename": "a.jpg"}]})
-    assert "is not laid out as Karpathy's" in complaint(lambda: load("mscoco_captions", tmp_path))
+    assert "is not in Karpathy's format: expected" in complaint(lambda: load("mscoco_captions", tmp_path))
     (tmp_path / "flickr8k_test_karpathy.txt").write_text("image,caption\na.jpg,x\nb.png,y\n")
     assert "line 3 is 'b.png,y': expected IMAGE.jpg,CAPTION" in complaint(lambda: load("flickr8k", tmp_path))
 
@@ -428,12 +432,12 @@ def test_sugar_crepes_tasks_lie_in_one_folder(tmp_path, root):
     names = ["sugar_crepe/add_att", "sugar_crepe/swap_obj"]
     first, second = load_benchmark_sets(names, root=f"{tmp_path}/{root}", split="test")
     assert (first.name, first.kind, second.kind) == ("sugar_crepe/add_att", "choice", "choice")
-    assert said(first) == [
+    assert images_and_captions(first) == [
         ("red", ["right add_att", "wrong"]),
         ("blue", ["a dog", "no dog"]),
         ("red", ["again", "not again"]),
     ]
-    assert said(second)[0] == ("red", ["right swap_obj", "wrong"])
+    assert images_and_captions(second)[0] == ("red", ["right swap_obj", "wrong"])
 
 
 def test_what_is_wrong_with_sugar_crepe_is_named(tmp_path):

@@ -1,5 +1,4 @@
-"""`ClassPrior` is the teacher's mean softmax of each class over an epoch, on one process or several, saved or
-not."""
+"""`ClassPrior` is the teacher's mean softmax of each class over an epoch, in one process or several, and resumes."""
 
 import io
 from pathlib import Path
@@ -38,7 +37,7 @@ def prior_after(*batches):
     return prior
 
 
-def test_the_first_epoch_sees_a_uniform_prior():
+def test_the_prior_of_the_first_epoch_is_uniform():
     prior = ClassPrior(CLASSES, TEMPERATURE)
     logits, labels = samples(8, seed=0)
     prior.update(logits, labels)
@@ -66,8 +65,8 @@ def test_each_epoch_starts_anew():
     assert torch.equal(prior.prior, prior_after(samples(9, seed=1)).prior)
 
 
-def test_a_long_epoch_drops_nothing():
-    """A float32 sum of 2^24 would not notice another 0.3."""
+def test_a_long_epoch_loses_no_sample():
+    """Adding 0.3 to a float32 sum of 2^24 would not change it."""
     prior = ClassPrior(2, 1.0)
     prior.sums[0] = 2.0**24
     logits = torch.tensor([[0.0, 1.0]])
@@ -75,7 +74,7 @@ def test_a_long_epoch_drops_nothing():
     assert_close(prior.sums[0] - 2.0**24, torch.softmax(logits.double(), 1)[0], rtol=1e-6, atol=0)
 
 
-def test_no_gradient_is_kept_and_half_precision_is_lifted():
+def test_no_gradient_is_kept_and_half_precision_is_upcast():
     logits, labels = samples(8, seed=0)
     prior = prior_after((logits.bfloat16().requires_grad_(), labels))
     assert not prior.prior.requires_grad
@@ -137,8 +136,8 @@ def test_errors_name_the_argument_and_the_value():
 
 
 def one_of_two(rank: int, folder: str) -> None:
-    """A process with data of its own: 13 or 8 samples, other seeds."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    """One of two processes with different data: 13 and 8 samples."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     prior = prior_after(samples(13 - 5 * rank, seed=rank))
     torch.save(prior.state_dict(), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
@@ -151,4 +150,4 @@ def test_two_processes_equal_one_on_the_joined_data(tmp_path):
     for name in ("prior", "sums"):
         assert torch.equal(first[name], second[name])
     assert torch.equal(first["prior"], alone.prior)
-    assert not torch.equal(alone.prior, prior_after(samples(13, seed=0)).prior)  # one rank's data would not do
+    assert not torch.equal(alone.prior, prior_after(samples(13, seed=0)).prior)  # the data of one rank give another

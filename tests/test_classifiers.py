@@ -1,4 +1,4 @@
-"""Label models: mdistiller's zoo to the last parameter, and weights that fit or are refused in one line."""
+"""Classifiers: the zoo has mdistiller's parameters and logits; weights fit, or fail with one line."""
 
 import json
 import math
@@ -75,7 +75,7 @@ COUNTS = {
     "resnet110_a": (1_733_812, 656),
 }
 
-# Where the families differ: their heads, shortcuts, strided blocks, groups.
+# Shapes where the families differ: heads, shortcuts, strided blocks, groups.
 SHAPES = {
     "resnet20": {
         "conv1.weight": (16, 3, 3, 3),
@@ -140,7 +140,7 @@ SHAPES = {
 }
 
 
-# The first logits of one image, with `fill_with_waves`: what the forward methods of mdistiller's modules give.
+# The first logits of one image from mdistiller's own modules, with the weights of `fill_with_waves`.
 LOGITS = {
     "resnet8x4": [-0.809907, 0.10566, 0.3719, -0.56615],
     "wrn_16_2": [-0.12444, 0.0466467, 0.188156, 0.159637],
@@ -153,7 +153,7 @@ LOGITS = {
 
 
 def empty(name: str, num_classes: int = 100) -> nn.Module:
-    """The model without memory for its weights."""
+    """The model on the meta device: shapes without memory."""
     with torch.device("meta"):
         return ZOO[name](num_classes)
 
@@ -201,12 +201,12 @@ def test_logits_have_a_row_per_image(name, n):
         ("ResNet50", (2048, 4, 4)),
     ],
 )
-def test_what_is_pooled_at_the_end_has_mdistillers_size(name, shape):
+def test_the_last_feature_map_has_mdistillers_size(name, shape):
     features = empty(name)[:-2]
     assert features(torch.zeros(2, 3, 32, 32, device="meta")).shape == (2, *shape)
 
 
-def test_the_ways_to_prepare_images_agree():
+def test_prepare_and_on_pixels_agree():
     classifier = load_classifier("resnet8", num_classes=4)
     classifier.model.eval()
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
@@ -228,7 +228,7 @@ def waves(shape: torch.Size, index: int) -> torch.Tensor:
 
 @torch.no_grad()
 def fill_with_waves(model: nn.Module) -> nn.Module:
-    """Weights that any machine repeats; in float64, so that rounding is far below what is compared."""
+    """Deterministic weights without a random generator, in float64, so that rounding is far below the tolerance."""
     for index, (key, value) in enumerate(model.double().eval().state_dict().items()):
         if key.endswith("running_var"):
             value.copy_(1 + waves(value.shape, index) / 2)
@@ -246,7 +246,7 @@ def test_logits_are_mdistillers(name):
     assert logits.tolist() == pytest.approx(LOGITS[name], rel=1e-4, abs=1e-6)
 
 
-def test_convolutions_start_as_he_has_it():
+def test_convolutions_have_he_initialisation():
     for name, key, fan in [("resnet8", "layer3.0.conv2.weight", 64 * 9), ("vgg8", "block2.0.weight", 256 * 9)]:
         weight = ZOO[name](10).state_dict()[key]
         assert weight.std().item() == pytest.approx(math.sqrt(2 / fan), rel=0.03)
@@ -255,19 +255,19 @@ def test_convolutions_start_as_he_has_it():
     assert weight.std().item() == pytest.approx(math.sqrt(2 / (32 * 9)), rel=0.03)
 
 
-def test_classifiers_start_as_mdistillers():
+def test_heads_are_initialised_as_mdistillers():
     vgg, wide = ZOO["vgg8"](100).state_dict(), ZOO["wrn_16_1"](100).state_dict()
     assert vgg["classifier.weight"].std().item() == pytest.approx(0.01, rel=0.03)
     assert not vgg["classifier.bias"].any() and not vgg["block0.0.bias"].any() and not wide["fc.bias"].any()
     assert ZOO["resnet8"](100).state_dict()["fc.bias"].any()
 
 
-# ---- its blocks: with the last convolution silenced, what is left is the other path
+# ---- blocks of the zoo: with the last convolution set to zero, only the other path remains
 
 X = torch.randn(2, 24, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
-def silence(convolution: nn.Conv2d) -> None:
+def set_to_zero(convolution: nn.Conv2d) -> None:
     nn.init.zeros_(convolution.weight)
 
 
@@ -282,35 +282,35 @@ def test_option_a_takes_every_second_pixel_and_pads_with_zero_channels():
 
 def test_a_residual_block_activates_the_sum():
     basic = BasicBlock(24, 48, stride=2, shortcut=PaddedShortcut)
-    silence(basic.conv2)
+    set_to_zero(basic.conv2)
     assert torch.equal(basic(X), F.relu(PaddedShortcut(24, 48, stride=2)(X)))
     bottleneck = Bottleneck(24, 24, stride=1)
-    silence(bottleneck.conv3)
+    set_to_zero(bottleneck.conv3)
     assert torch.equal(bottleneck(X), F.relu(X))
 
 
-def test_a_wide_block_projects_what_is_activated_and_keeps_what_is_not():
+def test_a_wide_block_projects_the_activated_input_and_adds_the_plain_one():
     same = WideBlock(24, 24, stride=1, activation=F.relu)
-    silence(same.conv2)
+    set_to_zero(same.conv2)
     assert torch.equal(same(X), X)
     other = WideBlock(24, 32, stride=2, activation=F.relu)
-    silence(other.conv2)
+    set_to_zero(other.conv2)
     expected = F.conv2d(F.relu(other.bn1(X)), other.convShortcut.weight, stride=2)
     assert torch.allclose(other(X), expected, atol=1e-6)
 
 
 def test_an_inverted_residual_adds_only_where_it_fits():
     same, strided = InvertedResidual(24, 24, stride=1, expand=6), InvertedResidual(24, 24, stride=2, expand=6)
-    silence(same.conv[6])
-    silence(strided.conv[6])
+    set_to_zero(same.conv[6])
+    set_to_zero(strided.conv[6])
     assert torch.equal(same(X), X)
     assert not strided(X).any()
 
 
-def test_shufflenet_pools_what_it_puts_beside():
+def test_shufflenet_pools_the_concatenated_input():
     down, same = ShuffleV1Block(24, 60, stride=2), ShuffleV1Block(24, 24, stride=1)
-    silence(down.conv3)
-    silence(same.conv3)
+    set_to_zero(down.conv3)
+    set_to_zero(same.conv3)
     assert torch.equal(same(X), F.relu(X))
     out = down(X)
     assert not out[:, :36].any()
@@ -325,11 +325,11 @@ def test_shufflenet_shuffles_its_groups():
 
 def test_shufflenet_v2_passes_half_of_its_channels():
     block = ShuffleV2Block(24)
-    silence(block.conv3)
+    set_to_zero(block.conv3)
     out = block(X)
     assert torch.equal(out[:, ::2], X[:, :12]) and not out[:, 1::2].any()
     down = ShuffleV2Down(24, 60)
-    silence(down.conv2)
+    set_to_zero(down.conv2)
     out = down(X)
     assert out.shape == (2, 60, 3, 3) and not out[:, ::2].any() and out[:, 1::2].any()
 
@@ -337,7 +337,7 @@ def test_shufflenet_v2_passes_half_of_its_channels():
 # ---- images
 
 
-def test_images_are_scaled_and_normalised_as_the_model_wants():
+def test_images_are_scaled_and_normalised_for_the_model():
     classifier = load_classifier("resnet8", num_classes=10)
     images = torch.randint(0, 256, (3, 3, 5, 7), dtype=torch.uint8)
     pixels = classifier.prepare(images)
@@ -359,7 +359,7 @@ def test_images_are_scaled_and_normalised_as_the_model_wants():
         ("timm:test_resnet.r160_in1k", ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))),
     ],
 )
-def test_a_name_brings_its_model_and_its_normalisation(name, mean_std):
+def test_a_name_loads_its_model_and_its_normalisation(name, mean_std):
     classifier = load_classifier(name, num_classes=5)
     assert (classifier.mean, classifier.std) == mean_std
     assert (classifier.name, classifier.num_classes) == (name, 5)
@@ -368,7 +368,7 @@ def test_a_name_brings_its_model_and_its_normalisation(name, mean_std):
         assert classifier.model(classifier.prepare(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))).shape == (1, 5)
 
 
-def test_timm_has_imagenets_students_and_teachers():
+def test_timm_has_the_students_and_teachers_for_imagenet():
     assert {"mobilenetv1_100", "resnext101_32x4d", "resnet50", "resnet34", "resnet18"} <= set(timm.list_models())
 
 
@@ -376,13 +376,13 @@ def test_timm_has_imagenets_students_and_teachers():
 
 
 def same_weights(model: nn.Module, other: nn.Module) -> bool:
-    ours, theirs = model.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    first, second = model.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.fixture
 def source() -> nn.Module:
-    """A model whose every tensor, counts included, differs from a new one's."""
+    """A model all of whose tensors, batch counts included, differ from those of a new one."""
     model = ZOO["resnet8"](10)
     model(torch.randn(4, 3, 32, 32))
     return model
@@ -404,7 +404,7 @@ def test_a_checkpoint_loads_however_it_is_wrapped(tmp_path, source, wrap, file):
     assert same_weights(loaded.model, source)
 
 
-def test_safetensors_load_without_leave_and_without_counts(tmp_path, source):
+def test_safetensors_load_without_allow_pickle_and_without_batch_counts(tmp_path, source):
     state = source.state_dict()
     save_file(state, tmp_path / "all.safetensors")
     assert same_weights(load_classifier("resnet8", num_classes=10, weights=f"{tmp_path}/all.safetensors").model, source)
@@ -435,8 +435,8 @@ def test_weights_of_other_classes_can_be_fine_tuned_under_a_new_head(tmp_path, s
         load_classifier("resnet8", num_classes=3, weights=f"{tmp_path}/part.pth", new_head=True, allow_pickle=True)
 
 
-def test_a_vit_takes_positions_of_another_size_and_leaves_every_other_head_out(tmp_path):
-    """As MAE's ViT-B/16 of 224 px goes into USB's of 96, and USB's own weights, which have an mlp beside the head."""
+def test_a_vit_interpolates_positions_and_ignores_other_heads(tmp_path):
+    """For MAE's ViT-B/16 of 224 px in USB's of 96 px, and for USB's weights, which have an mlp besides the head."""
     trained = VisionTransformer(img_size=64, patch_size=2, embed_dim=192, num_heads=3, num_classes=1000)
     weights = {key: torch.randn_like(value) for key, value in trained.state_dict().items()}
     torch.save({"model": weights | {"mlp.0.weight": torch.ones(4, 4)}}, tmp_path / "w.pth")
@@ -460,7 +460,7 @@ def test_torchvisions_own_weights_load(tmp_path, monkeypatch):
     assert same_weights(loaded.model, model)
 
 
-# ---- weights that do not
+# ---- weights that do not fit
 
 
 @pytest.mark.parametrize(
@@ -488,7 +488,7 @@ def test_weights_that_do_not_fit_are_listed(tmp_path, source, change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_weights_for_other_classes_are_called_so(tmp_path, source):
+def test_weights_for_other_classes_are_named(tmp_path, source):
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(UserError, match=r"w.safetensors' are for 10 classes, the data has 100: take other weights"):
         load_classifier("resnet8", num_classes=100, weights=str(tmp_path / "w.safetensors"))
@@ -512,21 +512,25 @@ def test_pretrained_weights_that_cannot_be_fetched_are_named(name, tmp_path, mon
     [
         ("resnet21", None, "unknown classifier 'resnet21': the nearest names are resnet[^:]*, or write timm:NAME, tor"),
         ("resnet50", None, "the nearest names are ResNet50, "),
-        ("xyzzy", None, "unknown classifier 'xyzzy': no name comes near, or write timm:NAME"),
+        ("xyzzy", None, "unknown classifier 'xyzzy': no similar name, or write timm:NAME"),
         ("tim:resnet18", None, "unknown prefix 'tim' of classifier 'tim:resnet18': write timm:NAME"),
         ("timm:resnet19", None, "timm has no model 'resnet19': the nearest names are resnet18"),
         ("timm:resnet18.a1_in1j", None, "timm has no model .*: the nearest names are resnet18.a1_in1k"),
-        ("torchvision:resnet19", None, "torchvision has no label model 'resnet19': the nearest names are resnet18"),
-        ("torchvision:googlenet", None, "torchvision has no label model 'googlenet'"),
-        ("torchvision:fcn_resnet50", None, "torchvision has no label model 'fcn_resnet50'"),
-        ("resnet8", "pretrained", "'resnet8' has no pretrained weights of its own: give the path"),
+        ("torchvision:resnet19", None, "torchvision has no classifier 'resnet19': the nearest names are resnet18"),
+        ("torchvision:googlenet", None, "torchvision has no classifier 'googlenet'"),
+        ("torchvision:fcn_resnet50", None, "torchvision has no classifier 'fcn_resnet50'"),
+        ("resnet8", "pretrained", "'resnet8' has no pretrained weights: give the path"),
         ("resnet8", "nowhere.pth", "weights 'nowhere.pth' are no file: give the path"),
-        ("local-dir:nowhere", None, "'nowhere' holds no config.json: name an exported folder, ours or in timm's"),
+        (
+            "local-dir:nowhere",
+            None,
+            "'nowhere' holds no config.json: name a folder exported by this package or in timm's",
+        ),
         ("local-dir:nowhere", "w.pth", "weights 'w.pth' do not go with 'local-dir:nowhere', which carries its own"),
         ("hf-hub:org/repo", None, "repository 'org/repo' could not be fetched .* check the name and the connection"),
     ],
 )
-def test_mistakes_are_refused_in_one_line(name, weights, message):
+def test_user_errors_are_one_line(name, weights, message):
     with pytest.raises(UserError, match=message) as caught:
         load_classifier(name, num_classes=10, weights=weights)
     assert "\n" not in str(caught.value)
@@ -540,7 +544,7 @@ class Malicious:
         return (Path.touch, (self.path,))
 
 
-def test_a_pickle_needs_leave_and_is_never_executed(tmp_path):
+def test_a_pickle_needs_allow_pickle_and_is_never_executed(tmp_path):
     path = tmp_path / "w.pth"
     path.write_bytes(pickle.dumps(Malicious(tmp_path / "executed"), protocol=2))
     with pytest.raises(UserError, match="w.pth is a pickle, not safetensors: convert it, or pass --allow-pickle"):
@@ -572,22 +576,22 @@ def folder(tmp_path) -> Path:
     return tmp_path / "m"
 
 
-def test_a_folder_in_timms_format_brings_all_it_holds(folder):
+def test_a_folder_in_timms_format_gives_model_weights_and_normalisation(folder):
     classifier = load_classifier(f"local-dir:{folder}", num_classes=4)
-    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    assert same_weights(classifier.model, theirs)
+    reference = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert same_weights(classifier.model, reference)
     assert (classifier.mean, classifier.std) == ((0.5, 0.5, 0.5), (1.0, 1.0, 1.0))
 
 
 def test_the_hub_is_a_folder_fetched_without_pickles(folder, monkeypatch):
-    asked = []
+    patterns = []
     monkeypatch.setattr(
-        weights, "snapshot_download", lambda repo, allow_patterns: asked.append(allow_patterns) or str(folder)
+        weights, "snapshot_download", lambda repo, allow_patterns: patterns.append(allow_patterns) or str(folder)
     )
     for allow in (False, True):
         classifier = load_classifier("hf-hub:org/repo", num_classes=4, allow_pickle=allow)
         assert same_weights(classifier.model, load_classifier(f"local-dir:{folder}", num_classes=4).model)
-    assert asked == [["config.json", "model.safetensors"], ["config.json", "model.safetensors", "pytorch_model.bin"]]
+    assert patterns == [["config.json", "model.safetensors"], ["config.json", "model.safetensors", "pytorch_model.bin"]]
 
 
 def test_a_folder_is_for_its_own_classes(folder):
@@ -595,14 +599,14 @@ def test_a_folder_is_for_its_own_classes(folder):
         load_classifier(f"local-dir:{folder}", num_classes=10)
 
 
-def test_only_a_folder_knows_how_many_classes_there_are(folder):
+def test_only_a_folder_stores_the_number_of_classes(folder):
     assert load_classifier(f"local-dir:{folder}").num_classes == 4
     for name in ("resnet8", "timm:test_resnet"):
         with pytest.raises(UserError, match=f"'{name}' needs the number of classes"):
             load_classifier(name)
 
 
-def test_a_folder_of_our_own_brings_a_model_of_the_zoo(tmp_path, source):
+def test_an_exported_folder_gives_a_model_of_the_zoo(tmp_path, source):
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     config = {"library": "gkl-vl", "architecture": "resnet8", "num_classes": 10, "mean": mean, "std": std}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -612,7 +616,7 @@ def test_a_folder_of_our_own_brings_a_model_of_the_zoo(tmp_path, source):
     assert (classifier.mean, classifier.std, classifier.num_classes) == (mean, std, 10)
 
 
-def test_a_folder_of_pickles_needs_leave(folder):
+def test_a_folder_of_pickles_needs_allow_pickle(folder):
     whole = load_classifier(f"local-dir:{folder}", num_classes=4).model
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="pytorch_model.bin is a pickle, not safetensors"):

@@ -1,5 +1,5 @@
-"""The user's mistakes end in one line on stderr and exit code 2, a bug keeps its traceback, Ctrl-C and
-`| head` end quietly, and a flag has two spellings and a help text."""
+"""A user error prints one line to stderr and exits with code 2, a bug keeps its traceback, Ctrl-C and `| head` end
+quietly, and a flag has two spellings and a help text."""
 
 import errno
 import os
@@ -55,15 +55,15 @@ def refused(argv: list[str], capfd) -> str:
     return lines[0]
 
 
-def told_by(main, capfd) -> str:
+def stderr_line(main, capfd) -> str:
     code, lines = outcome(main, [], capfd)
     assert code == 2
     assert len(lines) == 1
     return lines[0]
 
 
-def told(error: Exception, capfd) -> str:
-    return told_by(raising(error), capfd)
+def error_line(error: Exception, capfd) -> str:
+    return stderr_line(raising(error), capfd)
 
 
 @pytest.mark.parametrize("argv", [["--batch-size", "7"], ["--batch_size", "7"], ["--batch-size=7"], ["--batch_size=7"]])
@@ -96,10 +96,10 @@ def test_help_is_printed_by_one_rank(capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
-def test_a_misspelt_flag_is_answered_with_the_right_one(capfd):
+def test_a_misspelt_flag_is_answered_with_the_correct_one(capfd):
     line = refused(["--batch-sise", "4"], capfd)
-    told = "error: Unrecognized options: --batch-sise, 4; Perhaps you meant: --batch-size INT"
-    assert line == f"{told} (--help lists the flags)"
+    message = "error: Unrecognized options: --batch-sise, 4; Perhaps you meant: --batch-size INT"
+    assert line == f"{message} (--help lists the flags)"
 
 
 def test_two_misspelt_flags_are_answered_on_one_line(capfd):
@@ -134,15 +134,15 @@ def test_a_missing_value_is_named(capfd):
 
 
 def test_a_user_error_is_its_message(capfd):
-    assert told(UserError("--gamma is -1: choose 0 or more"), capfd) == "error: --gamma is -1: choose 0 or more"
+    assert error_line(UserError("--gamma is -1: choose 0 or more"), capfd) == "error: --gamma is -1: choose 0 or more"
 
 
-def test_a_value_error_says_how_to_see_more(capfd):
-    assert told(ValueError("gamma is -1"), capfd) == "error: gamma is -1 (--debug shows where)"
+def test_a_value_error_names_the_debug_flag(capfd):
+    assert error_line(ValueError("gamma is -1"), capfd) == "error: gamma is -1 (--debug shows where)"
 
 
 def test_a_message_of_several_lines_becomes_one(capfd):
-    assert told(UserError("first\n  second\n\nthird"), capfd) == "error: first second third"
+    assert error_line(UserError("first\n  second\n\nthird"), capfd) == "error: first second third"
 
 
 def test_a_loader_workers_error_is_its_last_line(capfd):
@@ -152,30 +152,30 @@ def test_a_loader_workers_error_is_its_last_line(capfd):
         except UserError:
             ExceptionWrapper(where="in DataLoader worker process 0").reraise()
 
-    assert told_by(main, capfd) == "error: shard 7.tar is missing: mend --train-data"
+    assert stderr_line(main, capfd) == "error: shard 7.tar is missing: mend --train-data"
 
 
 def test_a_missing_file_is_named(capfd):
-    line = told(FileNotFoundError(errno.ENOENT, "No such file or directory", "shards/0.tar"), capfd)
+    line = error_line(FileNotFoundError(errno.ENOENT, "No such file or directory", "shards/0.tar"), capfd)
     assert line == "error: No such file or directory at shards/0.tar"
 
 
 def test_no_permission_names_the_path_and_a_remedy(capfd):
-    line = told(PermissionError(errno.EACCES, "Permission denied", "runs/x"), capfd)
+    line = error_line(PermissionError(errno.EACCES, "Permission denied", "runs/x"), capfd)
     assert line == "error: Permission denied at runs/x: change its permissions, or choose another path"
 
 
 def test_a_read_only_disk_is_no_permission(capfd):
-    assert "choose another path" in told(OSError(errno.EROFS, "Read-only file system", "runs/x"), capfd)
+    assert "choose another path" in error_line(OSError(errno.EROFS, "Read-only file system", "runs/x"), capfd)
 
 
 def test_a_full_disk_names_the_path_and_a_remedy(capfd):
-    line = told(OSError(errno.ENOSPC, "No space left on device", "runs/x"), capfd)
+    line = error_line(OSError(errno.ENOSPC, "No space left on device", "runs/x"), capfd)
     assert line.startswith("error: no space left on the disk at runs/x: free some, or choose another --output-dir")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
-def test_a_full_disk_is_recognised_in_what_torch_and_python_really_raise(capfd):
+def test_a_full_disk_is_recognised_in_the_errors_of_torch_and_python(capfd):
     def torch_save(config):
         torch.save(torch.zeros(1_000_000), "/dev/full")
 
@@ -184,20 +184,20 @@ def test_a_full_disk_is_recognised_in_what_torch_and_python_really_raise(capfd):
             file.write("a" * 100_000)
 
     for main in (torch_save, python_write):
-        assert told_by(main, capfd).startswith("error: no space left on the disk")
+        assert stderr_line(main, capfd).startswith("error: no space left on the disk")
 
 
-def test_a_full_disk_is_recognised_in_the_words_of_safetensors(capfd):
+def test_a_full_disk_is_recognised_in_the_error_of_safetensors(capfd):
     class SafetensorError(Exception):
         pass
 
-    words = "Error while serializing: I/O error: No space left on device (os error 28)"
-    assert told(SafetensorError(words), capfd).startswith("error: no space left on the disk")
+    message = "Error while serializing: I/O error: No space left on device (os error 28)"
+    assert error_line(SafetensorError(message), capfd).startswith("error: no space left on the disk")
 
 
 def test_a_full_gpu_names_the_batch_size(capfd):
-    words = "CUDA out of memory. Tried to allocate 2.00 GiB."
-    line = told(torch.OutOfMemoryError(words), capfd)
+    message = "CUDA out of memory. Tried to allocate 2.00 GiB."
+    line = error_line(torch.OutOfMemoryError(message), capfd)
     assert line == "error: CUDA out of memory. Tried to allocate 2.00 GiB: lower --batch-size"
 
 
@@ -211,22 +211,22 @@ def test_a_full_gpu_names_the_batch_size(capfd):
     ],
 )
 def test_the_hubs_errors_carry_a_remedy(error, remedy, capfd):
-    assert remedy in told(error, capfd)
+    assert remedy in error_line(error, capfd)
 
 
-def test_an_offline_machine_asking_the_hub_is_told_what_to_do(capfd):
-    line = told_by(lambda config: huggingface_hub.hf_hub_download("org/model", "config.json"), capfd)
+def test_a_download_without_a_network_names_a_remedy(capfd):
+    line = stderr_line(lambda config: huggingface_hub.hf_hub_download("org/model", "config.json"), capfd)
     assert "local-dir:PATH" in line
 
 
-def test_a_hub_error_inside_a_runtime_error_is_found(capfd):
+def test_a_hub_error_inside_a_runtime_error_is_recognised(capfd):
     def main(config):  # what open_clip does
         try:
             huggingface_hub.hf_hub_download("org/model", "config.json")
         except OSError as error:
             raise RuntimeError("Failed to download weights for 'openai'") from error
 
-    assert told_by(main, capfd).startswith("error: Failed to download weights for 'openai': go online")
+    assert stderr_line(main, capfd).startswith("error: Failed to download weights for 'openai': go online")
 
 
 def test_debug_shows_the_traceback_before_the_line(capfd):
@@ -242,22 +242,22 @@ def test_a_bug_is_not_hidden():
             cli.run(raising(bug), Config, [])
 
 
-def test_other_ranks_sign_their_line(capfd, monkeypatch):
+def test_other_ranks_prefix_their_line(capfd, monkeypatch):
     monkeypatch.setenv("RANK", "3")
-    assert told(UserError("gamma"), capfd) == "[rank 3] error: gamma"
+    assert error_line(UserError("gamma"), capfd) == "[rank 3] error: gamma"
 
 
-def test_rank_0_does_not_sign(capfd, monkeypatch):
+def test_rank_0_has_no_prefix(capfd, monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    assert told(UserError("gamma"), capfd) == "error: gamma"
+    assert error_line(UserError("gamma"), capfd) == "error: gamma"
 
 
 def test_ctrl_c_is_exit_code_130(capfd):
     assert outcome(raising(KeyboardInterrupt()), [], capfd) == (130, ["interrupted"])
 
 
-def test_a_broken_pipe_that_is_not_stdout_is_told(capfd):
-    assert told(BrokenPipeError(errno.EPIPE, "Broken pipe"), capfd) == "error: Broken pipe"
+def test_a_broken_pipe_that_is_not_stdout_is_an_error(capfd):
+    assert error_line(BrokenPipeError(errno.EPIPE, "Broken pipe"), capfd) == "error: Broken pipe"
 
 
 SCRIPT = """
@@ -267,12 +267,12 @@ SCRIPT = """
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        mode: str = "talk"
+        mode: str = "many lines"
         debug: bool = False
 
     def main(config):
         if config.mode == "wait":
-            # a shell lets what it starts in the background ignore SIGINT, and with it what that starts
+            # background processes of a shell, and their children, ignore SIGINT
             signal.signal(signal.SIGINT, signal.default_int_handler)
             print("ready", flush=True)
             time.sleep(60)
@@ -296,7 +296,7 @@ def start(script, *argv) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_reader_that_leaves_ends_the_script_without_a_word(script):
+def test_a_closed_stdout_ends_the_script_silently(script):
     with start(script) as process:
         assert process.stdout.readline() == "0\n"
         process.stdout.close()
@@ -304,7 +304,7 @@ def test_a_reader_that_leaves_ends_the_script_without_a_word(script):
     assert process.returncode == 141
 
 
-def test_a_reader_that_left_before_a_short_output_is_noticed_too(script):
+def test_a_stdout_closed_before_a_short_output_ends_the_script_silently(script):
     with start(script, "--mode", "one line") as process:
         process.stdout.close()
         assert process.stderr.read() == ""

@@ -1,4 +1,4 @@
-"""The same model and data give the same metrics, key by key, through CLIP_benchmark's command line and through ours."""
+"""CLIP_benchmark's command line and ours give the same metrics, key by key, for the same model and data."""
 
 import csv
 import io
@@ -31,7 +31,8 @@ CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 TEMPLATES = ["a photo of a {c}.", "a blurry photo of the {c}.", "{c}"]
 FORMATS = ["png", "webp", "jpg", "jpeg"]
 
-# Names of the folders of models and sets. To random weights, the bundled set's 1,658 classes are one and the same.
+# Folder names of models and sets. Random weights cannot separate the bundled set's 1,658 classes: only the teacher is
+# evaluated on it.
 MODELS = ["teacher", "vit", "convnet"]
 TASKS = {
     "zeroshot_classification": ["emoji", "like_cifar", "three_classes", "multilabel"],
@@ -45,7 +46,7 @@ CASES = [
 ]
 SCRIPTS = {"zeroshot_classification": "zero_shot", "zeroshot_retrieval": "retrieval"}
 
-# CLIP_benchmark takes the mean of its hits in float32; what it takes in double has to be the same to the last bits.
+# CLIP_benchmark averages hits in float32; metrics that it averages in double must agree to the last bits.
 EXACT, FLOAT32 = 1e-12, 1e-6
 TOLERANCE = {"acc1": EXACT, "acc5": EXACT, "mean_per_class_recall": EXACT}
 
@@ -53,7 +54,7 @@ TOLERANCE = {"acc1": EXACT, "acc5": EXACT, "mean_per_class_recall": EXACT}
 class Results(NamedTuple):
     folder: Path
     theirs: dict[tuple[str, str, str], dict]
-    """What CLIP_benchmark wrote, by (task, dataset, model)."""
+    """CLIP_benchmark's results by (task, dataset, model)."""
 
 
 # ---- models and sets ---------------------------------------------------------------------------------------------
@@ -85,7 +86,7 @@ def write_models(folder: Path) -> None:
 
 
 def drawn(draw: np.random.Generator, ending: str, width: int, height: int) -> bytes:
-    """A random colour with patches in others: pictures that a model with random weights tells apart."""
+    """Encodes a random colour with patches of other colours: images that a model with random weights separates."""
     patches = draw.integers(0, 256, (1, 1, 3)) + draw.integers(-90, 91, (4, 4, 3))
     image = Image.fromarray(patches.clip(0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BILINEAR)
     file = io.BytesIO()
@@ -100,7 +101,7 @@ def sharded(samples: list[dict[str, bytes]], shards: int) -> list[list[tuple[str
 
 
 def write_like_cifar(root: Path, draw: np.random.Generator) -> None:
-    """32 px, ten classes of which one has no image, formats mixed, three shards."""
+    """32 px, ten classes of which one has no image, mixed formats, three shards."""
     samples = []
     for index in range(75):
         ending, label = FORMATS[index % 4], int(draw.integers(9))
@@ -109,7 +110,7 @@ def write_like_cifar(root: Path, draw: np.random.Generator) -> None:
 
 
 def write_multilabel(root: Path, draw: np.random.Generator) -> None:
-    """Any number of labels an image, as CLIP_benchmark's VOC 2007: float32. One class has no image."""
+    """Any number of labels per image, in float32 as CLIP_benchmark's VOC 2007. One class has no image."""
     samples = []
     for _ in range(75):
         labels = (draw.random(10) < 0.3).astype(np.float32)
@@ -122,7 +123,7 @@ def write_multilabel(root: Path, draw: np.random.Generator) -> None:
 
 
 def write_like_coco(root: Path, draw: np.random.Generator) -> None:
-    """One to five captions an image, pictures that are not square."""
+    """One to five captions per image; images are not square."""
     samples = []
     for index in range(83):
         words = [[CLASSES[c] for c in draw.integers(10, size=4)] for _ in range(1 + index % 5)]
@@ -132,7 +133,7 @@ def write_like_coco(root: Path, draw: np.random.Generator) -> None:
 
 
 def write_emoji(root: Path) -> None:
-    """One shard of the bundled set, as it is."""
+    """One unchanged shard of the bundled set."""
     shutil.copytree(ASSETS / "emoji", root, ignore=lambda _, names: {"train", "1.tar"} & set(names))
     (root / "test" / "nshards.txt").write_text("1\n")
 
@@ -164,7 +165,7 @@ def clip_benchmark(folder: Path, *flags: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Results:
-    """CLIP_benchmark on every case: one call a task, as it imports torch anew."""
+    """CLIP_benchmark on all cases, in one process per task, because each imports torch anew."""
     folder = tmp_path_factory.mktemp("beside_clip_benchmark")
     write_models(folder)
     write_sets(folder / "sets")
@@ -184,7 +185,7 @@ def results(tmp_path_factory) -> Results:
 
 @pytest.fixture
 def ours(results, monkeypatch, capsys):
-    """ours(task, dataset, model, output) -> the line that our script writes, on the CPU too."""
+    """ours(task, dataset, model, output) -> the result of our script, also on the CPU."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.chdir(results.folder)
 
@@ -209,35 +210,35 @@ def ours(results, monkeypatch, capsys):
 @pytest.mark.parametrize(("task", "dataset", "model"), CASES)
 def test_every_metric_is_clip_benchmarks(results, ours, tmp_path, task, dataset, model):
     theirs = results.theirs[task, dataset, model]
-    mine = ours(task, dataset, model, tmp_path / "ours.json")
-    assert mine["metrics"].keys() == theirs["metrics"].keys()
+    own = ours(task, dataset, model, tmp_path / "ours.json")
+    assert own["metrics"].keys() == theirs["metrics"].keys()
     for key, value in theirs["metrics"].items():
         expected = pytest.approx(value, rel=0, abs=TOLERANCE.get(key, FLOAT32), nan_ok=True)
-        assert mine["metrics"][key] == expected, key
-    # Of folders, which carry their weights, ours has no name of a checkpoint where CLIP_benchmark asks for one.
+        assert own["metrics"][key] == expected, key
+    # A folder includes its weights: our `pretrained` is empty, where CLIP_benchmark requires a value.
     same = theirs.keys() - {"metrics", "pretrained"}
-    assert {key: mine[key] for key in same} == {key: theirs[key] for key in same}
+    assert {key: own[key] for key in same} == {key: theirs[key] for key in same}
 
 
-def test_the_cases_hold_what_could_differ(results):
-    """Of each key at least two shares, not 0 or 1, and acc5 undefined somewhere: equal zeros would prove little."""
+def test_the_cases_cover_values_that_could_differ(results):
+    """Every key has two or more values between 0 and 1, and acc5 is undefined somewhere: equal zeros prove little."""
     values = defaultdict(list)
     for result in results.theirs.values():
         for key, value in result["metrics"].items():
             values[key].append(value)
     assert len(values) == 10 and sum(map(math.isnan, values["acc5"])) == len(MODELS)
-    for key, found in values.items():
-        assert len({share for share in found if 0 < share < 1}) >= 2, key
+    for key, shares in values.items():
+        assert len({share for share in shares if 0 < share < 1}) >= 2, key
 
 
 def test_clip_benchmark_builds_one_table_of_both(results, ours, tmp_path):
     task, dataset, model = "zeroshot_classification", "like_cifar", "teacher"
-    mine = ours(task, dataset, model, tmp_path / "ours.json")
+    own = ours(task, dataset, model, tmp_path / "ours.json")
     theirs = results.folder / f"{task}-{dataset}-local-dir:{model}.json"
     clip_benchmark(tmp_path, "build", "ours.json", str(theirs), "--output", "table.csv")
     with (tmp_path / "table.csv").open(newline="") as file:
         first, second = csv.DictReader(file)
-    for key, value in mine["metrics"].items():
+    for key, value in own["metrics"].items():
         assert float(first[key]) == value and float(second[key]) == pytest.approx(value, rel=0, abs=EXACT)
     assert first["dataset"] == second["dataset"] == f"wds/{dataset}"
     assert first["model_fullname"].strip() == f"local-dir:{model}"

@@ -1,6 +1,6 @@
-"""The contract of the image-text loss: world size, tile size and precision change the cost, never the number.
+"""The image-text loss does not depend on world size, tile size or precision, which change the cost only.
 
-Whatever the form, loss and gradients are those of the dense form in float64 in one process on the joined batch, which
+In every form, loss and gradients equal those of the dense form in float64 in one process on the joined batch, which
 test_image_text.py compares with the formula.
 """
 
@@ -20,14 +20,14 @@ from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
 
 EVERYTHING = {"contrastive_weight": 0.7, "soft_ce_weight": 1.3, "wmse_weight": 0.11, "kl_weight": 0.4}
 TEMPERATURES = {"temperature": 2.0, "weight_temperature": 3.0}
-# Relative to the largest entry. fp64: a few hundred roundings of 1e-16. fp32: logits of up to 13 carry 13 * 6e-8, which
-# an exponential passes on. bf16 inputs are the same rounded numbers for the oracle, so the loss is fp32's; the
-# gradient of a bf16 embedding is bf16, half a unit in the last place of 8 bits.
+# Relative to the largest entry. fp64: a few hundred roundings of 1e-16. fp32: logits of up to 13 have an error of
+# 13 * 6e-8, which an exponential preserves. bf16: the oracle gets the same rounded inputs, so the loss is as exact as
+# in fp32; the gradient of a bf16 embedding is bf16, half a unit in the last place of 8 bits.
 LOSS_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-5}
 GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4e-3}
 
-ROWS = 24  # divides by 4 ranks; tiles of 7 end in odd ones
-IDS = [0, 1, 2, 3, 1, 4, 5, 0, *range(6, 20), 2, 19]  # captions that stand twice: on one rank, and on two
+ROWS = 24  # divisible by 4 ranks; the last tile of size 7 is incomplete
+IDS = [0, 1, 2, 3, 1, 4, 5, 0, *range(6, 20), 2, 19]  # equal captions on one rank, and on two
 FORMS = [{"tile_size": None}, *({"tile_size": size, "ring": ring} for size in (1, 7, 64) for ring in (False, True))]
 SOFTMAX = {}
 SIGMOID = {"sigmoid": True, "kl_weight": 0}
@@ -35,12 +35,12 @@ KINDS = [SOFTMAX, SIGMOID, SIGMOID | {"teacher_sigmoid": True}]
 CASES = [
     case
     for case in itertools.product(LOSS_TOLERANCE, FORMS, (0, 0.5, 1), (True, False), KINDS)
-    if case[0] == torch.float64 or case[1]["tile_size"] != 1  # slow, and nothing more about rounding than tiles of 7
+    if case[0] == torch.float64 or case[1]["tile_size"] != 1  # slow, and rounds as tiles of 7 do
 ]
 
 
 def embeddings(dtype, rows=ROWS) -> dict[str, torch.Tensor]:
-    """Student and teacher have other dimensions; all are rounded to the precision of the case first."""
+    """Student's and teacher's embeddings, of different dimensions, rounded to the precision of the case."""
     draw = torch.Generator().manual_seed(1)
     widths = {"image": 5, "text": 5, "teacher_image": 7, "teacher_text": 7}
     drawn = {k: torch.randn(rows, width, generator=draw, dtype=torch.float64) for k, width in widths.items()}
@@ -50,7 +50,7 @@ def embeddings(dtype, rows=ROWS) -> dict[str, torch.Tensor]:
 def loss_and_gradients(
     tensors, *, ids, tile_size, gamma, ring=False, scale=9.0, teacher_scale=13.0, bias=-3.0, **weights
 ):
-    """(loss, {"image", "text", "scale", "bias"}), with an operation after the loss."""
+    """(loss, gradients of "image", "text", "scale", "bias"), with an operation after the loss."""
     precision = torch.float64 if tensors["image"].dtype == torch.float64 else torch.float32
     leaves = {name: tensors[name].clone().requires_grad_() for name in ("image", "text")}
     leaves |= {"scale": torch.tensor(scale, dtype=precision, requires_grad=True)}
@@ -79,37 +79,37 @@ def oracle(dtype, *, ids, gamma, kind):
     return loss_and_gradients(tensors, ids=ids, tile_size=None, gamma=gamma, **kind)
 
 
-def my_share(rank, world_size, dtype, form, gamma, with_ids, kind):
-    mine = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
-    tensors = {name: tensor[mine] for name, tensor in embeddings(dtype).items()}
-    return loss_and_gradients(tensors, ids=IDS[mine] if with_ids else None, gamma=gamma, **form, **kind)
+def rank_result(rank, world_size, dtype, form, gamma, with_ids, kind):
+    own = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
+    tensors = {name: tensor[own] for name, tensor in embeddings(dtype).items()}
+    return loss_and_gradients(tensors, ids=IDS[own] if with_ids else None, gamma=gamma, **form, **kind)
 
 
-def all_shares(rank, world_size):
-    return [my_share(rank, world_size, *case) for case in CASES]
+def rank_results(rank, world_size):
+    return [rank_result(rank, world_size, *case) for case in CASES]
 
 
 def joined(ranks):
-    """The gradients as DistributedDataParallel would leave them: averaged over ranks."""
+    """The gradients averaged over ranks, as by DistributedDataParallel."""
     averaged = {name: torch.stack([g[name] for _, g in ranks]).mean(0) for name in ("scale", "bias")}
     return averaged | {name: torch.cat([g[name] for _, g in ranks]).double() / len(ranks) for name in ("image", "text")}
 
 
-def farthest(got: dict, want: dict) -> float:
-    """The largest difference, relative to the largest entry, or to 1 where that is smaller: the bias's gradient is 0
-    on paper and rounding noise here."""
-    return max(((got[k] - want[k]).abs().max() / want[k].abs().max().clamp_min(1)).item() for k in want)
+def max_error(actual: dict, expected: dict) -> float:
+    """The largest difference, relative to the largest entry, or to 1 if that is smaller: the bias's exact gradient is
+    0, the computed one rounding noise."""
+    return max(((actual[k] - expected[k]).abs().max() / expected[k].abs().max().clamp_min(1)).item() for k in expected)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_every_form_gives_the_one_number(world_size):
-    by_rank = [all_shares(0, 1)] if world_size == 1 else run_ranks(all_shares, world_size)
+def test_every_form_gives_the_same_loss(world_size):
+    by_rank = [rank_results(0, 1)] if world_size == 1 else run_ranks(rank_results, world_size)
     for case, *ranks in zip(CASES, *by_rank, strict=True):
         dtype, _, gamma, with_ids, kind = case
         loss, gradients = oracle(dtype, ids=IDS if with_ids else None, gamma=gamma, kind=kind)
         for value, _ in ranks:
             assert value.item() == pytest.approx(loss.item(), rel=LOSS_TOLERANCE[dtype]), case
-        assert farthest(joined(ranks), gradients) < GRADIENT_TOLERANCE[dtype], case
+        assert max_error(joined(ranks), gradients) < GRADIENT_TOLERANCE[dtype], case
 
 
 @settings(max_examples=40, deadline=None)
@@ -127,7 +127,7 @@ def test_odd_sizes_tiles_and_missing_terms(rows, tile, gamma, num_ids, off, kind
     loss, gradients = loss_and_gradients(tensors, tile_size=tile, **options)
     exact, exact_gradients = loss_and_gradients(tensors, tile_size=None, **options)
     assert loss.item() == pytest.approx(exact.item(), rel=1e-10)
-    assert farthest(gradients, exact_gradients) < 1e-10
+    assert max_error(gradients, exact_gradients) < 1e-10
 
 
 @pytest.mark.parametrize("tile_size", [None, 16])
@@ -142,10 +142,10 @@ def test_sharp_logits_keep_their_digits_in_fp32(tile_size, gamma, bias, lean, ki
     exact = {name: tensor.double() for name, tensor in tensors.items()}
     options = {"ids": None, "gamma": gamma, "scale": 100.0, "teacher_scale": 100.0, "bias": bias} | kind
     loss, gradients = loss_and_gradients(tensors, tile_size=tile_size, **options)
-    want, exact_gradients = loss_and_gradients(exact, tile_size=None, **options)
-    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
-    # An exponential passes on the absolute rounding of its logit, 100 * 6e-8.
-    assert farthest({k: v.double() for k, v in gradients.items()}, exact_gradients) < 1e-5
+    exact_loss, exact_gradients = loss_and_gradients(exact, tile_size=None, **options)
+    assert loss.item() == pytest.approx(exact_loss.item(), rel=1e-5)
+    # An exponential preserves the absolute rounding error of its logit, 100 * 6e-8.
+    assert max_error({k: v.double() for k, v in gradients.items()}, exact_gradients) < 1e-5
 
 
 def test_scalars_for_the_log_are_the_same():
@@ -160,14 +160,14 @@ def test_scalars_for_the_log_are_the_same():
 
 
 def test_auto_is_dense_for_small_batches_and_tiled_for_large_ones(monkeypatch):
-    seen = []
+    tile_sizes = []
     monkeypatch.setattr(
-        image_text, "_tiled_loss", lambda *arguments: seen.append(arguments[-2]) or (torch.zeros(()), {})
+        image_text, "_tiled_loss", lambda *arguments: tile_sizes.append(arguments[-2]) or (torch.zeros(()), {})
     )
     image = F.normalize(torch.randn(513, 3))
     for rows in (512, 513):
         image_text_loss(image=image[:rows], text=image[:rows], logit_scale=torch.tensor(9.0))
-    assert seen == [image_text.TILE]
+    assert tile_sizes == [image_text.TILE]
 
 
 def test_a_tile_size_below_1_and_a_second_derivative_are_refused():
@@ -183,11 +183,11 @@ def test_a_tile_size_below_1_and_a_second_derivative_are_refused():
         torch.autograd.grad(loss, image, create_graph=True)
 
 
-# In training: each rank has other rows, and DistributedDataParallel averages.
+# ---- in training: each rank has other rows, and DistributedDataParallel averages the gradients
 
 
 class Encoder(torch.nn.Module):
-    """Two linear towers, a scale and a bias: everything that DistributedDataParallel has to average."""
+    """Two linear towers, a scale and a bias, all of which DistributedDataParallel averages."""
 
     def __init__(self):
         super().__init__()
@@ -201,14 +201,14 @@ class Encoder(torch.nn.Module):
 
 
 def train_step(rank, world_size, dtype, with_ids, form):
-    """Loss, averaged gradients and scalars, from my share of the same pairs."""
+    """Loss, averaged gradients and scalars, from this rank's part of the same pairs."""
     torch.manual_seed(0)
     encoder = Encoder().to(dtype)
     model = DistributedDataParallel(encoder) if world_size > 1 else encoder
     draw = torch.Generator().manual_seed(1)
-    mine = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
+    own = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
     pixels, tokens, teacher_image, teacher_text = (
-        torch.randn(ROWS, width, generator=draw, dtype=torch.float64).to(dtype)[mine] for width in (6, 4, 7, 7)
+        torch.randn(ROWS, width, generator=draw, dtype=torch.float64).to(dtype)[own] for width in (6, 4, 7, 7)
     )
     teacher_image, teacher_text = F.normalize(teacher_image), F.normalize(teacher_text)
     output = model(pixels, tokens)
@@ -217,7 +217,7 @@ def train_step(rank, world_size, dtype, with_ids, form):
         teacher_image=teacher_image,
         teacher_text=teacher_text,
         teacher_logit_scale=torch.tensor(11.0, dtype=dtype),
-        text_ids=torch.tensor(IDS)[mine] if with_ids else None,
+        text_ids=torch.tensor(IDS)[own] if with_ids else None,
         gamma=0.5,
         **form,
         **EVERYTHING,
@@ -246,18 +246,17 @@ def train_steps(rank, world_size):
 def test_several_processes_train_as_one(world_size):
     by_rank = run_ranks(train_steps, world_size)
     for step, (one, scalars_of_one), *ranks in zip(STEPS, train_steps(0, 1), *by_rank, strict=True):
-        for got, scalars in ranks:
-            assert farthest(got, one) < LOSS_TOLERANCE[step[0]], step
+        for result, scalars in ranks:
+            assert max_error(result, one) < LOSS_TOLERANCE[step[0]], step
             assert scalars == pytest.approx(scalars_of_one, rel=1e-5), step  # logged in fp32
             assert scalars == ranks[0][1], step
-            assert all(torch.equal(got[name], ranks[0][0][name]) for name in got), step
+            assert all(torch.equal(result[name], ranks[0][0][name]) for name in result), step
 
 
-# The contract can fail: what is put in the place of which function, in which form, with captions' ids or not, and
-# whether the loss itself (and not its gradient alone) becomes another.
+# ---- the tests above detect errors
 
 
-def ratio_of_my_rank(numerator, denominator):
+def ratio_of_own_rank(numerator, denominator):
     return numerator.sum() / denominator.sum()
 
 
@@ -265,7 +264,7 @@ def always_rank_0():
     return 0
 
 
-def nothing_joins(x):
+def unchanged(x):
     return x
 
 
@@ -273,27 +272,29 @@ def gather_without_gradient(rows):
     return distributed.gather_rows(rows.detach())
 
 
-def gather_with_my_own_gradient(rows):
-    """open_clip's default: my rows keep their gradient, what the other ranks make of them is lost."""
+def gather_with_own_gradient(rows):
+    """open_clip's default: the gradient lacks the parts of the losses of other ranks."""
     parts = list(distributed.gather_rows(rows.detach()).chunk(distributed.world_size()))
     parts[distributed.rank()] = rows
     return torch.cat(parts)
 
 
-def my_own_value(share):
+def own_value(share):
     return share
 
 
+# name: (module, function to replace, replacement, form, with captions' ids, whether the loss changes as well, not its
+# gradient alone)
 BREAKAGES = {
-    "mean of ratios": (image_text, "ratio_of_sums", ratio_of_my_rank, DENSE, True, True),
+    "mean of ratios": (image_text, "ratio_of_sums", ratio_of_own_rank, DENSE, True, True),
     "wrong offset of the positives": (image_text, "rank", always_rank_0, DENSE, False, True),
     "gather without gradient": (image_text, "gather_rows", gather_without_gradient, DENSE, True, False),
-    "gather with my own gradient": (image_text, "gather_rows", gather_with_my_own_gradient, DENSE, True, False),
-    "my own value": (image_text, "global_value", my_own_value, DENSE, True, True),
-    "tiled, wrong offset of my texts": (tiles, "rank", always_rank_0, TILED, True, True),
-    "tiled, sums of my rank": (tiles, "sum_across_processes", nothing_joins, TILED, True, True),
-    "ring, nothing moves": (tiles, "pass_on_ring", nothing_joins, RING, True, True),
-    "ring, ratio of my rank": (tiles, "sum_across_processes", nothing_joins, RING, True, True),
+    "gather with own gradient": (image_text, "gather_rows", gather_with_own_gradient, DENSE, True, False),
+    "own value": (image_text, "global_value", own_value, DENSE, True, True),
+    "tiled, wrong offset of own texts": (tiles, "rank", always_rank_0, TILED, True, True),
+    "tiled, sums of own rank": (tiles, "sum_across_processes", unchanged, TILED, True, True),
+    "ring, nothing is passed on": (tiles, "pass_on_ring", unchanged, RING, True, True),
+    "ring, ratio of own rank": (tiles, "sum_across_processes", unchanged, RING, True, True),
     "tiled, gather without gradient": (image_text, "gather_rows", gather_without_gradient, TILED, True, False),
 }
 
@@ -306,9 +307,9 @@ def broken_train_step(rank, world_size, breakage):
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_the_contract_can_fail(breakage):
+def test_a_broken_function_is_detected(breakage):
     _, _, _, form, with_ids, changes_the_loss = BREAKAGES[breakage]
     one, _ = train_step(0, 1, torch.float64, with_ids, form)
     broken = run_ranks(broken_train_step, 2, breakage)
-    assert max(farthest(result, one) for result in broken) > 1e-3
+    assert max(max_error(result, one) for result in broken) > 1e-3
     assert any(abs(result["loss"] - one["loss"]) > 1e-4 for result in broken) == changes_the_loss

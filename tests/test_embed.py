@@ -1,6 +1,5 @@
-"""Every image and text is embedded once, in the order of the set, by all processes together and to the same bits; what
-is kept on disk is what would be computed, or is computed again; evaluating leaves model and random states as they
-were."""
+"""Every image and text is embedded once, in the order of the set, with the same bits for any number of processes; the
+cache returns what would be computed, or it is computed again; evaluation does not change the model or random states."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,9 +33,6 @@ def clip_benchmark_classifier(encode_text, tokenizer, classnames, templates):
     return torch.stack(weights, dim=1)
 
 
-# ---- prompts
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Clip:
     return tiny_clip(tmp_path_factory.mktemp("model"))
@@ -65,9 +61,9 @@ def test_the_classifier_is_open_clips(tiny):
     torch.testing.assert_close(ours, theirs.T, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("templates", "told"), [(["a cat"], "'a cat'"), ({"cat": ["x"], "emu": []}, "'emu'")])
-def test_prompts_without_a_class_are_refused(tiny, templates, told):
-    with pytest.raises(UserError, match=told):
+@pytest.mark.parametrize(("templates", "message"), [(["a cat"], "'a cat'"), ({"cat": ["x"], "emu": []}, "'emu'")])
+def test_prompts_without_a_class_are_refused(tiny, templates, message):
+    with pytest.raises(UserError, match=message):
         zero_shot_classifier(Embedder(clip=tiny), classnames=["cat", "emu"], templates=templates)
 
 
@@ -81,9 +77,6 @@ def test_equal_texts_are_embedded_once(tiny):
     with torch.no_grad():
         expected = F.normalize(tiny.towers.encode_text(tiny.tokenize(["a", "b", "a", "c", "a"])), dim=-1)
     torch.testing.assert_close(rows, expected, rtol=0, atol=1e-6)
-
-
-# ---- whole sets
 
 
 @pytest.fixture
@@ -101,14 +94,14 @@ def colours(tmp_path):
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (3, 0), (100, 0), (2, 1), (1, 2), (3, 2)])
 def test_rows_keep_the_order_of_the_set(colour_blind, colours, batch_size, num_workers):
     embedder = Embedder(clip=colour_blind, batch_size=batch_size, num_workers=num_workers)
-    found = embed_images(embedder, colours, "cls", "txt")
-    assert found.targets["cls"] == [0, 1, 2, 2, 0, 0, 1] and found.broken == 0
-    assert found.targets["txt"][2] == ["something blue", "a blue square"]
-    assert found.rows.argmax(dim=1).tolist() == [0, 1, 1, 1, 0, 0, 1]  # blue looks green
-    torch.testing.assert_close(found.rows.norm(dim=1), torch.ones(7))
+    images = embed_images(embedder, colours, "cls", "txt")
+    assert images.targets["cls"] == [0, 1, 2, 2, 0, 0, 1] and images.broken == 0
+    assert images.targets["txt"][2] == ["something blue", "a blue square"]
+    assert images.rows.argmax(dim=1).tolist() == [0, 1, 1, 1, 0, 0, 1]  # blue looks green
+    torch.testing.assert_close(images.rows.norm(dim=1), torch.ones(7))
 
 
-def test_evaluating_leaves_no_trace(colour_blind, colours):
+def test_evaluation_changes_neither_the_model_nor_random_states(colour_blind, colours):
     towers = colour_blind.towers
     towers.train()
     towers.model.norm.eval()  # a student with frozen statistics
@@ -123,7 +116,7 @@ def test_evaluating_leaves_no_trace(colour_blind, colours):
     assert all(torch.equal(value, weights[name]) for name, value in towers.state_dict().items())
     assert torch.equal(embed_images(embedder, colours).rows, first)  # no dropout
     assert towers.encode_image(torch.rand(4, 3, 8, 8)).requires_grad
-    assert not text.is_inference()  # it may meet a gradient
+    assert not text.is_inference()  # so that it can be used with autograd
 
 
 def broken_set(folder, *, good: int):
@@ -135,10 +128,11 @@ def broken_set(folder, *, good: int):
 
 @pytest.mark.filterwarnings("default:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_broken_image_ends_in_one_line_and_the_mode_comes_back(tmp_path, colour_blind, num_workers):
+def test_a_broken_image_is_a_one_line_error_and_the_mode_is_restored(tmp_path, colour_blind, num_workers):
     colour_blind.towers.train()
     embedder = Embedder(clip=colour_blind, batch_size=1, num_workers=num_workers)
-    with pytest.raises(UserError, match="^1 of 3 images[^\n]*--max_broken lets 0.001[^\n]*sample 'bad'[^\n]*$"):
+    message = "^1 of 3 images[^\n]*--max_broken allows a share of 0.001[^\n]*sample 'bad'[^\n]*$"
+    with pytest.raises(UserError, match=message):
         embed_images(embedder, broken_set(tmp_path / "set", good=2), "cls")
     assert colour_blind.towers.model.dropout.training
 
@@ -146,31 +140,28 @@ def test_a_broken_image_ends_in_one_line_and_the_mode_comes_back(tmp_path, colou
 @pytest.mark.parametrize("batch_size", [1, 2, 9])
 def test_few_broken_images_are_left_out_and_counted(tmp_path, colour_blind, batch_size):
     embedder = Embedder(clip=colour_blind, batch_size=batch_size, max_broken=0.25)
-    found = embed_images(embedder, broken_set(tmp_path / "set", good=3), "cls")
-    assert (found.broken, len(found.rows), found.targets["cls"]) == (1, 3, [0, 0, 0])
+    images = embed_images(embedder, broken_set(tmp_path / "set", good=3), "cls")
+    assert (images.broken, len(images.rows), images.targets["cls"]) == (1, 3, [0, 0, 0])
     with pytest.raises(UserError, match="1 of 4 images"):
         embed_images(replace(embedder, max_broken=0.24), broken_set(tmp_path / "again", good=3), "cls")
-    with pytest.raises(UserError, match="1 of 1 images"):  # nothing would be left
+    with pytest.raises(UserError, match="1 of 1 images"):  # none would remain
         embed_images(replace(embedder, max_broken=1), broken_set(tmp_path / "alone", good=0), "cls")
 
 
-def test_embeddings_that_are_not_finite_are_no_result(colour_blind, colours):
+def test_embeddings_that_are_not_finite_are_refused(colour_blind, colours):
     colour_blind.towers.model.gain.data.fill_(float("nan"))
     with pytest.raises(UserError, match="image tower of 'colour-blind'"):
         embed_images(Embedder(clip=colour_blind), colours)
 
 
-def test_a_batch_of_nothing_is_refused_before_the_work(colour_blind, colours):
+def test_a_batch_size_of_0_is_refused(colour_blind, colours):
     with pytest.raises(UserError, match="batch_size=0"):
         embed_images(Embedder(clip=colour_blind, batch_size=0), colours)
 
 
-def test_autocast_is_what_amp_asks_for(tiny, colours):
+def test_amp_runs_the_towers_under_autocast(tiny, colours):
     whole, half = (embed_images(Embedder(clip=tiny, amp=amp), colours).rows for amp in (False, True))
     assert 0 < (whole - half).abs().max() < 0.05 and half.dtype == torch.float32
-
-
-# ---- several processes
 
 
 def emoji_part(rank: int, world_size: int, folder: str) -> tuple:
@@ -183,11 +174,11 @@ def emoji_part(rank: int, world_size: int, folder: str) -> tuple:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.usefixtures("one_thread")
-def test_processes_share_a_set_and_say_the_same_to_the_last_bit(tmp_path, world_size):
+def test_processes_share_a_set_and_return_the_same_bits(tmp_path, world_size):
     folder = str(colour_set(tmp_path / "set", ["red", "green", "blue", "blue", "red"], shards=2))
     rows, targets, text = emoji_part(0, 1, folder)
-    for theirs in run_ranks(emoji_part, world_size, folder):
-        assert torch.equal(theirs[0], rows) and theirs[1] == targets and torch.equal(theirs[2], text)
+    for of_rank in run_ranks(emoji_part, world_size, folder):
+        assert torch.equal(of_rank[0], rows) and of_rank[1] == targets and torch.equal(of_rank[2], text)
 
 
 def read_by(rank: int, world_size: int, folder: str, log: str) -> None:
@@ -217,17 +208,14 @@ def one_of_two(rank: int, world_size: int) -> list:
     return top_names(Embedder(clip=clip, batch_size=512), images=images, dataset=dataset, k=2)
 
 
-def test_one_process_of_several_can_ask_alone():
-    (best,) = run_ranks(one_of_two, 2)[0]  # the other asks nothing, so that waiting for it would be forever
+def test_one_process_of_several_can_call_top_names():
+    (best,) = run_ranks(one_of_two, 2)[0]  # the other does not call it: a collective would wait forever
     assert len(best) == 2 and best[0][1] >= best[1][1]
-
-
-# ---- what is kept on disk
 
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How often images and texts were really embedded."""
+    """The calls that embedded images or texts, and did not read the cache."""
     calls = []
     for name in ("_embed_batches", "_embed_tokens"):
         real = vars(embed)[name]
@@ -242,17 +230,17 @@ def test_what_was_embedded_is_not_embedded_again(tmp_path, colour_blind, colours
     assert counted == ["_embed_batches", "_embed_tokens"]
     assert torch.equal(first[0].rows, again[0].rows) and first[0].targets == again[0].targets
     assert torch.equal(first[1], again[1])
-    # Another order, other words over the same images: known images need no tower, labels come from the set.
+    # Other targets of the same images: the embeddings are cached, the targets are read from the set.
     assert embed_images(embedder, colours, "txt").targets["txt"][0] == ["something red", "a red square"]
     assert counted == ["_embed_batches", "_embed_tokens"]
 
 
-def test_broken_images_are_remembered_as_broken(tmp_path, colour_blind, counted):
+def test_the_cache_records_broken_images(tmp_path, colour_blind, counted):
     dataset = broken_set(tmp_path / "set", good=3)
     embedder = Embedder(clip=colour_blind, cache=tmp_path / "cache", max_broken=0.5)
     for _ in range(2):
-        found = embed_images(embedder, dataset, "cls")
-        assert (found.broken, found.targets["cls"], len(found.rows)) == (1, [0, 0, 0], 3)
+        images = embed_images(embedder, dataset, "cls")
+        assert (images.broken, images.targets["cls"], len(images.rows)) == (1, [0, 0, 0], 3)
     assert counted == ["_embed_batches"]
 
 
@@ -279,7 +267,7 @@ def test_another_model_preprocessing_precision_or_image_is_another_entry(tmp_pat
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign"])
-def test_a_damaged_cache_is_rebuilt_and_not_trusted(tmp_path, colour_blind, colours, counted, damage):
+def test_a_damaged_cache_file_is_rebuilt(tmp_path, colour_blind, colours, counted, damage):
     embedder = Embedder(clip=colour_blind, cache=tmp_path / "cache")
     first = embed_images(embedder, colours)
     (path,) = (tmp_path / "cache").glob("images_*.safetensors")
@@ -294,13 +282,13 @@ def test_a_damaged_cache_is_rebuilt_and_not_trusted(tmp_path, colour_blind, colo
 
 
 def cached_in_two(rank: int, world_size: int, folder: str, cache: str) -> torch.Tensor:
-    # Only rank 0 finds anything in its folder, as on two machines: both have to embed.
+    # Only the folder of rank 0 has the embeddings, as on two machines: both have to embed.
     embedder = Embedder(clip=load_clip(BUNDLED_TEACHER), batch_size=2, cache=Path(f"{cache}-{rank}"))
     return embed_images(embedder, load_benchmark_set(folder)).rows
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_processes_agree_on_whether_it_is_there(tmp_path):
+def test_processes_agree_on_whether_embeddings_are_cached(tmp_path):
     folder = str(colour_set(tmp_path / "set", ["red", "green", "blue", "blue", "red"]))
     expected = cached_in_two(0, 1, folder, str(tmp_path / "cache"))  # fills the folder of rank 0
     for rows in run_ranks(cached_in_two, 2, folder, str(tmp_path / "cache")):
@@ -308,7 +296,7 @@ def test_processes_agree_on_whether_it_is_there(tmp_path):
 
 
 def test_an_open_clip_model_object_is_a_clip(tiny, colours):
-    clip = as_clip(tiny.towers.model, tiny.tokenize, name="mine")
-    assert (clip.name, clip.embed_dim, clip.preprocess) == ("mine", tiny.embed_dim, tiny.preprocess)
+    clip = as_clip(tiny.towers.model, tiny.tokenize, name="own")
+    assert (clip.name, clip.embed_dim, clip.preprocess) == ("own", tiny.embed_dim, tiny.preprocess)
     ours, theirs = (embed_images(Embedder(clip=c), colours).rows for c in (clip, tiny))
     assert torch.equal(ours, theirs)

@@ -1,4 +1,4 @@
-"""fit() is a plain training loop, with everything else at its time: evaluations, checkpoints, averages, refusals."""
+"""fit() equals a plain training loop; its evaluations, checkpoints, moving averages and errors."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def net() -> torch.nn.Module:
 
 
 class Regression(Objective):
-    """A toy loss, times what `factor` says of a batch."""
+    """A toy loss, times `factor(batch)`."""
 
     def __init__(self, factor=lambda batch: 1.0):
         self.factor = factor
@@ -68,16 +68,7 @@ def toy_loss(model, batch):
     return Regression().loss(Regression().outputs(model, batch), Regression().targets(batch))[0]
 
 
-def run_fit(
-    folder,
-    *,
-    model=None,
-    config=CONFIG,
-    evaluate=lambda model: [],
-    after_step=lambda: None,
-    accelerator=None,
-    **options,
-):
+def run_fit(folder, *, model=None, config=CONFIG, evaluate=lambda model: [], accelerator=None, **options):
     model = model or net()
     schedule = partial(warmup_cosine, lr=0.1, steps=config.steps, warmup_steps=2)
     options = {"objective": Regression(), "make_loader": Loader, "learning_rate": schedule} | options
@@ -89,13 +80,12 @@ def run_fit(
         run=run,
         config=config,
         evaluate=evaluate,
-        after_step=after_step,
         **options,
     )
     return model, result, run
 
 
-def test_fit_is_a_plain_loop(tmp_path):
+def test_fit_equals_a_plain_loop(tmp_path):
     ours, _, run = run_fit(tmp_path)
     model, loader = net(), iter(Loader(None))
     weights = [p for p in model.parameters() if p.ndim >= 2]
@@ -121,7 +111,7 @@ def test_fit_is_a_plain_loop(tmp_path):
     assert records[0]["train/skipped"] == 2
 
 
-def test_evaluations_and_checkpoints_come_at_their_time_and_once(tmp_path):
+def test_evaluations_and_checkpoints_come_once_at_their_intervals(tmp_path):
     config = FitConfig(steps=5, eval_every_steps=2, checkpoint_every_steps=3)
     steps = []
 
@@ -137,7 +127,7 @@ def test_evaluations_and_checkpoints_come_at_their_time_and_once(tmp_path):
     assert len(clamped) == 5
 
 
-def test_an_evaluation_is_told_above_the_bar_and_nothing_where_nobody_looks(tmp_path, monkeypatch, capsys):
+def test_evaluations_are_printed_above_the_bar_on_a_terminal_only(tmp_path, monkeypatch, capsys):
     def evaluate(model):
         return [{"model": "student", "dataset": "toy", "acc1": 0.25, "acc5": 0.5, "recall": 1.0}]
 
@@ -146,12 +136,12 @@ def test_an_evaluation_is_told_above_the_bar_and_nothing_where_nobody_looks(tmp_
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(engine.sys.stderr, "isatty", lambda: True)
     run_fit(tmp_path / "terminal", config=config, evaluate=evaluate)
-    told = capsys.readouterr()
-    assert "step 2: student on toy: acc1 0.250, acc5 0.500\n" in told.out + told.err
-    assert "loss" in told.err and "images/s" in told.err and "2/2" in told.err
+    printed = capsys.readouterr()
+    assert "step 2: student on toy: acc1 0.250, acc5 0.500\n" in printed.out + printed.err
+    assert "loss" in printed.err and "images/s" in printed.err and "2/2" in printed.err
 
 
-def test_the_moving_average_is_its_closed_form_and_leaves_constants_alone():
+def test_the_moving_average_equals_its_closed_form_and_keeps_constants():
     model = net()
     model.register_buffer("mask", torch.full((2, 2), -math.inf).triu(1), persistent=False)
     ema = moving_average(model, 0.9)
@@ -170,7 +160,7 @@ def test_the_moving_average_is_its_closed_form_and_leaves_constants_alone():
     assert moving_average(model, 0.0) is None
 
 
-def test_the_average_is_what_comes_back_and_is_evaluated(tmp_path):
+def test_the_average_is_returned_and_evaluated(tmp_path):
     seen = []
     model = net()
     average = moving_average(model, 0.5)
@@ -182,7 +172,7 @@ def test_the_average_is_what_comes_back_and_is_evaluated(tmp_path):
     assert not torch.equal(result[0].weight, model[0].weight)
 
 
-def test_a_groups_own_scale_multiplies_the_rate(tmp_path):
+def test_lr_scale_of_a_group_multiplies_the_learning_rate(tmp_path):
     def make_optimizer(model):
         first, *others = model.parameters()
         return torch.optim.SGD([{"params": [first], "lr_scale": 0.25}, {"params": others}], lr=1.0)
@@ -199,7 +189,6 @@ def test_a_groups_own_scale_multiplies_the_rate(tmp_path):
         run=RunFolder(tmp_path, is_main=True),
         config=FitConfig(steps=1),
         evaluate=lambda model: [],
-        after_step=lambda: None,
     )
     assert [group["lr"] for group in optimizers[0].param_groups] == pytest.approx([0.025, 0.1])
 
@@ -213,10 +202,10 @@ def test_accumulation_is_refused_with_the_reason(tmp_path, monkeypatch, by_envir
         engine.check_no_accumulation(accelerator)
 
 
-def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+def test_processes_that_accelerate_did_not_join_are_refused(monkeypatch):
     alone, both = (Mock(spec=Accelerator, num_processes=n) for n in (1, 2))
     engine.check_all_processes_joined(alone)
-    monkeypatch.setenv("WORLD_SIZE", "2")  # a scheduler may say so to a script that is no rank
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a scheduler may set it for a script that is not a rank
     engine.check_all_processes_joined(alone)
     monkeypatch.setenv("LOCAL_RANK", "1")
     engine.check_all_processes_joined(both)
@@ -258,7 +247,7 @@ def nan_on_one_rank(rank, world_size, folder):
         run_fit(folder, model=model, objective=poisoned, make_loader=lambda p: Loader(p, slice(2 * rank, 2 * rank + 2)))
     except UserError as error:
         return str(error), all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    return "went on", False
+    return "no error", False
 
 
 def test_one_bad_rank_stops_all(tmp_path):
@@ -304,7 +293,7 @@ def three_steps(rank, world_size, folder):
     return losses, {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_like_one(tmp_path):
     one = three_steps(0, 1, tmp_path)
     for losses, state in run_ranks(three_steps, 2, tmp_path):
         assert losses == pytest.approx(one[0], rel=1e-5)
@@ -313,7 +302,7 @@ def test_two_processes_train_as_one(tmp_path):
             torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-4)
 
 
-def test_a_line_of_results_that_a_kill_cut_is_left_out(tmp_path):
+def test_an_incomplete_last_line_of_the_results_is_left_out(tmp_path):
     run = RunFolder(tmp_path, is_main=True)
     for step in (1, 2, 3):
         run.log({"step": step})

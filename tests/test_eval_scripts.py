@@ -1,5 +1,5 @@
-"""The evaluation scripts take CLIP_benchmark's flags, leave its JSON behind, and end every mistake of the user
-in one line and exit code 2. They are run as a user runs them, never imported."""
+"""The evaluation scripts accept CLIP_benchmark's flags and write its JSON; every user error ends in one line and exit
+code 2. The tests run them as programs and never import them."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def colours(tmp_path) -> Path:
 
 @pytest.fixture
 def call(tmp_path, monkeypatch, run_script):
-    """call(script, *flags) -> (exit code, stdout, stderr), in a folder of its own."""
+    """call(script, *flags) -> (exit code, stdout, stderr), with an empty working directory."""
     monkeypatch.chdir(tmp_path)
 
     def call(script: str, *flags: str) -> tuple[int, str, str]:
@@ -100,24 +100,24 @@ def test_several_sets_give_a_line_and_a_row_each(call, model, colours):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_teacher_stands_beside(call, model, colours, script):
+def test_a_teacher_is_compared_with(call, model, colours, script):
     flags = ["--model", model, "--teacher", model, "--dataset", str(colours)]
     code, out, err = call(script, *flags)
     assert (code, err) == (0, "")
     teacher = json.loads(Path("result.json").read_text())["teacher"]
     assert teacher["model"] == model and teacher["kept"].keys() >= METRICS[script]
     assert "teacher" in out and "kept" in out
-    assert ("as the teacher: top-1 100.00 %" in out) == (script == "zero_shot")
+    assert ("agreement with the teacher: top-1 100.00 %" in out) == (script == "zero_shot")
 
 
-def test_embeddings_are_kept_unless_told_not_to(call, model, colours, monkeypatch, tmp_path):
+def test_embeddings_are_cached_unless_no_cache(call, model, colours, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     flags = ["--model", model, "--dataset", str(colours)]
     assert call("zero_shot", *flags, "--no-cache")[0] == 0 and not (tmp_path / "cache").exists()
     assert call("zero_shot", *flags)[0] == 0
     assert len(list((tmp_path / "cache" / "gkl_vl" / "embeddings").iterdir())) == 2  # images, and prompts
     assert call("retrieval", *flags)[0] == 0
-    assert len(list((tmp_path / "cache" / "gkl_vl" / "embeddings").iterdir())) == 3  # captions; the images are known
+    assert len(list((tmp_path / "cache" / "gkl_vl" / "embeddings").iterdir())) == 3  # captions; the images are cached
     first, second, _ = map(json.loads, Path("result.json").read_text().splitlines())
     assert first["metrics"]["acc1"] == second["metrics"]["acc1"]
 
@@ -149,7 +149,7 @@ def test_the_documented_file_runs_as_a_program(tmp_path, model, colours):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes_say_it_once_and_say_the_same(call, tmp_path, model, colours, script):
+def test_two_processes_print_once_and_write_the_same_result(call, tmp_path, model, colours, script):
     flags = ["--model", model, "--dataset", str(colours), "--batch_size", "3", "--num_workers", "0", "--no-cache"]
     assert call(script, *flags)[0] == 0
     environment = dict(os.environ) | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -162,7 +162,7 @@ def test_two_processes_say_it_once_and_say_the_same(call, tmp_path, model, colou
 
 
 def probe_sets(folder: Path) -> Path:
-    """A training split of more images beside the test split."""
+    """A set with a test split and a larger training split."""
     colours = colour_set(folder / "colours", ["red", "green", "blue", "red"])
     train = colour_set(folder / "other", ["red", "green", "blue"] * 4)
     shutil.move(train / "test", colours / "train")
@@ -176,7 +176,7 @@ def test_a_linear_probe_is_fitted_to_the_training_split(call, model, tmp_path):
     line = json.loads(Path("result.json").read_text())
     assert line["task"] == "linear_probe" and line["n"] == 4
     assert line["metrics"].keys() == {"lp_acc1", "lp_acc5", "lp_mean_per_class_recall"}
-    assert line["metrics"]["lp_acc1"] == 1  # three colours lie apart, whatever the weights
+    assert line["metrics"]["lp_acc1"] == 1  # three colours are separable with any weights
     assert line["probe"]["fewshot_k"] == -1 and line["probe"]["validation"] == 1
     assert line["teacher"]["kept"]["lp_acc1"] == 1 and "lp_acc1 against the teacher's" in out
     assert call("linear_probe", "--model", model, "--dataset", colours, "--fewshot_k", "2")[0] == 0
@@ -245,7 +245,7 @@ def test_pickled_weights_are_read_only_when_allowed(call, model, colours, tmp_pa
     assert call("zero_shot", *flags, "--allow-pickle")[0] == 0
 
 
-def test_debug_shows_where(call, model, colours):
+def test_debug_shows_the_traceback(call, model, colours):
     (colours / "classnames.txt").unlink()
     code, _, err = call("zero_shot", "--model", model, "--dataset", str(colours), "--debug")
     assert code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("error: ")

@@ -1,6 +1,6 @@
-"""A student in shards is trained as a whole one: the same weights, evaluated, exported, saved and taken up again.
+"""A student in shards is trained like a whole one: the same weights are evaluated, exported, saved and resumed.
 
-Accelerate turns FSDP on for GPUs only. Told here that it did so on CPUs, its own FSDP2 code does the rest over gloo.
+Accelerate enables FSDP for GPUs only. Here its state is set as on GPUs, and its FSDP2 code runs on CPUs over gloo.
 """
 
 import os
@@ -30,7 +30,7 @@ ROWS = 3
 
 
 def sharding_accelerator(version: int = 2) -> Accelerator:
-    """With the settings that ship, told through the environment as `accelerate launch` does."""
+    """With the shipped settings, passed in the environment as `accelerate launch` does."""
     for name, value in yaml.safe_load(FSDP_CONFIG.read_text())["fsdp_config"].items():
         os.environ[name.upper().replace("_LAYER_CLS", "_CLS")] = str(value)
     os.environ["FSDP_VERSION"] = str(version)
@@ -42,7 +42,7 @@ def sharding_accelerator(version: int = 2) -> Accelerator:
 
 
 class Loader:
-    """Endless batches, the n-th of a rank always the same; each rank has others."""
+    """Endless batches, the same in every run; each rank has others."""
 
     def __init__(self, rank: int, size: int, length: int, position):
         self.rank, self.size, self.length, self.taken = rank, size, length, (position or {"taken": 0})["taken"]
@@ -83,7 +83,7 @@ class Distil(Objective):
 
 
 def train(rank, world_size, folder, sharded, steps, resume=None):
-    """What each evaluation saw of the student's weights and embeddings, and what this rank holds of its scale."""
+    """The student's weights, embeddings and scale in each evaluation, and the number of parameters on this rank."""
     accelerator = sharding_accelerator() if sharded else Accelerator(cpu=True)
     torch.manual_seed(0)
     clip = load_clip("emoji-student")
@@ -116,12 +116,12 @@ def train(rank, world_size, folder, sharded, steps, resume=None):
         checkpoint=run.find_checkpoint(resume) if resume else None,
     )
     scale = model.towers.model.logit_scale
-    mine = {name: p.to_local().numel() if sharded else p.numel() for name, p in model.named_parameters()}
+    local = {name: p.to_local().numel() if sharded else p.numel() for name, p in model.named_parameters()}
     assert isinstance(scale, DTensor) == sharded and exported.towers.model.logit_scale.shape == ()
-    return seen, sum(mine.values())
+    return seen, sum(local.values())
 
 
-def test_shards_train_as_the_whole_and_resume(tmp_path):
+def test_shards_train_like_the_whole_model_and_resume(tmp_path):
     whole = run_ranks(train, 2, str(tmp_path / "whole"), False, 3)
     sharded = run_ranks(train, 2, str(tmp_path / "sharded"), True, 3)
     for of_whole, of_shards in zip(whole[0][0], sharded[0][0], strict=True):
@@ -129,8 +129,8 @@ def test_shards_train_as_the_whole_and_resume(tmp_path):
             torch.testing.assert_close(of_shards[0][name], tensor, rtol=1e-5, atol=1e-6, msg=name)
         for ours, theirs in zip(of_shards[1:3], of_whole[1:3], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert len(sharded[0][0]) == 3 and sharded[0][0][0][3] != sharded[0][0][2][3]  # the scale learns
-    assert max(held for _, held in sharded) < 0.6 * whole[0][1]  # a rank holds its half
+    assert len(sharded[0][0]) == 3 and sharded[0][0][0][3] != sharded[0][0][2][3]  # the scale is trained
+    assert max(held for _, held in sharded) < 0.6 * whole[0][1]  # a rank has half of the parameters
     last = sharded[0][0][-1][0]
     for name, tensor in sharded[1][0][-1][0].items():
         assert torch.equal(tensor, last[name]), name  # every rank evaluates the same model
@@ -154,7 +154,6 @@ def refused(rank, world_size, folder, version, decay):
         learning_rate=lambda step: 1.0,
         config=FitConfig(steps=1),
         evaluate=lambda model: [],
-        after_step=lambda: None,
         average=moving_average(model, decay),
     )
 
@@ -163,6 +162,6 @@ def refused(rank, world_size, folder, version, decay):
     "version, decay, message",
     [(1, 0.0, "fsdp_version 1 .*: set fsdp_version: 2"), (2, 0.9, "a moving average .*: set --ema-decay 0")],
 )
-def test_what_shards_cannot_do_is_refused(tmp_path, version, decay, message):
+def test_fsdp_1_and_a_moving_average_are_refused(tmp_path, version, decay, message):
     with pytest.raises(RankFailed, match=message):
         run_ranks(refused, 1, str(tmp_path), version, decay)

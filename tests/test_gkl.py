@@ -1,6 +1,6 @@
 """`gkl_vl.losses.gkl` computes the released GKL formula, value and gradients, at every setting, in O(nC).
 
-The reference is the formula as jiequancui/DKL has it (DKLv2/KD-dkl/mdistiller/distillers/GKL_KD.py,
+The reference is the formula of jiequancui/DKL (DKLv2/KD-dkl/mdistiller/distillers/GKL_KD.py,
 `dkl_loss`): all pairs of classes, [n, C, C].
 """
 
@@ -24,8 +24,8 @@ PUBLIC = [gkl.gkl_loss, gkl.ikl_loss, gkl.dkl_loss, gkl.kl_loss]
 GAMMAS = [0.0, 0.05, 0.3, 1.0]
 SHAPES = [(1, 2), (2, 2), (5, 3), (1, 41), (41, 41), (2, 101), (41, 101), (1, 1000), (2, 1000)]
 
-# Precision of the loss, and of the gradients in units of their largest entry (single entries are differences
-# that may cancel). The truth is the reference in float64 on the same numbers.
+# Tolerance of the loss, and of the gradients relative to their largest entry (single entries are differences
+# that may cancel). The expected values are the reference in float64 on the same inputs.
 TOLERANCE = {
     torch.float64: 1e-10,  # 1e6 roundings of 1e-16 would be within it
     torch.float32: 1e-5,  # 80 roundings of 1.2e-7: row sums are pairwise, so 1000 classes stay far below
@@ -46,7 +46,7 @@ def released(*, student, teacher, wmse_weight, soft_ce_weight, gamma, temperatur
 
 
 def random_logits(n, classes, dtype=torch.float64, seed=0):
-    """Of a student and a teacher."""
+    """Logits of a student and a teacher."""
     generator = torch.Generator().manual_seed(seed)
     student, teacher = 3 * torch.randn(2, n, classes, generator=generator, dtype=torch.float64)
     return student.to(dtype), teacher.to(dtype)
@@ -65,7 +65,7 @@ def loss_and_gradients(loss, student, teacher):
 
 
 def assert_same(actual, expected, tolerance):
-    """Loss, student gradient, teacher gradient: each to `tolerance` of its largest entry."""
+    """Compares loss, student gradient and teacher gradient, each to `tolerance` of its largest entry."""
     for a, b in zip(actual, expected, strict=True):
         b = b.to(torch.float64)
         assert_close(a.to(torch.float64), b, rtol=0, atol=tolerance * b.abs().max().item())
@@ -75,7 +75,7 @@ SETTINGS = dict(wmse_weight=1.5, soft_ce_weight=0.7, temperature=4.0, weight_tem
 
 
 def assert_equals_released(student, teacher, *, class_prior=None, gamma=1.0, **options):
-    """Against the reference in float64, to the tolerance of the student's precision."""
+    """Compares with the reference in float64, to the tolerance of the student's dtype."""
     options = SETTINGS | options | {"gamma": gamma}
     prior64 = None if class_prior is None else class_prior.double()
     expected = loss_and_gradients(partial(released, class_prior=prior64, **options), student.double(), teacher.double())
@@ -103,7 +103,7 @@ def test_gkl_is_the_released_formula(shape, gamma, with_prior, dtype):
     [{"wmse_weight": 0.0}, {"soft_ce_weight": 0.0}, {"temperature": 0.5}, {"weight_temperature": 0.5}],
     ids=lambda setting: next(iter(setting)),
 )
-def test_every_parameter_is_the_released_one_of_its_name(setting):
+def test_every_parameter_matches_the_released_one(setting):
     student, teacher = random_logits(5, 7)
     assert_equals_released(student, teacher, gamma=0.3, **setting)
     default = gkl.gkl_loss(student=student, teacher=teacher, gamma=0.3)
@@ -133,7 +133,7 @@ def test_gkl_is_the_released_formula_at_any_setting(n, classes, seed, spread, ga
     )
 
 
-def test_defaults_are_ones_and_integers_will_do():
+def test_defaults_are_1_and_integers_are_accepted():
     student, teacher = random_logits(5, 7)
     ones = dict(wmse_weight=1, soft_ce_weight=1, gamma=1, temperature=1, weight_temperature=1, class_prior=None)
     loss = gkl.gkl_loss(student=student, teacher=teacher, **ones)
@@ -149,7 +149,7 @@ def test_defaults_are_ones_and_integers_will_do():
         pytest.param(lambda a, b: (a.sum() / b.sum()).detach(), id="a_missing_gradient"),
     ],
 )
-def test_the_comparison_notices(monkeypatch, wrong):
+def test_the_comparison_detects_errors(monkeypatch, wrong):
     monkeypatch.setattr(gkl, "ratio_of_sums", wrong)
     with pytest.raises(AssertionError, match="not close"):
         assert_equals_released(*random_logits(5, 7), gamma=0.3)
@@ -180,7 +180,7 @@ def test_the_loss_need_not_be_the_last_operation(loss):
         assert_close(-2.5 * a, b)
 
 
-def test_soft_cross_entropy_and_prior_send_the_teacher_nothing():
+def test_soft_cross_entropy_and_prior_give_the_teacher_no_gradient():
     student, teacher = (x.requires_grad_() for x in random_logits(5, 7))
     prior = random_prior(5, 7).requires_grad_()
     loss = gkl.gkl_loss(student=student, teacher=teacher, wmse_weight=0.0, class_prior=prior)
@@ -189,7 +189,7 @@ def test_soft_cross_entropy_and_prior_send_the_teacher_nothing():
     assert not to_teacher.any()
 
 
-# What the papers say
+# Statements of the papers
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -208,7 +208,7 @@ def test_dkl_has_the_gradients_of_kl(temperature):
     assert_same(loss_and_gradients(kl, student, teacher), expected, 1e-12)
 
 
-def test_ikl_is_gkl_at_gamma_one_and_dkl_with_the_wmse_open_to_the_student():
+def test_ikl_is_gkl_at_gamma_one_and_dkl_with_a_wmse_gradient_for_the_student():
     student, teacher = random_logits(5, 7)
     options = SETTINGS | {"class_prior": random_prior(5, 7)}
     ikl, at_one = (partial(f, **options) for f in (gkl.ikl_loss, partial(gkl.gkl_loss, gamma=1.0)))
@@ -217,11 +217,11 @@ def test_ikl_is_gkl_at_gamma_one_and_dkl_with_the_wmse_open_to_the_student():
     dkl = loss_and_gradients(partial(gkl.dkl_loss, **SETTINGS), student, teacher)
     assert_close(ikl[0], dkl[0])
     assert_close(ikl[2], dkl[2])
-    # the wMSE is a function of t - s: what it tells the teacher it tells the student with the other sign
+    # wMSE is a function of t - s: its gradients for teacher and student are opposite
     assert_close(ikl[1], dkl[1] - dkl[2])
 
 
-def test_a_frozen_teacher_leaves_dkl_its_soft_cross_entropy_only():
+def test_dkl_with_a_frozen_teacher_has_the_gradient_of_soft_cross_entropy_only():
     student, teacher = random_logits(5, 7)
     soft_ce = loss_and_gradients(partial(gkl.gkl_loss, wmse_weight=0.0), student, teacher)[1]
     assert_close(loss_and_gradients(gkl.dkl_loss, student, teacher)[1], soft_ce)
@@ -234,26 +234,26 @@ def test_gamma_zero_is_the_plain_variance_of_the_difference():
     assert_close(wmse, 0.5 * (teacher - student).var(dim=1, unbiased=False).mean())
 
 
-def test_equal_logits_cost_only_the_teachers_entropy():
+def test_equal_logits_give_the_teachers_entropy():
     teacher = random_logits(5, 7)[1]
     entropy = torch.distributions.Categorical(logits=teacher).entropy().mean()
     assert_close(gkl.gkl_loss(student=teacher + 3, teacher=teacher), entropy)
     assert_close(gkl.kl_loss(student=teacher + 3, teacher=teacher), torch.zeros_like(entropy))
 
 
-def test_row_sums_of_two_halves_make_the_loss_of_the_whole_and_means_of_halves_do_not():
+def test_the_loss_is_the_ratio_of_row_sums_of_two_halves_and_not_the_mean_of_their_losses():
     student, teacher = random_logits(8, 7)
     weight = gkl.smooth_weight(teacher=teacher, gamma=0.3, weight_temperature=1.0)
     halves = [
         gkl.wmse_rows(student=student[half], teacher=teacher[half], weight=weight[half])
         for half in (slice(0, 3), slice(3, 8))
     ]
-    whole = gkl.gkl_loss(student=student, teacher=teacher, gamma=0.3, soft_ce_weight=0.0)
-    assert_close(sum(a.sum() for a, _ in halves) / sum(b.sum() for _, b in halves), whole)
-    assert (sum(a.sum() / b.sum() for a, b in halves) / 2 - whole).abs() > 1e-3 * whole
+    full = gkl.gkl_loss(student=student, teacher=teacher, gamma=0.3, soft_ce_weight=0.0)
+    assert_close(sum(a.sum() for a, _ in halves) / sum(b.sum() for _, b in halves), full)
+    assert (sum(a.sum() / b.sum() for a, b in halves) / 2 - full).abs() > 1e-3 * full
 
 
-# Numbers at the edge
+# Numerical stability
 
 LOSSES = {
     "gkl": partial(gkl.gkl_loss, gamma=0.3),
@@ -270,7 +270,7 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_constant_per_row_changes_nothing(name):
     # Multiples of 1/64 below 32, shifted by multiples of 1/2 up to 4096: the shifted float32 numbers are
-    # exact, so what is left is the rounding of the loss itself.
+    # exact, so that only the rounding of the loss remains.
     student, teacher = ((64 * x).round().clamp(-2000, 2000) / 64 for x in random_logits(5, 41))
     offset = torch.tensor([[0.0], [100.0], [-4096.0], [0.5], [1000.0]], dtype=torch.float64)
     plain = loss_and_gradients(LOSSES[name], student, teacher)
@@ -279,8 +279,8 @@ def test_a_constant_per_row_changes_nothing(name):
         assert_same(loss_and_gradients(LOSSES[name], *shifted), plain, tolerance)
 
 
-def test_centring_is_what_withstands_the_constant():
-    """Without it float32 loses the loss at the offsets of the test above: that test can fail."""
+def test_a_formula_without_centring_is_inaccurate():
+    """At the offsets of the test above, in float32: that test can fail."""
     student, teacher = (x.float() for x in random_logits(5, 41))
     weight = torch.softmax(teacher, 1)
     difference = teacher - student + 4096
@@ -300,7 +300,7 @@ def test_huge_logits_stay_finite(name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LOSSES)
-def test_half_precision_is_lifted_to_float32(name, dtype):
+def test_half_precision_is_computed_in_float32(name, dtype):
     student, teacher = random_logits(5, 41, dtype)
     half = loss_and_gradients(LOSSES[name], student, teacher)
     full = loss_and_gradients(LOSSES[name], student.float(), teacher.float())
@@ -323,9 +323,9 @@ def test_zeros_in_the_prior_are_harmless():
     for gamma in GAMMAS:
         numbers = loss_and_gradients(partial(gkl.gkl_loss, class_prior=prior, gamma=gamma), student, teacher)
         assert all(number.isfinite().all() for number in numbers)
-    wmse_of_nothing = partial(gkl.gkl_loss, class_prior=0 * prior, soft_ce_weight=0.0)
-    assert not any(number.any() for number in loss_and_gradients(wmse_of_nothing, student, teacher))
-    assert_equals_released(student, teacher, class_prior=prior, gamma=0.0)  # 0^0 = 1, as torch.pow has it
+    wmse_of_zeros = partial(gkl.gkl_loss, class_prior=0 * prior, soft_ce_weight=0.0)
+    assert not any(number.any() for number in loss_and_gradients(wmse_of_zeros, student, teacher))
+    assert_equals_released(student, teacher, class_prior=prior, gamma=0.0)  # 0^0 = 1, as in torch.pow
     assert_equals_released(student, teacher, class_prior=prior, gamma=0.3)
 
 
@@ -340,7 +340,7 @@ def test_weights_keep_classes_that_softmax_rounds_to_zero():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers how many elements the largest tensor had that any operation returned, backward included."""
+    """Records the number of elements of the largest tensor that any operation returns, including backward."""
 
     numel = 0
 
@@ -356,22 +356,22 @@ class LargestTensor(TorchDispatchMode):
 def test_no_tensor_is_larger_than_the_logits(name):
     with LargestTensor() as largest:
         loss_and_gradients(LOSSES[name], *random_logits(3, 17))
-    assert largest.numel == 2 * 3 * 17  # random_logits makes both at once
+    assert largest.numel == 2 * 3 * 17  # random_logits draws both in one tensor
 
 
-def test_the_watch_on_tensor_sizes_sees_the_released_formula():
+def test_the_largest_tensor_of_the_released_formula_is_recorded():
     with LargestTensor() as largest:
         loss_and_gradients(partial(released, gamma=0.3, class_prior=None, **SETTINGS), *random_logits(3, 17))
     assert largest.numel == 3 * 17 * 17
 
 
-def test_gamma_zero_costs_one_number():
+def test_gamma_zero_stores_one_number():
     weight = gkl.smooth_weight(teacher=torch.zeros(3, 17), gamma=0.0, weight_temperature=1.0)
     assert weight.shape == (3, 17) and weight.untyped_storage().nbytes() == weight.itemsize
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_no_value_is_read_back_from_the_device(name):
+def test_no_value_is_read_from_the_device(name):
     """On the meta device tensors have no values: .item(), bool() or a data-dependent shape would raise."""
     student = torch.empty(3, 5, device="meta", requires_grad=True)
     with torch.device("meta"):
@@ -383,11 +383,11 @@ def test_no_value_is_read_back_from_the_device(name):
 def test_the_benchmark_runs():
     script = Path(__file__).parents[1] / "benchmarks" / "loss.py"
     command = [sys.executable, script, "--n", "4", "--classes", "9", "--repeats", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "ratio" in done.stdout.splitlines()[-1]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "ratio" in result.stdout.splitlines()[-1]
 
 
-# What a caller may get wrong
+# Invalid arguments
 
 
 @pytest.mark.parametrize(
@@ -409,9 +409,9 @@ def test_the_benchmark_runs():
     ids=str,
 )
 def test_errors_name_the_argument_and_the_value(wrong, message):
-    takers = [f for f in PUBLIC if wrong.keys() <= inspect.signature(f).parameters.keys()]
-    assert takers
-    for function in takers:
+    functions = [f for f in PUBLIC if wrong.keys() <= inspect.signature(f).parameters.keys()]
+    assert functions
+    for function in functions:
         with pytest.raises(ValueError, match=message):
             function(**({"student": torch.zeros(2, 3), "teacher": torch.zeros(2, 3)} | wrong))
 

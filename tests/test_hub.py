@@ -1,9 +1,7 @@
-"""An exported folder is all that anybody needs.
+"""Exported CLIPs: open_clip and transformers load them without this package and compute the same embeddings; a failed
+export never replaces an earlier one; the card states only what it was given; a push sends exactly the exported files.
 
-open_clip and transformers load it without this package and get the same embeddings, a broken export
-never replaces a good one, the card says what it was given and no more, and a push sends exactly those files.
-The Hub that the push meets is a loopback server that takes every file as regular: large ones (LFS, Xet)
-are huggingface_hub's own matter.
+The Hub is a loopback server that accepts all files as regular ones: LFS and Xet are left to huggingface_hub.
 """
 
 import base64
@@ -86,8 +84,8 @@ def changed(**facts) -> RunFacts:
     return dataclasses.replace(CARD.run, **facts)
 
 
-# What a stranger runs: open_clip and transformers, not this package. Arguments: the inputs, the folders.
-STRANGER = """
+# Loads exported folders with open_clip and transformers, without this package. Arguments: folder of inputs, exports.
+LOAD_WITHOUT_PACKAGE = """
 import json, sys
 import numpy as np, open_clip, torch
 from PIL import Image
@@ -109,7 +107,7 @@ for folder in sys.argv[2:]:
         model, info = CLIPModel.from_pretrained(folder, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"], info
         processor = AutoProcessor.from_pretrained(folder)
-        # PIL resizes as open_clip does; the default back end rounds otherwise.
+        # PIL resizes as open_clip does; the default backend rounds differently.
         processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         inputs = processor(text=texts, images=images, **padded)
@@ -128,7 +126,7 @@ def make_clip(folder: Path, name: str) -> Clip:
     torch.manual_seed(0)
     clip = load_clip(str(path))
     with torch.no_grad():
-        for parameter in clip.towers.parameters():  # a fresh model's biases are zero and would hide a lost one
+        for parameter in clip.towers.parameters():  # initial biases are zero, which would hide a missing one
             parameter.add_(0.05 * torch.randn_like(parameter))
     clip.towers.eval()
     if name == "openai_quickgelu":
@@ -144,11 +142,11 @@ def make_clip(folder: Path, name: str) -> Clip:
 
 
 @pytest.fixture(scope="module")
-def strangers_view(
+def loaded_elsewhere(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, tuple[Clip, dict[str, np.ndarray], list]]:
-    """Each of a few models exported and then read by a process that never imports this package."""
-    work = tmp_path_factory.mktemp("stranger")
+    """name -> clip, arrays that a process without this package computed from its export, input images."""
+    work = tmp_path_factory.mktemp("exports")
     rng = np.random.default_rng(0)
     sizes = [(32, 32), (48, 48), (40, 72)]
     images = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
@@ -158,7 +156,7 @@ def strangers_view(
     clips = {name: make_clip(work, name) for name in [*FITS, "convolutional"]}
     for name, clip in clips.items():
         export_clip(clip=clip, folder=work / name, card=CARD)
-    command = [sys.executable, "-c", STRANGER, str(work), *(str(work / name) for name in clips)]
+    command = [sys.executable, "-c", LOAD_WITHOUT_PACKAGE, str(work), *(str(work / name) for name in clips)]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -166,8 +164,8 @@ def strangers_view(
 
 
 @pytest.mark.parametrize("name", [*FITS, "convolutional"])
-def test_open_clip_alone_gives_the_same_embeddings(strangers_view, name: str):
-    clip, theirs, images = strangers_view[name]
+def test_open_clip_alone_computes_the_same_embeddings(loaded_elsewhere, name: str):
+    clip, theirs, images = loaded_elsewhere[name]
     pixels = torch.stack([clip.image_transform()(image) for image in images])
     with torch.no_grad():
         image, text = clip.towers.encode_image(pixels), clip.towers.encode_text(clip.tokenize(TEXTS))
@@ -176,13 +174,13 @@ def test_open_clip_alone_gives_the_same_embeddings(strangers_view, name: str):
     np.testing.assert_allclose(theirs["image"], image.numpy(), atol=1e-6)
     np.testing.assert_allclose(theirs["text"], text.numpy(), atol=1e-6)
     np.testing.assert_allclose(theirs["scale"], scale.numpy(), rtol=1e-6)
-    assert np.abs(theirs["text"][0] - theirs["text"][1]).max() > 1e-3  # else equality would prove little
+    assert np.abs(theirs["text"][0] - theirs["text"][1]).max() > 1e-3  # the embeddings differ between inputs
     assert np.abs(theirs["image"][0] - theirs["image"][1]).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", FITS)
-def test_transformers_gives_the_same_embeddings(strangers_view, name: str):
-    _, theirs, _ = strangers_view[name]
+def test_transformers_computes_the_same_embeddings(loaded_elsewhere, name: str):
+    _, theirs, _ = loaded_elsewhere[name]
     np.testing.assert_allclose(theirs["hf_pixels"], theirs["pixels"], atol=1e-5)
     np.testing.assert_allclose(theirs["hf_image"], theirs["image"], atol=1e-5)
     np.testing.assert_allclose(theirs["hf_text"], theirs["text"], atol=1e-5)
@@ -190,7 +188,7 @@ def test_transformers_gives_the_same_embeddings(strangers_view, name: str):
 
 
 @pytest.mark.parametrize("name", ["convolutional", "average_pool", "logit_bias", "last_token"])
-def test_what_transformers_cannot_express_is_not_claimed(tmp_path: Path, name: str):
+def test_models_without_a_transformers_equivalent_are_not_written_in_its_format(tmp_path: Path, name: str):
     clip = make_clip(tmp_path, name)
     assert not fits_transformers(clip)
     export_clip(clip=clip, folder=tmp_path / "model", card=CARD)
@@ -199,7 +197,7 @@ def test_what_transformers_cannot_express_is_not_claimed(tmp_path: Path, name: s
     assert "transformers" not in (tmp_path / "model" / "README.md").read_text()
 
 
-def test_renaming_keeps_every_number(tmp_path: Path):
+def test_renaming_keeps_all_values(tmp_path: Path):
     tensors = make_clip(tmp_path, "small_bpe").towers.model.state_dict()
     renamed = rename_tensors(tensors)
     assert sum(t.numel() for t in renamed.values()) == sum(t.numel() for t in tensors.values())
@@ -207,7 +205,7 @@ def test_renaming_keeps_every_number(tmp_path: Path):
     assert again == pytest.approx(total)
 
 
-def test_who_reads_the_card_reads_the_weights(tmp_path: Path):
+def test_card_and_weights_have_the_same_permissions(tmp_path: Path):
     export_clip(clip=make_clip(tmp_path, "small_bpe"), folder=tmp_path / "model", card=CARD)
     modes = {path.name: path.stat().st_mode for path in (tmp_path / "model").iterdir()}
     assert len(modes) > 3 and set(modes.values()) == {modes["README.md"]}
@@ -219,7 +217,7 @@ def test_half_precision_halves_the_weights(tmp_path: Path):
     stored = load_file(tmp_path / "model" / "open_clip_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     assert not (tmp_path / "model" / "model.safetensors").exists()
-    assert next(clip.towers.parameters()).dtype == torch.float32  # the model itself stays as it was
+    assert next(clip.towers.parameters()).dtype == torch.float32  # the model itself is unchanged
     again = load_clip(f"local-dir:{tmp_path / 'model'}")
     text = again.towers.encode_text(again.tokenize(TEXTS))
     torch.testing.assert_close(text, clip.towers.encode_text(clip.tokenize(TEXTS)), atol=5e-3, rtol=0)
@@ -236,7 +234,7 @@ def test_shared_and_strided_tensors_are_written(tmp_path: Path):
     assert all(torch.equal(stored[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_a_broken_export_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_export_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     clip, folder = make_clip(tmp_path, "small_bpe"), tmp_path / "run" / "model"
     export_clip(clip=clip, folder=folder, card=CARD)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -257,7 +255,7 @@ def test_a_broken_export_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-def test_other_peoples_files_are_not_replaced(tmp_path: Path):
+def test_other_files_are_not_replaced(tmp_path: Path):
     clip = make_clip(tmp_path, "small_bpe")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
@@ -280,14 +278,14 @@ def test_card_metadata_is_what_the_hub_reads():
     assert data["pipeline_tag"] == "zero-shot-image-classification"
     assert data["license"] == "mit"
     assert data["tags"] == ["clip", "knowledge-distillation", "gkl"]
-    assert data["datasets"] == ["org/pairs"]  # a plain name is no Hub id
+    assert data["datasets"] == ["org/pairs"]  # a plain name is not a Hub id
     assert data["base_model"] == "org/big" and data["base_model_relation"] == "finetune"
     results = data["model-index"][0]["results"]
-    found = {metric["type"]: metric["value"] for result in results for metric in result["metrics"]}
-    assert found == {"acc1": 0.4, "image_retrieval_recall@5": 0.125}  # the student's; nan is no result
+    metrics = {metric["type"]: metric["value"] for result in results for metric in result["metrics"]}
+    assert metrics == {"acc1": 0.4, "image_retrieval_recall@5": 0.125}  # the student's metrics, without nan
 
 
-def test_card_tells_results_usage_and_command():
+def test_the_card_has_results_usage_and_command():
     text = dataclasses.replace(CARD, run=changed(repo_id="me/tiny")).render(transformers=True)
     assert "| emoji | acc1 | 50.0 % | 40.0 % | 80 % |" in text
     assert "| emoji | image_retrieval_recall@5 |  | 12.5 % |  |" in text
@@ -299,7 +297,7 @@ def test_card_tells_results_usage_and_command():
     assert "CLIPModel" not in CARD.render() and "local-dir:path/to/this/folder" in CARD.render()
 
 
-def test_card_without_teacher_or_results_claims_neither():
+def test_a_card_without_teacher_or_results_mentions_neither():
     text = dataclasses.replace(CARD, teacher=None, run=changed(metrics=[], commit=None)).render()
     data = HubCard(text).data.to_dict()
     assert "base_model" not in data and "base_model_relation" not in data and "model-index" not in data
@@ -321,11 +319,11 @@ def test_only_a_hub_teacher_is_a_base_model(tmp_path: Path, monkeypatch: pytest.
 
 
 class FakeHub(BaseHTTPRequestHandler):
-    """The Hub's endpoints that a push of regular (not LFS) files needs; `server.seen` is what arrived."""
+    """The Hub's endpoints for a push of regular (not LFS) files; `server.requests` lists path, token and body."""
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
-        self.server.seen.append((self.path, self.headers["authorization"], body))
+        self.server.requests.append((self.path, self.headers["authorization"], body))
         if self.server.status != 200:
             self._answer({"error": "refused"}, self.server.status)
         elif self.path == "/api/repos/create":
@@ -350,13 +348,13 @@ class FakeHub(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_) -> None:
-        """Quiet."""
+        """Logs nothing."""
 
 
 @pytest.fixture
 def server() -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    server.seen, server.status, server.address = [], 200, f"http://127.0.0.1:{server.server_port}"
+    server.requests, server.status, server.address = [], 200, f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield server
@@ -366,7 +364,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
 
 
 def push_in_a_process(folder: Path, *, address: str, home: Path) -> subprocess.CompletedProcess:
-    """HF_ENDPOINT is read when huggingface_hub is imported, hence a process of its own."""
+    """HF_ENDPOINT is read when huggingface_hub is imported, hence a new process."""
     code = """
 import sys
 from pathlib import Path
@@ -386,16 +384,16 @@ def test_a_push_sends_exactly_the_folder(tmp_path: Path, server: ThreadingHTTPSe
     done = push_in_a_process(folder, address=server.address, home=tmp_path / "home")
     assert done.stdout == f"{server.address}/me/tiny\n", done.stderr
 
-    posts = {path: body for path, _, body in server.seen}
+    posts = {path: body for path, _, body in server.requests}
     assert json.loads(posts["/api/repos/create"])["organization"] == "me"
-    assert {token for _, token, _ in server.seen} == {"Bearer hf_secret"}
+    assert {token for _, token, _ in server.requests} == {"Bearer hf_secret"}
     lines = [json.loads(line) for line in posts["/api/models/me/tiny/commit/main"].splitlines()]
     files = [line["value"] for line in lines if line["key"] == "file"]
     sent = {file["path"]: base64.b64decode(file["content"]) for file in files}
     assert sent == {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {line["key"] for line in lines} == {"header", "file"}  # nothing is deleted
     assert {"open_clip_config.json", "open_clip_model.safetensors", "README.md", "tokenizer.json"} <= set(sent)
-    # hf-hub:me/tiny will look for its tokenizer under this name.
+    # open_clip loads the tokenizer of hf-hub:me/tiny from this name.
     assert json.loads(sent["open_clip_config.json"])["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == "me/tiny"
 
 
@@ -412,7 +410,7 @@ def test_a_refused_push_is_one_line_with_a_remedy(
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIGS["small_bpe"]}))
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     if status is None:
-        monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
+        monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: connection refused
     else:
         monkeypatch.setattr(hub.constants, "ENDPOINT", server.address)
         server.status = status
@@ -427,7 +425,7 @@ def test_a_malformed_repository_name_is_refused_before_training(repo_id: str):
         check_repo_id(repo_id, token="hf_x")
 
 
-def test_a_missing_token_is_noticed_before_training(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_token_is_refused_before_training(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hub, "get_token", lambda: None)
     with pytest.raises(UserError, match="hf auth login"):
         check_repo_id("me/tiny")

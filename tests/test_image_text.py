@@ -1,4 +1,4 @@
-"""The image-text loss is its formula, in value and gradient; that its forms agree is test_contract.py's to show."""
+"""The image-text loss equals its formula, in value and gradient; test_contract.py compares its forms."""
 
 import math
 
@@ -9,16 +9,16 @@ from helpers import run_ranks
 
 from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
 
-# Relative tolerances against the fp64 reference. fp32: logits of up to 20 carry 20 * 6e-8 each, and the soft targets
-# pass them on through an exponential; bf16 inputs are rounded to 8 bits before anything is computed, for both sides
-# alike (the reference gets the rounded numbers), so what is left is fp32's.
+# Relative tolerances against the fp64 reference. fp32: logits of up to 20 have errors of 20 * 6e-8 each, which the
+# exponential of the soft targets amplifies; bf16 inputs are rounded to 8 bits before anything is computed, for both
+# sides (the reference gets the rounded numbers), so that the remaining error is that of fp32.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-5}
-EVERYTHING = {"contrastive_weight": 0.7, "soft_ce_weight": 1.3, "wmse_weight": 0.11, "kl_weight": 0.4}
+ALL_WEIGHTS = {"contrastive_weight": 0.7, "soft_ce_weight": 1.3, "wmse_weight": 0.11, "kl_weight": 0.4}
 TEMPERATURES = {"temperature": 2.0, "weight_temperature": 3.0}
 
 
 def reference(
-    *, image, text, scale, teacher_image, teacher_text, teacher_scale, ids, gamma, bias=0.0, weights=EVERYTHING,
+    *, image, text, scale, teacher_image, teacher_text, teacher_scale, ids, gamma, bias=0.0, weights=ALL_WEIGHTS,
     temperature=1.0, weight_temperature=1.0,
 ):  # fmt: skip
     """The formulas of the docstring, with the [n, n, n] tensor of the released code for wMSE."""
@@ -51,7 +51,7 @@ def embeddings(n, d, seed, dtype=torch.float64):
 
 
 def batch(n, dtype=torch.float64, d=5, e=7):
-    """Student embeddings that lean towards the teacher's pairs, so that the softmaxes are neither flat nor trivial."""
+    """Random normalised embeddings of student and teacher."""
     names = ("image", "text", "teacher_image", "teacher_text")
     return {name: embeddings(n, d if i < 2 else e, seed=i, dtype=dtype) for i, name in enumerate(names)}
 
@@ -59,10 +59,10 @@ def batch(n, dtype=torch.float64, d=5, e=7):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("gamma", [0, 0.5, 1])
 @pytest.mark.parametrize("n, duplicates", [(1, False), (5, True), (7, False)])
-def test_the_loss_is_its_formula_in_value_and_gradient(n, duplicates, gamma, dtype):
+def test_the_loss_equals_its_formula_in_value_and_gradient(n, duplicates, gamma, dtype):
     tensors = batch(n, dtype)
     ids = [0, 1, 0, 2, 1][:n] if duplicates else list(range(n))
-    # scale and bias are parameters: at least fp32, whatever the embeddings were computed in
+    # scale and bias are parameters: at least fp32, also with embeddings in half precision
     scalar_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     scale, bias = torch.tensor(9.0, dtype=scalar_dtype), torch.tensor(-3.0, dtype=scalar_dtype)
     ours = [x.clone().requires_grad_() for x in (tensors["image"], tensors["text"], scale, bias)]
@@ -78,7 +78,7 @@ def test_the_loss_is_its_formula_in_value_and_gradient(n, duplicates, gamma, dty
         teacher_logit_bias=torch.tensor(5.0, dtype=scalar_dtype),
         text_ids=torch.tensor(ids),
         gamma=gamma,
-        **EVERYTHING,
+        **ALL_WEIGHTS,
         **TEMPERATURES,
     )
     expected = reference(
@@ -93,20 +93,20 @@ def test_the_loss_is_its_formula_in_value_and_gradient(n, duplicates, gamma, dty
         gamma=gamma,
         **TEMPERATURES,
     )
-    # not the last operation: an upstream gradient of 3
+    # the loss is not the last operation: its upstream gradient is 3
     (3 * loss).backward()
     (3 * expected).backward()
     rtol = TOLERANCE[dtype]
     assert loss.item() == pytest.approx(expected.item(), rel=rtol, abs=rtol)
     for got, want in zip(ours, exact, strict=True):
-        # bf16 embeddings get bf16 gradients: half a unit in the last place of 8 bits
+        # bf16 embeddings have bf16 gradients: half a unit in the last place of 8 bits
         allowed = 4e-3 if got.dtype == torch.bfloat16 else rtol
         largest = max(want.grad.abs().max().item(), 1.0)
         torch.testing.assert_close(got.grad.double(), want.grad, rtol=allowed, atol=allowed * largest)
 
 
 @pytest.mark.parametrize("teacher_sigmoid", [True, False])
-def test_the_sigmoid_form_is_its_formula(teacher_sigmoid):
+def test_the_sigmoid_form_equals_its_formula(teacher_sigmoid):
     tensors, ids, n, temperature = batch(5), [0, 1, 0, 2, 1], 5, 2.0
     scale, bias = torch.tensor(9.0, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
     s = scale * tensors["image"] @ tensors["text"].T + bias
@@ -142,17 +142,19 @@ def test_without_ids_all_captions_differ():
     assert without.item() == with_ids.item()
 
 
-def test_a_caption_is_not_its_twins_negative():
+def test_equal_captions_are_not_negatives():
     image, text = torch.eye(3), torch.eye(3)[[0, 0, 2]]
     loss, _ = image_text_loss(image=image, text=text, logit_scale=torch.tensor(1.0), text_ids=torch.tensor([8, 8, 5]))
-    # images 0 and 1 want captions 0 and 1 half each: -(1 + 1) / 2 + log(2e + 1), -(0 + 0) / 2 + log 3, -1 + log(2 + e)
+    # the target of images 0 and 1 is captions 0 and 1, half each: -(1 + 1) / 2 + log(2e + 1), -(0 + 0) / 2 + log 3;
+    # image 2: -1 + log(2 + e)
     rows = [-1 + math.log(2 * math.e + 1), math.log(3), -1 + math.log(2 + math.e)]
-    # captions 0 and 1 want images 0 and 1 half each: -(1 + 0) / 2 + log(e + 2), twice; caption 2 wants image 2
+    # the target of captions 0 and 1 is images 0 and 1, half each: -(1 + 0) / 2 + log(e + 2), twice;
+    # caption 2: -1 + log(2 + e)
     columns = [-0.5 + math.log(math.e + 2)] * 2 + [-1 + math.log(math.e + 2)]
     assert loss.item() == pytest.approx((sum(rows) / 3 + sum(columns) / 3) / 2, rel=1e-6)
 
 
-def test_a_bias_cancels_and_is_still_given_a_gradient():
+def test_a_bias_cancels_and_still_has_a_gradient():
     tensors = batch(4)
     scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
     bias = torch.tensor(-10.0, dtype=torch.float64, requires_grad=True)
@@ -172,9 +174,9 @@ def test_mimicry_is_the_mean_squared_error_of_both_towers():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_scalars_say_how_the_two_see_the_batch():
+def test_scalars_describe_student_and_teacher():
     image = text = torch.eye(3)
-    teacher_text = torch.eye(3)[[1, 0, 2]]  # the teacher takes captions 0 and 1 for each other
+    teacher_text = torch.eye(3)[[1, 0, 2]]  # the teacher swaps captions 0 and 1
     _, scalars = image_text_loss(
         image=image,
         text=text,
@@ -208,7 +210,7 @@ def test_a_term_without_weight_is_not_computed():
     assert {"contrastive", "soft_ce"} <= set(scalars) and not {"wmse", "kl", "mimicry"} & set(scalars)
 
 
-def test_with_all_weights_0_the_scalars_are_left_and_every_parameter_is_in_the_graph():
+def test_with_all_weights_0_the_scalars_are_computed_and_every_parameter_is_in_the_graph():
     weights = {"contrastive_weight": 0, "soft_ce_weight": 0, "wmse_weight": 0}
     scale, bias = torch.tensor(5.0, requires_grad=True), torch.tensor(-1.0, requires_grad=True)
     loss, scalars = image_text_loss(
@@ -225,7 +227,7 @@ def test_with_all_weights_0_the_scalars_are_left_and_every_parameter_is_in_the_g
         ({"teacher_image": torch.eye(2)}, "teacher_image has 2 rows, image has 3"),
         ({"text": torch.eye(3)[:2]}, "text has 2 rows"),
         ({"text_ids": torch.arange(4)}, "text_ids has 4 rows"),
-        ({"teacher_text": None}, "come together or not at all"),
+        ({"teacher_text": None}, "must be given together: pass all three or none"),
         ({"teacher_sigmoid": True}, "teacher_sigmoid=True needs sigmoid=True"),
         ({"sigmoid": True, "kl_weight": 0.5}, "kl_weight=0.5 has no meaning with sigmoid=True"),
         ({"gamma": -1}, "gamma must be a finite number >= 0, got -1"),
@@ -240,19 +242,19 @@ def test_errors_name_what_is_wrong(change, message):
         image_text_loss(**(arguments | change))
 
 
-# Two processes.
+# ---- several processes -------------------------------------------------------------------------------------------
 
 
 def scalars_of_four_pairs(rank, world_size):
-    """Student: images 0, 1, 2 find their captions, caption 2 stands twice, image 3 has none. Teacher: takes 0 for 1."""
-    mine = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size)
+    """The student matches images 0 to 2; caption 2 occurs twice, image 3 has no match. The teacher swaps 0 and 1."""
+    own = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size)
     image, text, teacher_text = torch.eye(4), torch.eye(4)[[0, 1, 2, 2]], torch.eye(4)[[1, 0, 2, 3]]
     _, scalars = image_text_loss(
-        image=image[mine],
-        text=text[mine],
+        image=image[own],
+        text=text[own],
         logit_scale=torch.tensor(50.0),
-        teacher_image=image[mine],
-        teacher_text=teacher_text[mine],
+        teacher_image=image[own],
+        teacher_text=teacher_text[own],
         teacher_logit_scale=torch.tensor(100.0),
     )
     return {name: value.item() for name, value in scalars.items()}
@@ -261,8 +263,8 @@ def scalars_of_four_pairs(rank, world_size):
 def test_scalars_of_two_ranks_are_those_of_the_whole_batch():
     for scalars in [scalars_of_four_pairs(0, 1), *run_ranks(scalars_of_four_pairs, 2)]:
         assert scalars["batch_acc1"] == 0.75
-        assert scalars["agreement@1"] == 0.25  # image 2 alone
-        # image 2 hesitates between two captions, image 3 between four
+        assert scalars["agreement@1"] == 0.25  # image 2 only
+        # image 2 has two equally similar captions, image 3 four
         assert scalars["student_entropy"] == pytest.approx((math.log(2) + math.log(4)) / 4, rel=1e-5)
         assert scalars["teacher_entropy"] == pytest.approx(0, abs=1e-6)
         assert (scalars["logit_scale"], scalars["teacher_logit_scale"]) == (50, 100)

@@ -1,4 +1,4 @@
-"""Stored logits are what the online teacher says of the same views, and are found again only for the same question."""
+"""Stored logits equal the online teacher's on the same views, and are read from disk only for the same arguments."""
 
 import dataclasses
 from itertools import islice
@@ -20,11 +20,11 @@ from gkl_vl.teachers.store import store_logits, stored_label_teacher
 N, SIDE, CLASSES, VIEWS = 14, 8, 12, 2
 LABELS = torch.arange(N) % CLASSES
 CPU = torch.device("cpu")
-FP16 = {"rtol": 2**-11 * 1.01, "atol": 1e-5}  # half a unit in the last place; the matrix product in other batches
+FP16 = {"rtol": 2**-11 * 1.01, "atol": 1e-5}  # half a unit in the last place; batches of other sizes
 
 
 def linear(seed: int = 0) -> Classifier:
-    """A teacher whose logits are a few units apart, as a trained one's."""
+    """A teacher whose logits differ by a few units, like those of a trained one."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE**2, CLASSES)).requires_grad_(False).eval()
     model[1].weight.mul_(4)
@@ -61,7 +61,7 @@ def store(folder, **changes):
 
 
 def batches_of(views: Views) -> list[dict]:
-    """Two epochs, which show each image in both views."""
+    """Two epochs, which have each image in both views."""
     loader = LabelledLoader(
         views=views,
         labels=LABELS,
@@ -76,7 +76,7 @@ def batches_of(views: Views) -> list[dict]:
 
 
 @pytest.mark.parametrize("make", [memory, disk], ids=["memory", "disk"])
-def test_all_logits_are_the_online_teachers(make, tmp_path):
+def test_all_logits_equal_the_online_teachers(make, tmp_path):
     stored = store(tmp_path, views=make())
     assert stored.values.shape == (VIEWS, N, CLASSES) and stored.values.dtype == torch.float16
     lookup, online = stored_label_teacher(stored, CLASSES), online_label_teacher(linear())
@@ -85,46 +85,49 @@ def test_all_logits_are_the_online_teachers(make, tmp_path):
         torch.testing.assert_close(lookup(batch), online(batch), **FP16)
         seen |= {(batch["view"], key) for key in batch["keys"]}
     assert len(seen) == VIEWS * N
-    assert (stored.values[0] - stored.values[1]).abs().amax(dim=1).median() > 0.1  # else any view's would do
+    assert (stored.values[0] - stored.values[1]).abs().amax(
+        dim=1
+    ).median() > 0.1  # else those of another view would pass
 
 
 @pytest.mark.parametrize("top_k", [1, 3, CLASSES - 1])
-def test_the_largest_logits_are_exact_and_the_others_have_their_mass(top_k, tmp_path):
+def test_the_largest_logits_are_exact_and_the_others_have_the_same_total_probability(top_k, tmp_path):
     stored = store(tmp_path, top_k=top_k)
     assert stored.values.shape == stored.classes.shape == (VIEWS, N, top_k) and stored.rest.shape == (VIEWS, N)
     lookup, online = stored_label_teacher(stored, CLASSES), online_label_teacher(linear())
     for batch in batches_of(memory()):
-        said, whole = lookup(batch), online(batch)
+        logits, whole = lookup(batch), online(batch)
         kept = whole.topk(top_k).indices
-        torch.testing.assert_close(said.gather(1, kept), whole.gather(1, kept), **FP16)
-        torch.testing.assert_close(said.softmax(1).gather(1, kept), whole.softmax(1).gather(1, kept), atol=1e-3, rtol=0)
-        # Of all classes together, and of the others as one: a softmax alone would not see a common shift.
-        torch.testing.assert_close(said.logsumexp(1), whole.logsumexp(1), atol=5e-3, rtol=0)
+        torch.testing.assert_close(logits.gather(1, kept), whole.gather(1, kept), **FP16)
+        probabilities = [x.softmax(1).gather(1, kept) for x in (logits, whole)]
+        torch.testing.assert_close(*probabilities, atol=1e-3, rtol=0)
+        # The log-sum-exp too: a softmax does not change with a constant added to all logits.
+        torch.testing.assert_close(logits.logsumexp(1), whole.logsumexp(1), atol=5e-3, rtol=0)
         others = torch.ones_like(whole, dtype=torch.bool).scatter(1, kept, False)
-        mass = [logits.softmax(1).where(others, 0).sum(1) for logits in (said, whole)]
-        torch.testing.assert_close(*mass, atol=1e-3, rtol=0)
-        assert all(len(row[other].unique()) == 1 for row, other in zip(said, others, strict=True))
-        assert said.argmax(1).tolist() == whole.argmax(1).tolist()
+        totals = [x.softmax(1).where(others, 0).sum(1) for x in (logits, whole)]
+        torch.testing.assert_close(*totals, atol=1e-3, rtol=0)
+        assert all(len(row[other].unique()) == 1 for row, other in zip(logits, others, strict=True))
+        assert logits.argmax(1).tolist() == whole.argmax(1).tolist()
 
 
 @pytest.mark.parametrize("top_k", [CLASSES, 99])
-def test_as_many_as_there_are_classes_is_all(top_k, tmp_path):
+def test_top_k_of_all_classes_or_more_stores_all_logits(top_k, tmp_path):
     assert torch.equal(store(tmp_path, top_k=top_k).values, store(tmp_path).values)
 
 
-def test_the_same_question_is_answered_from_disk(tmp_path):
-    teacher, asked = linear(), []
-    teacher.model.register_forward_hook(lambda *_: asked.append(1))
+def test_the_same_arguments_are_read_from_disk(tmp_path):
+    teacher, calls = linear(), []
+    teacher.model.register_forward_hook(lambda *_: calls.append(1))
     first = store(tmp_path, classifier=teacher, top_k=4)
-    assert len(asked) == VIEWS
+    assert len(calls) == VIEWS
     again = store(tmp_path, classifier=teacher, top_k=4)
-    assert len(asked) == VIEWS and len(list(tmp_path.iterdir())) == 1
+    assert len(calls) == VIEWS and len(list(tmp_path.iterdir())) == 1
     for field in dataclasses.fields(first):
         assert torch.equal(getattr(first, field.name), getattr(again, field.name))
 
 
-def test_another_question_has_another_file(tmp_path):
-    questions = [
+def test_other_arguments_have_another_file(tmp_path):
+    cases = [
         {},
         {"classifier": linear(seed=1)},
         {"classifier": dataclasses.replace(linear(), mean=(0.5, 0.4, 0.2))},
@@ -139,25 +142,25 @@ def test_another_question_has_another_file(tmp_path):
         {"labels": LABELS.flip(0)},
         {"labels": LABELS[:-1]},
     ]
-    for count, changes in enumerate(questions, 1):
+    for count, changes in enumerate(cases, 1):
         store(tmp_path, **changes)
         assert len(list(tmp_path.iterdir())) == count, changes
-    for changes in questions:
+    for changes in cases:
         store(tmp_path, **changes)
-    assert len(list(tmp_path.iterdir())) == len(questions)
+    assert len(list(tmp_path.iterdir())) == len(cases)
 
 
-def test_a_student_of_stored_logits_hears_of_its_own_views(tmp_path):
-    """The loader's turns and the stored views have one numbering: neighbours' logits would not fit."""
+def test_the_stored_teacher_has_the_logits_of_the_views_that_the_student_gets(tmp_path):
+    """The loader and the store number the views alike: the logits of the other view differ."""
     stored = store(tmp_path)
     lookup = stored_label_teacher(stored, CLASSES)
     for batch in batches_of(memory()):
-        said = lookup(batch)
-        assert torch.equal(said, stored.values[batch["view"], batch["index"]].float())
-        assert not torch.allclose(said, stored.values[1 - batch["view"], batch["index"]].float(), atol=0.1)
+        logits = lookup(batch)
+        assert torch.equal(logits, stored.values[batch["view"], batch["index"]].float())
+        assert not torch.allclose(logits, stored.values[1 - batch["view"], batch["index"]].float(), atol=0.1)
 
 
-def test_storing_leaves_the_generator_where_it_was(tmp_path):
+def test_storing_does_not_advance_the_generator(tmp_path):
     teacher = linear()
     before = torch.get_rng_state()
     store(tmp_path, classifier=teacher, views=disk())
@@ -167,5 +170,5 @@ def test_storing_leaves_the_generator_where_it_was(tmp_path):
 @pytest.mark.parametrize("batch_size", [5, 7, 100])
 def test_predictions_are_in_the_order_of_the_set(batch_size):
     teacher = linear()
-    said = predict(classifier=teacher, views=memory(), view=PLAIN, count=N - 1, device=CPU, batch_size=batch_size)
-    torch.testing.assert_close(said, teacher.model(teacher.prepare(images()[: N - 1])))
+    logits = predict(classifier=teacher, views=memory(), view=PLAIN, count=N - 1, device=CPU, batch_size=batch_size)
+    torch.testing.assert_close(logits, teacher.model(teacher.prepare(images()[: N - 1])))

@@ -1,5 +1,5 @@
-"""An exported classifier is all that anybody needs: it loads here and in timm, the card says how it came about, a push
-sends exactly its files, and an export takes nobody else's place."""
+"""Exported classifiers load in this package and in timm; the card states how they were trained; a push sends exactly
+the exported files; an export never replaces other files. Also the accuracies of many-, medium- and few-shot classes."""
 
 import base64
 import dataclasses
@@ -21,7 +21,7 @@ from gkl_vl.export.cards import ClassifierCard, RunFacts, classifier_usage
 from gkl_vl.export.hub import export_classifier, push_to_hub
 from gkl_vl.models.classifiers import Classifier, load_classifier
 
-server = test_hub.server  # a fixture: the Hub's endpoints on this machine
+server = test_hub.server  # fixture: the Hub's endpoints on a loopback server
 NAMES = ["resnet8", "torchvision:resnet18", "timm:resnet18"]
 CARD = ClassifierCard(
     student="resnet8",
@@ -57,8 +57,8 @@ def pixels() -> Tensor:
 
 
 @torch.no_grad()
-def used(name: str) -> Classifier:
-    """A model of a few classes that has seen images, so that no running mean is what it was at first."""
+def trained(name: str) -> Classifier:
+    """A model of three classes after a forward pass in training mode, so that its running means have changed."""
     torch.manual_seed(0)
     classifier = load_classifier(name, num_classes=3)
     classifier = dataclasses.replace(classifier, mean=(0.1, 0.2, 0.3), std=(0.6, 0.5, 0.4))
@@ -74,7 +74,7 @@ def logits(classifier: Classifier) -> Tensor:
 
 @pytest.fixture(scope="module", params=NAMES)
 def exported(request, tmp_path_factory) -> tuple[Classifier, Path]:
-    classifier, folder = used(request.param), tmp_path_factory.mktemp("export") / "model"
+    classifier, folder = trained(request.param), tmp_path_factory.mktemp("export") / "model"
     export_classifier(classifier=classifier, folder=folder, card=dataclasses.replace(CARD, student=request.param))
     return classifier, folder
 
@@ -82,18 +82,18 @@ def exported(request, tmp_path_factory) -> tuple[Classifier, Path]:
 # ---- the folder
 
 
-def test_it_loads_as_it_was(exported):
+def test_an_export_loads_unchanged(exported):
     classifier, folder = exported
     again = load_classifier(f"local-dir:{folder}")
     assert (again.name, again.num_classes) == (classifier.name, 3)
     assert (again.mean, again.std) == (classifier.mean, classifier.std)
     torch.testing.assert_close(logits(again), logits(classifier), atol=1e-6, rtol=1e-6)
-    assert logits(again).std(dim=0).min() > 1e-4  # else equality would prove little
+    assert logits(again).std(dim=0).min() > 1e-4  # the logits differ between images
     assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
-    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # who reads the card reads the weights
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # same permissions of card and weights
 
 
-def test_the_code_that_is_printed_runs(exported):
+def test_the_usage_code_runs(exported):
     classifier, folder = exported
     names = {}
     exec(classifier_usage(classifier.name, str(folder)), names)
@@ -101,8 +101,8 @@ def test_the_code_that_is_printed_runs(exported):
     assert ("import timm" in classifier_usage(classifier.name, "x")) == (classifier.name == "timm:resnet18")
 
 
-def test_timm_loads_its_own_without_this_package(tmp_path):
-    classifier = used("timm:test_resnet")
+def test_timm_loads_a_timm_export_without_this_package(tmp_path):
+    classifier = trained("timm:test_resnet")
     export_classifier(classifier=classifier, folder=tmp_path / "model", card=CARD)
     model = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
     torch.testing.assert_close(logits(dataclasses.replace(classifier, model=model)), logits(classifier))
@@ -112,9 +112,9 @@ def test_timm_loads_its_own_without_this_package(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["resnet8", "timm:test_resnet"])
-def test_what_was_loaded_from_a_folder_exports_whole(tmp_path, name):
-    """A student may start from an exported one; its own export must not lean on that folder."""
-    classifier = used(name)
+def test_a_model_loaded_from_an_export_exports_completely(tmp_path, name):
+    """A student can start from an exported model; its export must not depend on that folder."""
+    classifier = trained(name)
     export_classifier(classifier=classifier, folder=tmp_path / "first", card=CARD)
     loaded = load_classifier(f"local-dir:{tmp_path / 'first'}")
     export_classifier(classifier=loaded, folder=tmp_path / "second", card=CARD)
@@ -125,21 +125,23 @@ def test_what_was_loaded_from_a_folder_exports_whole(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["resnet8", "timm:test_resnet"])
-def test_the_layout_of_training_is_no_hindrance(tmp_path, name):
-    """Safetensors takes no channels_last."""
-    classifier = used(name)
+def test_channels_last_models_are_exported(tmp_path, name):
+    """safetensors does not store channels_last tensors."""
+    classifier = trained(name)
     classifier.model.to(memory_format=torch.channels_last)
     export_classifier(classifier=classifier, folder=tmp_path / "model", card=CARD)
-    stored, wanted = load_file(tmp_path / "model" / "model.safetensors"), classifier.model.state_dict()
-    assert stored.keys() == wanted.keys() and all(torch.equal(stored[k], wanted[k]) for k in wanted)
+    stored, expected = load_file(tmp_path / "model" / "model.safetensors"), classifier.model.state_dict()
+    assert stored.keys() == expected.keys() and all(torch.equal(stored[k], expected[k]) for k in expected)
 
 
-def test_an_export_replaces_an_earlier_one_whole(tmp_path):
+def test_an_export_replaces_an_earlier_one_completely(tmp_path):
     folder = tmp_path / "run" / "model"
-    export_classifier(classifier=used("resnet8"), folder=folder, card=CARD)
+    export_classifier(classifier=trained("resnet8"), folder=folder, card=CARD)
     (folder / "extra.txt").touch()
     export_classifier(
-        classifier=used("timm:test_resnet"), folder=folder, card=dataclasses.replace(CARD, student="timm:test_resnet")
+        classifier=trained("timm:test_resnet"),
+        folder=folder,
+        card=dataclasses.replace(CARD, student="timm:test_resnet"),
     )
     assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     assert json.loads((folder / "config.json").read_text())["architecture"] == "test_resnet"
@@ -147,9 +149,9 @@ def test_an_export_replaces_an_earlier_one_whole(tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-def test_a_broken_export_leaves_the_old_one(tmp_path, monkeypatch):
+def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
     folder = tmp_path / "model"
-    export_classifier(classifier=used("resnet8"), folder=folder, card=CARD)
+    export_classifier(classifier=trained("resnet8"), folder=folder, card=CARD)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def full_disk(*_, **__):
@@ -158,7 +160,7 @@ def test_a_broken_export_leaves_the_old_one(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         export_classifier(
-            classifier=used("resnet8"), folder=folder, card=dataclasses.replace(CARD, run=changed(steps=8))
+            classifier=trained("resnet8"), folder=folder, card=dataclasses.replace(CARD, run=changed(steps=8))
         )
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -166,7 +168,7 @@ def test_a_broken_export_leaves_the_old_one(tmp_path, monkeypatch):
 
 FOREIGN = {
     "thesis": {"chapter1.tex": "years of work"},
-    "run": {"config.json": '{"pair": "a-b"}', "results.jsonl": "{}"},  # one level above where the export belongs
+    "run": {"config.json": '{"pair": "a-b"}', "results.jsonl": "{}"},  # a run folder, the parent of an export
     "transformers": {"config.json": '{"architectures": ["ViT"]}', "model.safetensors": ""},
     "no json": {"config.json": "{", "model.safetensors": ""},
     "no object": {"config.json": "[]", "model.safetensors": ""},
@@ -174,21 +176,21 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
-def test_other_peoples_files_are_neither_replaced_nor_pushed(tmp_path, monkeypatch, files):
+def test_other_files_are_neither_replaced_nor_pushed(tmp_path, monkeypatch, files):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match="holds files but no exported model"):
-        export_classifier(classifier=used("resnet8"), folder=tmp_path, card=CARD)
+        export_classifier(classifier=trained("resnet8"), folder=tmp_path, card=CARD)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # connection refused
     with pytest.raises(UserError, match="no classifier: push the model/ folder of a run"):
         push_to_hub(folder=tmp_path, repo_id="me/tiny", token="hf_x")
 
 
 @pytest.mark.parametrize("architecture", ["hf-hub:org/repo", "local-dir:{folder}", "local-dir:elsewhere"])
 def test_a_folder_that_points_to_another_is_refused(tmp_path, architecture):
-    architecture = architecture.format(folder=tmp_path)  # itself: there would be no end
+    architecture = architecture.format(folder=tmp_path)  # itself: infinite recursion
     config = {"library": "gkl-vl", "architecture": architecture, "num_classes": 3}
     (tmp_path / "config.json").write_text(json.dumps(config | {"mean": [0.5] * 3, "std": [0.5] * 3}))
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
@@ -198,7 +200,7 @@ def test_a_folder_that_points_to_another_is_refused(tmp_path, architecture):
 
 
 @pytest.mark.parametrize("config", [[], {"library": "gkl-vl", "architecture": 8}])
-def test_a_config_of_other_kinds_of_values_is_refused(tmp_path, config):
+def test_a_config_with_values_of_other_types_is_refused(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="config.json of .* names no model that is known"):
@@ -208,7 +210,7 @@ def test_a_config_of_other_kinds_of_values_is_refused(tmp_path, config):
 # ---- the card
 
 
-def test_the_card_says_what_was_done():
+def test_the_card_states_how_it_was_trained():
     text = CARD.render()
     assert "`resnet8`, distilled from `hf-hub:org/big` by gkl with gkl-vl" in text
     assert "```bash\npython recipes/cifar_kd.py --pair a-b\n```" in text
@@ -228,7 +230,7 @@ def test_card_metadata_is_what_the_hub_reads(student, library):
     assert data["base_model"] == "org/big" and data["tags"] == ["knowledge-distillation", "gkl"]
 
 
-def test_a_card_without_teacher_claims_none():
+def test_a_card_without_teacher_mentions_none():
     text = dataclasses.replace(
         CARD, teacher=None, made="trained on labels alone", run=changed(metrics=[], commit=None)
     ).render()
@@ -237,7 +239,7 @@ def test_a_card_without_teacher_claims_none():
     assert "trained on labels alone" in text and "No evaluation was run." in text
     assert "distilled" not in text and "Commit" not in text
     zoo = HubCard(dataclasses.replace(CARD, teacher="timm:resnet34.a1_in1k").render()).data.to_dict()
-    assert "base_model" not in zoo  # no repository
+    assert "base_model" not in zoo  # not a Hub repository
 
 
 # ---- the push
@@ -245,34 +247,34 @@ def test_a_card_without_teacher_claims_none():
 
 def test_a_push_sends_exactly_the_folder(tmp_path, monkeypatch, server):
     folder = tmp_path / "model"
-    export_classifier(classifier=used("resnet8"), folder=folder, card=CARD)
+    export_classifier(classifier=trained("resnet8"), folder=folder, card=CARD)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub.constants, "ENDPOINT", server.address)
     assert push_to_hub(folder=folder, repo_id="me/tiny", token="hf_x") == f"{server.address}/me/tiny"
-    (commit,) = [body for path, _, body in server.seen if path == "/api/models/me/tiny/commit/main"]
+    (commit,) = [body for path, _, body in server.requests if path == "/api/models/me/tiny/commit/main"]
     lines = [json.loads(line) for line in commit.splitlines()]
     files = [line["value"] for line in lines if line["key"] == "file"]
     assert {file["path"]: base64.b64decode(file["content"]) for file in files} == before
-    # There is no tokenizer to point anywhere: the folder is as it was.
+    # Without a tokenizer the config is not changed.
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 # ---- accuracy by shots
 
 
-def test_shot_accuracies_are_a_loops():
+def test_shot_accuracies_equal_a_loops():
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(90, 6, generator=generator)
     labels = torch.randint(0, 4, (90,), generator=generator)  # classes 4 and 5 have no test images
     members = {"many": [0, 2], "medium": [1, 3, 4], "few": [5], "none": []}
     groups = {name: torch.tensor([c in classes for c in range(6)]) for name, classes in members.items()}
-    found = shot_accuracies(logits=scores, labels=labels, groups=groups)
+    accuracies = shot_accuracies(logits=scores, labels=labels, groups=groups)
     expected = {}
-    for name in ("many", "medium"):  # the others have no images to be right about
+    for name in ("many", "medium"):  # the other groups have no test images
         rows = [row for row in range(90) if int(labels[row]) in members[name]]
         hits = [max(range(6), key=lambda c, row=row: float(scores[row, c])) == int(labels[row]) for row in rows]
         expected[f"{name}_acc1"] = sum(hits) / len(rows)
-    assert found == pytest.approx(expected, abs=1e-6)
-    assert 0 < found["many_acc1"] != found["medium_acc1"] > 0
+    assert accuracies == pytest.approx(expected, abs=1e-6)
+    assert 0 < accuracies["many_acc1"] != accuracies["medium_acc1"] > 0
     assert shot_accuracies(logits=scores, labels=labels, groups={}) == {}

@@ -1,6 +1,6 @@
-"""The label methods are their published formulas, value and gradient, alone and over several processes.
+"""The label methods equal their published formulas, in value and gradient, in one process and in several.
 
-The references are the papers' formulas with a loop over rows (DIST: and over columns), in float64 on the same numbers.
+The references are the papers' formulas with a loop over rows (for DIST also over columns), in float64.
 """
 
 import itertools
@@ -16,8 +16,8 @@ from gkl_vl.losses import gkl, labels
 from gkl_vl.losses.gkl import GklSettings, dkl_loss, gkl_loss
 from gkl_vl.losses.labels import METHODS, Distillation, dist_loss, distillation_loss, dkd_loss, kd_loss, standardised
 
-# Of the largest entry, or of 0.1 where that is smaller: with two classes the gradients of kd-ls and DIST within a row
-# are 0 on paper and rounding noise here. fp64: 1e6 roundings of 1e-16; fp32: 80 of 1.2e-7.
+# Relative to the largest entry, or to 0.1 where that is smaller: with two classes the gradients of kd-ls and DIST
+# within a row are 0 except for rounding. fp64: 1e6 roundings of 1e-16; fp32: 80 of 1.2e-7.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 FLOOR = 0.1
 SHAPES = [(1, 2), (1, 41), (2, 3), (5, 2), (41, 3), (7, 41), (3, 100)]
@@ -39,7 +39,7 @@ def value_and_gradient(loss, student):
 
 
 def farthest(got, want) -> float:
-    """The largest difference of values or gradients, in units of TOLERANCE's."""
+    """The largest difference of values or gradients, relative as for TOLERANCE."""
     return max(
         ((a.double() - b.double()).abs().max() / b.abs().max().clamp_min(FLOOR)).item()
         for a, b in zip(got, want, strict=True)
@@ -119,7 +119,7 @@ def standardised_kd(*, student, teacher, temperature):
 DKD = {"target_weight": 0.7, "other_weight": 3.0}
 DIST = {"inter_weight": 0.7, "intra_weight": 3.0}
 INTER_ONLY = {"inter_weight": 0.7, "intra_weight": 0}
-# Name: ours, the paper's, settings.
+# Name: implementation, the paper's formula, settings.
 FORMULAS = {
     "kd": (without_labels(kd_loss), naive_kd, {}),
     "kd-ls": (without_labels(standardised_kd), naive_standardised_kd, {}),
@@ -132,7 +132,7 @@ FORMULAS = {
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", FORMULAS)
-def test_the_losses_are_their_published_formulas(name, dtype):
+def test_the_losses_equal_their_published_formulas(name, dtype):
     ours, published, options = FORMULAS[name]
     for shape, temperature in itertools.product(SHAPES, (1, 4.0)):
         if name == "dist" and shape[0] == 1:
@@ -146,7 +146,7 @@ def test_the_losses_are_their_published_formulas(name, dtype):
         assert farthest(got, want) < TOLERANCE[dtype], (shape, temperature)
 
 
-def test_the_z_scores_have_mean_0_and_deviation_1_whatever_the_scale():
+def test_the_z_scores_have_mean_0_and_deviation_1_at_any_scale():
     logits = drawn(5, 41)["student"]
     scores = standardised(logits)
     assert_close(scores, naive_z_scores(logits), rtol=0, atol=1e-12)
@@ -154,14 +154,14 @@ def test_the_z_scores_have_mean_0_and_deviation_1_whatever_the_scale():
     assert_close(scores, standardised(7 * logits - 3), rtol=1e-6, atol=1e-6)
 
 
-def test_kd_is_the_target_part_and_the_rest_by_what_the_teacher_leaves_to_it():
-    """Zhao et al.'s eq. 5, KD = TCKD + (1 - p_label) NCKD, row by row: the weight is a row's own."""
+def test_kd_is_dkd_with_the_teachers_non_target_probability_as_weight():
+    """Zhao et al.'s eq. 5, KD = TCKD + (1 - p_label) NCKD, row by row: each row has its weight."""
     temperature, arguments = 2.0, drawn(9, 6)
     for row in range(9):
         student, teacher, labels = (arguments[name][row : row + 1] for name in ("student", "teacher", "labels"))
-        left = 1 - torch.softmax(teacher / temperature, 1)[0, labels[0]].item()
+        non_target = 1 - torch.softmax(teacher / temperature, 1)[0, labels[0]].item()
         whole = kd_loss(student=student, teacher=teacher, temperature=temperature)
-        parts = {"labels": labels, "temperature": temperature, "target_weight": 1.0, "other_weight": left}
+        parts = {"labels": labels, "temperature": temperature, "target_weight": 1.0, "other_weight": non_target}
         assert_close(dkd_loss(student=student, teacher=teacher, **parts), whole, rtol=1e-12, atol=1e-12)
         parts["other_weight"] = 1.0
         assert not torch.isclose(dkd_loss(student=student, teacher=teacher, **parts), whole, rtol=1e-3)
@@ -178,7 +178,7 @@ def test_the_teacher_gets_no_gradient(name):
 
 # ---- every method ------------------------------------------------------------------------------------------------
 
-# No number stands twice, so that a setting that goes elsewhere shows.
+# All values differ, to detect a setting that is passed to the wrong argument.
 SETTINGS = dict(weight=1.7, temperature=3.5, target_weight=0.9, other_weight=4.5)
 GKL = dict(soft_ce_weight=0.6, wmse_weight=2.5, gamma=0.3, temperature=3.0, weight_temperature=2.0)
 
@@ -212,22 +212,22 @@ def of_table_and_by_hand(method, *, student, prior, teacher, labels):
 
 
 @pytest.mark.parametrize("with_prior", [True, False])
-def test_every_name_of_the_table_calls_what_it_says(with_prior):
+def test_every_method_of_the_table_equals_its_formula(with_prior):
     assert list(BY_HAND) == list(METHODS)
     arguments = drawn(5, 7)
     arguments["prior"] = arguments["prior"] if with_prior else None
-    found = {method: of_table_and_by_hand(method, **arguments) for method in METHODS}
-    for method, (ours, by_hand) in found.items():
+    results = {method: of_table_and_by_hand(method, **arguments) for method in METHODS}
+    for method, (ours, by_hand) in results.items():
         assert all(torch.equal(a, b) for a, b in zip(ours, by_hand, strict=True)), method
-    for (ours, _), (others, _) in itertools.combinations(found.values(), 2):
-        assert farthest(ours, others) > 1e-3  # DKL's and IKL's differ by the gradient alone
+    for (ours, _), (others, _) in itertools.combinations(results.values(), 2):
+        assert farthest(ours, others) > 1e-3  # DKL and IKL differ in the gradient only
 
 
-def test_the_class_prior_is_that_of_ikl_and_gkl_alone():
+def test_only_ikl_and_gkl_use_the_class_prior():
     arguments = drawn(5, 7)
     without = arguments | {"prior": None}
-    heeding = {m for m in METHODS if by_method(m, **arguments) != by_method(m, **without)}
-    assert heeding == {"ikl", "gkl"}
+    affected = {m for m in METHODS if by_method(m, **arguments) != by_method(m, **without)}
+    assert affected == {"ikl", "gkl"}
 
 
 GKLS = {"dkl", "ikl", "gkl"}
@@ -250,7 +250,7 @@ def test_every_setting_is_read_by_its_methods_and_no_others(setting):
     assert {m for m in METHODS if by_method(m, **arguments, **changed) != by_method(m, **arguments)} == READ[setting]
 
 
-def test_each_family_of_methods_has_its_temperature():
+def test_gkls_methods_have_a_temperature_apart():
     arguments = drawn(5, 7) | {"prior": None}
     before = {method: by_method(method, **arguments) for method in METHODS}
     for changed, methods in (({"temperature": 7.0}, OTHERS), ({"gkl": {"temperature": 6.0}}, GKLS)):
@@ -267,15 +267,15 @@ def test_a_temperature_that_is_not_positive_is_refused(method, temperature):
 @pytest.mark.parametrize("shape", [(1, 7), (5, 8)], ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_teacher_of_another_shape_is_refused_and_not_broadcast(method, shape):
-    given = drawn(5, 7)
-    arguments = (given["student"], drawn(*shape)["teacher"], given["labels"], None, Distillation(method=method))
+    inputs = drawn(5, 7)
+    arguments = (inputs["student"], drawn(*shape)["teacher"], inputs["labels"], None, Distillation(method=method))
     with pytest.raises(ValueError, match=r"teacher must have the student's shape \[5, 7\]"):
-        METHODS[method](*arguments)  # not by `distillation_loss`, where the suite's shape checker would speak first
+        METHODS[method](*arguments)  # not `distillation_loss`, for which the suite's shape checker would raise first
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision_is_computed_in_float32(method):
-    """The loss is that of the rounded numbers, to the last bit; the gradient is rounded once more."""
+    """The loss equals that of the rounded numbers bit for bit; the gradient is rounded once more."""
     for dtype in (torch.bfloat16, torch.float16):
         arguments = drawn(5, 41, dtype) | {"prior": drawn(5, 41, torch.float32)["prior"]}
         student, rest = arguments.pop("student"), arguments
@@ -287,11 +287,18 @@ def test_half_precision_is_computed_in_float32(method):
 
 
 def extremes(dtype):
-    """Logits of -100 and 100: against each other, one class above all, and rows without any difference."""
+    """Logits of -100 and 100: opposite signs, one class above all others, and constant rows."""
     signs = torch.sign(drawn(4, 7)["student"])
     one = 200 * torch.eye(7, dtype=torch.float64)[:4] - 100
-    level = torch.full((4, 7), 100.0, dtype=torch.float64)
-    pairs = [(100 * signs, -100 * signs), (one, one.roll(1, 0)), (one, one), (-one, one), (one, level), (level, one)]
+    constant = torch.full((4, 7), 100.0, dtype=torch.float64)
+    pairs = [
+        (100 * signs, -100 * signs),
+        (one, one.roll(1, 0)),
+        (one, one),
+        (-one, one),
+        (one, constant),
+        (constant, one),
+    ]
     return [(student.to(dtype), teacher.to(dtype)) for student, teacher in pairs]
 
 
@@ -315,23 +322,23 @@ def test_dist_of_a_single_row_is_finite():
     assert value.isfinite() and gradient.isfinite().all() and gradient.abs().max() > 1e-6
 
 
-# ---- over processes ----------------------------------------------------------------------------------------------
+# ---- several processes -------------------------------------------------------------------------------------------
 
 ROWS, CLASSES = 24, 7
 CASES = [(method, with_prior) for method in METHODS for with_prior in (True, False)]
 
 
-def my_share(rank, world_size, method, with_prior):
-    """Value and gradient on my rows."""
-    mine = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
-    rest = {name: tensor[mine] for name, tensor in drawn(ROWS, CLASSES).items()}
+def share(rank, world_size, method, with_prior):
+    """Value and gradient on the rows of a rank."""
+    own = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
+    rest = {name: tensor[own] for name, tensor in drawn(ROWS, CLASSES).items()}
     student = rest.pop("student")
     rest["prior"] = rest["prior"] if with_prior else None
     return value_and_gradient(partial(by_method, method, **rest), student)
 
 
-def my_shares(rank, world_size):
-    return [my_share(rank, world_size, *case) for case in CASES]
+def all_shares(rank, world_size):
+    return [share(rank, world_size, *case) for case in CASES]
 
 
 def joined(shares):
@@ -342,50 +349,50 @@ def joined(shares):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_the_mean_over_processes_is_the_loss_of_the_joined_batch(world_size):
-    by_rank = run_ranks(my_shares, world_size)
-    for case, one, *shares in zip(CASES, my_shares(0, 1), *by_rank, strict=True):
+    by_rank = run_ranks(all_shares, world_size)
+    for case, one, *shares in zip(CASES, all_shares(0, 1), *by_rank, strict=True):
         assert farthest(joined(shares), one) < 1e-10, case
         assert not torch.equal(shares[0][1], shares[1][1]), case  # the rows differ
 
 
-# The comparison can fail: what is put in the place of which function, and the methods that then become others. The
-# weights of DKL and IKL sum to 1 in every row, so that their denominator is the number of rows: no ratio to get wrong.
+# The comparison can fail. Each breakage: module, function, replacement, and the methods whose result changes. The
+# weights of DKL and IKL sum to 1 in every row: their denominator is the number of rows, the same on all ranks.
 
 
-def ratio_of_my_rank(numerator, denominator):
+def ratio_of_own_rank(numerator, denominator):
     return numerator.sum() / denominator.sum()
 
 
-def rows_of_my_rank(rows):
+def rows_of_own_rank(rows):
     return rows
 
 
-def rows_with_my_own_gradient(rows):
-    """My rows keep their gradient, what the other ranks make of them is lost."""
+def rows_with_own_gradient(rows):
+    """Own rows keep the gradient of this rank's loss; that of the other ranks' losses is lost."""
     parts = list(distributed.gather_rows(rows.detach()).chunk(distributed.world_size()))
     parts[distributed.rank()] = rows
     return torch.cat(parts)
 
 
 BREAKAGES = [
-    (gkl, "ratio_of_sums", ratio_of_my_rank, {"gkl"}),
-    (labels, "gather_rows", rows_of_my_rank, {"dist"}),
-    (labels, "gather_rows", rows_with_my_own_gradient, {"dist"}),
+    (gkl, "ratio_of_sums", ratio_of_own_rank, {"gkl"}),
+    (labels, "gather_rows", rows_of_own_rank, {"dist"}),
+    (labels, "gather_rows", rows_with_own_gradient, {"dist"}),
 ]
 
 
-def my_broken_shares(rank, world_size):
+def broken_shares(rank, world_size):
     shares = []
     for module, name, replacement, _ in BREAKAGES:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, name, replacement)
-            shares.append({method: my_share(rank, world_size, method, False) for method in METHODS})
+            shares.append({method: share(rank, world_size, method, False) for method in METHODS})
     return shares
 
 
 def test_the_comparison_can_fail():
-    by_rank = run_ranks(my_broken_shares, 2)
+    by_rank = run_ranks(broken_shares, 2)
     for (_, _, replacement, expected), *ranks in zip(BREAKAGES, *by_rank, strict=True):
-        distance = {m: farthest(joined([rank[m] for rank in ranks]), my_share(0, 1, m, False)) for m in METHODS}
+        distance = {m: farthest(joined([rank[m] for rank in ranks]), share(0, 1, m, False)) for m in METHODS}
         assert {m for m in METHODS if distance[m] > 1e-3} == expected, replacement
         assert {m for m in METHODS if distance[m] > 1e-10} == expected, replacement

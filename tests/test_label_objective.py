@@ -1,6 +1,6 @@
-"""The objective of label distillation: how much of it counts when, and what the class prior remembers of which epoch.
+"""The objective of label distillation: warm-up, class prior over epochs, saved state, and the teacher's images.
 
-The teacher's logits mostly come from a table in the batch, so that a loop over the images can say what the prior is.
+In most tests the teacher's logits are part of the batch, so that a loop over the images computes the expected prior.
 """
 
 import copy
@@ -19,7 +19,7 @@ from gkl_vl.objectives.common import EpochPrior
 from gkl_vl.objectives.labels import LabelKd
 from gkl_vl.teachers.online import online_label_teacher
 
-CLASSES = 5  # the last has no images
+CLASSES = 5  # the last one has no images
 TEMPERATURE = 2.0  # of the prior
 ROWS = 8  # of a batch of all processes
 EPOCHS = [0, 0, 1, 1, 2, 2]  # of the batches, in their order
@@ -29,15 +29,15 @@ SETTINGS = Distillation(
     gkl=GklSettings(wmse_weight=2.5, gamma=0.7, temperature=3.0, weight_temperature=TEMPERATURE),
     warmup_epochs=4,
 )
-STUDENT_LOOK = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
-TEACHER_LOOK = {"mean": (0.6, 0.5, 0.4), "std": (0.2, 0.3, 0.1)}
+STUDENT_NORMALISATION = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
+TEACHER_NORMALISATION = {"mean": (0.6, 0.5, 0.4), "std": (0.2, 0.3, 0.1)}
 
 
-def tiny_classifier(look=STUDENT_LOOK) -> Classifier:
-    """4 x 4 pixels. Norm and dropout make its modes differ."""
+def tiny_classifier(normalisation=STUDENT_NORMALISATION) -> Classifier:
+    """For 4 x 4 pixels. BatchNorm and dropout make training and evaluation mode differ."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, CLASSES))
-    return Classifier(name="tiny", model=model, num_classes=CLASSES, **look)
+    return Classifier(name="tiny", model=model, num_classes=CLASSES, **normalisation)
 
 
 def batches() -> list[dict]:
@@ -53,7 +53,7 @@ def batches() -> list[dict]:
     ]
 
 
-def mine(batch: dict, rank: int, world_size: int) -> dict:
+def rows_of_rank(batch: dict, rank: int, world_size: int) -> dict:
     rows = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
     return {name: value[rows] if torch.is_tensor(value) else value for name, value in batch.items()}
 
@@ -76,16 +76,16 @@ def naive_cross_entropy(logits, labels):
     return sum(rows) / len(rows)
 
 
-def prepared(images, look):
-    mean, std = (torch.tensor(look[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+def prepared(images, normalisation):
+    mean, std = (torch.tensor(normalisation[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
     return (images / 255.0 - mean) / std
 
 
 def student_logits(batch):
-    return tiny_classifier().model.eval()(prepared(batch["image"], STUDENT_LOOK))
+    return tiny_classifier().model.eval()(prepared(batch["image"], STUDENT_NORMALISATION))
 
 
-def pieces(batch, settings, prior):
+def terms(batch, settings, prior):
     """Cross entropy and distillation."""
     logits = student_logits(batch)
     parts = {"student": logits, "teacher": batch["logits"], "labels": batch["label"], "prior": prior}
@@ -96,28 +96,28 @@ WARMUP = [(20, 0, 0.05), (20, 9, 0.5), (20, 18, 0.95), (20, 19, 1), (20, 20, 1),
 
 
 @pytest.mark.parametrize("warmup, epoch, share", [*WARMUP, (0, 7, 1)])
-def test_the_distillation_grows_over_the_warm_up_and_the_cross_entropy_does_not(warmup, epoch, share):
+def test_the_warm_up_weighs_the_distillation_and_not_the_cross_entropy(warmup, epoch, share):
     settings = dataclasses.replace(SETTINGS, warmup_epochs=warmup)
     batch = batches()[0] | {"epoch": epoch}
     loss, scalars = loss_of(label_kd(settings), batch)
-    ce, distillation = pieces(batch, settings, torch.full((ROWS, CLASSES), 1 / CLASSES))
+    ce, distillation = terms(batch, settings, torch.full((ROWS, CLASSES), 1 / CLASSES))
     assert distillation > 1
     assert_close(loss, 0.5 * ce + share * distillation, rtol=1e-5, atol=0)
     assert_close(scalars["ce"], ce.detach(), rtol=1e-5, atol=0)
-    assert_close(scalars["distillation"], distillation.detach(), rtol=1e-5, atol=0)  # without its share
+    assert_close(scalars["distillation"], distillation.detach(), rtol=1e-5, atol=0)  # without the factor
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_finds_what_it_needs(method):
+def test_every_method_gets_its_inputs(method):
     settings = dataclasses.replace(SETTINGS, method=method)
     batch, prior = batches()[0], torch.full((ROWS, CLASSES), 1 / CLASSES)
     for with_prior in (True, False):
         loss, _ = loss_of(label_kd(settings, with_prior=with_prior), batch)
-        ce, distillation = pieces(batch, settings, prior if with_prior else None)
+        ce, distillation = terms(batch, settings, prior if with_prior else None)
         assert_close(loss, 0.5 * ce + 0.25 * distillation, rtol=1e-5, atol=0)
 
 
-def test_the_gradient_is_that_of_both_pieces():
+def test_the_gradient_is_that_of_both_terms():
     objective, batch = label_kd(), batches()[0]
     logits = student_logits(batch).detach().requires_grad_()
     loss, scalars = objective.loss({"logits": logits}, objective.targets(batch))
@@ -141,7 +141,7 @@ def test_accuracy_and_agreement_are_counted():
     assert scalars["agreement@1"] == 6 / 8
 
 
-def test_without_a_teacher_the_labels_alone_count():
+def test_without_a_teacher_the_loss_is_the_cross_entropy():
     objective, batch = label_kd(Distillation(method="ce", ce_weight=0.5), teacher=None, with_prior=False), batches()[0]
     targets = objective.targets(batch)
     assert set(targets) == {"labels"} and torch.equal(targets["labels"], batch["label"])
@@ -156,7 +156,7 @@ def test_without_a_teacher_the_labels_alone_count():
 
 
 def naive_prior(epoch: int) -> torch.Tensor:
-    """What is used in an epoch: the teacher's mean softmax over the epoch before, by label."""
+    """The prior used in an epoch: the teacher's mean softmax over the epoch before, by label."""
     prior = torch.full((CLASSES, CLASSES), 1 / CLASSES)
     before = [batch for batch in batches() if batch["epoch"] == epoch - 1]
     for label in range(CLASSES):
@@ -172,18 +172,18 @@ def naive_prior(epoch: int) -> torch.Tensor:
 
 
 def priors_used(rank, world_size):
-    """(rows of the prior, loss, gradient of the student) of my share of each batch."""
-    objective, found = label_kd(), []
+    """(rows of the prior, loss, gradient of the student) of this rank's rows of each batch."""
+    objective, results = label_kd(), []
     model = objective.student.model.eval()
-    for batch in (mine(batch, rank, world_size) for batch in batches()):
+    for batch in (rows_of_rank(batch, rank, world_size) for batch in batches()):
         targets = objective.targets(batch)
         loss, _ = objective.loss(objective.outputs(model, batch), targets)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
-        found.append((targets["prior"], loss.detach(), torch.cat([g.flatten() for g in gradients])))
-    return found
+        results.append((targets["prior"], loss.detach(), torch.cat([g.flatten() for g in gradients])))
+    return results
 
 
-def test_the_first_epoch_is_uniform_and_the_others_see_the_one_before():
+def test_the_prior_is_uniform_in_the_first_epoch_then_that_of_the_epoch_before():
     for batch, (rows, _, _) in zip(batches(), priors_used(0, 1), strict=True):
         if batch["epoch"] == 0:
             assert torch.equal(rows, torch.full((ROWS, CLASSES), 1 / CLASSES))
@@ -197,7 +197,7 @@ def test_several_processes_share_a_prior_and_a_loss():
     alone, by_rank = priors_used(0, 1), run_ranks(priors_used, 2)
     for batch, (_, loss, gradient), *ranks in zip(batches(), alone, *by_rank, strict=True):
         for rank, (rows, value, _) in enumerate(ranks):
-            labels = mine(batch, rank, 2)["label"]
+            labels = rows_of_rank(batch, rank, 2)["label"]
             assert_close(rows, naive_prior(batch["epoch"])[labels], rtol=1e-6, atol=0)
             assert_close(value, loss, rtol=1e-5, atol=0)
         assert torch.equal(ranks[0][1], ranks[1][1]) and not torch.allclose(ranks[0][2], ranks[1][2])
@@ -216,15 +216,15 @@ def test_a_class_without_images_stays_uniform():
     assert (objective.targets(seen)["prior"] - uniform).abs().max() > 0.01
 
 
-def test_without_a_prior_there_are_no_rows_and_nothing_to_remember():
+def test_without_a_prior_there_are_no_rows_and_no_state():
     objective = label_kd(with_prior=False)
     for batch in batches():
         assert set(objective.targets(batch)) == {"labels", "teacher", "share"}
     assert objective.state() == {}
 
 
-def targets_of(objective, some):
-    return [objective.targets(batch) for batch in some]
+def targets_of(objective, batches):
+    return [objective.targets(batch) for batch in batches]
 
 
 @pytest.mark.parametrize("cut", range(len(EPOCHS) + 1))
@@ -235,41 +235,41 @@ def test_a_loaded_state_continues_exactly(cut):
     state = whole.state()
     saved = copy.deepcopy(state)
     expected = targets_of(whole, batches()[cut:])
-    assert all(torch.equal(state[name], saved[name]) for name in saved)  # a copy: what follows does not reach it
+    assert all(torch.equal(state[name], saved[name]) for name in saved)  # a copy: later batches do not change it
     resumed.load_state(state)
     for got, want in zip(targets_of(resumed, batches()[cut:]), expected, strict=True):
         assert set(got) == set(want) and all(torch.equal(got[name], want[name]) for name in want)
     assert all(torch.equal(resumed.state()[name], tensor) for name, tensor in whole.state().items())
 
 
-def test_a_state_that_is_not_loaded_shows():
-    whole, forgetful = label_kd(), label_kd()
+def test_a_state_that_is_not_loaded_changes_the_prior():
+    whole, without_state = label_kd(), label_kd()
     targets_of(whole, batches()[:3])
-    forgetful.prior._epoch = whole.prior._epoch
+    without_state.prior._epoch = whole.prior._epoch
     rest = batches()[3:]
-    wanted, got = (torch.cat([t["prior"] for t in targets_of(it, rest)]) for it in (whole, forgetful))
+    wanted, got = (torch.cat([t["prior"] for t in targets_of(it, rest)]) for it in (whole, without_state))
     assert (wanted - got)[:ROWS].abs().max() > 0.01 and (wanted - got)[ROWS:].abs().max() > 0.01
 
 
 # ---- the teacher -------------------------------------------------------------------------------------------------
 
 
-def test_the_teacher_in_evaluation_mode_prepares_images_its_own_way():
-    classifier, batch = tiny_classifier(TEACHER_LOOK), batches()[0]
+def test_the_teacher_is_in_evaluation_mode_and_has_its_normalisation():
+    classifier, batch = tiny_classifier(TEACHER_NORMALISATION), batches()[0]
     classifier.model.eval()
     before = copy.deepcopy(classifier.model.state_dict())
     logits = online_label_teacher(classifier)(batch)
     assert logits.dtype == torch.float32 and not logits.requires_grad
-    exact = tiny_classifier(TEACHER_LOOK).model.eval()
-    assert_close(logits, exact(prepared(batch["image"], TEACHER_LOOK)).detach(), rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(logits, exact(prepared(batch["image"], STUDENT_LOOK)), atol=0.01)
-    assert not torch.allclose(logits, exact.train()(prepared(batch["image"], TEACHER_LOOK)), atol=0.01)
+    exact = tiny_classifier(TEACHER_NORMALISATION).model.eval()
+    assert_close(logits, exact(prepared(batch["image"], TEACHER_NORMALISATION)).detach(), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(logits, exact(prepared(batch["image"], STUDENT_NORMALISATION)), atol=0.01)
+    assert not torch.allclose(logits, exact.train()(prepared(batch["image"], TEACHER_NORMALISATION)), atol=0.01)
     after = classifier.model.state_dict()
     assert not classifier.model.training and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_objective_asks_the_teacher_and_trains_the_student_alone():
-    teacher = tiny_classifier(TEACHER_LOOK)
+def test_the_objective_trains_the_student_only():
+    teacher = tiny_classifier(TEACHER_NORMALISATION)
     teacher.model.eval()
     objective, batch = label_kd(teacher=online_label_teacher(teacher)), batches()[0]
     loss, _ = loss_of(objective, batch)

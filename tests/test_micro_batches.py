@@ -1,4 +1,4 @@
-"""Several batches of one update are one large batch: the same loss and gradients, with the memory of one."""
+"""Several batches of one update equal one large batch in loss and gradients."""
 
 import copy
 import math
@@ -95,10 +95,10 @@ def assert_same(got, want):
 
 
 @pytest.mark.parametrize("sizes", [[12], [6, 6], [4, 4, 4], [5, 1, 6]])
-def test_micro_batches_are_the_whole_batch(sizes):
+def test_micro_batches_equal_the_whole_batch(sizes):
     got = gradients(Towers(), split(whole_batch(), sizes))
     assert_same(got, plain_gradients(Towers(), whole_batch()))
-    assert got[1]["log_scale"].abs() > 0.1  # given once, not once a micro-batch
+    assert got[1]["log_scale"].abs() > 0.1  # added once, not once per micro-batch
 
 
 def test_dropout_is_the_same_in_both_passes():
@@ -111,14 +111,14 @@ def test_dropout_is_the_same_in_both_passes():
     assert not torch.equal(first[0], others[0][0])
     after = torch.rand(3)
     torch.manual_seed(0)
-    model = Towers(dropout=0.5)  # as many draws as three passes make, and no more
+    model = Towers(dropout=0.5)  # the same number of draws as three forward passes
     for part in split(whole_batch(), [4, 4, 4]):
         Distil().outputs(model, part)
     assert torch.equal(after, torch.rand(3))
 
 
 def test_a_gradient_with_dropout_is_that_of_the_masks_drawn():
-    """Finite differences, with the generator set back: the loss as a function of a weight."""
+    """Against finite differences of the loss with respect to a weight, each from the same seed."""
     batches = split(whole_batch(), [4, 8])
     model = Towers(dropout=0.5).double()
     batches = [
@@ -155,11 +155,11 @@ CASES = [
 
 
 def ranks_and_parts(rank, world_size):
-    mine = split(whole_batch(), [ROWS // world_size] * world_size)[rank]
-    return [gradients(Towers(), split(mine, sizes), **form) for sizes, form in CASES]
+    own = split(whole_batch(), [ROWS // world_size] * world_size)[rank]
+    return [gradients(Towers(), split(own, sizes), **form) for sizes, form in CASES]
 
 
-def test_two_processes_with_micro_batches_are_one_with_all():
+def test_two_processes_with_micro_batches_equal_one_with_all():
     """Micro-batches and processes at once, in every form of the loss, against the dense form in one process."""
     for (_, form), *ranks in zip(CASES, *run_ranks(ranks_and_parts, 2), strict=True):
         kind = {name: value for name, value in form.items() if name not in ("tile_size", "ring")}
@@ -182,7 +182,7 @@ class Parts:
         return 0
 
 
-def test_fit_takes_as_many_batches_as_it_is_told(tmp_path):
+def test_fit_takes_accum_steps_batches_per_update(tmp_path):
     model, plain = Towers(), Towers()
     run = RunFolder(tmp_path, is_main=True)
     fit(
@@ -193,9 +193,8 @@ def test_fit_takes_as_many_batches_as_it_is_told(tmp_path):
         run=run,
         make_optimizer=partial(adamw, lr=0.1, wd=0.0),
         learning_rate=partial(warmup_cosine, lr=0.1, steps=2, warmup_steps=0),
-        config=FitConfig(steps=2, accum_steps=3, log_every_steps=1, grad_clip_norm=1e9),
+        config=FitConfig(steps=2, accum_steps=3, log_every_steps=1),
         evaluate=lambda model: [],
-        after_step=lambda: None,
     )
     optimizer = torch.optim.AdamW(plain.parameters(), lr=0.1, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
     losses = []
@@ -206,7 +205,7 @@ def test_fit_takes_as_many_batches_as_it_is_told(tmp_path):
         optimizer.zero_grad()
     assert [record["train/loss"] for record in run.records()] == pytest.approx(losses, rel=1e-5)
     for name, parameter in plain.named_parameters():
-        if name != "bias":  # no gradient but rounding, which Adam makes a step of
+        if name != "bias":  # its gradient is rounding error, which Adam scales to a whole step
             torch.testing.assert_close(dict(model.named_parameters())[name], parameter, rtol=1e-3, atol=1e-3)
 
 
@@ -218,7 +217,7 @@ def test_fit_takes_as_many_batches_as_it_is_told(tmp_path):
     ],
 )
 def test_the_comparison_notices_other_dropout(monkeypatch, name, replacement):
-    """The first breaks it; the second is what is done on a CPU anyway."""
+    """The first replacement breaks it; the second does the same as the original on a CPU."""
     monkeypatch.setattr(gradient_cache, name, replacement)
     model = Towers(dropout=0.5)
     gradients(model, split(whole_batch(), [6, 6]))

@@ -1,4 +1,4 @@
-"""The objective of CLIP distillation is its pieces put together, and the teacher is furniture."""
+"""The objective of CLIP distillation is the sum of its terms, and the teacher is frozen."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ CAPTIONS = ["red car", "a very long flag", "red car"]
 
 @pytest.fixture(scope="module")
 def student_config(tmp_path_factory) -> str:
-    """The demo's student with embeddings of another length than the teacher's."""
+    """The bundled student with embeddings of another length than the teacher's."""
     config = json.loads((MODEL_CONFIGS / "emoji-student.json").read_text())
     path = tmp_path_factory.mktemp("student") / "narrow.json"
     path.write_text(json.dumps(config | {"embed_dim": 128}))
@@ -52,7 +52,7 @@ def batch(student, teacher) -> dict:
     return {
         "image": torch.randint(0, 256, (3, 3, 96, 96), generator=draw, dtype=torch.uint8),
         "text": student.tokenize(CAPTIONS),
-        # the two share a tokenizer here: other words, so that it shows who reads which tokens
+        # both models have the same tokenizer: other texts, to detect tokens that reach the wrong model
         "teacher_text": teacher.tokenize([f"drawing of a {caption}" for caption in CAPTIONS]),
         "text_ids": torch.tensor([5, 6, 5]),
     }
@@ -68,7 +68,7 @@ def clip_kd(model, batch, *, student, teacher, weights):
     return objective.loss(objective.outputs(model, batch), objective.targets(batch))
 
 
-def test_the_objective_is_its_pieces(student, teacher, batch):
+def test_the_objective_is_the_sum_of_its_terms(student, teacher, batch):
     model = model_for(student, teacher.embed_dim)
     loss, scalars = clip_kd(model, batch, student=student, teacher=online_teacher(teacher), weights=WEIGHTS)
     output = model(student.prepare(batch["image"]), batch["text"])
@@ -101,7 +101,7 @@ def test_the_objective_is_its_pieces(student, teacher, batch):
     assert {k: v.item() for k, v in terms.items()}.items() <= {k: v.item() for k, v in scalars.items()}.items()
 
 
-def test_no_gradient_reaches_the_teacher_and_a_step_leaves_its_bits(student, teacher, batch):
+def test_the_teacher_has_no_gradient_and_a_step_does_not_change_it(student, teacher, batch):
     before = {name: tensor.clone() for name, tensor in teacher.towers.state_dict().items()}
     model = model_for(student, teacher.embed_dim)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -121,11 +121,11 @@ def test_a_model_with_a_bias_is_a_siglip(student_config, student, teacher, batch
     assert set(teacher_scales(teacher)) == {"teacher_logit_scale"}
     siglip_teacher = freeze(load_clip("emoji-teacher"))
     siglip_teacher.towers.model.logit_bias = torch.nn.Parameter(torch.tensor(-2.0), requires_grad=False)
-    for who, by_whom in ((biased, teacher), (biased, siglip_teacher), (student, siglip_teacher)):
-        model = model_for(who, by_whom.embed_dim)
-        loss, scalars = clip_kd(model, batch, student=who, teacher=online_teacher(by_whom), weights=WEIGHTS)
-        output, targets = model(who.prepare(batch["image"]), batch["text"]), online_teacher(by_whom)(batch)
-        forms = {"sigmoid": who is biased, "teacher_sigmoid": who is biased and by_whom is siglip_teacher}
+    for trained, frozen in ((biased, teacher), (biased, siglip_teacher), (student, siglip_teacher)):
+        model = model_for(trained, frozen.embed_dim)
+        loss, scalars = clip_kd(model, batch, student=trained, teacher=online_teacher(frozen), weights=WEIGHTS)
+        output, targets = model(trained.prepare(batch["image"]), batch["text"]), online_teacher(frozen)(batch)
+        forms = {"sigmoid": trained is biased, "teacher_sigmoid": trained is biased and frozen is siglip_teacher}
         logits, _ = image_text_loss(
             **{name: tensor for name, tensor in output.items() if not name.startswith("mimicry")},
             **targets,
@@ -136,11 +136,11 @@ def test_a_model_with_a_bias_is_a_siglip(student_config, student, teacher, batch
         )
         assert loss.item() == pytest.approx((logits + 7 * scalars["mimicry"]).item(), rel=1e-5)
         loss.backward()
-        if who is biased:
+        if trained is biased:
             assert biased.towers.model.logit_bias.grad.abs() > 1e-3
 
 
-def test_without_a_teacher_the_contrastive_loss_is_left(student, batch):
+def test_without_a_teacher_the_loss_is_the_contrastive_one(student, batch):
     model = model_for(student, None)
     loss, scalars = clip_kd(model, batch, student=student, teacher=None, weights=WEIGHTS)
     output = model(student.prepare(batch["image"]), batch["text"])
@@ -151,13 +151,13 @@ def test_without_a_teacher_the_contrastive_loss_is_left(student, batch):
     assert not {"soft_ce", "wmse", "mimicry"} & set(scalars)
 
 
-def test_mimicry_alone_is_the_mimicry_loss(student, teacher, batch):
+def test_mimicry_alone_is_the_weighted_mimicry_loss(student, teacher, batch):
     alone = dataclasses.replace(WEIGHTS, contrastive_weight=0.0, gkl=GklSettings(soft_ce_weight=0.0, wmse_weight=0.0))
     model = model_for(student, teacher.embed_dim)
     loss, scalars = clip_kd(model, batch, student=student, teacher=online_teacher(teacher), weights=alone)
     loss.backward()
     assert loss.item() == pytest.approx(7 * scalars["mimicry"].item()) and loss.item() > 0
-    assert all(parameter.grad is not None for parameter in model.parameters())  # the scale's too, for DDP
+    assert all(parameter.grad is not None for parameter in model.parameters())  # also that of the scale, for DDP
 
 
 def test_the_maps_exist_only_where_dimensions_differ(student, teacher):

@@ -1,5 +1,5 @@
-"""`report.png` shows what the run logged, whatever is missing, and leaves matplotlib's global state alone;
-the closing table is right to the digit and at most 100 columns wide."""
+"""`report.png` shows the records of a run, also incomplete ones, and does not change matplotlib's global state;
+the closing table has the exact numbers and is at most 100 columns wide."""
 
 import math
 import subprocess
@@ -80,9 +80,9 @@ def test_twelve_images_fit_and_a_thirteenth_is_left_out(tmp_path: Path):
         [{"step": 3, "model": "student", "dataset": f"set{k}", "acc1": 0.1 * k} for k in range(7)],
     ],
 )
-def test_whatever_is_missing_the_rest_is_drawn(tmp_path: Path, records: list[dict]):
+def test_incomplete_records_are_drawn(tmp_path: Path, records: list[dict]):
     pixels = draw(tmp_path, records, [])
-    # Nothing runs out of the picture.
+    # Nothing is drawn over the edges.
     assert (pixels[:, -12:] == 255).all()
     assert (pixels[-8:] == 255).all()
 
@@ -95,7 +95,7 @@ def test_the_teacher_is_drawn_only_when_there_is_one(tmp_path: Path):
     assert blue(TRAINING + STUDENT + TEACHER) > blue(TRAINING + STUDENT) + 600  # a line of 1288 pixels
 
 
-def test_a_term_that_is_off_is_no_curve(tmp_path: Path):
+def test_a_term_that_is_off_has_no_curve(tmp_path: Path):
     def without(term: str) -> list[dict]:
         return [{key: value for key, value in row.items() if key != term} for row in TRAINING]
 
@@ -169,7 +169,7 @@ STUDENT_ROW = {
 }
 
 
-def test_the_table_says_what_was_kept_and_what_was_saved():
+def test_the_table_compares_student_and_teacher():
     lines = [" ".join(line.split()) for line in results_table([TEACHER_ROW, STUDENT_ROW]).splitlines()]
     assert lines[0] == "teacher emoji-teacher student local-dir:a/…"
     assert set(lines[1]) == {"-"}
@@ -212,18 +212,18 @@ def test_shorten_counts_the_ellipsis():
 # ---- pseudo-labels
 
 
-def test_pseudo_labels_are_pooled_so_that_an_empty_batch_says_nothing():
+def test_pseudo_labels_are_pooled_and_an_empty_batch_has_no_weight():
     given = [(10, 0.0, 0.0), (20, 0.25, 1.0), (30, 0.75, 0.5), (40, 0.5, 0.0), (50, 0.0, 0.0)]
     logged = [{"step": s, "train/mask_rate": m, "train/pseudo_label_acc1": a} for s, m, a in given]
     first, second = pseudo_labels([*logged, {"step": 50, "model": "student"}], windows=2)
     assert first == pytest.approx({"step": 30, "mask_rate": 100 / 3, "acc1": 62.5})
     assert second == pytest.approx({"step": 50, "mask_rate": 25, "acc1": 0})
-    (none,) = pseudo_labels(logged[:1], windows=2)
-    assert none["mask_rate"] == 0 and math.isnan(none["acc1"])
+    (empty,) = pseudo_labels(logged[:1], windows=2)
+    assert empty["mask_rate"] == 0 and math.isnan(empty["acc1"])
     assert pseudo_labels(TRAINING, windows=3) == []
 
 
-def test_a_run_with_pseudo_labels_has_them_at_the_right(tmp_path: Path):
+def test_a_run_with_pseudo_labels_shows_them_at_the_right(tmp_path: Path):
     blue = (0, 114, 178)
     pseudo = [{"step": s, "train/mask_rate": s / 100, "train/pseudo_label_acc1": 0.5} for s in range(0, 100, 10)]
     with_them, without = (draw(tmp_path, TRAINING + STUDENT + more, []) for more in (pseudo, []))

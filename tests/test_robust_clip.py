@@ -1,4 +1,4 @@
-"""Robust CLIP students: what the attack does and leaves alone, the recipe that trains on it, accuracy under attack."""
+"""Robust CLIP students: the attack in training, the recipe, and accuracy under attack."""
 
 import io
 import json
@@ -51,7 +51,7 @@ RESNET = {"image_size": 32, "timm_model_name": "test_resnet", "timm_pool": "avg"
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory) -> dict[str, str]:
-    """A student without, and one with BatchNorm."""
+    """Student configurations without and with BatchNorm."""
     folder = tmp_path_factory.mktemp("students")
     for name, vision in (("vit", VIT), ("resnet", RESNET)):
         config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": TEXT}
@@ -73,7 +73,7 @@ def model_of(clip: Clip) -> Student:
 
 
 def batch_of(clip: Clip, seed: int = 2) -> dict:
-    """Views of another size than the student's, and what the teacher will say of each pair."""
+    """Views of another size than the student's, and the teacher's embeddings of each pair."""
     draw = torch.Generator().manual_seed(seed)
     return {
         "image": torch.randint(0, 256, (N, 3, 40, 40), generator=draw, dtype=torch.uint8),
@@ -85,14 +85,14 @@ def batch_of(clip: Clip, seed: int = 2) -> dict:
 
 
 class Teacher:
-    """Says what the batch holds; remembers the images that it was asked about."""
+    """Returns the embeddings in the batch; records the images that it gets."""
 
     def __init__(self, bias: float | None = None):
-        self.asked: list[Tensor] = []
+        self.images: list[Tensor] = []
         self.bias = {} if bias is None else {"teacher_logit_bias": torch.tensor(bias)}
 
     def __call__(self, batch: dict) -> dict[str, Tensor]:
-        self.asked.append(batch["image"].clone())
+        self.images.append(batch["image"].clone())
         image, text = batch["teacher"].unbind(dim=1)
         return {"teacher_image": image, "teacher_text": text, "teacher_logit_scale": torch.tensor(11.0)} | self.bias
 
@@ -116,46 +116,46 @@ def test_attacked_pixels_stay_within_the_radius_and_in_range(configs, norm, epsi
 
 
 def distance(clip: Clip, pixels: Tensor, batch: dict, teacher: Teacher) -> float:
-    """What the attack is to raise, in evaluation mode."""
+    """The loss that the attack maximises, in evaluation mode."""
     image = clip.towers.eval().encode_image(clip.normalised(pixels))
     return soft_cross_entropy(clip, image, batch, teacher).item()
 
 
 def soft_cross_entropy(clip: Clip, image: Tensor, batch: dict, teacher: Teacher) -> Tensor:
-    """The mean of both directions, of a SigLIP's pairs one by one; T = 2."""
-    text, said, bias = clip.towers.encode_text(batch["text"]), teacher(batch), clip.towers.bias()
+    """Soft cross entropy with T = 2: the mean of both directions; of a SigLIP the sum over pairs."""
+    text, targets, bias = clip.towers.encode_text(batch["text"]), teacher(batch), clip.towers.bias()
     ours = clip.towers.log_scale().exp() * image @ text.T
-    theirs = said["teacher_logit_scale"] * said["teacher_image"] @ said["teacher_text"].T
+    theirs = targets["teacher_logit_scale"] * targets["teacher_image"] @ targets["teacher_text"].T
     softmaxes = [(theirs / 2).softmax(1), (theirs.T / 2).softmax(1)]
     if bias is None:
         return -sum((p * (s / 2).log_softmax(1)).sum() for p, s in zip(softmaxes, (ours, ours.T), strict=True)) / N / 2
     p = (softmaxes[0] + softmaxes[1].T) / 2
-    if "teacher_logit_bias" in said:
-        p = ((theirs + said["teacher_logit_bias"]) / 2).sigmoid()
+    if "teacher_logit_bias" in targets:
+        p = ((theirs + targets["teacher_logit_bias"]) / 2).sigmoid()
     return F.binary_cross_entropy_with_logits((ours + bias) / 2, p.to(ours), reduction="sum") / N
 
 
-def test_the_attack_raises_the_distance_to_the_teacher(configs):
+def test_the_attack_increases_the_distance_to_the_teacher(configs):
     clip = student_of(configs["vit"])
     batch, teacher = batch_of(clip), Teacher()
     clean = clip.scaled(batch["image"])
     attacked = objective_of(clip).prepare(batch)["attacked"]
     noise = (clean + 4 / 255 * torch.randn(clean.shape).sign()).clamp(0, 1)
-    before, by_chance, after = (distance(clip, pixels, batch, teacher) for pixels in (clean, noise, attacked))
-    assert after - before > 10 * abs(by_chance - before)
+    before, with_noise, after = (distance(clip, pixels, batch, teacher) for pixels in (clean, noise, attacked))
+    assert after - before > 10 * abs(with_noise - before)
 
 
 @pytest.mark.parametrize(
     "norm, bias, teacher_bias", [("linf", None, None), ("l2", None, None), ("linf", -4.0, None), ("linf", -4.0, -2.0)]
 )
-def test_the_attack_is_the_procedure_written_out(configs, norm, bias, teacher_bias, monkeypatch):
+def test_the_attack_equals_the_procedure_written_out(configs, norm, bias, teacher_bias, monkeypatch):
     """TRADES's start, three steps of two thirds of the radius, on the soft cross entropy of both directions."""
     monkeypatch.setattr(Clip, "scaled", scaled_in_double)
     clip, epsilon = student_of(configs["resnet"], bias), 0.1
     clip.towers.double()
     batch, teacher = batch_of(clip), Teacher(teacher_bias)
     torch.manual_seed(4)
-    found = objective_of(clip, image_attack(norm, epsilon), teacher).prepare(batch)["attacked"]
+    attacked = objective_of(clip, image_attack(norm, epsilon), teacher).prepare(batch)["attacked"]
     clip.towers.eval()
     torch.manual_seed(4)
     clean = clip.scaled(batch["image"])
@@ -172,10 +172,10 @@ def test_the_attack_is_the_procedure_written_out(configs, norm, bias, teacher_bi
         (g,) = torch.autograd.grad(soft_cross_entropy(clip, image, batch, teacher), x)
         direction = g.sign() if norm == "linf" else g / g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         x = project(x.detach() + 2 * epsilon / 3 * direction)
-    torch.testing.assert_close(found, x, rtol=0, atol=1e-6)
+    torch.testing.assert_close(attacked, x, rtol=0, atol=1e-6)
 
 
-def test_every_setting_of_the_attack_shows(configs):
+def test_every_setting_changes_the_attack(configs):
     clip = student_of(configs["vit"])
     batch = batch_of(clip)
 
@@ -187,14 +187,14 @@ def test_every_setting_of_the_attack_shows(configs):
     assert torch.equal(base, attacked(ATTACK))
     for change in ({"steps": 2}, {"step_size": 0.001}, {"epsilon": 0.02}, {"norm": "l2"}, {"wmse_weight": 9.0}):
         assert not torch.equal(base, attacked(replace(ATTACK, **change))), change
-    alone = attacked(replace(ATTACK, soft_ce_weight=0.0, wmse_weight=1.0))
-    assert not torch.equal(base, alone)
+    wmse_alone = attacked(replace(ATTACK, soft_ce_weight=0.0, wmse_weight=1.0))
+    assert not torch.equal(base, wmse_alone)
     torch.manual_seed(4)
     without_teacher = ClipKd(student=clip, teacher=None, weights=WEIGHTS, attack=ATTACK).prepare(batch)["attacked"]
     assert not torch.equal(base, without_teacher)
 
 
-def test_without_a_teacher_the_contrastive_loss_is_raised(configs):
+def test_without_a_teacher_the_contrastive_loss_is_maximised(configs):
     clip = student_of(configs["vit"])
     batch = batch_of(clip)
     objective = ClipKd(student=clip, teacher=None, weights=WEIGHTS, attack=ATTACK)
@@ -206,7 +206,7 @@ def test_without_a_teacher_the_contrastive_loss_is_raised(configs):
     assert losses[1] > losses[0] + 1e-3
 
 
-def test_the_student_is_left_as_it_was(configs):
+def test_the_attack_does_not_change_the_student(configs):
     clip = student_of(configs["resnet"])
     model = model_of(clip).train()
     clip.towers.model.visual.trunk.layer1.eval()  # a frozen part
@@ -226,16 +226,16 @@ def test_the_student_is_left_as_it_was(configs):
 # ---- what is trained on ------------------------------------------------------------------------------------------
 
 
-def test_the_student_sees_attacked_images_and_the_teacher_clean_ones(configs):
+def test_the_student_gets_attacked_images_and_the_teacher_clean_ones(configs):
     clip, teacher = student_of(configs["vit"]), Teacher()
     model, objective, batch = model_of(clip), objective_of(clip, teacher=teacher), batch_of(clip)
     prepared = objective.prepare(batch)
     loss, _ = objective.loss(objective.outputs(model, prepared), objective.targets(prepared))
-    assert len(teacher.asked) == 1 and torch.equal(teacher.asked[0], batch["image"])
-    output, said = model(clip.normalised(prepared["attacked"]), batch["text"]), Teacher()(batch)
+    assert len(teacher.images) == 1 and torch.equal(teacher.images[0], batch["image"])
+    output, targets = model(clip.normalised(prepared["attacked"]), batch["text"]), Teacher()(batch)
     logits, _ = image_text_loss(
         **{name: tensor for name, tensor in output.items() if not name.startswith("mimicry")},
-        **said,
+        **targets,
         text_ids=batch["text_ids"],
         contrastive_weight=1.0,
         soft_ce_weight=2.0,
@@ -247,8 +247,8 @@ def test_the_student_sees_attacked_images_and_the_teacher_clean_ones(configs):
     mimicry = mimicry_loss(
         image=output["mimicry_image"],
         text=output["mimicry_text"],
-        teacher_image=said["teacher_image"],
-        teacher_text=said["teacher_text"],
+        teacher_image=targets["teacher_image"],
+        teacher_text=targets["teacher_text"],
     )
     assert loss.item() == pytest.approx((logits + 7 * mimicry).item(), rel=1e-6)
     clean = objective.loss(model(clip.prepare(batch["image"]), batch["text"]), objective.targets(batch))[0]
@@ -268,11 +268,11 @@ def test_without_an_attack_nothing_changes(configs):
 
 
 class Loader:
-    def __init__(self, given: list[dict]):
-        self.given = given
+    def __init__(self, batches: list[dict]):
+        self.batches = batches
 
     def __iter__(self):
-        return iter(self.given)
+        return iter(self.batches)
 
     def position(self):
         return {}
@@ -281,7 +281,7 @@ class Loader:
         return 0
 
 
-def test_several_batches_of_an_update_are_attacked_each_once(configs, tmp_path):
+def test_each_batch_of_an_update_is_attacked_once(configs, tmp_path):
     clip, teacher = student_of(configs["resnet"]), Teacher()
     objective, batches = objective_of(clip, teacher=teacher), [batch_of(clip, seed) for seed in range(4)]
     model = model_of(clip)
@@ -296,30 +296,29 @@ def test_several_batches_of_an_update_are_attacked_each_once(configs, tmp_path):
         run=RunFolder(tmp_path / "run", is_main=True),
         config=FitConfig(steps=2, accum_steps=2),
         evaluate=lambda model: [],
-        after_step=lambda: None,
     )
-    assert len(teacher.asked) == 4  # twice an update, a time for each batch
-    assert all(torch.equal(seen, batch["image"]) for seen, batch in zip(teacher.asked, batches, strict=True))
+    assert len(teacher.images) == 4  # two batches in each of two updates
+    assert all(torch.equal(seen, batch["image"]) for seen, batch in zip(teacher.images, batches, strict=True))
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
-    moved = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
-    assert len(moved) > 20
+    changed = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
+    assert len(changed) > 20
 
 
 # ---- several processes -------------------------------------------------------------------------------------------
 
 
 def waves(images: Tensor, *_) -> Tensor:
-    """A start that a row gets whichever process it is on."""
+    """A start of the attack that depends on the image, not on the process."""
     return 0.001 * torch.sin(1000 * images)
 
 
 def scaled_in_double(clip: Clip, images: Tensor) -> Tensor:
-    """In float32 a gradient near 0 rounds to either sign, and the attack takes another way."""
+    """In float32 a gradient near 0 rounds to either sign, and the attack takes another path."""
     return resize(images, clip.image_size).double()
 
 
 CASES = [(None, None), (-4.0, None), (-4.0, -2.0)]
-"""Biases of student and teacher: with one, it is a SigLIP."""
+"""Biases of student and teacher; a model with a bias is a SigLIP."""
 
 
 def of_rank(rank: int, world_size: int, config: str) -> list[tuple[float, Tensor, Tensor]]:
@@ -330,7 +329,7 @@ def of_rank(rank: int, world_size: int, config: str) -> list[tuple[float, Tensor
 def shares(
     rank: int, world_size: int, config: str, bias: float | None, teacher_bias: float | None
 ) -> tuple[float, Tensor, Tensor]:
-    """Loss, gradient and attacked images of my rows."""
+    """Loss, gradient and attacked images of this rank's rows."""
     clip = student_of(config, bias)
     model, objective = model_of(clip).double(), objective_of(clip, teacher=Teacher(teacher_bias))
     rows = slice(rank * N // world_size, (rank + 1) * N // world_size)
@@ -345,12 +344,12 @@ def shares(
 def test_processes_with_different_data_give_the_joined_batch(configs, monkeypatch):
     monkeypatch.setattr(pgd, "_noise", waves)
     monkeypatch.setattr(Clip, "scaled", scaled_in_double)
-    both = zip(*run_ranks(of_rank, 2, configs["vit"]), strict=True)
-    for case, found in zip(CASES, both, strict=True):
+    by_case = zip(*run_ranks(of_rank, 2, configs["vit"]), strict=True)
+    for case, results in zip(CASES, by_case, strict=True):
         loss, gradient, attacked = shares(0, 1, configs["vit"], *case)
-        torch.testing.assert_close(torch.cat([one[2] for one in found]), attacked, rtol=0, atol=1e-9)
-        assert [one[0] for one in found] == pytest.approx([loss] * 2, rel=1e-6)
-        torch.testing.assert_close((found[0][1] + found[1][1]) / 2, gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(torch.cat([result[2] for result in results]), attacked, rtol=0, atol=1e-9)
+        assert [result[0] for result in results] == pytest.approx([loss] * 2, rel=1e-6)
+        torch.testing.assert_close((results[0][1] + results[1][1]) / 2, gradient, rtol=1e-4, atol=1e-6)
 
 
 # ---- the recipe --------------------------------------------------------------------------------------------------

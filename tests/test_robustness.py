@@ -394,7 +394,7 @@ def killed(rank, world_size, folder):
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_killed_run_resumes(tmp_path, world_size):
     whole = measure_short(tmp_path / "whole", model=Dies(10**9))
-    with pytest.raises(RankFailed, match="died without a word"):
+    with pytest.raises(RankFailed, match="exited without a result"):
         run_ranks(killed, world_size, str(tmp_path / "killed"))
     finished = {file.name: file.read_text() for file in (tmp_path / "killed").glob("batch_*.json")}
     assert 0 < len(finished) < 4

@@ -1,5 +1,5 @@
 """Pseudo-labels and consistency: every term against a loop over images, FlexMatch's thresholds against its counts,
-Mean Teacher's teacher against its closed form; who gets gradient; one process and two."""
+Mean Teacher's teacher against its closed form; what has a gradient; one process and two."""
 
 import copy
 import dataclasses
@@ -37,7 +37,7 @@ def softmax(row: list[float], temperature: float = 1.0) -> list[float]:
 
 
 def naive_rows(strong, weak, prior, s: SemiSupervised) -> tuple[list[float], list[float], list[float]]:
-    """Of each image, from the definitions over pairs of classes: term, wMSE's numerator and its denominator."""
+    """Term, wMSE's numerator and its denominator of each image, from the definitions over pairs of classes."""
     terms, numerators, denominators = [], [], []
     for b, (x, w) in enumerate(zip(strong.tolist(), weak.tolist(), strict=True)):
         p, target = softmax(x), softmax(w, s.gkl.temperature)
@@ -80,17 +80,18 @@ def logits(rows: int, classes: int, dtype: torch.dtype, seed: int = 0):
 @pytest.mark.parametrize("term", TERMS)
 @pytest.mark.parametrize("rows, classes", [(7, 5), (1, 2), (5, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_term_is_a_loop_over_the_images(term, rows, classes, dtype):
+def test_every_term_equals_a_loop_over_the_images(term, rows, classes, dtype):
     strong, weak, mask, prior = logits(rows, classes, dtype)
     settings = dataclasses.replace(SETTINGS, consistency=term)
-    for given in (None, prior):
-        loss = consistency_loss(strong=strong, weak=weak, mask=mask, prior=given, settings=settings)
+    for used_prior in (None, prior):
+        loss = consistency_loss(strong=strong, weak=weak, mask=mask, prior=used_prior, settings=settings)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-        assert loss.item() == pytest.approx(naive(strong, weak, mask, given, settings), rel=tolerance, abs=tolerance)
+        expected = naive(strong, weak, mask, used_prior, settings)
+        assert loss.item() == pytest.approx(expected, rel=tolerance, abs=tolerance)
 
 
 @pytest.mark.parametrize("term", TERMS)
-def test_the_gradient_is_the_loops_and_none_reaches_the_weak_view(term):
+def test_the_gradient_equals_the_loops_and_the_weak_view_has_none(term):
     strong, weak, mask, prior = logits(4, 3, torch.float64, seed=3)
     settings = dataclasses.replace(SETTINGS, consistency=term)
     consistency_loss(strong=strong, weak=weak, mask=mask, prior=prior, settings=settings).backward()
@@ -106,7 +107,7 @@ def test_the_gradient_is_the_loops_and_none_reaches_the_weak_view(term):
     assert strong.grad[~mask].abs().max() == 0 and strong.grad[mask].abs().max() > 0
 
 
-def test_ikl_is_the_released_one():
+def test_ikl_equals_the_released_one():
     """`consistency_loss(name="ikl")` of jiequancui/DKL: code's alpha is the soft CE's weight, beta the wMSE's."""
     strong, weak, mask, _ = logits(6, 4, torch.float64)
     settings = dataclasses.replace(SETTINGS, consistency="ikl")
@@ -119,7 +120,7 @@ def test_ikl_is_the_released_one():
     assert_close(consistency_loss(strong=strong, weak=weak, mask=mask, prior=None, settings=settings), released)
 
 
-def test_where_nothing_counts_there_is_no_loss():
+def test_an_empty_mask_gives_no_loss():
     strong, weak, mask, prior = logits(3, 4, torch.float32)
     for term in TERMS:
         settings = dataclasses.replace(SETTINGS, consistency=term)
@@ -135,11 +136,11 @@ def test_the_weight_grows_over_its_steps():
     assert rampup(SETTINGS, step=0) == 1
 
 
-def test_the_log_knows_how_many_count_and_how_many_of_those_are_right():
+def test_the_log_has_the_mask_rate_and_the_accuracy_of_pseudo_labels():
     weak = torch.tensor([[2.0, 1], [1, 2], [2, 1], [1, 2]])
     hidden = torch.tensor([0, 0, 1, -1])
-    found = pseudo_label_scalars(weak=weak, mask=torch.tensor([True, True, False, True]), hidden=hidden)
-    assert found["mask_rate"] == 0.75 and found["pseudo_label_acc1"] == 0.5  # the last has no hidden label
+    scalars = pseudo_label_scalars(weak=weak, mask=torch.tensor([True, True, False, True]), hidden=hidden)
+    assert scalars["mask_rate"] == 0.75 and scalars["pseudo_label_acc1"] == 0.5  # the last has no hidden label
     assert pseudo_label_scalars(weak=weak, mask=torch.zeros(4).bool(), hidden=hidden)["pseudo_label_acc1"] == 0
 
 
@@ -147,7 +148,7 @@ def test_the_log_knows_how_many_count_and_how_many_of_those_are_right():
 
 
 def naive_thresholds(last: list[int], classes: int, threshold: float) -> list[float]:
-    """USB's hook: -1 for images without a sure pseudo-label yet, which count among the largest."""
+    """USB's hook: -1 for images without a confident pseudo-label so far, whose number is part of the maximum."""
     counts = {label: last.count(label) for label in {-1, *range(classes)}}
     if counts[-1] == len(last):
         return [0.0] * classes
@@ -155,7 +156,7 @@ def naive_thresholds(last: list[int], classes: int, threshold: float) -> list[fl
     return [threshold * b / (2 - b) for b in learnt]
 
 
-def test_flexmatch_lowers_the_thresholds_of_classes_that_few_images_are_sure_of():
+def test_flexmatch_lowers_the_thresholds_of_classes_with_few_confident_images():
     thresholds = ClassThresholds(num_images=POOL, num_classes=CLASSES, threshold=0.8)
     last, draw = [-1] * POOL, torch.Generator().manual_seed(0)
     for _ in range(12):
@@ -165,8 +166,8 @@ def test_flexmatch_lowers_the_thresholds_of_classes_that_few_images_are_sure_of(
         labels = (torch.rand(6, generator=draw) ** 2 * CLASSES).long()
         confidence = torch.rand(6, generator=draw)
         thresholds.update(index=index, labels=labels, confidence=confidence)
-        for i, label, sure in zip(index.tolist(), labels.tolist(), confidence.tolist(), strict=True):
-            last[i] = label if sure >= torch.tensor(0.8) else last[i]
+        for i, label, p in zip(index.tolist(), labels.tolist(), confidence.tolist(), strict=True):
+            last[i] = label if p >= torch.tensor(0.8) else last[i]
     assert len({round(t, 6) for t in expected}) == CLASSES and max(expected) > 0
 
 
@@ -222,7 +223,7 @@ def objective(settings: SemiSupervised = SETTINGS, *, norm: bool = False, decay:
 
 
 def update(training: SemiSupervisedTraining, batch: dict):
-    """What the engine does of it: the loss, its scalars, and gradients in the model."""
+    """A step of the engine without the optimizer: loss and scalars; the gradients are in the model."""
     model = training.student.model
     batch = training.prepare(batch)
     model.train()
@@ -236,29 +237,29 @@ def update(training: SemiSupervisedTraining, batch: dict):
 
 
 @pytest.mark.parametrize("term", TERMS)
-def test_the_loss_is_the_labels_and_the_consistency(term):
+def test_the_loss_is_the_cross_entropy_plus_the_consistency(term):
     settings = dataclasses.replace(SETTINGS, consistency=term, rampup_steps=8)
     training, batch = objective(settings), batches()[3]
     labelled, weak, strong = (
         training.student.model(training.student.prepare(batch[name])) for name in ("image", "weak", "strong")
     )
-    sure = [max(softmax(row)) >= 0.5 for row in weak.tolist()]
-    assert 0 < sum(sure) < N * MU
-    value = naive(strong, weak, torch.tensor(sure), None, settings)
+    confident = [max(softmax(row)) >= 0.5 for row in weak.tolist()]
+    assert 0 < sum(confident) < N * MU
+    value = naive(strong, weak, torch.tensor(confident), None, settings)
     loss, scalars = update(training, batch)
     expected = F.cross_entropy(labelled, batch["label"]) + 3 / 8 * 0.7 * value
     assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
-    assert scalars["mask_rate"].item() == pytest.approx(sum(sure) / (N * MU))
+    assert scalars["mask_rate"].item() == pytest.approx(sum(confident) / (N * MU))
     assert scalars["consistency"].item() == pytest.approx(value, rel=1e-5)
     whole = F.cross_entropy(labelled, batch["label"]) + 3 / 8 * 0.7 * consistency_loss(
-        strong=strong, weak=weak, mask=torch.tensor(sure), prior=None, settings=settings
+        strong=strong, weak=weak, mask=torch.tensor(confident), prior=None, settings=settings
     )
     gradients = torch.autograd.grad(whole, list(training.student.model.parameters()))
     for parameter, gradient in zip(training.student.model.parameters(), gradients, strict=True):
         assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_the_weak_branch_and_the_average_get_no_gradient_and_hidden_labels_have_no_say():
+def test_the_weak_branch_and_the_average_have_no_gradient_and_hidden_labels_no_effect():
     settings = dataclasses.replace(SETTINGS, method="mean-teacher", consistency="gkl", class_prior=True)
     training, batch = objective(settings, norm=True, decay=0.9), batches()[0]
     before = copy.deepcopy(training.average.state_dict())
@@ -266,13 +267,13 @@ def test_the_weak_branch_and_the_average_get_no_gradient_and_hidden_labels_have_
     assert not prepared["weak"].requires_grad and not prepared["prior"].requires_grad
     loss, _ = update(training, batch)
     assert all(parameter.grad is None for parameter in training.average.parameters())
-    for name, tensor in training.average.state_dict().items():  # nor do statistics of BatchNorm move there
+    for name, tensor in training.average.state_dict().items():  # nor do its statistics of BatchNorm change
         assert torch.equal(tensor, before[name]), name
     other, _ = update(objective(settings, norm=True, decay=0.9), batch | {"hidden_label": torch.zeros(N * MU).long()})
     assert torch.equal(loss, other)
 
 
-def test_mean_teachers_teacher_is_the_average_in_closed_form():
+def test_mean_teachers_teacher_equals_the_average_in_closed_form():
     """After k updates: w_1 d^(k-1) + (1 - d) sum_i w_i d^(k-i), of weights and of BatchNorm's statistics."""
     decay, settings = 0.8, dataclasses.replace(SETTINGS, method="mean-teacher", consistency="mse", threshold=0)
     training = objective(settings, norm=True, decay=decay)
@@ -300,7 +301,7 @@ def test_mean_teachers_teacher_is_the_average_in_closed_form():
         states.append(copy.deepcopy(model.state_dict()))
 
 
-def test_fixmatch_sees_weak_views_as_it_trains_whatever_mode_an_evaluation_left():
+def test_fixmatch_predicts_weak_views_in_training_mode_also_after_an_evaluation():
     training, batch = objective(norm=True), batches()[0]
     reference = copy.deepcopy(training.student.model).train()
     with torch.no_grad():
@@ -309,7 +310,7 @@ def test_fixmatch_sees_weak_views_as_it_trains_whatever_mode_an_evaluation_left(
     assert_close(training.prepare(batch)["weak"], expected)
 
 
-def test_labelled_images_alone():
+def test_supervised_training_uses_labelled_images_alone():
     training = objective(dataclasses.replace(SETTINGS, method="supervised"))
     batch = {name: x for name, x in batches()[0].items() if name in ("image", "label", "keys", "step")}
     logits = training.student.model(training.student.prepare(batch["image"]))
@@ -318,7 +319,7 @@ def test_labelled_images_alone():
     assert set(scalars) == {"ce", "batch_acc1"}
 
 
-def test_the_prior_is_what_was_thought_of_sure_images_in_the_pass_before():
+def test_the_prior_is_the_mean_softmax_of_confident_images_in_the_pass_before():
     settings = dataclasses.replace(SETTINGS, class_prior=True)
     training, sums = objective(settings), torch.zeros(CLASSES, CLASSES, dtype=torch.float64)
     given = batches(4)
@@ -338,16 +339,16 @@ METHODS = [("fixmatch", "gkl"), ("flexmatch", "hard"), ("mean-teacher", "ikl")]
 
 
 def trained(settings: SemiSupervised, rank: int, world_size: int, given: list[dict]) -> tuple:
-    """Three updates; losses, scalars, weights, and what is remembered."""
+    """Losses, last scalars, weights and state after an update on each batch."""
     training = objective(settings, decay=0.7 if settings.method == "mean-teacher" else 0.0)
     model, losses, scalars = training.student.model, [], {}
     for batch in given:
-        mine = {}
+        own = {}
         for name, value in batch.items():
             rows = N * MU if name in ("weak", "strong", "unlabelled_index", "hidden_label") else N
             part = slice(rank * rows // world_size, (rank + 1) * rows // world_size)
-            mine[name] = value if isinstance(value, int) else value[part]
-        loss, scalars = update(training, mine)
+            own[name] = value if isinstance(value, int) else value[part]
+        loss, scalars = update(training, own)
         for parameter in model.parameters():
             if world_size > 1:
                 torch.distributed.all_reduce(parameter.grad)
@@ -364,22 +365,22 @@ def of_rank(rank: int, world_size: int, settings: SemiSupervised, given: list[di
 
 
 @pytest.mark.parametrize("method, term", METHODS)
-def test_two_processes_are_one(method, term):
-    """Each with its own images: losses, scalars, weights, thresholds, and the prior after a pass."""
+def test_two_processes_equal_one_on_the_joined_data(method, term):
+    """Losses, scalars, weights, thresholds, and the prior after a pass."""
     settings = dataclasses.replace(SETTINGS, method=method, consistency=term, class_prior=term != "hard")
     given = batches(5)
     losses, scalars, weights, state = trained(settings, 0, 1, given)
-    for other in run_ranks(of_rank, 2, settings, given):
-        assert_close(other[0], losses, rtol=1e-5, atol=1e-6)
-        assert_close(other[1], scalars, rtol=1e-5, atol=1e-6)
-        assert_close(other[2], weights, rtol=1e-5, atol=1e-6)
+    for result in run_ranks(of_rank, 2, settings, given):
+        assert_close(result[0], losses, rtol=1e-5, atol=1e-6)
+        assert_close(result[1], scalars, rtol=1e-5, atol=1e-6)
+        assert_close(result[2], weights, rtol=1e-5, atol=1e-6)
         for name in ("last_pseudo_label", "prior"):
             if name in state:
-                assert_close(other[3][name], state[name])
+                assert_close(result[3][name], state[name])
 
 
 @pytest.mark.parametrize("method, term", METHODS)
-def test_a_state_goes_on_where_it_was_taken(method, term):
+def test_a_loaded_state_continues_exactly(method, term):
     settings = dataclasses.replace(SETTINGS, method=method, consistency=term, class_prior=True)
     first, second = objective(settings), objective(settings)
     given = batches(4)

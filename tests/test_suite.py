@@ -1,5 +1,5 @@
-"""A suite measures what can be had, says what cannot, averages over nothing else, keeps what it has when it is stopped,
-and takes nothing for measured that was measured of other weights."""
+"""A suite evaluates the sets that can be loaded, lists the others, and averages over the evaluated ones only. If it is
+stopped, its results are kept; with --resume it reuses results with the same weights and settings only."""
 
 import csv
 import hashlib
@@ -24,7 +24,7 @@ from gkl_vl.errors import UserError
 from gkl_vl.evaluation import suite
 from gkl_vl.evaluation.benchmark import Subject
 from gkl_vl.evaluation.embed import Embedder
-from gkl_vl.evaluation.flags import Flags
+from gkl_vl.evaluation.flags import EvalFlags
 from gkl_vl.evaluation.set_collections import Entry
 from gkl_vl.evaluation.sets import load_benchmark_set
 from gkl_vl.evaluation.suite import Suite, load_entries, run_suite
@@ -42,15 +42,15 @@ def subject(tmp_path) -> Subject:
 
 @pytest.fixture
 def sets(tmp_path):
-    """Two sets of classes, one of captions, as a suite takes them."""
-    found = []
+    """Two classification sets and one retrieval set, as `Suite.sets` lists them."""
+    loaded = []
     for name, colours in (("one", ["red", "green", "blue"]), ("vtab/two", ["blue", "red", "green", "red"])):
         dataset = load_benchmark_set(str(colour_set(tmp_path / "sets" / name.replace("/", "-"), colours)))
-        found.append((name, dataset, [Entry(name)]))
+        loaded.append((name, dataset, [Entry(name)]))
     captions = colour_set(tmp_path / "sets" / "three", ["red", "blue"])
     (captions / "dataset_type.txt").write_text("retrieval")
     entries = [Entry("three", "zeroshot_retrieval", "mean_recall@1")]
-    return [*found, ("three", load_benchmark_set(str(captions)), entries)]
+    return [*loaded, ("three", load_benchmark_set(str(captions)), entries)]
 
 
 def suite_of(sets, output: Path, *, resume: bool = False, is_main: bool = True) -> Suite:
@@ -58,7 +58,7 @@ def suite_of(sets, output: Path, *, resume: bool = False, is_main: bool = True) 
     return Suite(sets=sets, output=output, recall_k=(1, 2), seed=0, resume=resume, is_main=is_main)
 
 
-def test_each_result_is_a_file_as_soon_as_it_is_there(tmp_path, subject, sets):
+def test_each_result_is_written_as_soon_as_it_is_known(tmp_path, subject, sets):
     lines = run_suite(suite_of(sets, tmp_path / "out"), subject, None)
     first = next(lines)
     (file,) = (tmp_path / "out").iterdir()
@@ -73,25 +73,25 @@ def test_each_result_is_a_file_as_soon_as_it_is_there(tmp_path, subject, sets):
 
 
 def same(one: object, other: object) -> bool:
-    """As JSON: a nan is not equal to itself."""
+    """Compares as JSON, because a nan is not equal to itself."""
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
 @pytest.fixture
 def measured(monkeypatch):
-    """The (set, task) that were really measured."""
+    """The (set, task) pairs that were evaluated, not reused."""
     calls = []
-    real = suite.evaluate_set
+    original = suite.evaluate_set
 
     def evaluate_set(subject, teacher, dataset, tasks, **how):
-        calls.extend((how["asked"], task) for task in tasks)
-        return real(subject, teacher, dataset, tasks, **how)
+        calls.extend((how["name"], task) for task in tasks)
+        return original(subject, teacher, dataset, tasks, **how)
 
     monkeypatch.setattr(suite, "evaluate_set", evaluate_set)
     return calls
 
 
-def test_what_is_there_is_not_measured_again(tmp_path, subject, sets, measured):
+def test_existing_results_are_not_measured_again(tmp_path, subject, sets, measured):
     stopped = run_suite(suite_of(sets, tmp_path / "out"), subject, None)
     before = [next(stopped), next(stopped)]
     stopped.close()
@@ -104,7 +104,7 @@ def test_what_is_there_is_not_measured_again(tmp_path, subject, sets, measured):
     assert len(measured) == 6
 
 
-def test_what_was_measured_of_other_weights_or_settings_is_measured_again(tmp_path, subject, sets, measured):
+def test_results_of_other_weights_or_settings_are_measured_again(tmp_path, subject, sets, measured):
     list(run_suite(suite_of(sets, tmp_path / "out"), subject, None))
     del measured[:]
     again = suite_of(sets, tmp_path / "out", resume=True)
@@ -123,7 +123,7 @@ def test_what_was_measured_of_other_weights_or_settings_is_measured_again(tmp_pa
     assert measured[6:] == [("one", "zeroshot_classification")]
 
 
-def test_the_average_goes_over_main_metrics_of_what_was_measured(tmp_path, subject, sets):
+def test_the_average_covers_the_main_metrics_of_the_evaluated_sets(tmp_path, subject, sets):
     lines = list(run_suite(suite_of(sets, tmp_path / "out"), subject, None))
     entries = {name: of_set for name, _, of_set in sets}
     table = suite_text(lines, entries).splitlines()
@@ -136,27 +136,27 @@ def test_the_average_goes_over_main_metrics_of_what_was_measured(tmp_path, subje
     assert "mean_per_class_recall" in suite_text(lines, entries | other).splitlines()[1]
 
 
-def test_the_teacher_has_columns_of_its_own(tmp_path, subject, sets):
+def test_a_teacher_adds_columns(tmp_path, subject, sets):
     lines = list(run_suite(suite_of(sets, tmp_path / "out"), subject, subject))
     head, first, *_, last = suite_text(lines, {}).splitlines()
     assert head.split()[-5:] == ["teacher", "kept", "as", "teacher", "ECE"]
     assert "100 %" in first and last.split()[-2:] == ["100", "%"]
 
 
-def test_what_cannot_be_had_is_listed_with_its_reason_and_not_averaged(tmp_path, monkeypatch):
+def test_sets_that_cannot_be_loaded_are_skipped_with_their_reason(tmp_path, monkeypatch):
     colour_set(tmp_path / "one", ["red"])
     entries = (
         Entry("one", "zeroshot_classification", "acc1"),
         Entry("gone", "zeroshot_classification", "acc1"),
-        Entry("odd", "zeroshot_classification", "acc1", "needs what nobody has"),
+        Entry("odd", "zeroshot_classification", "acc1", "needs an unknown format"),
     )
     monkeypatch.setattr(suite, "expand", lambda names: [e for e in entries if e.dataset in names or "all" in names])
-    flags = Flags(dataset_root=str(tmp_path / "{dataset}"))
+    flags = EvalFlags(dataset_root=str(tmp_path / "{dataset}"))
     loaded, skipped = load_entries(["all"], flags)
     assert [name for name, _, _ in loaded] == ["one"]
-    assert skipped[1] == Skipped("odd", "needs what nobody has") and skipped[0].dataset == "gone"
+    assert skipped[1] == Skipped("odd", "needs an unknown format") and skipped[0].dataset == "gone"
     assert "gone" in skipped[0].reason
-    with pytest.raises(UserError, match="gone"):  # asked for by its own name, it is a mistake
+    with pytest.raises(UserError, match="gone"):  # named directly, a missing set is an error
         load_entries(["one", "gone"], flags)
     shutil.rmtree(tmp_path / "one")
     with pytest.raises(UserError, match="none of the 3 sets of all"):
@@ -168,10 +168,10 @@ def size_of(picture: Path) -> tuple[int, int]:
         return image.size
 
 
-def test_a_reason_that_holds_for_many_is_told_once():
+def test_a_reason_shared_by_several_sets_is_printed_once():
     skipped = [Skipped(name, f"{name}: wds_{name.replace('/', '-')} is far") for name in ("a", "vtab/b")]
-    told = skipped_text([*skipped, Skipped("c", "c is odd")])
-    assert told.splitlines() == ["skipped a, vtab/b: NAME: wds_NAME is far", "skipped c: c is odd"]
+    text = skipped_text([*skipped, Skipped("c", "c is odd")])
+    assert text.splitlines() == ["skipped a, vtab/b: NAME: wds_NAME is far", "skipped c: c is odd"]
 
 
 # ---- the script
@@ -201,7 +201,7 @@ def test_a_command_leaves_table_json_csv_and_picture(call, tmp_path):
     assert [row["dataset"] for row in rows] == ["one", "two"]
     assert float(rows[0]["acc1"]) == line["metrics"]["acc1"] and rows[0]["model_fullname"] == "bundled "
     assert size_of(Path("results/suite.png")) == (1200, 500)
-    # What is there is not overwritten by mistake; with --resume another model is added.
+    # Existing results are not overwritten without --resume, which adds another model.
     code, out, err = call(*flags)
     assert code == 2 and err.count("\n") == 1 and "add --resume" in err
     model = BUNDLED_TEACHER
@@ -209,17 +209,17 @@ def test_a_command_leaves_table_json_csv_and_picture(call, tmp_path):
     assert (code, err) == (0, "") and "4 results in results" in out
 
 
-def test_mistakes_end_in_one_line(call, tmp_path):
+def test_user_errors_end_in_one_line(call, tmp_path):
     colour_set(tmp_path / "one", ["red", "green", "blue"])
     one = ["--collection", str(tmp_path / "one")]
-    for flags, told in (
+    for flags, message in (
         (["--collection", "imagenet1q"], "imagenet1k"),
         ([*one, "--model", "RN50"], "has random weights"),
         ([*one, "--model", "RN50", "RN50", "--pretrained", "openai"], "1 --pretrained for 2 --model"),
         ([*one, "--teacher", "nothing"], "has random weights"),
     ):
         code, out, err = call(*flags)
-        assert code == 2 and err.count("\n") == 1 and told in err, err
+        assert code == 2 and err.count("\n") == 1 and message in err, err
 
 
 def two_processes(rank: int, world_size: int, folder: str, output: str) -> str:
@@ -234,14 +234,14 @@ def two_processes(rank: int, world_size: int, folder: str, output: str) -> str:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_two_processes_say_what_one_says(tmp_path):
+def test_two_processes_give_the_results_of_one(tmp_path):
     folder = str(colour_set(tmp_path / "set", ["red", "green", "blue", "red", "green"]))
     alone = two_processes(0, 1, folder, str(tmp_path / "alone"))
     assert run_ranks(two_processes, 2, folder, str(tmp_path / "two")) == [alone, alone]
     assert len(list((tmp_path / "two").iterdir())) == 2
 
 
-# ---- the picture
+# ---- the plot
 
 
 def line_of(model: str, dataset: str, acc1: float) -> dict:
@@ -253,14 +253,14 @@ def line_of(model: str, dataset: str, acc1: float) -> dict:
     }
 
 
-def test_models_are_compared_on_what_all_of_them_have():
+def test_models_are_compared_on_the_results_that_all_have():
     lines = [line_of("a", "x", 0.5), line_of("a", "y", 0.9), line_of("b", "x", 0.25), line_of("b", "z", 1.0)]
     points = tradeoff(lines, {})
     assert [(point["name"], point["score"], point["results"]) for point in points] == [("a", 50, 1), ("b", 25, 1)]
     assert tradeoff([line_of("a", "x", 1.0), line_of("b", "y", 1.0)], {}) == [] == tradeoff([], {})
 
 
-def test_a_teacher_is_a_point_of_its_own():
+def test_a_teacher_is_a_separate_point():
     line = line_of("a", "x", 0.5)
     teacher = {k: line_of("big", "x", 0.75)[k] for k in ("model", "metrics", "extra", "cost")}
     names = [(point["name"], point["score"]) for point in tradeoff([line | {"teacher": teacher}], {})]
@@ -268,7 +268,7 @@ def test_a_teacher_is_a_point_of_its_own():
 
 
 @pytest.mark.parametrize("count", [0, 1, 9])
-def test_the_picture_takes_any_number_of_models(tmp_path, count):
+def test_the_plot_takes_any_number_of_models(tmp_path, count):
     points = [
         {
             "name": f"model_{i}$",
@@ -284,11 +284,11 @@ def test_the_picture_takes_any_number_of_models(tmp_path, count):
     assert size_of(tmp_path / "suite.png") == (1200, 500)
 
 
-# ---- the Hub, on this machine
+# ---- a local Hub
 
 
 class FakeHub(BaseHTTPRequestHandler):
-    """Data sets of `server.root` as ORG/REPO/..., by the Hub's own paths."""
+    """Serves the data sets ORG/REPO/... below `server.root` under the Hub's URLs."""
 
     protocol_version = "HTTP/1.1"
 
@@ -331,7 +331,7 @@ class FakeHub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def address(tmp_path):
-    """Of a Hub with two of the three sets of `retrieval`."""
+    """Address of a Hub with two of the three sets of `retrieval`."""
     for name, colours in (("flickr8k", ["red", "green", "blue"]), ("mscoco_captions", ["blue", "red"])):
         root = colour_set(tmp_path / "hub" / "clip-benchmark" / f"wds_{name}", colours)
         (root / "dataset_type.txt").write_text("retrieval")
@@ -345,8 +345,8 @@ def address(tmp_path):
     thread.join()
 
 
-def test_a_collection_comes_from_the_hub_and_what_it_lacks_is_told(tmp_path, address):
-    # HF_ENDPOINT is read when huggingface_hub is imported, hence a process of its own
+def test_a_collection_is_loaded_from_the_hub_and_missing_sets_are_listed(tmp_path, address):
+    # HF_ENDPOINT is read when huggingface_hub is imported, hence a new process
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
     environment |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -356,5 +356,5 @@ def test_a_collection_comes_from_the_hub_and_what_it_lacks_is_told(tmp_path, add
     assert "average of 2" in done.stdout
     (skipped,) = [line for line in done.stdout.splitlines() if line.startswith("skipped")]
     assert skipped.startswith("skipped flickr30k: ") and "the Hub has no clip-benchmark/wds_flickr30k" in skipped
-    found = {json.loads(path.read_text())["dataset"] for path in (tmp_path / "results").glob("*.json")}
-    assert found == {"flickr8k", "mscoco_captions"}
+    evaluated = {json.loads(path.read_text())["dataset"] for path in (tmp_path / "results").glob("*.json")}
+    assert evaluated == {"flickr8k", "mscoco_captions"}

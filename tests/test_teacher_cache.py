@@ -1,4 +1,4 @@
-"""Stored views and embeddings are what the online teacher would say, and are found again only for the same question."""
+"""Stored views and embeddings equal the online teacher's, and are read from disk only for the same arguments."""
 
 import copy
 import dataclasses
@@ -38,7 +38,7 @@ def store(teacher, pairs, folder, **changes):
     return store_views(clip=teacher, pairs=pairs, folder=folder, **(options | changes))
 
 
-def test_a_stored_teacher_says_what_an_online_one_says(teacher, some_pairs, tmp_path):
+def test_a_stored_teacher_equals_an_online_one(teacher, some_pairs, tmp_path):
     stored = store(teacher, some_pairs, tmp_path)
     assert stored.pixels.shape == (10, VIEWS, 3, SIZE, SIZE) and stored.pixels.dtype == torch.uint8
     stream = PairStream(
@@ -56,15 +56,15 @@ def test_a_stored_teacher_says_what_an_online_one_says(teacher, some_pairs, tmp_
     lookup, online = stored_teacher(teacher, stored, torch.device("cpu")), online_teacher(teacher)
     for _ in range(2 * VIEWS):  # every view of every pair
         batch = next(batches)
-        found, said = lookup(batch), online(batch)
-        assert set(found) == set(said)
-        for name in found:
-            torch.testing.assert_close(found[name], said[name], rtol=1e-5, atol=1e-5)
+        stored_outputs, outputs = lookup(batch), online(batch)
+        assert set(stored_outputs) == set(outputs)
+        for name in outputs:
+            torch.testing.assert_close(stored_outputs[name], outputs[name], rtol=1e-5, atol=1e-5)
     views = stored.pixels.flatten(2).float()
     assert (views[:, 0] != views[:, 1]).any(dim=1).all()
 
 
-def test_the_student_gets_the_same_view_in_its_own_size(teacher, some_pairs, tmp_path):
+def test_the_student_gets_the_same_view_at_its_size(teacher, some_pairs, tmp_path):
     large, small = store(teacher, some_pairs, tmp_path), store(teacher, some_pairs, tmp_path, size=32)
     assert small.pixels.shape[-1] == 32
     assert torch.equal(large.image, small.image)  # the teacher's views are the same
@@ -72,20 +72,20 @@ def test_the_student_gets_the_same_view_in_its_own_size(teacher, some_pairs, tmp
     assert (shrunk - small.pixels.flatten(0, 1).float()).abs().mean() < 4
 
 
-def test_workers_change_nothing(teacher, some_pairs, tmp_path):
-    alone = store(teacher, some_pairs, tmp_path / "a")
-    helped = store(teacher, some_pairs, tmp_path / "b", num_workers=1)
-    assert torch.equal(alone.pixels, helped.pixels) and torch.equal(alone.image, helped.image)
+def test_the_number_of_workers_has_no_effect(teacher, some_pairs, tmp_path):
+    without = store(teacher, some_pairs, tmp_path / "a")
+    with_worker = store(teacher, some_pairs, tmp_path / "b", num_workers=1)
+    assert torch.equal(without.pixels, with_worker.pixels) and torch.equal(without.image, with_worker.image)
 
 
-def test_the_same_question_is_answered_from_disk(teacher, some_pairs, tmp_path, monkeypatch):
+def test_the_same_arguments_are_read_from_disk(teacher, some_pairs, tmp_path, monkeypatch):
     first = store(teacher, some_pairs, tmp_path)
-    monkeypatch.setattr(teacher_store, "_embed_images", None)  # asking again would fail
+    monkeypatch.setattr(teacher_store, "_embed_images", None)  # embedding again would fail
     second = store(teacher, some_pairs, tmp_path)
     assert torch.equal(first.image, second.image) and len(list(tmp_path.iterdir())) == 1
 
 
-def test_another_question_has_another_key(teacher, some_pairs):
+def test_other_arguments_have_another_key(teacher, some_pairs):
     def key(clip=teacher, pairs=some_pairs, views=VIEWS, augment=None, size=SIZE):
         return teacher_store._key(clip, pairs, views, augment or drawing_augmentation(SIZE), size)
 
@@ -95,8 +95,8 @@ def test_another_question_has_another_key(teacher, some_pairs):
     def applied(p):
         return v2.Compose([v2.RandomApply([v2.ColorJitter(0.5)], p=p), v2.PILToTensor()])
 
-    quick = copy.deepcopy(teacher)
-    for block in quick.towers.model.transformer.resblocks:
+    quick_gelu = copy.deepcopy(teacher)
+    for block in quick_gelu.towers.model.transformer.resblocks:
         block.mlp.gelu = QuickGELU()
     torch.manual_seed(1)
     changed = dataclasses.replace(some_pairs[3], captions=("another caption",))
@@ -115,12 +115,12 @@ def test_another_question_has_another_key(teacher, some_pairs):
         key(augment=applied(0.2)),
         key(clip=with_cfg(text_cfg=teacher.model_cfg["text_cfg"] | {"heads": 6})),
         key(clip=dataclasses.replace(teacher, tokenize=lambda texts: teacher.tokenize(texts).flip(1))),
-        key(clip=quick),
+        key(clip=quick_gelu),
     ]
     assert len(set(keys)) == len(keys) and key() == keys[0]
 
 
-def test_a_write_that_breaks_off_leaves_nothing_that_looks_whole(teacher, some_pairs, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_no_file(teacher, some_pairs, tmp_path, monkeypatch):
     def broken(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -131,11 +131,11 @@ def test_a_write_that_breaks_off_leaves_nothing_that_looks_whole(teacher, some_p
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     store(teacher, some_pairs, tmp_path)
-    (whole,) = tmp_path.glob("*.safetensors")
-    assert set(load_file(whole)) == {"pixels", "image", "text"}
+    (path,) = tmp_path.glob("*.safetensors")
+    assert set(load_file(path)) == {"pixels", "image", "text"}
 
 
-def test_storing_leaves_the_generator_where_it_was(teacher, some_pairs, tmp_path):
+def test_storing_does_not_advance_the_generator(teacher, some_pairs, tmp_path):
     before = torch.get_rng_state()
     store(teacher, some_pairs, tmp_path, num_views=1)
     assert torch.equal(before, torch.get_rng_state())

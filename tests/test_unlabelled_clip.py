@@ -1,5 +1,5 @@
-"""Zero-shot logits of a teacher on images alone: the loss and its gradient, one template and one prior an update, the
-same numbers from several processes, micro-batches and resumed runs, and the recipe from folder and table to student."""
+"""Distillation of zero-shot logits from images only: the loss and its gradient, one template and one prior per update,
+equal results from several processes, micro-batches and resumed runs, and the recipe."""
 
 import copy
 import io
@@ -31,7 +31,7 @@ from gkl_vl.losses.image_text import class_logits
 from gkl_vl.models.clip import Clip, Student, load_clip
 from gkl_vl.models.modes import freeze
 from gkl_vl.objectives.common import EpochPrior
-from gkl_vl.objectives.zero_shot import ZeroShotKd, sorted_by_length, prompt_tokens
+from gkl_vl.objectives.zero_shot import ZeroShotKd, prompt_tokens, sorted_by_length
 from gkl_vl.teachers.online import online_teacher, zero_shot_teacher
 from gkl_vl.training import clip as training
 from gkl_vl.training.gradient_cache import backward_from_cache, embed_all
@@ -57,7 +57,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def models(folder: Path, *, bias: bool = False) -> tuple[Clip, Clip]:
-    """Student and frozen teacher, the same in every process."""
+    """Student and frozen teacher, equal in every process."""
     clips = []
     for seed, name in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
@@ -93,7 +93,7 @@ def batches() -> list[dict]:
 
 
 def colour_teacher(batch: dict) -> torch.Tensor:
-    """Logits by the mean colour: a random CLIP would take all images for the same class."""
+    """Logits from the mean colour: a random CLIP predicts the same class for all images."""
     by_class = torch.randn(3, len(NAMES), generator=torch.Generator().manual_seed(4))
     return 8 * (batch["image"].float().mean(dim=(2, 3)) / 128 - 1) @ by_class
 
@@ -110,7 +110,7 @@ def model_of(student: Clip) -> Student:
 
 
 def naive_loss(student, teacher, prior, weights) -> torch.Tensor:
-    """Row by row and pair by pair, as the paper has it."""
+    """The paper's formula, in loops over rows and pairs of classes."""
     soft_ce, above, below = 0.0, 0.0, 0.0
     for s, t, p in zip(student, teacher, prior, strict=True):
         target = torch.softmax(t / weights.temperature, 0)
@@ -125,7 +125,7 @@ def naive_loss(student, teacher, prior, weights) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rows, classes", [(1, 2), (3, 7), (7, 3)])
 @pytest.mark.parametrize("with_prior", [False, True])
-def test_the_loss_and_its_gradient_are_the_papers(folder, dtype, rows, classes, with_prior):
+def test_the_loss_and_its_gradient_equal_the_papers(folder, dtype, rows, classes, with_prior):
     draw = torch.Generator().manual_seed(rows)
     student, teacher = (3 * torch.randn(rows, classes, generator=draw, dtype=dtype) for _ in range(2))
     prior = torch.softmax(2 * torch.randn(rows, classes, generator=draw, dtype=dtype), 1) if with_prior else None
@@ -144,12 +144,12 @@ def test_the_loss_and_its_gradient_are_the_papers(folder, dtype, rows, classes, 
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_logits_are_those_of_a_zero_shot_classifier(folder, bias):
-    """The student's over this update's prompts, whole; the teacher's over the mean of all its prompts."""
+def test_logits_equal_those_of_a_zero_shot_classifier(folder, bias):
+    """The student's with the untrimmed prompts of this update; the teacher's with the mean of all prompts."""
     student, teacher = models(folder, bias=bias)
     objective, batch, model = zero_shot_kd(student, teacher), batches()[0], model_of(student).eval()
     with torch.no_grad():
-        got, said = objective.outputs(model, batch)["logits"], objective.targets(batch)["teacher"]
+        got, teacher_logits = objective.outputs(model, batch)["logits"], objective.targets(batch)["teacher"]
         tokens = student.tokenize(PROMPTS.of_template(objective.template()))
         classes = student.towers.model.encode_text(tokens, normalize=True)
         image = student.towers.model.encode_image(student.prepare(batch["image"]), normalize=True)
@@ -160,7 +160,7 @@ def test_logits_are_those_of_a_zero_shot_classifier(folder, bias):
         classes = torch.stack([F.normalize(texts.mean(0), dim=0) for texts in encoded])
         image = teacher.towers.model.encode_image(teacher.prepare(batch["image"]), normalize=True)
         want = teacher.towers.model.logit_scale.exp() * image @ classes.T
-        assert_close(said, want - (3 if bias else 0), rtol=1e-4, atol=1e-4)
+        assert_close(teacher_logits, want - (3 if bias else 0), rtol=1e-4, atol=1e-4)
 
 
 def test_logits_are_fp32_within_autocast():
@@ -173,7 +173,7 @@ def test_logits_are_fp32_within_autocast():
     assert torch.equal(logits, scale * image @ classes.T) and halves.dtype == torch.float32
 
 
-def test_the_students_two_towers_learn_and_nothing_reaches_the_teacher(folder):
+def test_both_towers_of_the_student_have_a_gradient_and_the_teacher_none(folder):
     student, teacher = models(folder)
     before = copy.deepcopy(teacher.towers.state_dict())
     objective, model, batch = zero_shot_kd(student, teacher), model_of(student), batches()[0]
@@ -182,8 +182,8 @@ def test_the_students_two_towers_learn_and_nothing_reaches_the_teacher(folder):
     loss, _ = objective.loss(objective.outputs(model, batch), targets)
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())  # for DDP
-    for of_tower in ("visual.", "transformer.", "token_embedding", "logit_scale"):
-        gradients = [p.grad for name, p in student.towers.model.named_parameters() if name.startswith(of_tower)]
+    for prefix in ("visual.", "transformer.", "token_embedding", "logit_scale"):
+        gradients = [p.grad for name, p in student.towers.model.named_parameters() if name.startswith(prefix)]
         assert gradients and max(gradient.abs().max() for gradient in gradients) > 0
     assert all(parameter.grad is None for parameter in teacher.towers.parameters())
     after = teacher.towers.state_dict()
@@ -193,9 +193,9 @@ def test_the_students_two_towers_learn_and_nothing_reaches_the_teacher(folder):
 # ---- prompts -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 512])
-def test_short_prompts_have_the_embeddings_and_the_gradient_of_whole_ones(folder, monkeypatch, at_once):
-    monkeypatch.setattr("gkl_vl.objectives.zero_shot.PROMPTS_PER_CHUNK", at_once)
+@pytest.mark.parametrize("chunk_size", [1, 2, 512])
+def test_trimmed_prompts_have_the_embeddings_and_the_gradient_of_whole_ones(folder, monkeypatch, chunk_size):
+    monkeypatch.setattr("gkl_vl.objectives.zero_shot.PROMPTS_PER_CHUNK", chunk_size)
     student, _ = models(folder)
     towers = student.towers
     prompts = sorted_by_length(PROMPTS, student)
@@ -203,21 +203,21 @@ def test_short_prompts_have_the_embeddings_and_the_gradient_of_whole_ones(folder
     for template, parts in enumerate(prompt_tokens(prompts, student, torch.device("cpu"))):
         whole = student.tokenize(prompts.of_template(template))
         assert max(part.shape[1] for part in parts) < whole.shape[1] == 24
-        found = []
+        results = []
         for tokens in ([whole], parts):
             towers.zero_grad()
-            text = torch.cat([towers.encode_text(one) for one in tokens])
+            text = torch.cat([towers.encode_text(chunk) for chunk in tokens])
             (text * torch.linspace(-1, 1, text.shape[1])).square().sum().backward()
             named = towers.named_parameters()
-            found.append((text.detach(), {name: p.grad.clone() for name, p in named if p.grad is not None}))
-        (want, gradients), (got, others) = found
+            results.append((text.detach(), {name: p.grad.clone() for name, p in named if p.grad is not None}))
+        (want, gradients), (got, others) = results
         assert_close(got, want, rtol=1e-5, atol=1e-6)
         assert gradients.keys() == others.keys() and any("positional" in name for name in gradients)
         for name, gradient in gradients.items():
             assert_close(others[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: name + text)
 
 
-def test_a_tower_that_looks_ahead_or_pools_elsewhere_gets_its_prompts_whole(folder):
+def test_prompts_of_a_text_tower_with_other_attention_or_pooling_are_not_trimmed(folder):
     student, _ = models(folder)
     tokens = student.tokenize(PROMPTS.of_template(0))
     assert student.towers.trimmed(tokens).shape[1] < 24
@@ -228,14 +228,14 @@ def test_a_tower_that_looks_ahead_or_pools_elsewhere_gets_its_prompts_whole(fold
     assert student.towers.trimmed(tokens) is tokens
 
 
-def test_an_update_has_one_template_drawn_by_seed_and_number(folder):
+def test_an_update_has_one_template_drawn_from_seed_and_number(folder):
     def drawn(objective, updates=20):
-        found = []
+        templates = []
         for _ in range(updates):
             with objective.around_update([{"keys": ["a"]}, {"keys": ["b"]}]):
-                found.append([objective.template() for _ in range(2)])
-        assert all(first == second for first, second in found)
-        return [first for first, _ in found]
+                templates.append([objective.template() for _ in range(2)])
+        assert all(first == second for first, second in templates)
+        return [first for first, _ in templates]
 
     pair = models(folder)
     first = drawn(zero_shot_kd(*pair))
@@ -247,8 +247,8 @@ def test_an_update_has_one_template_drawn_by_seed_and_number(folder):
 
 
 def updates_of(objective: ZeroShotKd, model: torch.nn.Module, shares: list[list[dict]]) -> list[dict]:
-    """For each update, of which `shares` has the batches: loss, gradient, prior's rows, template."""
-    accelerator, found = Accelerator(cpu=True), []
+    """Loss, gradient, rows of the prior and template of each update; `shares` has the batches of each."""
+    accelerator, results = Accelerator(cpu=True), []
     for parts in shares:
         model.zero_grad()
         with objective.around_update(parts):
@@ -258,7 +258,7 @@ def updates_of(objective: ZeroShotKd, model: torch.nn.Module, shares: list[list[
             loss.backward()
             backward_from_cache(accelerator, model, objective, parts, cached)
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-        found.append(
+        results.append(
             {
                 "loss": loss.detach(),
                 "gradient": gradient,
@@ -267,7 +267,7 @@ def updates_of(objective: ZeroShotKd, model: torch.nn.Module, shares: list[list[
                 "template": template,
             }
         )
-    return found
+    return results
 
 
 def with_colour_teacher(folder: Path) -> ZeroShotKd:
@@ -277,12 +277,12 @@ def with_colour_teacher(folder: Path) -> ZeroShotKd:
 
 
 def run_of(rank: int, world_size: int, folder: Path, accum_steps: int = 1) -> list[dict]:
-    """Every update of my share of the batches, in `accum_steps` parts."""
-    mine, parts = ROWS // world_size, []
+    """Every update with this rank's rows of the batches, in `accum_steps` parts."""
+    rows, parts = ROWS // world_size, []
     for batch in batches():
-        my = part(batch, rank * mine, (rank + 1) * mine)
-        step = mine // accum_steps
-        parts.append([part(my, start, start + step) for start in range(0, mine, step)])
+        own = part(batch, rank * rows, (rank + 1) * rows)
+        step = rows // accum_steps
+        parts.append([part(own, start, start + step) for start in range(0, rows, step)])
     objective = with_colour_teacher(folder)
     return updates_of(objective, model_of(objective.student), parts)
 
@@ -292,7 +292,7 @@ def alone(folder) -> list[dict]:
     return run_of(0, 1, folder)
 
 
-def test_the_prior_is_the_teachers_word_in_the_pass_before(alone):
+def test_the_prior_is_the_teachers_mean_softmax_in_the_pass_before(alone):
     for number, update in enumerate(alone):
         of_pass = number // 2
         expected = torch.full((len(NAMES), len(NAMES)), 1 / len(NAMES))
@@ -303,18 +303,18 @@ def test_the_prior_is_the_teachers_word_in_the_pass_before(alone):
                 expected[best] = rows.mean(0).float()
         assert_close(update["prior"], expected[update["teacher"].argmax(1)], rtol=1e-5, atol=1e-7)
     assert len(torch.cat([update["teacher"] for update in alone]).argmax(1).unique()) > 1
-    assert (alone[2]["prior"] - alone[1]["prior"]).abs().max() > 0.01  # it was rolled
+    assert (alone[2]["prior"] - alone[1]["prior"]).abs().max() > 0.01  # a new pass has a new prior
     assert (alone[4]["prior"] - alone[2]["prior"]).abs().max() > 1e-4
 
 
 def same_updates(got: list[dict], want: list[dict]) -> None:
-    for one, other in zip(got, want, strict=True):
-        assert one["template"] == other["template"]
-        assert_close(one["loss"], other["loss"], rtol=1e-5, atol=0)
-        assert (one["gradient"] - other["gradient"]).abs().max() < 1e-5 * other["gradient"].abs().max()
+    for update, expected in zip(got, want, strict=True):
+        assert update["template"] == expected["template"]
+        assert_close(update["loss"], expected["loss"], rtol=1e-5, atol=0)
+        assert (update["gradient"] - expected["gradient"]).abs().max() < 1e-5 * expected["gradient"].abs().max()
 
 
-def test_several_processes_are_one_on_the_joined_batch(folder, alone):
+def test_several_processes_equal_one_on_the_joined_batch(folder, alone):
     first, second = run_ranks(run_of, 2, folder)
     for one, other, whole in zip(first, second, alone, strict=True):
         assert torch.equal(one["loss"], other["loss"]) and not torch.allclose(one["gradient"], other["gradient"])
@@ -324,13 +324,13 @@ def test_several_processes_are_one_on_the_joined_batch(folder, alone):
 
 
 @pytest.mark.parametrize("accum_steps", [2, 3])
-def test_several_batches_are_one_large_one(folder, alone, accum_steps):
+def test_several_batches_equal_one_large_one(folder, alone, accum_steps):
     same_updates(run_of(0, 1, folder, accum_steps), alone)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 3])
-def test_a_loaded_state_goes_on_exactly(folder, cut):
-    """Within a pass and between two."""
+def test_a_loaded_state_continues_exactly(folder, cut):
+    """Within a pass and between two passes."""
     whole, resumed = (with_colour_teacher(folder) for _ in range(2))
     model = model_of(whole.student)
     parts = [[batch] for batch in batches()]
@@ -343,7 +343,7 @@ def test_a_loaded_state_goes_on_exactly(folder, cut):
     assert all(torch.equal(resumed.state()[name], tensor) for name, tensor in whole.state().items())
 
 
-def test_without_a_prior_the_teachers_softmax_weighs(folder):
+def test_without_a_prior_there_are_no_rows_and_no_state_of_it(folder):
     objective = zero_shot_kd(*models(folder), with_prior=False)
     assert set(objective.targets(batches()[0])) == {"teacher"} and set(objective.state()) == {"updates", "images"}
 
@@ -360,7 +360,7 @@ def write_tar(path: Path, samples: dict[str, bytes]) -> None:
 
 
 def keys_of(source) -> list[str]:
-    """Of an epoch, through the stream that training reads."""
+    """Keys of the images in an epoch, from the stream used in training."""
     stream = PairStream(
         source,
         augment=light_augmentation(8),
@@ -371,13 +371,13 @@ def keys_of(source) -> list[str]:
         world_size=1,
         num_workers=0,
     )
-    loader, found = PairLoader(stream), []
+    loader, keys = PairLoader(stream), []
     for batch in loader:
         if loader.position()["places"][0][0]:  # the next epoch
-            return sorted(found)
+            return sorted(keys)
         assert set(batch) == {"image", "keys"}
-        found += batch["keys"]
-    return found
+        keys += batch["keys"]
+    return keys
 
 
 def test_images_need_no_captions(tmp_path):
@@ -400,7 +400,7 @@ def test_images_need_no_captions(tmp_path):
     assert keys_of(open_images(name)) == keys_of(open_images(name, column="pic")) == [f"{name}:0", f"{name}:1"]
 
 
-def test_images_that_are_not_there_are_one_line(tmp_path):
+def test_missing_images_are_a_one_line_error(tmp_path):
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "t.parquet")
     (tmp_path / "empty").mkdir()
     for name, message in [

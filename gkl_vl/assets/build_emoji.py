@@ -1,13 +1,13 @@
-"""Rebuild the bundled emoji data set from free drawings, byte for byte.
+"""Rebuilds the bundled emoji data set from freely licensed drawings, byte for byte.
 
     python -m gkl_vl.assets.build_emoji --out gkl_vl/assets
     python -m gkl_vl.assets.build_emoji --check
 
-A concept is one emoji, a style one set of drawings: Noto and Twemoji are for training, Fluent is the
-test of a style never seen, and a tenth of the concepts is never trained on in any style.
+A concept is one emoji, a style one set of drawings. Noto and Twemoji are training styles and Fluent is the unseen test
+style; a tenth of the concepts is held out in all styles.
 
-This script alone needs `npm` and `pip install pillow==13.0.0 resvg-py==0.5.0`; other versions may
-encode the same pictures in other bytes. Exit codes: 0, 1 when --check finds a difference, 2 on an error.
+Only this script needs `npm` and `pip install pillow==13.0.0 resvg-py==0.5.0`; other versions may encode the same
+images differently. Exit codes: 0; 1 if --check finds a difference; 2 on an error.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from PIL import Image
 
 PINNED = {"pillow": "13.0.0", "resvg-py": "0.5.0"}
 
-# name -> version and sha256 of the file that `npm pack` fetches
+# name -> version, and sha256 of the file that `npm pack` downloads
 PACKAGES = {
     "emoji-datasource-google": ("16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"),
     "emoji-datasource-twitter": ("16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"),
@@ -47,12 +47,11 @@ QUALITY = 80
 KEYWORDS = 6
 TEMPLATES = ("{c}", "an emoji of {c}")
 
-# A bare skin tone is a colour patch, no concept. National flags stay, though Fluent draws none: they are seen in
-# training and are wrong answers in the test.
+# A skin tone alone is a colour patch. National flags are kept although Fluent has none: they are training images, and
+# negative classes in the test.
 LEFT_OUT = {"skin-tone"}
 
-# Fluent files that go by another name than CLDR's. "pouting face" was CLDR's name of today's
-# "enraged face".
+# CLDR name -> Fluent's file name, where they differ. "pouting face" is CLDR's former name of "enraged face".
 FLUENT_NAMES = {
     "black bird": "blackbird",
     "deaf man": "man-deaf",
@@ -92,7 +91,7 @@ FLUENT_NAMES = {
 
 
 def fetch(name, cache):
-    """The package's tar, opened; downloaded with npm unless the cache has it."""
+    """Opens the package's tar, downloaded with npm unless it is in the cache."""
     version, digest = PACKAGES[name]
     path = cache / f"{name}-{version}.tgz"
     if not path.exists():
@@ -113,12 +112,12 @@ def die(message) -> NoReturn:
 
 
 def members(archive, pattern):
-    """name without folder -> bytes, of the archive's files whose whole path matches."""
-    found = {}
+    """File name without folder -> bytes, for files of the archive whose full path matches the regex."""
+    files = {}
     for member in archive:  # in file order, so that the gzip stream is read once
         if re.fullmatch(pattern, member.name):
-            found[member.name.rsplit("/", 1)[1]] = archive.extractfile(member).read()
-    return found
+            files[member.name.rsplit("/", 1)[1]] = archive.extractfile(member).read()
+    return files
 
 
 def load_sources(cache):
@@ -158,8 +157,10 @@ def read_png(data):
 
 
 def read_svg(data):
-    """Fluent leaves a margin of a sixteenth around most drawings, Noto and Twemoji leave almost none:
-    draw larger than the frame, as far as the frame cuts off margin only."""
+    """Renders an SVG at the largest of three sizes at which cropping to the frame removes margin only.
+
+    Most Fluent drawings have a margin of a sixteenth; Noto's and Twemoji's have almost none.
+    """
     for larger in (72, 68, SIDE):
         frame = draw_svg(data, larger)
         low, high = (larger - SIDE) // 2, (larger + SIDE) // 2
@@ -170,7 +171,7 @@ def read_svg(data):
 
 
 def draw_svg(data, side):
-    import resvg_py  # pyright: ignore[reportMissingImports]  # here, so that the other functions can be used without it
+    import resvg_py  # pyright: ignore[reportMissingImports]  # optional for the other functions
 
     png = resvg_py.svg_to_bytes(svg_string=data.decode(), width=side, height=side, skip_system_fonts=True)
     drawing = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
@@ -181,22 +182,22 @@ def draw_svg(data, side):
 
 
 def opaque(image):
-    """How many pixels can be seen; an alpha of 8 in 255 is the faint edge of a curve."""
+    """Number of visible pixels; an alpha of up to 8 of 255 is the edge of a curve and does not count."""
     return sum(image.getchannel("A").histogram()[9:])
 
 
 def webp(image):
-    """Lossless where it takes no more tar blocks (512 bytes) than lossy, as flat drawings often do.
+    """Encodes losslessly if that takes no more tar blocks (512 bytes) than lossy, which is common for flat drawings.
 
-    Mean bytes of a picture, over 100 shipped drawings of each style drawn at random:
+    Mean bytes per image over a random sample of 100 bundled drawings of each style:
 
                lossless  lossy at 70  at 80  at 90  this choice
       Noto         2436          716    867   1212          883
       Twemoji      1700          588    712   1005          715
       Fluent        916          731    883   1211          795
 
-    It keeps 78 % of the Fluent drawings exact, 17 % of Twemoji's and 3 % of Noto's. Of the 15.05 MiB of shards
-    9.83 are tar headers, labels and captions, which git and wheels compress to little.
+    Lossless are 78 % of the Fluent drawings, 17 % of Twemoji's and 3 % of Noto's. Of the 15.05 MiB of shards 9.83 are
+    tar headers, labels and captions, which git and wheels compress well.
     """
     lossy, lossless = io.BytesIO(), io.BytesIO()
     image.save(lossy, "WEBP", quality=QUALITY, method=6)
@@ -213,7 +214,7 @@ def blocks(data):
 
 
 def readable(name):
-    """CLDR's spoken name in lower case, its colons and typographic quotes in plain words."""
+    """CLDR's text-to-speech name in lower case, with colons rewritten and plain quotes."""
     name = unicodedata.normalize("NFC", name).lower()
     for old, new in (("’", "'"), ("“", '"'), ("”", '"'), (": facing", " facing")):
         name = name.replace(old, new)
@@ -225,7 +226,7 @@ def readable(name):
 
 
 def make_concepts(entries, annotations, noto, twemoji):
-    """One dict per emoji to be used, in code-point order."""
+    """One dict per emoji of the data set, in code-point order."""
     concepts = []
     for entry in entries:
         drawn = entry["has_img_google"] and entry["has_img_twitter"]
@@ -250,8 +251,10 @@ def make_concepts(entries, annotations, noto, twemoji):
 
 
 def drop_same_pictures(concepts):
-    """Of concepts drawn alike keep the newest: Twemoji draws every family as one of four outlines
-    without gender, and only the newest names ("adult, child") say no more than the outline shows."""
+    """Keeps the newest of the concepts with equal drawings.
+
+    Twemoji draws all families as one of four outlines without gender, which only the newest names ("adult, child") fit.
+    """
     kept, pictures = [], set()
     for concept in sorted(concepts, key=lambda c: ([-part for part in c["added"]], c["points"])):
         both = {(style, concept[style].tobytes()) for style in ("noto", "twemoji")}
@@ -263,7 +266,7 @@ def drop_same_pictures(concepts):
 
 
 def add_fluent(concepts, fluent):
-    """Find each concept's Fluent drawing by name; of drawings in several skin tones the yellow one."""
+    """Matches Fluent drawings to concepts by name; among several skin tones takes the yellow one."""
     files = {name.removesuffix(".svg").removesuffix("-default"): name for name in fluent}
     matched = 0
     for concept in concepts:
@@ -275,21 +278,21 @@ def add_fluent(concepts, fluent):
 
 
 def slug(name):
-    """As Fluent's files are named: "rescue worker’s helmet" -> "rescue-workers-helmet"."""
+    """Fluent's file name of a CLDR name: "rescue worker’s helmet" -> "rescue-workers-helmet"."""
     name = unicodedata.normalize("NFKD", name.lower())
     name = re.sub("[’“”.!\u0300-\u036f]", "", name).replace("*", "asterisk")
     return re.sub("[^a-z0-9]+", "-", name.replace("&", "and")).strip("-")
 
 
 def add_captions(concepts):
-    """Several lines for each concept, its name first, none of them also another concept's."""
+    """Adds several captions to each concept, its name first, and drops captions shared by several concepts."""
     names = collections.Counter(concept["name"] for concept in concepts)
     assert max(names.values()) == 1, names.most_common(1)
     frequency = collections.Counter(word for concept in concepts for word in concept["keywords"])
     for concept in concepts:
         name = concept["name"]
         words = {word for word in concept["keywords"] if word != name and len(word) > 2}
-        # the rarest words say most about this emoji
+        # the rarest words are the most specific
         words = sorted(words, key=lambda word: (frequency[word], word))[:KEYWORDS]
         lines = [name, concept["short"], ", ".join(words), f"an emoji of {name}"]
         concept["captions"] = [line for line in dict.fromkeys(lines) if line]
@@ -297,10 +300,10 @@ def add_captions(concepts):
     dropped = 0
     for concept in concepts:
         name, *others = concept["captions"]
-        # another concept's name or line: the name stays, for it is the class name
-        own = [line for line in others if uses[line] == 1]
-        dropped += len(others) - len(own)
-        concept["captions"] = [name, *own]
+        # a name stays even if it is a caption of another concept: it is the class name
+        unique = [line for line in others if uses[line] == 1]
+        dropped += len(others) - len(unique)
+        concept["captions"] = [name, *unique]
     print(f"dropped {dropped} caption lines shared by several concepts")
 
 
@@ -313,7 +316,7 @@ def held_out(concept):
 
 
 def write_shards(folder, concepts, styles, shards, with_label):
-    """folder/0.tar, ... of every concept in the given styles; returns the number of samples."""
+    """Writes folder/0.tar, ... of all concepts in the given styles; returns the number of samples."""
     folder.mkdir(parents=True)
     samples = []
     for label, concept in enumerate(concepts):
@@ -323,11 +326,11 @@ def write_shards(folder, concepts, styles, shards, with_label):
                 if with_label:
                     files["cls"] = str(label)
                 samples.append((f"{style}-{concept['points']}", files))
-    with ThreadPoolExecutor() as pool:  # minutes otherwise; the encoder leaves Python's lock to others
+    with ThreadPoolExecutor() as pool:  # minutes without threads; the encoder releases the GIL
         encoded = pool.map(webp, [files["webp"] for _, files in samples])
         for (_, files), data in zip(samples, encoded, strict=True):
             files["webp"] = data
-    # a shuffle that no random generator's version can change
+    # a shuffle that does not depend on a random generator's version
     samples.sort(key=lambda sample: hashlib.sha256(sample[0].encode()).digest())
     sizes = {}
     for shard in range(shards):
@@ -344,7 +347,7 @@ def write_shards(folder, concepts, styles, shards, with_label):
 
 def add_member(archive, name, data):
     data = data.encode() if isinstance(data, str) else data
-    info = tarfile.TarInfo(name)  # mtime, uid and gid 0, no owner's name
+    info = tarfile.TarInfo(name)  # mtime, uid and gid are 0, the owner is empty
     info.size = len(data)
     archive.addfile(info, io.BytesIO(data))
 
@@ -356,7 +359,7 @@ def write_root(root, concepts, splits):
     (root / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
     (root / "dataset_type.txt").write_text("classification\n")
     for split, (styles, shards) in splits.items():
-        # a label in every training sample would cost 3 MB of tar headers, and training reads none
+        # labels of the training samples would add 3 MB of tar headers, and training reads none
         count = write_shards(root / split, concepts, styles, shards, with_label=split == "test")
         print(f"{root.name}/{split}: {count} samples of {len(concepts)} concepts")
 
@@ -377,13 +380,13 @@ def build(out, cache):
 
 
 def first_difference(built, shipped):
-    """The first file, by name, that one side lacks or that differs; None if all are the same."""
-    both = [
+    """Name of the first file that differs or exists in one folder only; None if all are equal."""
+    names = [
         {path.relative_to(root).as_posix() for path in root.glob("emoji*/**/*") if path.is_file()}
         for root in (built, shipped)
     ]
-    for name in sorted(both[0] | both[1]):
-        if not (name in both[0] and name in both[1]):
+    for name in sorted(names[0] | names[1]):
+        if not (name in names[0] and name in names[1]):
             return name
         if not filecmp.cmp(built / name, shipped / name, shallow=False):
             return name
@@ -391,21 +394,21 @@ def first_difference(built, shipped):
 
 
 def warn_of_other_versions():
-    for name, wanted in PINNED.items():
+    for name, pinned in PINNED.items():
         try:
-            found = importlib.metadata.version(name)
+            installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            die(f"{name} is not installed: pip install {name}=={wanted}")
-        if found != wanted:
-            print(f"build_emoji: {name} is {found}, the shards were made with {wanted}")
+            die(f"{name} is not installed: pip install {name}=={pinned}")
+        if installed != pinned:
+            print(f"build_emoji: {name} is {installed}, the bundled shards were built with {pinned}")
     print(f"libwebp {PIL.features.version('webp')}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the roots")
-    parser.add_argument("--check", action="store_true", help="compare a rebuild with --out")
-    parser.add_argument("--cache", type=Path, help="folder that keeps the downloads")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of emoji/ and emoji_unseen/")
+    parser.add_argument("--check", action="store_true", help="compare a rebuild with --out, write nothing there")
+    parser.add_argument("--cache", type=Path, help="folder that keeps the downloads; default: none is kept")
     args = parser.parse_args()
     warn_of_other_versions()
     with tempfile.TemporaryDirectory() as scratch:
@@ -419,11 +422,11 @@ def main():
     if different:
         print(f"build_emoji: differs: {different}", file=sys.stderr)
         sys.exit(1)
-    print("every file is the same")
+    print("all files are equal")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except OSError as error:  # a folder that cannot be written, a full disk
+    except OSError as error:  # a read-only folder, a full disk
         die(error)

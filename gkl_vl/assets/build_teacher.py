@@ -1,4 +1,4 @@
-"""Ship the bundled teacher: the student of a finished run as fp16 safetensors, with its card and its log.
+"""Exports the student of a finished run as the bundled teacher: fp16 safetensors, model card and results.jsonl.
 
     accelerate launch recipes/clip_kd.py --teacher none --student emoji-teacher --steps 2500 --warmup 150 \
         --precision bf16 --ema-decay 0.998 --eval-every-steps 400 --checkpoint-every-steps 400 --output-dir runs/teacher
@@ -18,7 +18,7 @@ from gkl_vl.training.checkpoint import RunFolder
 
 
 def ship(run: RunFolder, folder: Path) -> None:
-    """Write `folder` from the run's model/, config.json and results.jsonl."""
+    """Writes `folder` from the run's model/, config.json and results.jsonl."""
     config, records = run.config(), run.records()
     last = max(record["step"] for record in records)
     card = ClipCard(

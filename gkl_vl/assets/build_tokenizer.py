@@ -1,11 +1,11 @@
-"""Rebuild the bundled tokenizer: CLIP's byte-pair encoding cut to its most frequent merges, 4,096 tokens in all.
+"""Rebuilds the bundled tokenizer: CLIP's byte-pair encoding with its most frequent merges only, 4,096 tokens.
 
     python -m gkl_vl.assets.build_tokenizer --out gkl_vl/assets/tokenizer
 
-The small models of the bundled default use it because CLIP's own 49,408 rows of token embeddings would outweigh their
-towers twenty times. It is an ordinary `CLIPTokenizer` folder, the end-of-text token has the highest id (CLIP's `argmax`
-pooling needs that), and 0 is padding, as in CLIP.
-Source of the merges: openai/CLIP, `clip/bpe_simple_vocab_16e6.txt.gz` (MIT), as open_clip_torch installs it.
+The small bundled models use it because CLIP's 49,408 token embeddings would have twenty times the parameters of their
+towers. It is an ordinary `CLIPTokenizer` folder; the end-of-text token has the highest id, as CLIP's `argmax` pooling
+needs, and 0 is padding, as in CLIP.
+Source of the merges: openai/CLIP, `clip/bpe_simple_vocab_16e6.txt.gz` (MIT), as installed with open_clip_torch.
 """
 
 import argparse
@@ -20,7 +20,7 @@ CONTEXT_LENGTH = 24
 
 
 def build() -> CLIPTokenizer:
-    """The tokenizer, from the merges that open_clip_torch carries."""
+    """Builds the tokenizer from the merges in open_clip_torch."""
     merges = gzip.open(default_bpe()).read().decode("utf-8").split("\n")[1:]
     characters = list(bytes_to_unicode().values())
     special = ["<|startoftext|>", "<|endoftext|>"]

@@ -1,6 +1,6 @@
-"""A model and evaluation sets -> results with CLIP_benchmark's names, keys and values, and what a distiller asks.
+"""Evaluates models on sets: results with CLIP_benchmark's names, keys and values, and comparisons with a teacher.
 
-    from gkl_vl.benchmark import evaluate
+    from gkl_vl.evaluation.benchmark import evaluate
 
     for result in evaluate("local-dir:runs/x/model", ["emoji", "wds/cifar10"], teacher="bundled"):
         print(result["dataset"], result["metrics"], result["intervals"])
@@ -45,8 +45,8 @@ from gkl_vl.models.clip import Clip, load_clip
 from gkl_vl.provenance import git_commit
 
 Task = BenchmarkTask | Literal["linear_probe"]
-Line = dict[str, Any]
-"""A result, as `result` makes it."""
+Result = dict[str, Any]
+"""A result as `result` returns it: one JSON line."""
 TASK_OF: dict[Kind, BenchmarkTask] = {
     "classification": "zeroshot_classification",
     "multilabel": "zeroshot_classification",
@@ -59,18 +59,19 @@ DRAWS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Of one task on one set, before it becomes numbers."""
+    """Statistics of one task on one set, from which `result` computes metrics and intervals."""
 
     task: Task
     images: int
+    """Number of images, n."""
     broken: int
-    """Images that could not be decoded, and are not among `images`."""
+    """Number of images that could not be decoded; not included in `images`."""
     metrics: Statistics
-    """Under CLIP_benchmark's keys."""
+    """Metrics under CLIP_benchmark's keys."""
     extra: Statistics
-    """What CLIP_benchmark does not say."""
+    """Metrics that CLIP_benchmark does not have."""
     logits: Float[Tensor, "n C"] | None = None
-    """Of a classification with one label an image; as the model scales them."""
+    """Logits, with the model's logit scale, of a classification with one label per image; else None."""
     labels: Int[Tensor, " n"] | None = None
 
 
@@ -81,15 +82,15 @@ def measure(
     *,
     recall_k: Sequence[int] = (1, 5, 10),
 ) -> list[Outcome]:
-    """One task or several on a set whose images are embedded once. All processes take part.
+    """Evaluates one or several tasks on a set, embedding its images once. All processes take part.
 
     Args:
-        tasks: zeroshot_classification needs labels, class names and templates; zeroshot_retrieval captions, one or
-            several an image; image_caption_selection a right caption and wrong ones. Default: what the set is for.
+        tasks: zeroshot_classification needs labels, class names and templates; zeroshot_retrieval one or more captions
+            per image; image_caption_selection a correct caption, then wrong ones. Default: the task of the set's kind.
         recall_k: K of retrieval's recall@K.
 
     Raises:
-        UserError: a set without what a task needs or with an unusable sample; embeddings not finite.
+        UserError: a set that lacks what a task needs, an unusable sample, embeddings that are not finite.
         ValueError: no K, or one below 1.
     """
     tasks = tasks or (TASK_OF[dataset.kind],)
@@ -97,52 +98,53 @@ def measure(
         require_classes(dataset)
     check_recall_k(recall_k)
     label = TARGET_OF["multilabel" if dataset.kind == "multilabel" else "classification"]
-    wanted: list[Target] = [label if task == "zeroshot_classification" else "txt" for task in tasks]
-    images = embed_images(embedder, dataset, *dict.fromkeys(wanted))
-    found = []
+    targets: list[Target] = [label if task == "zeroshot_classification" else "txt" for task in tasks]
+    images = embed_images(embedder, dataset, *dict.fromkeys(targets))
+    outcomes = []
     for task in tasks:
         count = {"task": task, "images": len(images.rows), "broken": images.broken}
         if task == "zeroshot_classification":
-            found.append(Outcome(**count, **_classified(embedder, dataset, images.rows, images.targets[label])))
+            outcomes.append(Outcome(**count, **_classification(embedder, dataset, images.rows, images.targets[label])))
             continue
         captions = images.targets["txt"]
         text = embed_texts(embedder, [caption for of_image in captions for caption in of_image])
         owners = torch.tensor([index for index, of_image in enumerate(captions) for _ in of_image])
         if task == "zeroshot_retrieval":
             statistics = retrieval_statistics(image=images.rows, text=text, owners=owners, recall_k=recall_k)
-            found.append(Outcome(**count, metrics=statistics, extra=_mean_recall(statistics)))
+            outcomes.append(Outcome(**count, metrics=statistics, extra=_mean_recall(statistics)))
         else:
             statistics = choice_statistics(image=images.rows, text=text, owners=owners)
-            found.append(Outcome(**count, metrics=statistics, extra={}))
-    return found
+            outcomes.append(Outcome(**count, metrics=statistics, extra={}))
+    return outcomes
 
 
 def _mean_recall(recalls: Statistics) -> Statistics:
-    """DataComp's main metric of retrieval: the mean of both directions at K = 1."""
+    """Statistic of DataComp's main retrieval metric: the mean of both directions' recall@1; none without K = 1."""
     both = [recalls[name] for name in recalls if name.endswith("_recall@1")]
     return {MEAN_RECALL: lambda counts: (both[0](counts) + both[1](counts)) / 2} if both else {}
 
 
-def _classified(embedder: Embedder, dataset: BenchmarkSet, rows: Tensor, labels: list) -> dict[str, Any]:
+def _classification(embedder: Embedder, dataset: BenchmarkSet, rows: Tensor, targets: list) -> dict[str, Any]:
     cosines = rows @ class_weights(embedder, dataset).T
     if dataset.kind == "multilabel":
-        return {"metrics": multilabel_statistics(scores=cosines, targets=torch.tensor(labels)), "extra": {}}
-    numbers = torch.tensor(labels)
+        return {"metrics": multilabel_statistics(scores=cosines, targets=torch.tensor(targets)), "extra": {}}
+    labels = torch.tensor(targets)
     logits = cosines * embedder.clip.towers.log_scale().detach().exp().float().cpu()
     return {
-        "metrics": classification_statistics(logits=cosines, labels=numbers),
-        "extra": calibration_statistics(logits=logits, labels=numbers),
+        "metrics": classification_statistics(logits=cosines, labels=labels),
+        "extra": calibration_statistics(logits=logits, labels=labels),
         "logits": logits,
-        "labels": numbers,
+        "labels": labels,
     }
 
 
 def measure_probe(
     embedder: Embedder, train: BenchmarkSet, test: BenchmarkSet, *, shots: int | None = None, seed: int = 0
 ) -> tuple[Outcome, Probe]:
-    """The test set under a linear probe of the training set (`linear_probe.probe`), and the probe. All processes.
+    """Fits a linear probe to the training set (`linear_probe.probe`) and evaluates it on the test set. All processes.
 
-    Metrics are those of a zero-shot classification with lp_ before their names, as CLIP_benchmark has it.
+    The metrics are those of zero-shot classification with the prefix lp_, as in CLIP_benchmark. Returns the outcome on
+    the test set and the probe.
 
     Raises:
         UserError: as `measure` and `probe`; sets without labels.
@@ -150,27 +152,29 @@ def measure_probe(
     label = TARGET_OF[train.kind]
     if label == "txt":
         raise UserError(f"{train.name} is a {train.kind} set: it has no labels to fit a probe to")
-    fitted_on, measured_on = embed_images(embedder, train, label), embed_images(embedder, test, label)
-    targets, wanted = torch.tensor(fitted_on.targets[label]), torch.tensor(measured_on.targets[label])
-    several = targets.ndim == 2
-    if train.classnames and not several and int(wanted.max()) >= len(train.classnames):
+    train_images, test_images = embed_images(embedder, train, label), embed_images(embedder, test, label)
+    train_targets, test_targets = torch.tensor(train_images.targets[label]), torch.tensor(test_images.targets[label])
+    multilabel = train_targets.ndim == 2
+    if train.classnames and not multilabel and int(test_targets.max()) >= len(train.classnames):
+        last = len(train.classnames) - 1
         raise UserError(
-            f"{test.name} has the label {int(wanted.max())}, its {len(train.classnames)} classes end before"
+            f"{test.name} has the label {int(test_targets.max())}: the {last + 1} class names of {train.name} cover "
+            f"0 to {last}; add the others"
         )
-    most = targets.shape[1] if several else int(torch.cat([targets, wanted]).max()) + 1
-    found = probe(
-        features=fitted_on.rows.to(embedder.device),
-        targets=targets.to(embedder.device),
-        num_classes=len(train.classnames or ()) or most,
+    columns = train_targets.shape[1] if multilabel else int(torch.cat([train_targets, test_targets]).max()) + 1
+    fitted = probe(
+        features=train_images.rows.to(embedder.device),
+        targets=train_targets.to(embedder.device),
+        num_classes=len(train.classnames or ()) or columns,
         shots=shots,
         seed=seed,
     )
-    logits = found.classifier.logits(measured_on.rows.to(embedder.device)).cpu()
-    count = {"task": "linear_probe", "images": len(wanted), "broken": measured_on.broken, "extra": {}}
-    if several:
-        return Outcome(**count, metrics=_prefixed(multilabel_statistics(scores=logits, targets=wanted))), found
-    metrics = _prefixed(classification_statistics(logits=logits, labels=wanted))
-    return Outcome(**count, metrics=metrics, logits=logits, labels=wanted), found
+    logits = fitted.classifier.logits(test_images.rows.to(embedder.device)).cpu()
+    count = {"task": "linear_probe", "images": len(test_targets), "broken": test_images.broken, "extra": {}}
+    if multilabel:
+        return Outcome(**count, metrics=_prefixed(multilabel_statistics(scores=logits, targets=test_targets))), fitted
+    metrics = _prefixed(classification_statistics(logits=logits, labels=test_targets))
+    return Outcome(**count, metrics=metrics, logits=logits, labels=test_targets), fitted
 
 
 def _prefixed(statistics: Statistics) -> Statistics:
@@ -178,16 +182,16 @@ def _prefixed(statistics: Statistics) -> Statistics:
 
 
 def metrics_of(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Their metrics in one dict, for a log."""
-    found: dict[str, float] = {}
+    """The metrics of all outcomes in one dict, for logging."""
+    metrics: dict[str, float] = {}
     for outcome in outcomes:
-        found |= values(outcome.metrics, images=outcome.images)
-    return found
+        metrics |= values(outcome.metrics, images=outcome.images)
+    return metrics
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model under the name that it was asked for."""
+    """A model to evaluate, with the name that the user gave."""
 
     model: str
     pretrained: str
@@ -200,23 +204,27 @@ def evaluate_set(
     dataset: BenchmarkSet,
     tasks: Sequence[BenchmarkTask],
     *,
-    asked: str,
+    name: str,
     recall_k: Sequence[int] = (1, 5, 10),
     draws: int = DRAWS,
     seed: int = 0,
-) -> list[Line]:
-    """A result for each task of a set, with what the teacher says of the same images. All processes take part."""
+) -> list[Result]:
+    """Returns a result for each task of a set, with a comparison with the teacher. All processes take part.
+
+    Args:
+        name: the set's name in the results, as the user gave it (`wds/...`).
+    """
     outcomes = measure(subject.embedder, dataset, tasks, recall_k=recall_k)
-    taught: Sequence[Outcome | None] = [None] * len(outcomes)
+    teacher_outcomes: Sequence[Outcome | None] = [None] * len(outcomes)
     if teacher is not None:
-        taught = measure(teacher.embedder, dataset, tasks, recall_k=recall_k)
+        teacher_outcomes = measure(teacher.embedder, dataset, tasks, recall_k=recall_k)
     lines = []
-    for outcome, of_teacher in zip(outcomes, taught, strict=True):
+    for outcome, of_teacher in zip(outcomes, teacher_outcomes, strict=True):
         line = result(
-            outcome, dataset, model=subject.model, pretrained=subject.pretrained, asked=asked, draws=draws, seed=seed
+            outcome, dataset, model=subject.model, pretrained=subject.pretrained, name=name, draws=draws, seed=seed
         )
         if teacher is not None and of_teacher is not None:
-            line |= against(outcome, of_teacher, dataset, teacher_name=teacher.model, draws=draws, seed=seed)
+            line |= comparison(outcome, of_teacher, dataset, teacher_name=teacher.model, draws=draws, seed=seed)
         lines.append(line)
     return lines
 
@@ -227,17 +235,21 @@ def evaluate_probe(
     train: BenchmarkSet,
     test: BenchmarkSet,
     *,
-    asked: str,
+    name: str,
     shots: int | None,
     seed: int,
-) -> Line:
-    """The result of a linear probe, and of the teacher's on the same images. All processes take part."""
+) -> Result:
+    """Returns the result of a linear probe, with a comparison with the teacher's probe. All processes take part.
+
+    Args:
+        name: the set's name in the result, as the user gave it (`wds/...`).
+    """
     outcome, fitted = measure_probe(subject.embedder, train, test, shots=shots, seed=seed)
-    line = result(outcome, test, model=subject.model, pretrained=subject.pretrained, asked=asked, seed=seed)
+    line = result(outcome, test, model=subject.model, pretrained=subject.pretrained, name=name, seed=seed)
     line["probe"] = {"fewshot_k": -1 if shots is None else shots, "c": fitted.c, "validation": fitted.validation}
     if teacher is not None:
         of_teacher, _ = measure_probe(teacher.embedder, train, test, shots=shots, seed=seed)
-        line |= against(outcome, of_teacher, test, teacher_name=teacher.model, seed=seed)
+        line |= comparison(outcome, of_teacher, test, teacher_name=teacher.model, seed=seed)
     return line
 
 
@@ -259,41 +271,38 @@ def evaluate(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Evaluate a model, with its teacher if there is one, and return a plain dict for each task of each set.
+    """Evaluates a model, optionally compared with a teacher. Returns a plain dict for each task of each set.
 
     Args:
-        model: what `load_clip` takes, a run folder, or a Clip (`towers.as_clip` makes one of an open_clip model).
+        model: a name or run folder as for `load_clip`, or a Clip (`models.clip.as_clip` wraps an open_clip model).
         datasets: names, as in `load_benchmark_set`, or sets.
-        teacher: as `model`; see `against`.
-        tasks: by default what each set is for.
-        cache: folder for embeddings; None = keep none.
-        draws, seed: of the bootstrap.
+        teacher: as `model`; see `comparison`.
+        tasks: default: the task of each set's kind.
+        cache: folder of cached embeddings; None = no cache.
+        draws, seed: number of draws and seed of the bootstrap.
 
-    Returns: as `result`.
+    Returns: dicts as of `result`.
 
     Raises: UserError as `load_clip`, `load_benchmark_set` and `measure`.
     """
-    how = {"device": device, "batch_size": batch_size, "num_workers": num_workers, "amp": amp, "cache": cache}
-    student = _subject(model, pretrained, how)
-    other = None if teacher is None else _subject(teacher, None, how)
-    found = []
+    settings = {"device": device, "batch_size": batch_size, "num_workers": num_workers, "amp": amp, "cache": cache}
+    student = _subject(model, pretrained, settings)
+    reference = None if teacher is None else _subject(teacher, None, settings)
+    lines = []
     for dataset in datasets:
         loaded = dataset
         if isinstance(loaded, str):
             (loaded,) = load_benchmark_sets([loaded], root=dataset_root, split=split)
-        found += evaluate_set(
-            student, other, loaded, tasks, asked=loaded.name, recall_k=recall_k, draws=draws, seed=seed
+        lines += evaluate_set(
+            student, reference, loaded, tasks, name=loaded.name, recall_k=recall_k, draws=draws, seed=seed
         )
-    return found
+    return lines
 
 
-def _subject(model: str | Clip, pretrained: str | None, how: dict[str, Any]) -> Subject:
+def _subject(model: str | Clip, pretrained: str | None, settings: dict[str, Any]) -> Subject:
     clip, name = (load_clip(model, pretrained), model) if isinstance(model, str) else (model, model.name)
-    clip.towers.to(how["device"])
-    return Subject(model=name, pretrained=pretrained or "", embedder=Embedder(clip=clip, **how))
-
-
-# ---- results ----------------------------------------------------------------------------------------------------
+    clip.towers.to(settings["device"])
+    return Subject(model=name, pretrained=pretrained or "", embedder=Embedder(clip=clip, **settings))
 
 
 def result(
@@ -302,24 +311,24 @@ def result(
     *,
     model: str,
     pretrained: str,
-    asked: str | None = None,
+    name: str | None = None,
     draws: int = DRAWS,
     seed: int = 0,
-) -> dict[str, Any]:
-    """CLIP_benchmark's dataset, model, pretrained, task, metrics and language; and beside them
+) -> Result:
+    """Returns CLIP_benchmark's keys dataset, model, pretrained, task, metrics and language, and these:
 
-        n, broken    images that were counted, and those that could not be decoded
+        n, broken    numbers of evaluated images, and of images that could not be decoded
         extra        ece of a classification, mean_recall@1 of a retrieval
         intervals    {metric: [low, high]}, 95 %, bootstrap over images
-        seed         of the bootstrap
-        commit       of this project, None outside of a checkout
+        seed         seed of the bootstrap
+        commit       commit of this project; None outside a checkout
 
     Args:
-        asked: the set's name as it was asked for, with its `wds/`.
+        name: the set's name in the result, as the user gave it (`wds/...`); None = `dataset.name`.
     """
-    every = {**outcome.metrics, **outcome.extra}
+    statistics = {**outcome.metrics, **outcome.extra}
     return {
-        "dataset": asked or dataset.name,
+        "dataset": name or dataset.name,
         "model": model,
         "pretrained": pretrained,
         "task": outcome.task,
@@ -328,48 +337,49 @@ def result(
         "n": outcome.images,
         "broken": outcome.broken,
         "extra": values(outcome.extra, images=outcome.images),
-        "intervals": _lists(intervals(every, images=outcome.images, draws=draws, seed=seed)),
+        "intervals": _lists(intervals(statistics, images=outcome.images, draws=draws, seed=seed)),
         "seed": seed,
         "commit": git_commit(),
     }
 
 
-def against(
+def comparison(
     student: Outcome, teacher: Outcome, dataset: BenchmarkSet, *, teacher_name: str, draws: int = DRAWS, seed: int = 0
 ) -> dict[str, Any]:
-    """What distillation kept, under the key "teacher":
+    """Compares a student with its teacher. Returns under the key "teacher":
 
-    model, metrics, extra, intervals    of the teacher on the same images
+    model, metrics, extra, intervals    the teacher's, on the same images
     kept         {metric: student / teacher}, and kept_intervals
     difference   {metric: {value, low, high, p}}: student minus teacher, paired bootstrap
-    likeness     of classifications: agreement@1, top5_overlap, kl, and likeness_intervals
-    per_class    {class name: {student, teacher, n}}: accuracies, and images; classes without images left out
+    likeness     classifications: agreement@1, top5_overlap, kl, and likeness_intervals
+    per_class    classifications: {class name: {student, teacher, n}}, accuracies and number of images; only classes
+                 with images
     """
-    how = {"images": student.images, "draws": draws, "seed": seed}
-    own, every = ({**outcome.metrics, **outcome.extra} for outcome in (student, teacher))
-    shares = {name: _ratio(own[name], every[name]) for name in own if name != "ece"}
-    differences = paired_differences(own, every, **how)
-    found: dict[str, Any] = {
+    bootstrap = {"images": student.images, "draws": draws, "seed": seed}
+    own, reference = ({**outcome.metrics, **outcome.extra} for outcome in (student, teacher))
+    ratios = {name: _ratio(own[name], reference[name]) for name in own if name != "ece"}
+    differences = paired_differences(own, reference, **bootstrap)
+    compared: dict[str, Any] = {
         "model": teacher_name,
         "metrics": values(teacher.metrics, images=teacher.images),
         "extra": values(teacher.extra, images=teacher.images),
-        "intervals": _lists(intervals(every, **how)),
-        "kept": values(shares, images=student.images),
-        "kept_intervals": _lists(intervals(shares, **how)),
+        "intervals": _lists(intervals(reference, **bootstrap)),
+        "kept": values(ratios, images=student.images),
+        "kept_intervals": _lists(intervals(ratios, **bootstrap)),
         "difference": {name: asdict(difference) for name, difference in differences.items()},
     }
     if student.logits is not None and teacher.logits is not None and student.labels is not None:
         likeness = likeness_statistics(student=student.logits, teacher=teacher.logits)
-        found["likeness"] = values(likeness, images=student.images)
-        found["likeness_intervals"] = _lists(intervals(likeness, **how))
-        found["per_class"] = _per_class(student.logits, teacher.logits, student.labels, dataset.classnames or [])
-    return {"teacher": found}
+        compared["likeness"] = values(likeness, images=student.images)
+        compared["likeness_intervals"] = _lists(intervals(likeness, **bootstrap))
+        compared["per_class"] = _per_class(student.logits, teacher.logits, student.labels, dataset.classnames or [])
+    return {"teacher": compared}
 
 
-def _ratio(one: Statistic, other: Statistic) -> Statistic:
+def _ratio(numerator: Statistic, denominator: Statistic) -> Statistic:
     def ratio(counts: Counts) -> Tensor:
-        below = other(counts)
-        return torch.where(below > 0, one(counts) / below, torch.nan)
+        below = denominator(counts)
+        return torch.where(below > 0, numerator(counts) / below, torch.nan)
 
     return ratio
 
@@ -377,18 +387,19 @@ def _ratio(one: Statistic, other: Statistic) -> Statistic:
 def _per_class(
     student: Tensor, teacher: Tensor, labels: Tensor, names: Sequence[str]
 ) -> dict[str, dict[str, float | int]]:
-    own, other = (class_accuracies(logits=logits, labels=labels).tolist() for logits in (student, teacher))
-    counts = torch.bincount(labels, minlength=len(own)).tolist()
-    rows = zip(names or map(str, range(len(own))), own, other, counts, strict=True)
-    return {name: {"student": mine, "teacher": theirs, "n": n} for name, mine, theirs, n in rows if n}
+    accuracies = [class_accuracies(logits=logits, labels=labels).tolist() for logits in (student, teacher)]
+    classes = range(student.shape[1])
+    counts = torch.bincount(labels, minlength=len(classes)).tolist()
+    rows = zip(names or map(str, classes), *accuracies, counts, strict=True)
+    return {name: {"student": own, "teacher": other, "n": n} for name, own, other, n in rows if n}
 
 
-def _lists(found: Mapping[str, tuple[float, float]]) -> dict[str, list[float]]:
-    return {name: list(interval) for name, interval in found.items()}
+def _lists(bounds: Mapping[str, tuple[float, float]]) -> dict[str, list[float]]:
+    return {name: list(interval) for name, interval in bounds.items()}
 
 
 def refuse_random_weights(model: str, pretrained: str | None) -> None:
-    """A bare name is an architecture; its weights come from `pretrained`. Without them the score is a guess.
+    """Refuses an architecture name without `pretrained`: with random weights the score would be chance.
 
     Raises:
         UserError: no weights.
@@ -398,13 +409,13 @@ def refuse_random_weights(model: str, pretrained: str | None) -> None:
 
 
 def result_path(output: str, *, dataset: str, model: str, pretrained: str, task: str, language: str = "en") -> Path:
-    """--output with CLIP_benchmark's placeholders {dataset} {pretrained} {model} {language} {task} filled in.
+    """Replaces CLIP_benchmark's placeholders {dataset} {pretrained} {model} {language} {task} in --output.
 
-    What cannot stand in a file name (the slashes and colon of `local-dir:runs/x/model`) becomes "_". Asked
-    for before an evaluation, so that a file that cannot be written shows before the hours are spent.
+    Characters that are not allowed in file names (the slashes and colon of `local-dir:runs/x/model`) become "_". Call
+    this before the evaluation: it creates the folder and checks that the file can be written.
 
     Raises:
-        UserError: another placeholder, a path that is a folder or not ours to write.
+        UserError: another placeholder, a path that is a folder or not writable.
     """
     values = dict(dataset=dataset, model=model, pretrained=pretrained, task=task, language=language)
     names = {name: file_safe(value) for name, value in values.items()}
@@ -415,10 +426,10 @@ def result_path(output: str, *, dataset: str, model: str, pretrained: str, task:
         raise UserError(f"output {output!r} has an unknown placeholder: known are {known}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"output {path} is a folder or may not be written: name another file with --output")
+        raise UserError(f"output {path} is a folder or not writable: name another file with --output")
     return path
 
 
 def file_safe(text: str) -> str:
-    """`text` with "_" for what cannot stand in a file name."""
+    """`text` with "_" in place of characters that are not allowed in file names."""
     return re.sub(r"[^\w.@+-]+", "_", text).strip("_")

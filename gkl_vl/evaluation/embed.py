@@ -1,7 +1,8 @@
-"""A CLIP and an evaluation set -> embeddings: each image and each text once, by all processes together.
+"""Embeddings of evaluation sets and texts under a CLIP, zero-shot classifiers, and logits of image classifiers.
 
-Batches of images go round the processes, a batch to each, whatever their number, so that a batch holds the same images
-and gives the same bits as in one process. Labels and captions are read by everybody; they are small.
+Each image and each distinct text is embedded once. Process p of P embeds batches p, p + P, p + 2P, ...: a batch has the
+same images for every P, so the embeddings are the same to the bit. All processes read all labels and captions, which
+are small.
 
 Axis letters: n = images, m = texts, C = classes, d = embedding.
 """
@@ -41,36 +42,36 @@ from gkl_vl.models.modes import evaluating
 
 @dataclass(frozen=True, kw_only=True)
 class Embedder:
-    """A CLIP at work."""
+    """A CLIP and how to run it."""
 
     clip: Clip
-    """Its towers are on `device`; they run in eval mode and come back in the mode they were in; no RNG moves."""
+    """Its towers must be on `device`. They run in eval mode; their modes are restored, and no RNG advances."""
     device: torch.device | str = "cpu"
     batch_size: int = 64
     """Images, or texts, per forward pass of a process."""
     num_workers: int = 0
-    """Processes that decode images; 0 = this one."""
+    """Worker processes that decode images; 0 = decode in this process."""
     amp: bool = False
     """Autocast: fp16 on a GPU, bf16 on a CPU, as CLIP_benchmark does by default."""
     max_broken: float = 0.001
-    """Share of a set's images that may fail to decode. They are left out and counted; more of them are an error."""
+    """Share of a set's images that may fail to decode; these are excluded and counted. A larger share is an error."""
     cache: Path | None = None
-    """Folder to keep embeddings in, under a hash of model, preprocessing and images or texts; None = keep none."""
+    """Folder of cached embeddings, keyed by a hash of model, preprocessing and images or texts; None = no cache."""
     alone: bool = False
-    """Only this one of several processes asks."""
+    """Only this one of several processes calls: it does all the work, without collectives."""
     progress: bool = False
-    """Bars, on a terminal."""
+    """Progress bars on a terminal."""
 
     @cached_property
     def fingerprint(self) -> bytes:
-        """Of what the model says: its weights, architecture and preprocessing, and how it computes."""
+        """Hash of everything that determines the embeddings: weights, architecture, preprocessing, device type, amp."""
         digest = hashlib.sha256(f"{torch.device(self.device).type} {self.amp}".encode())
         add_clip(digest, self.clip)
         return digest.digest()
 
     @cached_property
     def cost(self) -> dict[str, float]:
-        """Parameters, and milliseconds of the image tower per image on this machine, in batches of 64."""
+        """Numbers of parameters, and the image tower's milliseconds per image on this machine, in batches of 64."""
         towers = self.clip.towers
         return {
             "parameters": sum(p.numel() for p in towers.parameters()),
@@ -80,32 +81,32 @@ class Embedder:
 
     @property
     def part(self) -> tuple[int, int]:
-        """My number among the processes that share the work, and theirs."""
+        """(rank, number of processes) of the processes that share the work."""
         return (0, 1) if self.alone else (rank(), world_size())
 
-    def joined(self, mine: Tensor) -> Tensor:
-        """Everybody's rows; where a row is another's, mine is 0."""
-        return mine if self.alone else sum_across_processes(mine)  # all ranks
+    def joined(self, local: Tensor) -> Tensor:
+        """Merges the rows of all processes: each passes the full tensor, with 0 in the rows that it did not compute."""
+        return local if self.alone else sum_across_processes(local)  # all ranks
 
     def is_with_all(self, stored: dict[str, Tensor] | None) -> bool:
-        """Whether every process found it in its cache: folders may differ between machines."""
+        """Whether `stored` is in the cache of every process: cache folders may differ between machines."""
         return int(self.joined(torch.tensor(int(stored is not None)))) == self.part[1]
 
 
 @dataclass(frozen=True)
 class EmbeddedImages:
-    """Of a set, in its order, without the images that could not be decoded."""
+    """Embeddings of a set in its order, without the images that could not be decoded."""
 
     rows: Float[Tensor, "n d"]
     """L2-normalised, fp32 or wider, on the CPU."""
     targets: dict[Target, list]
-    """Labels, captions, 0/1 by class."""
+    """Labels, 0/1 rows or captions of the embedded images."""
     broken: int
-    """Images that could not be decoded."""
+    """Number of images that could not be decoded."""
 
 
 def embed_images(embedder: Embedder, dataset: BenchmarkSet, *targets: Target) -> EmbeddedImages:
-    """Embeddings of a set's images, with what it says of them.
+    """Embeds the images of a set, and reads their `targets`. All processes take part.
 
     Raises:
         UserError: an unusable sample, too many images that cannot be decoded, embeddings that are not finite.
@@ -115,16 +116,16 @@ def embed_images(embedder: Embedder, dataset: BenchmarkSet, *targets: Target) ->
     digest = None
     if embedder.cache is not None:
         digest = hashlib.sha256(embedder.fingerprint + PIL.__version__.encode())
-    said = []
+    targets_of = []
     for record in dataset.records(*targets):
-        said.append(record.targets)
+        targets_of.append(record.targets)
         if digest is not None:
             content = record.read()
             digest.update(len(content).to_bytes(8, "big") + content)
     path = None if embedder.cache is None or digest is None else embedder.cache / _file("images", digest)
     stored = None if path is None else disk_cache.read(path)
     if path is None or not embedder.is_with_all(stored):
-        rows, whole = _embed_batches(embedder, dataset, len(said))
+        rows, whole = _embed_batches(embedder, dataset, len(targets_of))
         stored = {"rows": rows, "whole": whole}
         if path is not None and embedder.part[0] == 0:
             disk_cache.write(path, stored)
@@ -136,16 +137,17 @@ def embed_images(embedder: Embedder, dataset: BenchmarkSet, *targets: Target) ->
     rows = stored["rows"][stored["whole"].bool()]
     _require_finite(embedder.clip, rows, "image")
     kept: dict[Target, list] = {
-        target: [of[target] for of, ok in zip(said, whole, strict=True) if ok] for target in targets
+        target: [of_image[target] for of_image, decoded in zip(targets_of, whole, strict=True) if decoded]
+        for target in targets
     }
     return EmbeddedImages(rows, kept, broken)
 
 
 def _embed_batches(embedder: Embedder, dataset: BenchmarkSet, images: int) -> tuple[Tensor, Tensor]:
-    """Embeddings of all images, and 1 for those that could be decoded; the others' are 0."""
+    """Embeddings of all images, and a mask: 1 if an image could be decoded, else 0 and its embedding is 0."""
     rows, whole = torch.zeros(images, embedder.clip.embed_dim), torch.zeros(images, dtype=torch.uint8)
     batches = _Batches(dataset, embedder.clip.image_transform(), embedder.batch_size, *embedder.part)
-    # Its own generator: a DataLoader draws a seed, and evaluation must not move training's RNG.
+    # Its own generator: a DataLoader draws a seed, and evaluation must not advance training's RNG.
     loader = DataLoader(batches, batch_size=None, num_workers=embedder.num_workers, generator=torch.Generator())
     with (
         _bar("image", embedder, total=images) as bar,
@@ -156,21 +158,21 @@ def _embed_batches(embedder: Embedder, dataset: BenchmarkSet, images: int) -> tu
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
-            numbers, pixels, count = batch
-            if len(numbers):
-                found = embedder.clip.towers.encode_image(pixels.to(embedder.device))
-                rows[numbers] = F.normalize(upcast(found), dim=-1).cpu()
-                whole[numbers] = 1
+            indices, pixels, count = batch
+            if len(indices):
+                embeddings = embedder.clip.towers.encode_image(pixels.to(embedder.device))
+                rows[indices] = F.normalize(upcast(embeddings), dim=-1).cpu()
+                whole[indices] = 1
             bar.update(count * embedder.part[1])
     return embedder.joined(rows), embedder.joined(whole)
 
 
 @dataclass
 class _Batches(IterableDataset):
-    """My batches in the order of the set: (numbers of the images that could be decoded, their pixels, images read).
+    """Batches of this process, in order: (indices of the images that could be decoded, their pixels, images read).
 
-    Batch b is process b mod P's, and of a process's batches its workers take one in turn; a loader asks its workers in
-    turn, so the order stays, and all of them help where a set is one single shard.
+    Process b mod P takes batch b. Its workers take its batches in turn, which is the order in which a loader polls
+    them, so the order is kept; all workers are used even for a set of one shard.
     """
 
     dataset: BenchmarkSet
@@ -181,25 +183,25 @@ class _Batches(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Int[Tensor, " b"], Tensor, int] | UserError]:
         worker = get_worker_info()
-        mine, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        wanted, every = self.process + mine * self.processes, self.processes * workers
+        worker_id, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        first, step = self.process + worker_id * self.processes, self.processes * workers
         try:
             for index, records in enumerate(_batched(self.dataset.records(), self.batch_size)):
-                if index % every == wanted:
+                if index % step == first:
                     yield self._decoded(index * self.batch_size, records)
         except UserError as error:
-            yield error  # raised here, it would reach the user as a worker's traceback
+            yield error  # if raised here, the loader would turn it into a worker's traceback
 
     def _decoded(self, start: int, records: list[Record]) -> tuple[Int[Tensor, " b"], Tensor, int]:
-        numbers, pixels = [], []
-        for number, record in enumerate(records, start):
+        indices, pixels = [], []
+        for index, record in enumerate(records, start):
             try:
                 pixels.append(self.transform(record.decode()))
-                numbers.append(number)
+                indices.append(index)
             except BrokenImage:
-                pass  # counted by its absence
+                pass  # its index is missing, which the caller counts
         stacked = torch.stack(pixels) if pixels else torch.empty(0)
-        return torch.tensor(numbers, dtype=torch.int64), stacked, len(records)
+        return torch.tensor(indices, dtype=torch.int64), stacked, len(records)
 
 
 def _batched(records: Iterable[Record], batch_size: int) -> Iterator[list[Record]]:
@@ -213,12 +215,12 @@ def _raise_first_broken(dataset: BenchmarkSet, broken: int, images: int, share: 
         try:
             record.decode()
         except BrokenImage as error:
-            told = f"{broken} of {images} images cannot be decoded, and --max_broken lets {share:g} of them pass"
-            raise UserError(f"{told}; the first: {error}") from error
+            counts = f"{broken} of {images} images cannot be decoded, and --max_broken allows a share of {share:g}"
+            raise UserError(f"{counts}; the first: {error}") from error
 
 
 def embed_texts(embedder: Embedder, texts: Sequence[str]) -> Float[Tensor, "m d"]:
-    """L2-normalised embeddings of texts, fp32 or wider, on the CPU. Of equal texts one is embedded."""
+    """L2-normalised embeddings of texts, fp32 or wider, on the CPU; equal texts are embedded once. All processes."""
     distinct = list(dict.fromkeys(texts))
     starts = range(0, len(distinct), embedder.batch_size)
     tokens = torch.cat([embedder.clip.tokenize(distinct[s : s + embedder.batch_size]) for s in starts])
@@ -233,8 +235,8 @@ def embed_texts(embedder: Embedder, texts: Sequence[str]) -> Float[Tensor, "m d"
             disk_cache.write(path, stored)
     assert stored is not None  # by is_with_all
     _require_finite(embedder.clip, stored["rows"], "text")
-    number = {text: index for index, text in enumerate(distinct)}
-    return stored["rows"][torch.tensor([number[text] for text in texts])]
+    row_of = {text: row for row, text in enumerate(distinct)}
+    return stored["rows"][torch.tensor([row_of[text] for text in texts])]
 
 
 def _embed_tokens(embedder: Embedder, tokens: Int[Tensor, "m length"]) -> Float[Tensor, "m d"]:
@@ -249,8 +251,8 @@ def _embed_tokens(embedder: Embedder, tokens: Int[Tensor, "m length"]) -> Float[
     ):
         for start in range(process * size, len(tokens), processes * size):
             batch = tokens[start : start + size]
-            found = embedder.clip.towers.encode_text(batch.to(embedder.device))
-            rows[start : start + size] = F.normalize(upcast(found), dim=-1).cpu()
+            embeddings = embedder.clip.towers.encode_text(batch.to(embedder.device))
+            rows[start : start + size] = F.normalize(upcast(embeddings), dim=-1).cpu()
             bar.update(len(batch) * processes)
     return embedder.joined(rows)
 
@@ -269,12 +271,26 @@ def _precision(embedder: Embedder) -> torch.autocast:
 
 
 def _require_finite(clip: Clip, rows: Tensor, tower: str) -> None:
-    # A comparison with nan is false, so a broken model would score like a perfect one, or like a guess.
+    # Comparisons with nan are false, so a broken model would score like a perfect one, or like chance.
     if not rows.isfinite().all():
-        raise UserError(f"the {tower} tower of {clip.name!r} gives embeddings that are not finite")
+        raise UserError(f"the {tower} tower of {clip.name!r} returns embeddings that are not finite: check its weights")
 
 
-# ---- classes as texts --------------------------------------------------------------------------------------------
+def milliseconds_per_image(*, clip: Clip, device: torch.device | str, batch_size: int = 64, repeats: int = 5) -> float:
+    """Time per image of the image tower: median of `repeats` batches after one warm-up. A rough estimate."""
+    device = torch.device(device)
+    pixels = clip.prepare(
+        torch.zeros(batch_size, 3, clip.image_size, clip.image_size, dtype=torch.uint8, device=device)
+    )
+    seconds = []
+    with evaluating(clip.towers), torch.inference_mode():
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            clip.towers.encode_image(pixels)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - started)
+    return 1000 * sorted(seconds[1:])[repeats // 2] / batch_size
 
 
 def zero_shot_classifier(
@@ -302,7 +318,7 @@ def zero_shot_classifier(
 def _prompts(classname: str, templates: Templates) -> list[str]:
     if isinstance(templates, dict):
         if not templates.get(classname):
-            raise UserError(f"the prompts have none for the class {classname!r}")
+            raise UserError(f"the prompts have no entry for the class {classname!r}: add one")
         return templates[classname]
     for template in templates:
         if "{c}" not in template:
@@ -311,13 +327,13 @@ def _prompts(classname: str, templates: Templates) -> list[str]:
 
 
 def class_weights(embedder: Embedder, dataset: BenchmarkSet) -> Float[Tensor, "C d"]:
-    """`zero_shot_classifier` of a set's class names and templates.
+    """`zero_shot_classifier` for a set's class names and templates.
 
     Raises:
         UserError: a set without class names or templates.
     """
     require_classes(dataset)
-    assert dataset.classnames is not None and dataset.templates is not None  # asked above
+    assert dataset.classnames is not None and dataset.templates is not None  # by require_classes
     return zero_shot_classifier(embedder, classnames=dataset.classnames, templates=dataset.templates)
 
 
@@ -327,11 +343,11 @@ def require_classes(dataset: BenchmarkSet) -> None:
         raise UserError(f"{dataset.name} is a {dataset.kind} set: it has no classes; use eval/retrieval.py")
     if not dataset.classnames:
         raise UserError(
-            f"{dataset.name} has no classnames.txt: write one name a line, by label, or give --custom_classname_file"
+            f"{dataset.name} has no classnames.txt: write one name per line, by label, or give --custom_classname_file"
         )
     if not dataset.templates:
         raise UserError(
-            f"{dataset.name} has no {TEMPLATES_FILE}: write one prompt a line, {{c}} for the class name, or give "
+            f"{dataset.name} has no {TEMPLATES_FILE}: write one prompt per line, {{c}} for the class name, or give "
             "--custom_template_file"
         )
 
@@ -339,13 +355,13 @@ def require_classes(dataset: BenchmarkSet) -> None:
 def top_names(
     embedder: Embedder, *, images: Sequence[Image.Image], dataset: BenchmarkSet, k: int
 ) -> list[list[tuple[str, float]]]:
-    """For each image the k most probable class names of the set: (name, softmax of scaled similarities).
+    """For each image, the k most probable class names of the set: (name, softmax of the scaled similarities).
 
-    By this process alone.
+    Runs in the calling process only, without collectives.
     """
     clip = embedder.clip
     classifier = class_weights(replace(embedder, alone=True), dataset)
-    assert dataset.classnames is not None  # asked by class_weights
+    assert dataset.classnames is not None  # by class_weights
     with evaluating(clip.towers), torch.inference_mode():
         pixels = torch.stack([clip.image_transform()(image) for image in images]).to(embedder.device)
         image = upcast(clip.towers.encode_image(pixels)).cpu()
@@ -355,31 +371,11 @@ def top_names(
     return [[(dataset.classnames[c], p) for c, p in zip(*row, strict=True)] for row in rows]
 
 
-def milliseconds_per_image(*, clip: Clip, device: torch.device | str, batch_size: int = 64, repeats: int = 5) -> float:
-    """Time of the image tower alone, median of `repeats` batches after one warm-up; no benchmark."""
-    device = torch.device(device)
-    pixels = clip.prepare(
-        torch.zeros(batch_size, 3, clip.image_size, clip.image_size, dtype=torch.uint8, device=device)
-    )
-    seconds = []
-    with evaluating(clip.towers), torch.inference_mode():
-        for _ in range(repeats + 1):
-            started = time.perf_counter()
-            clip.towers.encode_image(pixels)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - started)
-    return 1000 * sorted(seconds[1:])[repeats // 2] / batch_size
-
-
-# ---- classifiers -------------------------------------------------------------------------------------------------
-
-
 @torch.inference_mode()
 def predict(
     *, classifier: Classifier, views: Views, view: int, count: int, device: torch.device, batch_size: int = 256
 ) -> Float[Tensor, "n C"]:
-    """Logits of a view of images 0 .. count - 1, on the CPU. The caller sets the mode of the model."""
+    """Logits of one view of images 0 .. count - 1, on the CPU. The caller puts the model in evaluation mode."""
     starts = range(0, count, batch_size)
     ids = ((view, torch.arange(start, min(start + batch_size, count))) for start in starts)
     batches = tqdm(views.batches(ids), total=len(starts), desc="classify", leave=False, disable=None)

@@ -1,4 +1,4 @@
-"""Flags that the evaluation scripts share, and the sets and models that they name."""
+"""Flags shared by the evaluation scripts, and functions that load the sets and models that the flags name."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from gkl_vl.models.clip import load_clip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
-    """What every evaluation of a CLIP asks."""
+class EvalFlags:
+    """Options shared by the evaluation scripts."""
 
     dataset_root: str | None = None
-    """Folder of the set, or its URL on the Hub; {dataset} and {dataset_cleaned} are filled in."""
+    """Folder of the set, or its URL on the Hub; {dataset} and {dataset_cleaned} are replaced by its name."""
     split: str = "test"
-    """Of the sets."""
+    """Split of the sets."""
     custom_classname_file: str | None = None
     """JSON: {dataset: [class names]}."""
     custom_template_file: str | None = None
@@ -27,21 +27,21 @@ class Flags:
     batch_size: int = 64
     """Images, or texts, per forward pass and process."""
     num_workers: int = 2
-    """Processes that decode images, per process; 0 = this one."""
+    """Workers that decode images, per process; 0 = decode in the process itself."""
     amp: bool = False
-    """Autocast (fp16 on a GPU, bf16 on a CPU), as CLIP_benchmark does unless told --no_amp."""
+    """Autocast (fp16 on a GPU, bf16 on a CPU), as CLIP_benchmark does without --no_amp."""
     max_broken: float = 0.001
-    """Share of a set's images that may fail to decode; they are left out and counted. More of them are an error."""
+    """Largest share of a set's images that may fail to decode; they are left out and counted. More are an error."""
     cache: bool = True
-    """Keep embeddings on disk, under a hash of model, preprocessing and data."""
+    """Cache embeddings on disk, under a hash of model, preprocessing and data."""
     seed: int = 0
-    """Of the bootstrap that the intervals come from."""
+    """Seed of the bootstrap for the intervals, of few-shot draws and of attacks."""
     allow_pickle: bool = False
-    """Read weights stored as a pickle."""
+    """Allow weights stored as a pickle, which can execute code when they are read."""
 
 
-def load_sets(names: Sequence[str], flags: Flags, *, split: str | None = None) -> list[BenchmarkSet]:
-    """The sets that the flags name; another split than theirs where one is given."""
+def load_sets(names: Sequence[str], flags: EvalFlags, *, split: str | None = None) -> list[BenchmarkSet]:
+    """Loads evaluation sets with the root, split and files of `flags`; `split` overrides the split."""
     return load_benchmark_sets(
         names,
         root=flags.dataset_root,
@@ -51,8 +51,8 @@ def load_sets(names: Sequence[str], flags: Flags, *, split: str | None = None) -
     )
 
 
-def load_subject(model: str, pretrained: str | None, flags: Flags, device: torch.device) -> Subject:
-    """A model that is ready to embed.
+def load_subject(model: str, pretrained: str | None, flags: EvalFlags, device: torch.device) -> Subject:
+    """Loads a model to `device`, with an embedder of its images and texts.
 
     Raises: UserError as `load_clip`, and for an architecture without weights.
     """
@@ -73,8 +73,8 @@ def load_subject(model: str, pretrained: str | None, flags: Flags, device: torch
 
 
 def load_subjects(
-    model: str, pretrained: str | None, teacher: str | None, flags: Flags, device: torch.device
+    model: str, pretrained: str | None, teacher: str | None, flags: EvalFlags, device: torch.device
 ) -> tuple[Subject, Subject | None]:
-    """A model, and the teacher that it is compared with."""
+    """Loads a model, and the teacher to compare it with; None without a teacher."""
     subject = load_subject(model, pretrained, flags, device)
     return subject, None if teacher is None else load_subject(teacher, None, flags, device)

@@ -1,7 +1,7 @@
-"""A linear probe: logistic regression on a frozen model's image embeddings, the regularisation chosen on a part of the
-training set and never on the test set.
+"""Linear probe: logistic regression on a frozen model's image embeddings, with the regularisation chosen on a held-out
+part of the training set, never on the test set.
 
-Embeddings are taken as they are, not standardised, as in the CLIP paper. Everything runs where the features are.
+Embeddings are not standardised, as in the CLIP paper. Everything runs on the device of the features.
 
 Axis letters: n = images, d = embedding, C = classes.
 """
@@ -21,35 +21,35 @@ from gkl_vl.evaluation.metrics import multilabel_metrics, top_k_accuracy
 from gkl_vl.losses.gkl import upcast
 
 VALIDATION_SHARE = 0.2
-FEW_SHOT_VALIDATION_SHARE = 0.5  # of so few, a fifth would say nothing
+FEW_SHOT_VALIDATION_SHARE = 0.5  # a fifth of a few shots is too few to compare values of c
 MAX_ITERATIONS = 1000
-COARSE = (-6, -4, -2, 0, 2, 4, 6)  # log10 of c
-FINEST = 0.125
-ROUGHLY = 0.1  # tolerance of the fits that c is chosen by: a fraction of the time, and hardly another choice
-TILE = 8192  # rows at a time in fp64: neither they nor their logits exist at once
-UNTUNED = 1.0  # c where there is nothing to choose it on
+COARSE = (-6, -4, -2, 0, 2, 4, 6)  # log10 of c: the first grid
+FINEST = 0.125  # log10 of c: the last step
+ROUGHLY = 0.1  # tolerance of the fits that select c: much faster, and rarely another choice
+TILE = 8192  # rows in fp64 at a time, so that neither all rows nor all logits exist in fp64 at once
+UNTUNED = 1.0  # c without a held-out part
 
 
 @dataclass(frozen=True)
 class LinearClassifier:
-    """logits = weight x + bias."""
+    """logits = W x + b."""
 
     weight: Float[Tensor, "C d"]
     bias: Float[Tensor, " C"]
 
     def logits(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n C"]:
-        """In the precision of the weights."""
+        """Computed in the precision of the weights."""
         return features.to(self.weight.dtype) @ self.weight.T + self.bias
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A classifier, and how its regularisation was chosen."""
+    """A fitted classifier with its regularisation."""
 
     classifier: LinearClassifier
     c: float
     validation: float
-    """Top-1 accuracy, or mean average precision, of the part held out of the training set, at this c; nan for none."""
+    """Top-1 accuracy, or mean average precision, on the held-out part of the training set at this c; nan if none."""
 
 
 def fit(
@@ -61,28 +61,28 @@ def fit(
     start: LinearClassifier | None = None,
     tolerance: float = 1e-4,
 ) -> LinearClassifier:
-    """L2-regularised logistic regression:
+    """Fits an L2-regularised logistic regression:
 
         argmin_{W, b}  sum_i loss(W x_i + b, t_i) + ||W||^2 / (2 c)
 
-    with the cross entropy of the softmax for labels, and the sum over classes of that of the sigmoid for [n, C] targets
-    of 0 and 1. c is scikit-learn's C (of exactly two classes half of it: there is one weight vector there, and two
-    here); the bias is free. By L-BFGS with strong Wolfe line search, at most 1,000 iterations, in fp64; the result is
-    in fp32 or the features' wider precision.
+    The loss is the softmax cross entropy for labels, and the sum over classes of the sigmoid cross entropies for [n, C]
+    targets of 0 and 1. c is scikit-learn's C (for exactly two classes half of it: scikit-learn has one weight vector,
+    this has two); the bias is not regularised. Solved by L-BFGS with strong Wolfe line search, at most 1,000
+    iterations, in fp64; the result is in fp32 or the features' wider precision.
 
-    The optimum is unique but for a shift of the softmax's biases, which sum to 0 here, as the weights do. A class that
-    no image has (or, with several labels, all have) gets the limit of the optimum: weight 0, bias -inf (or +inf).
+    The optimum is unique up to a shift of the softmax's biases, which sum to 0 here, as the weights do. A class that no
+    image has (or, with several labels, all have) gets the limit of the optimum: weight 0, bias -inf (or +inf).
 
     Args:
-        start: where to begin, say the solution for a neighbouring c; None = 0.
-        tolerance: it ends where ||gradient|| <= tolerance ||W|| / c. The objective being 1/c-strongly convex in W, that
-            W is within tolerance ||W|| of the optimum, whatever c and n. In practice it is 50 times nearer.
+        start: initial classifier, e.g. the solution for a close c; None = 0.
+        tolerance: iteration stops at ||gradient|| <= tolerance ||W|| / c. As the objective is 1/c-strongly convex in W,
+            W is then within tolerance ||W|| of the optimum, for any c and n. In practice it is 50 times closer.
 
     Source: Radford et al., ICML 2021, arXiv 2103.00020, appendix A.3.
     """
-    found = _solve(_prepare(features, targets, num_classes), c, start, tolerance)
+    solution = _solve(_prepare(features, targets, num_classes), c, start, tolerance)
     dtype = upcast(features[:0]).dtype
-    return LinearClassifier(found.weight.to(dtype), found.bias.to(dtype))
+    return LinearClassifier(solution.weight.to(dtype), solution.bias.to(dtype))
 
 
 def probe(
@@ -93,16 +93,16 @@ def probe(
     shots: int | None = None,
     seed: int = 0,
 ) -> Probe:
-    """The probe of a training set, c chosen from 1e-6 to 1e6 on a part of it (a fifth; half of the shots).
+    """Fits a probe to a training set, with c chosen in 1e-6 to 1e6 on a held-out part (a fifth; half of the shots).
 
-    c is searched as in the CLIP paper: on a coarse grid, then around the best with half the step, down to an eighth of
-    a decade; of equally good ones the smallest, which regularises most. The final fit takes the whole training set, or
-    all shots, at that c. One shot leaves nothing to choose on: c = 1.
+    The search for c follows the CLIP paper: a coarse grid, then around the best value with half the step, down to an
+    eighth of a decade; of equally good values the smallest, which regularises most. The final fit at that c uses the
+    whole training set, or all shots. With one shot nothing can be held out: c = 1.
 
     Args:
-        targets: labels, or 0 and 1 by class.
-        shots: so many images of each class, drawn by seed, are the whole training set; None = all images. Labels only.
-        seed: of the shots and of the part that is held out.
+        targets: labels, or [n, C] of 0 and 1.
+        shots: use this many images of each class, drawn by seed, as the training set; None = all images. Labels only.
+        seed: seed of the shots and of the held-out part.
 
     Raises:
         UserError: labels beyond num_classes, fewer than two classes, features that are not finite, too few images.
@@ -120,22 +120,22 @@ def probe(
 
 
 def _choose(features: Tensor, targets: Tensor, kept: Tensor, held: Tensor, num_classes: int) -> tuple[float, float]:
-    """The best c on the held-out part, and its score there."""
+    """The best c on the held-out part, and its score."""
     problem = _prepare(features[kept], targets[kept], num_classes)
-    found: dict[float, LinearClassifier] = {}
+    solutions: dict[float, LinearClassifier] = {}
     scores: dict[float, float] = {}
 
     def score(exponents: list[float]) -> None:
         for exponent in exponents:
             if exponent in scores or not COARSE[0] <= exponent <= COARSE[-1]:
                 continue
-            start = found[min(found, key=lambda other: abs(other - exponent))] if found else None
-            found[exponent] = _solve(problem, 10.0**exponent, start, ROUGHLY)
-            logits, wanted = found[exponent].logits(features[held]).cpu(), targets[held].cpu()
-            if wanted.ndim == 1:
-                scores[exponent] = top_k_accuracy(logits=logits, labels=wanted, k=1)
+            start = solutions[min(solutions, key=lambda other: abs(other - exponent))] if solutions else None
+            solutions[exponent] = _solve(problem, 10.0**exponent, start, ROUGHLY)
+            logits, held_targets = solutions[exponent].logits(features[held]).cpu(), targets[held].cpu()
+            if held_targets.ndim == 1:
+                scores[exponent] = top_k_accuracy(logits=logits, labels=held_targets, k=1)
             else:
-                scores[exponent] = multilabel_metrics(scores=logits, targets=wanted)["mean_average_precision"]
+                scores[exponent] = multilabel_metrics(scores=logits, targets=held_targets)["mean_average_precision"]
             bar.update()
 
     def best() -> float:
@@ -151,16 +151,16 @@ def _choose(features: Tensor, targets: Tensor, kept: Tensor, held: Tensor, num_c
 
 
 def few_shot(labels: Int[Tensor, " n"], *, shots: int, seed: int) -> Int[Tensor, " m"]:
-    """Numbers of `shots` images of each class that occurs, drawn by seed, in the order of the set.
+    """Indices of `shots` images of each class that occurs, drawn by seed, in the order of the set.
 
     Raises:
-        UserError: a class that has fewer.
+        UserError: a class with fewer images.
     """
     counts = torch.bincount(labels.cpu())
     few = ((counts > 0) & (counts < shots)).nonzero().flatten()
     if len(few):
         first = int(few[0])
-        raise UserError(f"{shots} shots: class {first} has {int(counts[first])} images, so ask for fewer shots")
+        raise UserError(f"{shots} shots: class {first} has {int(counts[first])} images: lower --fewshot_k")
     order, rank = shuffled_ranks(labels, seed)
     return order[rank < shots].sort().values.to(labels.device)
 
@@ -168,10 +168,10 @@ def few_shot(labels: Int[Tensor, " n"], *, shots: int, seed: int) -> Int[Tensor,
 def split(
     targets: Int[Tensor, " n"] | Num[Tensor, "n C"], *, share: float, seed: int
 ) -> tuple[Int[Tensor, " m"], Int[Tensor, " k"]]:
-    """Numbers of the images to fit on, and of `share` of them that are held out; drawn by seed.
+    """Indices of the images to fit on and of the held-out images, a `share` of all; drawn by seed.
 
-    Of each class share x count are held out, rounded down, one at least where it has two or more. Of images with
-    several labels, share x n.
+    Holds out share x count images of each class, rounded down, but at least one if the class has two or more. With
+    several labels per image, share x n.
     """
     labels = targets if targets.ndim == 1 else torch.zeros(len(targets), dtype=torch.int64)
     counts = torch.bincount(labels.cpu())
@@ -183,9 +183,9 @@ def split(
 
 def _check(features: Tensor, targets: Tensor, num_classes: int, shots: int | None) -> None:
     if not features.isfinite().all():
-        raise UserError("the training features are not finite: is the model's image tower broken?")
+        raise UserError("the training features are not finite: check the weights of the model")
     if shots is not None and (shots < 1 or targets.ndim > 1):
-        raise UserError(f"{shots} shots: a whole number from 1, of a set with one label an image")
+        raise UserError(f"{shots} shots: expected an integer from 1 and a set with one label per image, or -1 for all")
     if targets.ndim == 1:
         if len(targets) and int(targets.max()) >= num_classes:
             raise UserError(f"the training set has the label {int(targets.max())}, but there are {num_classes} classes")
@@ -197,41 +197,31 @@ def _check(features: Tensor, targets: Tensor, num_classes: int, shots: int | Non
         raise UserError(f"{len(targets)} training images: a probe needs two")
 
 
-# ---- the solver ------------------------------------------------------------------------------------------------
-#
-# It works on the mean over images, with l2 = 1 / (c n), in coordinates t where the problem is nearly round, which
-# changes the way and not the goal:
-#
-#     W = S(t[:, 1:] r) A^T,    b = log-odds of the classes + S(t[:, 0] r_0) - W mean
-#     r_kj = (q_k v_j + l2)^-1/2,    r_0k = q_k^-1/2,    q_k = p_k (1 - p_k)
-#
-# A, v, mean: the features' principal axes, variances and mean; p_k: the share of class k; S takes away the mean over
-# classes (softmax only, where a common shift changes no loss and the penalty wants none). At t = 0 the Hessian is about
-# the identity. Embeddings are a narrow cone with a few strong axes, and take several times the steps without it.
-
-
 @dataclass(frozen=True)
 class _Problem:
+    """A training set and its statistics, from which `_solve` computes its coordinates."""
+
     features: Float[Tensor, "n d"]
     targets: Int[Tensor, " n"] | Num[Tensor, "n C"]
     log_odds: Float[Tensor, " C"]
     """The best bias at W = 0."""
     curvature: Float[Tensor, " C"]
-    """q; 0 for a class that no image has or all have, whose optimum is in the log-odds, at infinity."""
+    """q of `_solve`; 0 for a class that no image has or all have: its optimal bias is its infinite log-odds."""
     mean: Float[Tensor, " d"]
     variances: Float[Tensor, " d"]
     axes: Float[Tensor, "d d"]
-    """In columns."""
+    """Principal axes, in columns."""
 
     @property
-    def learns(self) -> Bool[Tensor, " C"]:
+    def finite(self) -> Bool[Tensor, " C"]:
+        """Classes with a finite optimum."""
         return self.curvature > 0
 
     def without_shift(self, values: Float[Tensor, "C k"]) -> Float[Tensor, "C k"]:
-        """S, of values that are 0 for a class that learns nothing."""
+        """S of `_solve`, for values that are 0 in the classes without a finite optimum."""
         if self.targets.ndim == 2:
             return values
-        return values - self.learns[:, None] * values.sum(dim=0) / self.learns.sum().clamp_min(1)
+        return values - self.finite[:, None] * values.sum(dim=0) / self.finite.sum().clamp_min(1)
 
 
 def _prepare(
@@ -255,59 +245,69 @@ def _prepare(
 
 
 def _solve(problem: _Problem, c: float, start: LinearClassifier | None, tolerance: float) -> LinearClassifier:
+    """Minimises the mean loss over images, with l2 = 1 / (c n), in preconditioned coordinates t with the same optimum:
+
+        W = S(t[:, 1:] r) A^T,    b = log-odds of the classes + S(t[:, 0] r_0) - W mean
+        r_kj = (q_k v_j + l2)^-1/2,    r_0k = q_k^-1/2,    q_k = p_k (1 - p_k)
+
+    A, v, mean: the features' principal axes, variances and mean; p_k: the share of class k; S subtracts the mean over
+    classes (softmax only, where a common shift does not change the loss, and the penalty is smallest without one). At
+    t = 0 the Hessian is about the identity. Embeddings lie in a narrow cone with a few axes of large variance; without
+    preconditioning L-BFGS takes several times as many steps.
+    """
     l2 = 1 / (c * len(problem.features))
-    learns, mean, axes = problem.learns[:, None], problem.mean, problem.axes
+    finite, mean, axes = problem.finite[:, None], problem.mean, problem.axes
     curvature = problem.curvature[:, None]
-    unit = torch.cat([curvature, curvature * problem.variances + l2], dim=1).rsqrt().where(learns, 0.0)
-    place = torch.zeros_like(unit)
+    unit = torch.cat([curvature, curvature * problem.variances + l2], dim=1).rsqrt().where(finite, 0.0)
+    point = torch.zeros_like(unit)
     if start is not None:
         weight = start.weight.to(mean)
         offset = start.bias.to(mean) + weight @ mean - problem.log_odds
-        place = (torch.cat([offset[:, None], weight @ axes], dim=1) / unit).where(learns, 0.0)
+        point = (torch.cat([offset[:, None], weight @ axes], dim=1) / unit).where(finite, 0.0)
 
     def classifier() -> LinearClassifier:
-        way = problem.without_shift(place * unit)
-        weight = way[:, 1:] @ axes.T
-        return LinearClassifier(weight, problem.log_odds + way[:, 0] - weight @ mean)
+        scaled = problem.without_shift(point * unit)
+        weight = scaled[:, 1:] @ axes.T
+        return LinearClassifier(weight, problem.log_odds + scaled[:, 0] - weight @ mean)
 
     def objective() -> Tensor:
-        here = classifier()
-        loss, by_weight, by_bias = _mean_loss(problem, here)
-        by_weight = by_weight + l2 * here.weight - by_bias.outer(mean)
+        current = classifier()
+        loss, by_weight, by_bias = _mean_loss(problem, current)
+        by_weight = by_weight + l2 * current.weight - by_bias.outer(mean)
         gradient = problem.without_shift(torch.cat([by_bias[:, None], by_weight @ axes], dim=1))
-        if gradient.norm() <= tolerance * l2 * here.weight.norm():
-            gradient = torch.zeros_like(gradient)  # which ends L-BFGS: its own test is absolute, and knows no c
-        place.grad = gradient * unit
-        return loss + l2 / 2 * here.weight.square().sum()
+        if gradient.norm() <= tolerance * l2 * current.weight.norm():
+            gradient = torch.zeros_like(gradient)  # stops L-BFGS, whose own criterion is absolute and ignores c
+        point.grad = gradient * unit
+        return loss + l2 / 2 * current.weight.square().sum()
 
     torch.optim.LBFGS(
-        [place],
+        [point],
         max_iter=MAX_ITERATIONS,
         max_eval=2 * MAX_ITERATIONS,
         tolerance_grad=0,
-        tolerance_change=1e-17,  # the loss does not fall any more: this is its rounding
+        tolerance_change=1e-17,  # below the rounding error of the loss
         history_size=20,
         line_search_fn="strong_wolfe",
-    ).step(objective)  # pyright: ignore[reportArgumentType]  # it makes a float of what it gets
+    ).step(objective)  # pyright: ignore[reportArgumentType]  # it converts the result to a float
     return classifier()
 
 
 def _mean_loss(
     problem: _Problem, at: LinearClassifier
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "C d"], Float[Tensor, " C"]]:
-    """Without the penalty, and its gradients by weight and bias, written out to go tile by tile."""
+    """The mean loss without the penalty, and its gradients by weight and bias, computed tile by tile."""
     loss, by_weight, by_bias = at.bias.new_zeros(()), torch.zeros_like(at.weight), torch.zeros_like(at.bias)
-    for tile, wanted in zip(problem.features.split(TILE), problem.targets.split(TILE), strict=True):
+    for tile, targets in zip(problem.features.split(TILE), problem.targets.split(TILE), strict=True):
         rows = tile.double()
         logits = at.logits(rows)
-        if wanted.ndim == 1:
+        if targets.ndim == 1:
             log_probabilities = logits.log_softmax(dim=1)
-            loss -= log_probabilities.gather(1, wanted[:, None]).sum()
-            residual = log_probabilities.exp().scatter_add_(1, wanted[:, None], -at.bias.new_ones(len(wanted), 1))
+            loss -= log_probabilities.gather(1, targets[:, None]).sum()
+            residual = log_probabilities.exp().scatter_add_(1, targets[:, None], -at.bias.new_ones(len(targets), 1))
         else:
-            # softplus, and not torch's binary cross entropy, for which an infinite logit is nan
-            loss += F.softplus(logits * (1 - 2 * wanted)).sum()
-            residual = logits.sigmoid() - wanted
+            # softplus, because torch's binary cross entropy is nan for an infinite logit
+            loss += F.softplus(logits * (1 - 2 * targets)).sum()
+            residual = logits.sigmoid() - targets
         by_weight += residual.T @ rows
         by_bias += residual.sum(dim=0)
     n = len(problem.features)

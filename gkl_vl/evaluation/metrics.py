@@ -1,11 +1,11 @@
-"""Embeddings and logits -> numbers, with CLIP_benchmark's names and values: tensors only, no model and no data set.
+"""Metrics of embeddings and logits with CLIP_benchmark's names and values, bootstrap intervals and paired tests.
 
-A metric is kept as a `Statistic`, a function of how often each image counts. Counting every image once gives the metric
-itself; counting them as often as they were drawn with replacement gives its bootstrap distribution, and doing so for
-two models with the same draws a paired test.
+A metric is represented as a `Statistic`, a function of the count of each image. With every count 1 it returns the
+metric; with the counts of draws with replacement, its bootstrap distribution; with the same draws for two models, a
+paired test.
 
-Of two equal scores the one that comes first counts as the higher, as in argmax, whatever the device: a model that gives
-all classes the same score is right about class 0 and no other.
+Ties are broken by position, as in argmax, on every device: of equal scores the first ranks higher. A model with equal
+scores for all classes is correct for class 0 only.
 
 Axis letters: n = images, m = texts, C = classes, d = embedding, r = draws.
 """
@@ -22,15 +22,13 @@ from gkl_vl.distributed import rank, sum_across_processes, world_size
 from gkl_vl.losses.gkl import upcast
 
 Counts = Float[Tensor, "r n"]
-"""How often each image counts, float64."""
+"""Count of each image in each draw, float64."""
 Statistic = Callable[[Counts], Float[Tensor, " r"]]
 Statistics = Mapping[str, Statistic]
 
 ECE_BINS = 15
-TILE_NUMBERS = 2**20  # scores at a time in retrieval: about 15 MB with everything that is made of them
+TILE_NUMBERS = 2**20  # scores at a time in retrieval: about 15 MB with all intermediate tensors
 DRAWS_AT_A_TIME = 50
-
-# ---- metrics ---------------------------------------------------------------------------------------------------
 
 
 def top_k_accuracy(*, logits: Float[Tensor, "n C"], labels: Int[Tensor, " n"], k: int) -> float:
@@ -41,15 +39,15 @@ def top_k_accuracy(*, logits: Float[Tensor, "n C"], labels: Int[Tensor, " n"], k
     """
     if not 1 <= k <= logits.shape[1]:
         raise ValueError(f"k={k} must lie in 1..{logits.shape[1]}, the number of classes")
-    return values({"accuracy": _mean_of(_places(logits, labels) < k)}, images=len(logits))["accuracy"]
+    return values({"accuracy": _mean_of(_score_ranks(logits, labels) < k)}, images=len(logits))["accuracy"]
 
 
 def mean_per_class_recall(*, logits: Float[Tensor, "n C"], labels: Int[Tensor, " n"]) -> float:
     """Mean over the classes that occur in `labels` of the share of their rows with the right argmax.
 
-    Same as scikit-learn's `balanced_accuracy_score(labels, logits.argmax(1))`, which CLIP_benchmark takes.
+    Equals scikit-learn's `balanced_accuracy_score(labels, logits.argmax(1))`, which CLIP_benchmark uses.
     """
-    recall = _recall_by_class(_places(logits, labels) < 1, labels, logits.shape[1])
+    recall = _recall_by_class(_score_ranks(logits, labels) < 1, labels, logits.shape[1])
     return values({"recall": recall}, images=len(logits))["recall"]
 
 
@@ -65,31 +63,31 @@ def classification_metrics(*, logits: Float[Tensor, "n C"], labels: Int[Tensor, 
 
 
 def classification_statistics(*, logits: Float[Tensor, "n C"], labels: Int[Tensor, " n"]) -> Statistics:
-    """What `classification_metrics` are the values of."""
-    places, classes = _places(logits, labels), logits.shape[1]
+    """The statistics of `classification_metrics`."""
+    ranks, classes = _score_ranks(logits, labels), logits.shape[1]
     return {
-        "acc1": _mean_of(places < 1),
-        "acc5": _mean_of(places < 5) if classes >= 5 else _undefined,
-        "mean_per_class_recall": _recall_by_class(places < 1, labels, classes),
+        "acc1": _mean_of(ranks < 1),
+        "acc5": _mean_of(ranks < 5) if classes >= 5 else _undefined,
+        "mean_per_class_recall": _recall_by_class(ranks < 1, labels, classes),
     }
 
 
 def class_accuracies(*, logits: Float[Tensor, "n C"], labels: Int[Tensor, " n"]) -> Float[Tensor, " C"]:
     """Share of each class's rows with the right argmax, in [0, 1]; nan for a class without rows."""
-    right = (_places(logits, labels) < 1).double()
+    right = (_score_ranks(logits, labels) < 1).double()
     return _sum_by(labels, logits.shape[1], right[None])[0] / torch.bincount(labels, minlength=logits.shape[1])
 
 
 def shot_accuracies(
     *, logits: Float[Tensor, "n C"], labels: Int[Tensor, " n"], groups: dict[str, Bool[Tensor, " C"]]
 ) -> dict[str, float]:
-    """`many_acc1`, `medium_acc1`, `few_acc1`: accuracy on each group's classes; groups without images left out.
+    """`many_acc1`, `medium_acc1`, `few_acc1`: accuracy on the classes of each group; groups without images are omitted.
 
     Source: Liu et al., CVPR 2019, arXiv 1904.05160.
     """
-    right = _places(logits, labels) < 1
+    right = _score_ranks(logits, labels) < 1
     members = {name: group[labels] for name, group in groups.items()}
-    return {f"{name}_acc1": right[mine].float().mean().item() for name, mine in members.items() if mine.any()}
+    return {f"{name}_acc1": right[member].float().mean().item() for name, member in members.items() if member.any()}
 
 
 def multilabel_metrics(*, scores: Float[Tensor, "n C"], targets: Num[Tensor, "n C"]) -> dict[str, float]:
@@ -97,7 +95,7 @@ def multilabel_metrics(*, scores: Float[Tensor, "n C"], targets: Num[Tensor, "n 
 
         AP_c = sum_i t_ic P_c(i) / max(sum_i t_ic, 1),   P_c(i) = share of positives among the images down to i,
 
-    images in the order of falling score. A class without positives counts 0, as in CLIP_benchmark.
+    with images in descending order of score. A class without positives counts as 0, as in CLIP_benchmark.
 
     Args:
         targets: 1 where the image has the class, else 0.
@@ -111,8 +109,8 @@ def multilabel_metrics(*, scores: Float[Tensor, "n C"], targets: Num[Tensor, "n 
 
 
 def multilabel_statistics(*, scores: Float[Tensor, "n C"], targets: Num[Tensor, "n C"]) -> Statistics:
-    """What `multilabel_metrics` are the values of."""
-    order = scores.argsort(dim=0, descending=True, stable=True)  # first come, first counted
+    """The statistics of `multilabel_metrics`."""
+    order = scores.argsort(dim=0, descending=True, stable=True)  # stable: ties by position
     positives = targets.gather(0, order).double()
 
     def mean_average_precision(counts: Counts) -> Tensor:
@@ -122,12 +120,12 @@ def multilabel_statistics(*, scores: Float[Tensor, "n C"], targets: Num[Tensor, 
         )
         for ordered, positive in zip(order.T, positives.T, strict=True):  # class by class: [r, n] at a time
             times = counts[:, ordered]
-            seen, found = times.cumsum(dim=1), (times * positive).cumsum(dim=1)
-            # An image that counts c times stands c times in the order: of its copies, with s images seen and x of them
-            # negative, sum_j (s - x + j) / (s + j) = c - x sum_j 1 / (s + j), j = 1..c.
+            seen, hits = times.cumsum(dim=1), (times * positive).cumsum(dim=1)
+            # An image with count c occurs c times in the order. The precisions at its copies, after s images of which
+            # x are negative, sum to sum_j (s - x + j) / (s + j) = c - x sum_j 1 / (s + j), j = 1..c.
             copies = harmonic[seen.long()] - harmonic[(seen - times).long()]
-            precision = times - (seen - found) * copies
-            total += (positive * precision).sum(dim=1) / found[:, -1].clamp_min(1)
+            precision = times - (seen - hits) * copies
+            total += (positive * precision).sum(dim=1) / hits[:, -1].clamp_min(1)
         return total / scores.shape[1]
 
     return {"mean_average_precision": mean_average_precision}
@@ -143,17 +141,18 @@ def retrieval_metrics(
 ) -> dict[str, float]:
     """Recall@K in both directions, shares in [0, 1]. Text j belongs to image owners[j]; images may own many.
 
-        image_retrieval_recall@K = mean over texts  of [owner among the K images that score highest]
-        text_retrieval_recall@K  = mean over images of [any own text among the K texts that score highest]
+        image_retrieval_recall@K = mean over texts  of [owner among the K images with the highest scores]
+        text_retrieval_recall@K  = mean over images of [any own text among the K texts with the highest scores]
 
-    "Hit if any", as in CLIP papers, not found / all. The owner is the only positive: an equal caption of
-    another image counts as another's, as in CLIP_benchmark, and comes before or after it by its place. An image without
-    texts is never hit. K beyond the number of candidates is a hit. The score matrix exists only by tiles of about
-    `tile_numbers` scores, shared among the processes, which changes the memory and nothing else.
+    An image is a hit if any of its texts is retrieved, as in CLIP papers; this is not the share of its texts. The owner
+    is the only positive: an equal caption of another image is a negative, as in CLIP_benchmark, and the tie is broken
+    by position. An image without texts is a miss. K of at least the number of candidates is a hit. The score matrix is
+    computed in tiles of about `tile_numbers` scores, distributed over the processes; the values do not depend on it.
+
     Source: CLIP_benchmark 1.6.2, `metrics/zeroshot_retrieval.py`.
 
     Raises:
-        ValueError: no images or no texts, no K or one below 1, an owner that is no row of `image`.
+        ValueError: no images or no texts, no K or one below 1, an owner that is not a row of `image`.
     """
     statistics = retrieval_statistics(
         image=image, text=text, owners=owners, recall_k=recall_k, tile_numbers=tile_numbers
@@ -169,51 +168,51 @@ def retrieval_statistics(
     recall_k: Sequence[int] = (1, 5, 10),
     tile_numbers: int = TILE_NUMBERS,
 ) -> Statistics:
-    """What `retrieval_metrics` are the values of; a text counts as often as its image."""
+    """The statistics of `retrieval_metrics`; the count of a text is its image's."""
     if len(image) == 0 or len(text) == 0:
         raise ValueError(f"recall of {len(image)} images and {len(text)} texts is not defined")
     check_recall_k(recall_k)
     if owners.min() < 0 or owners.max() >= len(image):
         raise ValueError(f"owners lie in {owners.min()}..{owners.max()}, but there are {len(image)} images")
     images = torch.arange(len(image), device=image.device)
-    of_images = _own_places(text, image, owners, images, tile_numbers)
-    of_texts = _own_places(image, text, images, owners, tile_numbers)
+    image_ranks = _own_key_ranks(text, image, owners, images, tile_numbers)
+    text_ranks = _own_key_ranks(image, text, images, owners, tile_numbers)
     statistics: dict[str, Statistic] = {}
     for k in recall_k:
-        statistics[f"image_retrieval_recall@{k}"] = _mean_of(of_images < k, owners=owners)
-        statistics[f"text_retrieval_recall@{k}"] = _mean_of(of_texts < k)
+        statistics[f"image_retrieval_recall@{k}"] = _mean_of(image_ranks < k, owners=owners)
+        statistics[f"text_retrieval_recall@{k}"] = _mean_of(text_ranks < k)
     return statistics
 
 
 def check_recall_k(recall_k: Sequence[int]) -> None:
     """Raises: ValueError for no K, or one below 1."""
     if not recall_k or min(recall_k) < 1:
-        raise ValueError(f"recall_k={tuple(recall_k)} must hold numbers from 1")
+        raise ValueError(f"recall_k={tuple(recall_k)} must have at least one number, and none below 1")
 
 
-def _own_places(
+def _own_key_ranks(
     queries: Tensor, keys: Tensor, query_ids: Tensor, key_ids: Tensor, tile_numbers: int
 ) -> Int[Tensor, " queries"]:
-    """How many keys come before the best own key of each query, that is one with its id; with no own key, all."""
-    places = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    """For each query, the number of keys ranked above its best own key (a key with its id); all if it has none."""
+    ranks = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     tile = max(tile_numbers // len(keys), 1)
     for start in range(rank() * tile, len(queries), world_size() * tile):
         rows = slice(start, start + tile)
         scores = upcast(queries[rows]) @ upcast(keys).T
         own = key_ids == query_ids[rows, None]
         best = scores.masked_fill(~own, -torch.inf).argmax(dim=1)
-        places[rows] = torch.where(own.any(dim=1), _places(scores, best), len(keys))
-    return sum_across_processes(places)  # all ranks
+        ranks[rows] = torch.where(own.any(dim=1), _score_ranks(scores, best), len(keys))
+    return sum_across_processes(ranks)  # all ranks
 
 
 def choice_metrics(
     *, image: Float[Tensor, "n d"], text: Float[Tensor, "m d"], owners: Int[Tensor, " m"]
 ) -> dict[str, float]:
-    """text_acc: share of images whose first own text scores higher than each other one of its own, in [0, 1].
+    """text_acc: share of images whose first own text scores higher than its other own texts, in [0, 1].
 
     SugarCrepe's accuracy (arXiv 2306.14610): an image, its caption, and a caption with a word changed. Of equal scores
-    the first, right one counts as higher, as in CLIP_benchmark. image_acc and acc are the same there for one image a
-    question: image_acc 1, acc = text_acc.
+    the first, correct one ranks higher, as in CLIP_benchmark. With one image per question CLIP_benchmark's other two
+    metrics are image_acc = 1 and acc = text_acc.
 
     Source: CLIP_benchmark 1.6.2, `metrics/image_caption_selection.py`.
 
@@ -226,26 +225,26 @@ def choice_metrics(
 def choice_statistics(
     *, image: Float[Tensor, "n d"], text: Float[Tensor, "m d"], owners: Int[Tensor, " m"]
 ) -> Statistics:
-    """What `choice_metrics` are the values of."""
+    """The statistics of `choice_metrics`."""
     scores = (upcast(image)[owners] * upcast(text)).sum(dim=1)
-    ordered = owners.argsort(stable=True)  # each image's texts together, in their order
+    ordered = owners.argsort(stable=True)  # grouped by image, in their order
     of_image = scores[ordered].split(torch.bincount(owners, minlength=len(image)).tolist())
     right = torch.tensor([int(own.argmax()) == 0 for own in of_image])
     return {"image_acc": _mean_of(torch.ones_like(right)), "text_acc": _mean_of(right), "acc": _mean_of(right)}
 
 
 def calibration_statistics(*, logits: Float[Tensor, "n C"], labels: Int[Tensor, " n"]) -> Statistics:
-    """ece: how far the confidence of the likeliest class is from its accuracy, in [0, 1].
+    """ece: the expected calibration error of the top-1 class, in [0, 1]:
 
         sum_b |B_b| / n  |acc(B_b) - conf(B_b)|,   B_b = images with a confidence in ((b - 1) / 15, b / 15]
 
     Args:
-        logits: scaled as the model scales them: their softmax is what is judged.
+        logits: multiplied by the model's logit scale, so that their softmax gives the model's probabilities.
 
     Source: Guo et al., ICML 2017, arXiv 1706.04599, equation 3.
     """
     confidence = logits.double().softmax(dim=1).amax(dim=1)
-    gap = (_places(logits, labels) < 1).double() - confidence
+    gap = (_score_ranks(logits, labels) < 1).double() - confidence
     bins = (confidence * ECE_BINS).ceil().long().clamp(1, ECE_BINS) - 1
 
     def ece(counts: Counts) -> Tensor:
@@ -255,19 +254,19 @@ def calibration_statistics(*, logits: Float[Tensor, "n C"], labels: Int[Tensor, 
 
 
 def likeness_statistics(*, student: Float[Tensor, "n C"], teacher: Float[Tensor, "n C"]) -> Statistics:
-    """How alike two models' zero-shot distributions are, whatever the labels say.
+    """Similarity of two models' zero-shot distributions, independent of the labels:
 
-        agreement@1    share of images with the same likeliest class
-        top5_overlap   share of the teacher's 5 likeliest classes that are among the student's (of all, if fewer)
+        agreement@1    share of images with the same top-1 class
+        top5_overlap   share of the teacher's top-5 classes that are in the student's top 5 (min(5, C) for few classes)
         kl             mean of KL(p_teacher || p_student), p = softmax of the scaled logits; in nats
 
     Args:
-        student, teacher: scaled as each model scales them.
+        student, teacher: logits, multiplied by each model's logit scale.
     """
     k = min(5, student.shape[1])
     shared = student.topk(k, dim=1).indices[:, :, None] == teacher.topk(k, dim=1).indices[:, None, :]
     log_student, log_teacher = (logits.double().log_softmax(dim=1) for logits in (student, teacher))
-    # A class that a teacher rules out (a linear probe that never saw it: -inf) adds nothing, whatever the student says.
+    # Where the teacher's probability is 0 (-inf from a linear probe for a class without images) the term is 0.
     kl = torch.where(log_teacher > -torch.inf, log_teacher.exp() * (log_teacher - log_student), 0.0).sum(dim=1)
     return {
         "agreement@1": _mean_of(student.argmax(dim=1) == teacher.argmax(dim=1)),
@@ -276,15 +275,15 @@ def likeness_statistics(*, student: Float[Tensor, "n C"], teacher: Float[Tensor,
     }
 
 
-def _places(scores: Num[Tensor, "n C"], wanted: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """How many columns come before column wanted[i] of row i: those that score higher, and equal ones before it."""
-    score = scores.gather(1, wanted[:, None])
+def _score_ranks(scores: Num[Tensor, "n C"], target: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Rank (from 0) of column target[i] in row i: the number of higher scores, and of equal ones in earlier columns."""
+    score = scores.gather(1, target[:, None])
     columns = torch.arange(scores.shape[1], device=scores.device)
-    return (scores > score).sum(dim=1) + ((scores == score) & (columns < wanted[:, None])).sum(dim=1)
+    return (scores > score).sum(dim=1) + ((scores == score) & (columns < target[:, None])).sum(dim=1)
 
 
 def _mean_of(of_each: Num[Tensor, " rows"] | Bool[Tensor, " rows"], owners: Int[Tensor, " rows"] | None = None):
-    """Statistic: the mean, a row counting as often as its image; by default row i is image i."""
+    """Statistic: the mean over rows, each with the count of its image; by default row i is image i."""
     of_each = of_each.double().cpu()
     owners = None if owners is None else owners.cpu()
 
@@ -297,8 +296,8 @@ def _mean_of(of_each: Num[Tensor, " rows"] | Bool[Tensor, " rows"], owners: Int[
 
 def _recall_by_class(right: Bool[Tensor, " n"], labels: Int[Tensor, " n"], classes: int) -> Statistic:
     def recall(counts: Counts) -> Tensor:
-        total, found = (_sum_by(labels, classes, times) for times in (counts, counts * right))
-        return (found / total).nan_to_num(0).sum(dim=1) / (total > 0).sum(dim=1)
+        total, hits = (_sum_by(labels, classes, times) for times in (counts, counts * right))
+        return (hits / total).nan_to_num(0).sum(dim=1) / (total > 0).sum(dim=1)
 
     return recall
 
@@ -311,11 +310,8 @@ def _undefined(counts: Counts) -> Tensor:
     return counts.new_full((len(counts),), torch.nan)
 
 
-# ---- how sure they are -----------------------------------------------------------------------------------------
-
-
 def values(statistics: Statistics, *, images: int) -> dict[str, float]:
-    """The metrics: each image counts once.
+    """The values of the metrics, every image with count 1.
 
     Raises:
         ValueError: no images.
@@ -331,8 +327,8 @@ def intervals(
 ) -> dict[str, tuple[float, float]]:
     """95 % percentile bootstrap intervals over images; a caption is drawn with its image.
 
-    That of mean_per_class_recall is too narrow where classes have one or two images: a class that is not drawn is no
-    part of that draw's mean. That of ece lies too high: drawing again adds to the gaps that are summed.
+    The interval of mean_per_class_recall is too narrow if classes have one or two images: a class that is not drawn is
+    not in the mean of that draw. The interval of ece is biased upwards: resampling enlarges the gaps that it sums.
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
     """
@@ -342,21 +338,21 @@ def intervals(
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a metric between two models on the same images."""
+    """Difference of a metric between two models on the same images."""
 
     value: float
     """First minus second."""
     low: float
     high: float
-    """95 % bootstrap interval; both models see the same draws."""
+    """95 % bootstrap interval, with the same draws for both models."""
     p: float
-    """Two-sided: twice the share of draws whose difference is 0 or has the other sign, at least 2 / (draws + 1)."""
+    """Two-sided p value: twice the share of draws whose difference is 0 or has the other sign, >= 2 / (draws + 1)."""
 
 
 def paired_differences(
     one: Statistics, other: Statistics, *, images: int, draws: int = 1000, seed: int = 0
 ) -> dict[str, Difference]:
-    """For every metric that both have, how far the first is from the second, and how sure that is.
+    """For every metric of both, the difference `one` - `other` with a paired bootstrap interval and p value.
 
     Source: Efron and Tibshirani, 1993, chapters 13 and 16.
     """
@@ -366,20 +362,20 @@ def paired_differences(
 
     differences = {name: difference(name) for name in one if name in other}
     drawn = _distributions(differences, images, draws, seed)
-    found = {}
+    results = {}
     for name, value in values(differences, images=images).items():
         crossed = min(int((drawn[name] <= 0).sum()), int((drawn[name] >= 0).sum()))
-        found[name] = Difference(value, *_percentiles(drawn[name]), p=min(2 * (crossed + 1) / (draws + 1), 1.0))
-    return found
+        results[name] = Difference(value, *_percentiles(drawn[name]), p=min(2 * (crossed + 1) / (draws + 1), 1.0))
+    return results
 
 
 def _distributions(statistics: Statistics, images: int, draws: int, seed: int) -> dict[str, Float[Tensor, " draws"]]:
     generator = torch.Generator().manual_seed(seed)
     parts: dict[str, list[Tensor]] = {name: [] for name in statistics}
     for start in range(0, draws, DRAWS_AT_A_TIME):
-        some = min(DRAWS_AT_A_TIME, draws - start)
-        chosen = torch.randint(images, (some, images), generator=generator)
-        counts = torch.zeros(some, images, dtype=torch.float64)
+        size = min(DRAWS_AT_A_TIME, draws - start)
+        chosen = torch.randint(images, (size, images), generator=generator)
+        counts = torch.zeros(size, images, dtype=torch.float64)
         counts.scatter_add_(1, chosen, torch.ones_like(counts))
         for name, statistic in statistics.items():
             parts[name].append(statistic(counts))

@@ -1,4 +1,4 @@
-"""Collections of evaluation sets, to be measured by one command: CLIP_benchmark's, DataComp's, and the bundled sets.
+"""Collections of evaluation sets for one command: CLIP_benchmark's, DataComp's, and the bundled sets.
 
 Sources: CLIP_benchmark 1.6.2, `datasets/builder.py::dataset_collection`; DataComp's `tasklist.yml`.
 """
@@ -15,32 +15,32 @@ BenchmarkTask = Literal["zeroshot_classification", "zeroshot_retrieval", "image_
 
 @dataclass(frozen=True)
 class Entry:
-    """One number of a collection."""
+    """One score of a collection: a task on a set."""
 
     dataset: str
-    """CLIP_benchmark's name."""
+    """CLIP_benchmark's name of the set."""
     task: BenchmarkTask | None = None
-    """CLIP_benchmark's word; None where a set was named alone, and what it holds decides."""
+    """CLIP_benchmark's name of the task; None for a set named outside a collection: its kind determines the task."""
     main_metric: str | None = None
-    """The metric that counts in the collection's average, mean_recall@1 being the mean of both directions'; None
-    for a set named alone, or left out."""
+    """The metric in the collection's average; mean_recall@1 is the mean of both directions. None for a set named
+    outside a collection, or one that the average excludes."""
     reason: str | None = None
-    """Why it is not measured here."""
+    """Why it is not evaluated here; None if it is."""
 
 
-def _classified(names: str, *, metric: str = "acc1") -> list[Entry]:
+def _classification(names: str, *, metric: str = "acc1") -> list[Entry]:
     return [Entry(name, "zeroshot_classification", metric) for name in names.split()]
 
 
-def _retrieved(names: str) -> list[Entry]:
+def _retrieval(names: str) -> list[Entry]:
     return [Entry(name, "zeroshot_retrieval", "mean_recall@1") for name in names.split()]
 
 
-def _chosen(names: str) -> list[Entry]:
+def _choice(names: str) -> list[Entry]:
     return [Entry(name, "image_caption_selection", "text_acc") for name in names.split()]
 
 
-def _left_out(name: str, metric: str | None, reason: str) -> Entry:
+def _unsupported(name: str, metric: str | None, reason: str) -> Entry:
     return Entry(name, "zeroshot_classification", metric, reason)
 
 
@@ -52,64 +52,66 @@ _VTAB_IN_BOTH = """
 """
 _VTAB_PLUS_ALONE = "sun397 cars fgvc_aircraft mnist stl10 gtsrb country211 renderedsst2"
 _ROBUSTNESS = "imagenetv2 imagenet_sketch imagenet-a imagenet-r objectnet"
-_ATTRIBUTES = "a face set by attribute, which the average of DataComp's paper leaves out"
+_ATTRIBUTES = "a set of faces by attribute, which the average of DataComp's paper excludes"
 
 COLLECTIONS: dict[str, tuple[Entry, ...]] = {
-    "bundled": tuple(entry for name in ("emoji", "emoji_unseen") for entry in (*_classified(name), *_retrieved(name))),
-    "imagenet_robustness": tuple(_classified(_ROBUSTNESS)),
-    "vtab": tuple(_classified(f"vtab/caltech101 {_VTAB_IN_BOTH} sun397 vtab/svhn")),
-    "vtab+": (
-        *_classified(f"imagenet1k {_ROBUSTNESS} fer2013 voc2007"),
-        *_classified("voc2007_multilabel", metric="mean_average_precision"),
-        *_classified(f"{_VTAB_PLUS_ALONE} vtab/caltech101 vtab/cifar10 {_VTAB_IN_BOTH} vtab/svhn"),
+    "bundled": tuple(
+        entry for name in ("emoji", "emoji_unseen") for entry in (*_classification(name), *_retrieval(name))
     ),
-    "retrieval": tuple(_retrieved("mscoco_captions flickr8k flickr30k")),
+    "imagenet_robustness": tuple(_classification(_ROBUSTNESS)),
+    "vtab": tuple(_classification(f"vtab/caltech101 {_VTAB_IN_BOTH} sun397 vtab/svhn")),
+    "vtab+": (
+        *_classification(f"imagenet1k {_ROBUSTNESS} fer2013 voc2007"),
+        *_classification("voc2007_multilabel", metric="mean_average_precision"),
+        *_classification(f"{_VTAB_PLUS_ALONE} vtab/caltech101 vtab/cifar10 {_VTAB_IN_BOTH} vtab/svhn"),
+    ),
+    "retrieval": tuple(_retrieval("mscoco_captions flickr8k flickr30k")),
     "sugar_crepe": tuple(
-        _chosen(
+        _choice(
             "sugar_crepe/add_att sugar_crepe/add_obj sugar_crepe/replace_att sugar_crepe/replace_obj "
             "sugar_crepe/replace_rel sugar_crepe/swap_att sugar_crepe/swap_obj"
         )
     ),
-    # Its 38 sets and the two that its average leaves out. Of its own names only retrieval/flickr30k and
-    # retrieval/mscoco_2014_5k_test_image_text_retrieval differ from those here.
+    # DataComp's 38 sets and the two that its average excludes. Of its names only retrieval/flickr30k and
+    # retrieval/mscoco_2014_5k_test_image_text_retrieval differ from the names here.
     "datacomp": (
-        *_classified("vtab/caltech101", metric="mean_per_class_recall"),
-        *_classified("cifar10 vtab/cifar100 vtab/clevr_count_all vtab/clevr_closest_object_distance country211"),
-        *_classified("vtab/dtd vtab/eurosat"),
-        *_classified("fgvc_aircraft", metric="mean_per_class_recall"),
-        *_classified("food101 gtsrb imagenet1k imagenet_sketch imagenetv2 imagenet-a imagenet-o imagenet-r"),
-        *_classified("vtab/kitti_closest_vehicle_distance mnist objectnet"),
-        *_classified("vtab/flowers vtab/pets", metric="mean_per_class_recall"),
-        *_classified("voc2007 vtab/pcam renderedsst2 vtab/resisc45 cars stl10 sun397 vtab/svhn"),
-        *_retrieved("flickr30k mscoco_captions"),
+        *_classification("vtab/caltech101", metric="mean_per_class_recall"),
+        *_classification("cifar10 vtab/cifar100 vtab/clevr_count_all vtab/clevr_closest_object_distance country211"),
+        *_classification("vtab/dtd vtab/eurosat"),
+        *_classification("fgvc_aircraft", metric="mean_per_class_recall"),
+        *_classification("food101 gtsrb imagenet1k imagenet_sketch imagenetv2 imagenet-a imagenet-o imagenet-r"),
+        *_classification("vtab/kitti_closest_vehicle_distance mnist objectnet"),
+        *_classification("vtab/flowers vtab/pets", metric="mean_per_class_recall"),
+        *_classification("voc2007 vtab/pcam renderedsst2 vtab/resisc45 cars stl10 sun397 vtab/svhn"),
+        *_retrieval("flickr30k mscoco_captions"),
         Entry(
             "misc/winogavil",
             "image_caption_selection",
             "jaccard_score_10-12",
-            "several images answer one cue, scored by Jaccard overlap, which is not measured here",
+            "several images match one cue, scored by Jaccard overlap, which is not implemented",
         ),
-        _left_out("wilds/iwildcam", "F1-macro_all", "macro F1 as WILDS defines it, which is not measured here"),
-        *_classified("wilds/camelyon17"),
-        _left_out(
-            "wilds/fmow", "acc_worst_region", "its worst region's accuracy needs regions, which are not read here"
+        _unsupported("wilds/iwildcam", "F1-macro_all", "macro F1 as WILDS defines it, which is not implemented"),
+        *_classification("wilds/camelyon17"),
+        _unsupported(
+            "wilds/fmow", "acc_worst_region", "the accuracy of the worst region needs regions, which are not read"
         ),
-        _left_out(
-            "fairness/dollar_street", "acc_top5_wg", "its worst group's accuracy needs groups, which are not read here"
+        _unsupported(
+            "fairness/dollar_street", "acc_top5_wg", "the accuracy of the worst group needs groups, which are not read"
         ),
-        _left_out("fairness/geode", "acc_wg", "its worst group's accuracy needs groups, which are not read here"),
-        _left_out("fairness/fairface", None, _ATTRIBUTES),
-        _left_out("fairness/utkface", None, _ATTRIBUTES),
+        _unsupported("fairness/geode", "acc_wg", "the accuracy of the worst group needs groups, which are not read"),
+        _unsupported("fairness/fairface", None, _ATTRIBUTES),
+        _unsupported("fairness/utkface", None, _ATTRIBUTES),
     ),
 }
 
 
 def expand(names: Sequence[str]) -> list[Entry]:
-    """The entries that `names` stand for, in their order, none of them twice.
+    """Returns the entries of all `names` in order, without duplicates.
 
     Args:
-        names: each a collection, a text file with a set's name a line, or a set's name.
+        names: each a collection, a text file with one set name per line, or the name of a set.
 
-    Raises: UserError for a text file that is not there, holds no names, or is no text.
+    Raises: UserError for a text file that does not exist, is empty, or is not text.
     """
     entries = []
     for name in names:
@@ -126,7 +128,7 @@ def _lines(path: str) -> list[str]:
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path!r} is no text file here: write a data set's name a line") from error
+        raise UserError(f"{path!r} does not exist or is not text: write one data set per line") from error
     if not any(lines):
-        raise UserError(f"{path!r} names no data set: write one a line")
+        raise UserError(f"{path!r} names no data set: write one per line")
     return [line for line in lines if line]

@@ -1,15 +1,16 @@
-"""Evaluation sets by CLIP_benchmark's names: bundled, on the Hub, or in a folder, in the layouts that it reads.
+"""Loads evaluation sets by CLIP_benchmark's names: bundled, from the Hub, or from a folder in a layout that it reads.
 
-CLIP_benchmark's WebDataset layout, the bundled sets' and that of the Hub's clip-benchmark/wds_*:
+CLIP_benchmark's WebDataset layout, which the bundled sets and the Hub's clip-benchmark/wds_* use:
 
     ROOT/{classnames.txt, zeroshot_classification_templates.txt, dataset_type.txt}
     ROOT/SPLIT/{nshards.txt, 0.tar, 1.tar, ...}     members KEY.{webp,png,jpg,jpeg}, KEY.cls, KEY.npy and/or KEY.txt
 
-A folder without shards is read by what it holds: captions (COCO, Flickr), SugarCrepe, ObjectNet, ImageNet's class
-folders, CIFAR's own files, parquet, or an image folder.
+The layout of a folder without shards is detected from its files: captions (COCO, Flickr), SugarCrepe, ObjectNet,
+ImageNet's class folders, CIFAR's own files, parquet, or an image folder.
 
-A benchmark number is about all images of a set. Training skips a broken image and counts it; here a sample
-that cannot be read, or a shard that ends early, is an error.
+A benchmark score covers the whole set. Training skips and counts samples that cannot be read; here a sample without
+image or target, or a truncated shard, is an error. Only images that do not decode may be left out, up to
+`Embedder.max_broken`.
 """
 
 import difflib
@@ -55,14 +56,14 @@ CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python
 
 @dataclass(frozen=True)
 class BenchmarkSet:
-    """One split of an evaluation set; iterating gives (RGB image, label, row or captions) in the set's own order."""
+    """One split of an evaluation set. Iterating yields (RGB image, label, 0/1 row or captions) in the set's order."""
 
     name: str
     kind: Kind
     classnames: list[str] | None
-    """Names by label; None for a set of captions, or where the set has none."""
+    """Names by label; None for captions, or if the set has no names."""
     templates: Templates | None
-    """Prompts with {c} for the class name, or CuPL's form {class name: [prompts]}."""
+    """Prompts with {c} for the class name, or {class name: [prompts]} as in CuPL; None if the set has none."""
     samples: Samples
 
     def __iter__(self) -> Iterator[tuple[Image.Image, int | list[int] | list[str]]]:
@@ -71,14 +72,14 @@ class BenchmarkSet:
             yield record.decode(), record.targets[target]
 
     def records(self, *targets: Target) -> Iterator[Record]:
-        """Samples with an image that is not read yet, and their label ("cls"), row ("npy") or captions ("txt").
+        """Yields the samples with their label ("cls"), 0/1 row ("npy") or captions ("txt"); images are read lazily.
 
-        A classification set may carry captions too (the bundled ones do), so the caller says which. The captions of a
-        "choice" are the right one, then the wrong ones.
+        A classification set may have captions too (the bundled ones do), so the caller names the targets. The captions
+        of a "choice" are the correct one, then the wrong ones.
 
         Raises:
             UserError: a shard that cannot be read to its end, a sample without image or target, an empty
-                caption, a label that is no index of `classnames`, a row of another length, no sample at all.
+                caption, a label that is no index of `classnames`, a row of another length, an empty set.
         """
         for record in self.samples(targets):
             self._check_classes(record)
@@ -104,48 +105,48 @@ def load_benchmark_set(
     classname_file: str | None = None,
     template_file: str | None = None,
 ) -> BenchmarkSet:
-    """Find an evaluation set and read everything but its samples.
+    """Locates an evaluation set and reads its class names and templates. Samples are read on iteration.
 
     Args:
         name: without `root`: a bundled name ("emoji", "emoji_unseen"), a folder, or NAME or wds/NAME for the Hub's
-            clip-benchmark/wds_NAME, "/" in NAME read as "-". "hf-hub:ORG/NAME" = the images and labels of another
-            dataset on the Hub, wherever `root` is.
+            clip-benchmark/wds_NAME, with "/" in NAME replaced by "-". "hf-hub:ORG/NAME" names the images and labels
+            of any other dataset on the Hub and ignores `root`.
         root: CLIP_benchmark's --dataset_root: the folder of the set, or
-            https://huggingface.co/datasets/ORG/REPO/tree/BRANCH. {dataset} stands for NAME, {dataset_cleaned}
-            for NAME with "/" replaced by "-". The last part of NAME says what a folder holds where that is not plain:
+            https://huggingface.co/datasets/ORG/REPO/tree/BRANCH. {dataset} is replaced by NAME, {dataset_cleaned}
+            by NAME with "/" replaced by "-". The last part of NAME selects the layout where files alone are ambiguous:
             imagenet1k, imagenetv2, imagenet_sketch, imagenet-a, imagenet-r, imagenet-o, cifar10, cifar100,
             mscoco_captions, flickr30k, flickr8k; and sugar_crepe/TASK.
-        split: of the set, as its folder or the Hub calls it.
+        split: name of the split in the folder or on the Hub.
         classname_file: CLIP_benchmark's JSON of {set: [class names]}, which replace the set's own.
-        template_file: the same of {set: [prompts with {c}]} or {set: {class: [prompts]}}; "imagenet1k" stands for
-            a set that it does not name.
+        template_file: JSON of {set: [prompts with {c}]} or {set: {class: [prompts]}}; the key "imagenet1k" applies to
+            sets without a key.
 
-    Where a set has no class names, ImageNet's family has open_clip's; class names of folders and of the Hub have
-    spaces for "_". Where it has no templates, CIFAR has its 18, and ImageNet's 80 are for the rest, but not for shards,
-    whose folder should say. Sets on the Hub are downloaded once into its cache and found there without a connection
+    Default class names: open_clip's for ImageNet's family. Class names of folders and of the Hub have "_" replaced by a
+    space. Default templates: CIFAR's 18 for CIFAR, ImageNet's 80 for all others except shards, whose folder should hold
+    them. Sets on the Hub are downloaded once into its cache and read from there without a connection
     (HF_HUB_OFFLINE=1).
 
     Raises:
         UserError: unknown name, no connection, no such split, a missing shard or image, malformed annotations, names
-            or templates; as many class names as the set does not have.
+            or templates; a wrong number of class names.
     """
     bare = name.removeprefix("wds/")
     if bare.startswith(HUB_DATASET):
-        found = _of_labelled(open_labelled(bare.removeprefix(HUB_DATASET), split))
+        layout = _labelled_layout(open_labelled(bare.removeprefix(HUB_DATASET), split))
     else:
-        found = _in_folder(bare, _find_folder(bare, root, split), split)
-    if found.kind in ("retrieval", "choice"):
-        return BenchmarkSet(bare, found.kind, None, None, found.samples)
-    classnames = _own_classnames(bare, found)
+        layout = _detect_layout(bare, _find_folder(bare, root, split), split)
+    if layout.kind in ("retrieval", "choice"):
+        return BenchmarkSet(bare, layout.kind, None, None, layout.samples)
+    classnames = _own_classnames(bare, layout)
     if classname_file is not None:
         classnames = _custom_classnames(name, classname_file, own=classnames)
-    elif classnames and all(re.fullmatch(r"n\d{8}", written) for written in classnames):
+    elif classnames and all(re.fullmatch(r"n\d{8}", classname) for classname in classnames):
         raise UserError(
-            f"dataset {bare!r}: its classes are called {classnames[0]} and so on: for ImageNet's class names call it "
-            "imagenet1k, imagenet-a or as it is, and name its folder with --dataset_root"
+            f"dataset {bare!r}: its class names are WordNet ids ({classnames[0]}, ...): for ImageNet's class names "
+            "call it imagenet1k, imagenet-a, ..., and give its folder as --dataset_root"
         )
-    templates = _own_templates(bare, found) if template_file is None else _custom_templates(name, template_file)
-    return BenchmarkSet(bare, found.kind, classnames, templates, found.samples)
+    templates = _own_templates(bare, layout) if template_file is None else _custom_templates(name, template_file)
+    return BenchmarkSet(bare, layout.kind, classnames, templates, layout.samples)
 
 
 def load_benchmark_sets(
@@ -159,8 +160,8 @@ def load_benchmark_sets(
     """`load_benchmark_set` for several names.
 
     Raises:
-        UserError: as there; or several names for a root that is one and the same folder for all of them, unless
-            their files go by their names (CIFAR's own, SugarCrepe's tasks).
+        UserError: as `load_benchmark_set`; several names for a root without a placeholder, unless one folder can hold
+            all of them (CIFAR's own files, SugarCrepe's tasks).
     """
     if root is not None and len(names) > 1 and "{dataset" not in root and not _one_folder_holds(names, root):
         raise UserError(f"--dataset_root {root} is one folder for {len(names)} sets: write {{dataset}} in it")
@@ -172,16 +173,16 @@ def load_benchmark_sets(
 
 def _one_folder_holds(names: Sequence[str], root: str) -> bool:
     bare = [name.removeprefix("wds/") for name in names]
-    by_name = all(name in CIFAR_FOLDERS or name.startswith("sugar_crepe/") for name in bare)
-    return by_name and not any(Path(root).glob("*/nshards.txt"))
+    distinct_files = all(name in CIFAR_FOLDERS or name.startswith("sugar_crepe/") for name in bare)
+    return distinct_files and not any(Path(root).glob("*/nshards.txt"))
 
 
-# ---- what a folder holds -----------------------------------------------------------------------------------------
+# ---- layouts of folders ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A set as it lies there, with its own class names and templates if it has them."""
+class _Layout:
+    """What the files of a set contain: kind, samples, and class names and templates if present."""
 
     kind: Kind
     samples: Samples
@@ -189,99 +190,100 @@ class _Found:
     templates: list[str] | None = None
 
 
-def _in_folder(bare: str, folder: Path, split: str) -> _Found:
+def _detect_layout(bare: str, folder: Path, split: str) -> _Layout:
     short = Path(bare).name
     if any(folder.glob("*/nshards.txt")) or any((folder / split).glob("*.tar")):
-        return _of_shards(bare, folder, split)
+        return _shard_layout(bare, folder, split)
     if bare.startswith("sugar_crepe/"):
-        return _Found("choice", sugar_crepe(short, folder))
+        return _Layout("choice", sugar_crepe(short, folder))
     if file := captions_file(short, folder, split):
-        return _Found("retrieval", captioned_files(bare, file, split))
+        return _Layout("retrieval", captioned_files(bare, file, split))
     if mappings := objectnet_mappings(folder):
-        return _of_labelled(objectnet_folders(folder, mappings))
+        return _labelled_layout(objectnet_folders(folder, mappings))
     if short in CIFAR_FOLDERS and any((folder / files).is_dir() for files in CIFAR_FOLDERS.values()):
-        return _of_labelled(open_cifar(str(folder), split, CIFAR_FOLDERS[short]))
+        return _labelled_layout(open_cifar(str(folder), split, CIFAR_FOLDERS[short]))
     if short in IMAGENET and not any(folder.glob("*.parquet")) and not any(folder.glob("*/*.parquet")):
-        return _of_labelled(imagenet_folders(short, folder, split))
+        return _labelled_layout(imagenet_folders(short, folder, split))
     if not any(folder.glob("*/*")) and not any(folder.glob("*.parquet")):
         layouts = f"shards ({split}/nshards.txt), an image folder ({split}/CLASS/*.jpg), parquet, or CIFAR's own files"
         raise UserError(f"dataset {bare!r}: {folder} holds none of {layouts}")
-    return _of_labelled(open_labelled(str(folder), split))
+    return _labelled_layout(open_labelled(str(folder), split))
 
 
-def _of_labelled(data: LabelledSet) -> _Found:
+def _labelled_layout(data: LabelledSet) -> _Layout:
     names = None if data.classnames is None else [name.replace("_", " ") for name in data.classnames]
-    return _Found("classification", LabelledSamples(data), names)
+    return _Layout("classification", LabelledSamples(data), names)
 
 
-def _of_shards(bare: str, folder: Path, split: str) -> _Found:
-    written = (_read(folder / "dataset_type.txt") or "classification").strip().lower()
+def _shard_layout(bare: str, folder: Path, split: str) -> _Layout:
+    dataset_type = (_read(folder / "dataset_type.txt") or "classification").strip().lower()
     kind: Kind | None = next(
-        (known for known in ("classification", "multilabel", "retrieval") if known == written), None
+        (known for known in ("classification", "multilabel", "retrieval") if known == dataset_type), None
     )
     if kind is None:
         expected = "classification, multilabel and retrieval are supported"
-        raise UserError(f"{bare}: dataset_type.txt says {written!r}: {expected}")
+        raise UserError(f"{bare}: dataset_type.txt contains {dataset_type!r}: {expected}")
     samples = WebShards(bare, _shards(bare, folder, split))
     classnames = _lines(folder / "classnames.txt")
-    return _Found(kind, samples, classnames, _lines(folder / TEMPLATES_FILE))
+    return _Layout(kind, samples, classnames, _lines(folder / TEMPLATES_FILE))
 
 
 # ---- class names and templates -----------------------------------------------------------------------------------
 
 
-def _own_classnames(bare: str, found: _Found) -> list[str] | None:
+def _own_classnames(bare: str, layout: _Layout) -> list[str] | None:
     short = Path(bare).name
-    if found.classnames is None and short in IMAGENET:
+    if layout.classnames is None and short in IMAGENET:
         return list(imagenet_classes(short).values())
-    return found.classnames
+    return layout.classnames
 
 
-def _own_templates(bare: str, found: _Found) -> Templates | None:
+def _own_templates(bare: str, layout: _Layout) -> Templates | None:
     short = Path(bare).name
-    if found.templates is not None:
-        return found.templates
+    if layout.templates is not None:
+        return layout.templates
     if short in CIFAR_FOLDERS:
         return list(CIFAR_TEMPLATES)
-    if short.startswith("imagenet") or not isinstance(found.samples, WebShards):
+    if short.startswith("imagenet") or not isinstance(layout.samples, WebShards):
         return list(IMAGENET_TEMPLATES)
     return None
 
 
 def _custom_classnames(name: str, file: str, *, own: list[str] | None) -> list[str]:
-    of_set = read_json(Path(file), dict)
-    key = next((key for key in _keys(name) if key in of_set), None)
+    names_of = read_json(Path(file), dict)
+    key = next((key for key in _keys(name) if key in names_of), None)
     if key is None:
-        raise UserError(f"{file!r} has no class names for {name!r}: sets in it are {', '.join(of_set) or 'none'}")
-    names = of_set[key]
+        raise UserError(f"{file!r} has no class names for {name!r}: sets in it are {', '.join(names_of) or 'none'}")
+    names = names_of[key]
     if not is_texts(names):
-        raise UserError(f"{file!r}: the class names of {key!r} are no list of texts")
+        raise UserError(f"{file!r}: the class names of {key!r} must be a list of strings")
     if own is not None and len(names) != len(own):
         raise UserError(f"{file!r} has {len(names)} class names for {key!r}, which has {len(own)} classes")
     return names
 
 
 def _custom_templates(name: str, file: str) -> Templates:
-    of_set = read_json(Path(file), dict)
-    key = next((key for key in (*_keys(name), "imagenet1k") if key in of_set), None)
+    templates_of = read_json(Path(file), dict)
+    key = next((key for key in (*_keys(name), "imagenet1k") if key in templates_of), None)
     if key is None:
-        raise UserError(f"{file!r} has no templates for {name!r} or imagenet1k: sets in it are {', '.join(of_set)}")
-    templates = of_set[key]
+        sets = ", ".join(templates_of)
+        raise UserError(f"{file!r} has no templates for {name!r} or imagenet1k: sets in it are {sets}")
+    templates = templates_of[key]
     if isinstance(templates, dict) and all(is_texts(prompts) for prompts in templates.values()):
         return templates
     if not is_texts(templates):
-        raise UserError(f"{file!r}: the templates of {key!r} are no list of texts, nor one for each class name")
+        raise UserError(f"{file!r}: the templates of {key!r} must be a list of strings, or one for each class name")
     require_places(f"{file!r}, {key!r}", list(templates))
     return templates
 
 
 def _keys(name: str) -> list[str]:
-    """What a set may be called in these files: CLIP_benchmark's own name `pets` where `wds/vtab/pets` is asked for."""
+    """Keys of a set in these files: for `wds/vtab/pets` also CLIP_benchmark's own name `pets`."""
     bare = name.removeprefix("wds/")
     return [name, bare, bare.removeprefix("vtab/")]
 
 
-# ---- where a set lies --------------------------------------------------------------------------------------------
+# ---- folders and downloads ---------------------------------------------------------------------------------------
 
 
 def _find_folder(bare: str, root: str | None, split: str) -> Path:
@@ -292,15 +294,15 @@ def _find_folder(bare: str, root: str | None, split: str) -> Path:
     if root is None and bare.startswith("sugar_crepe/"):
         task = bare.removeprefix("sugar_crepe/")
         raise UserError(f"{bare}: give the folder of {task}.json and COCO's val2017/ as --dataset_root")
-    # replace(), not format(): other braces in a path mean themselves
-    place = (root or HUB_ROOT).replace("{dataset_cleaned}", bare.replace("/", "-")).replace("{dataset}", bare)
-    if place.startswith("https://"):
-        return _download(bare, place, split)
-    folder = Path(place)
+    # replace(), not format(): other braces in a path are literal
+    path = (root or HUB_ROOT).replace("{dataset_cleaned}", bare.replace("/", "-")).replace("{dataset}", bare)
+    if path.startswith("https://"):
+        return _download(bare, path, split)
+    folder = Path(path)
     if not folder.is_dir() and bare.startswith("sugar_crepe/") and folder.parent.is_dir():
-        folder = folder.parent  # ROOT/{dataset}: the tasks lie in one folder
+        folder = folder.parent  # ROOT/{dataset}: all tasks share one folder
     if not folder.is_dir():
-        raise UserError(f"dataset {bare!r}: the folder {place} of --dataset_root does not exist")
+        raise UserError(f"dataset {bare!r}: the folder {path} of --dataset_root does not exist")
     return folder
 
 
@@ -318,17 +320,17 @@ def _download(bare: str, url: str, split: str) -> Path:
         return Path(snapshot_download(repo, repo_type="dataset", revision=branch, allow_patterns=patterns))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         reason, cause = f"the Hub has no {repo} (branch {branch}), or you have no access", error
-    except Exception as error:  # a handful of unrelated types, of httpx or requests by the Hub's version
+    except Exception as error:  # unrelated types, from httpx or requests depending on the Hub library's version
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else first_line(error)
         reason, cause = f"{repo} is not in the Hub's local cache and cannot be fetched ({why})", error
-    bundled = f"bundled are {' and '.join(BUNDLED)}, a folder goes to --dataset_root"
+    bundled = f"bundled are {' and '.join(BUNDLED)}; for a folder use --dataset_root"
     raise UserError(f"dataset {bare!r}: {reason}{_nearest(bare)}; {bundled}") from cause
 
 
 def _nearest(bare: str) -> str:
     known = {entry.dataset for entries in COLLECTIONS.values() for entry in entries}
     near = [] if bare in known else difflib.get_close_matches(bare, sorted(known), n=3)
-    return f"; names near it are {', '.join(near)}" if near else ""
+    return f"; similar names are {', '.join(near)}" if near else ""
 
 
 def _shards(name: str, folder: Path, split: str) -> list[Path]:
@@ -338,7 +340,7 @@ def _shards(name: str, folder: Path, split: str) -> list[Path]:
         splits = sorted(path.parent.name for path in folder.glob("*/nshards.txt"))
         raise UserError(f"{name}: {count_file} does not exist; splits there: {', '.join(splits) or 'none'}")
     if not count.strip().isdecimal():
-        raise UserError(f"{name}: {count_file} says {count.strip()!r}: expected a number of shards")
+        raise UserError(f"{name}: {count_file} contains {count.strip()!r}: expected a number of shards")
     shards = [folder / split / f"{index}.tar" for index in range(int(count))]
     for shard in shards:
         if not shard.is_file():

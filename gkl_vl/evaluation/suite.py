@@ -1,7 +1,7 @@
-"""Many sets in one go: the flags of the evaluation scripts, their tables, and collections of data sets.
+"""Evaluates models on collections of sets; results are JSON files that a later call can reuse.
 
-A suite's folder holds a JSON file for each task of each set and model, named as CLIP_benchmark names it and written as
-it comes, `benchmark.csv` as `clip_benchmark build` writes it, and `suite.png`.
+The output folder has one file for each model, set and task, with CLIP_benchmark's default name, written as soon as the
+result is known.
 """
 
 import json
@@ -11,19 +11,19 @@ from pathlib import Path
 
 from gkl_vl.atomic import write_text
 from gkl_vl.errors import UserError
-from gkl_vl.evaluation.benchmark import TASK_OF, Line, Subject, evaluate_set, file_safe
-from gkl_vl.evaluation.flags import Flags, load_sets
+from gkl_vl.evaluation.benchmark import TASK_OF, Result, Subject, evaluate_set, file_safe
+from gkl_vl.evaluation.flags import EvalFlags, load_sets
 from gkl_vl.evaluation.set_collections import BenchmarkTask, Entry, expand
 from gkl_vl.evaluation.sets import BenchmarkSet
 from gkl_vl.evaluation.tables import Skipped
 
 
 def load_entries(
-    names: Sequence[str], flags: Flags
+    names: Sequence[str], flags: EvalFlags
 ) -> tuple[list[tuple[str, BenchmarkSet, list[Entry]]], list[Skipped]]:
-    """The sets of collections, each with its entries; and what cannot be had, with the reason.
+    """Loads the sets of collections: (name, set, entries) of each, and the sets that are skipped, with reasons.
 
-    Raises: UserError for a set that was named itself and cannot be had, and where nothing can.
+    Raises: UserError if a set in `names` cannot be loaded, or if no set can.
     """
     by_name: dict[str, list[Entry]] = {}
     for entry in expand(names):
@@ -43,27 +43,27 @@ def load_entries(
         loaded.append((name, dataset, entries))
     if not loaded:
         raise UserError(
-            f"none of the {len(by_name)} sets of {', '.join(names)} can be had; the first: {skipped[0].reason}"
+            f"none of the {len(by_name)} sets of {', '.join(names)} can be loaded; the first: {skipped[0].reason}"
         )
     return loaded, skipped
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """What is measured of every model, and where it is kept."""
+    """The sets and settings of an evaluation, and its output folder."""
 
     sets: Sequence[tuple[str, BenchmarkSet, list[Entry]]]
     output: Path
     recall_k: Sequence[int]
     seed: int
     resume: bool
-    """Keep results that are there, of the same weights and settings."""
+    """Reuse existing results with the same weights and settings."""
     is_main: bool
-    """This process writes."""
+    """Whether this process writes the files."""
 
 
-def run_suite(suite: Suite, subject: Subject, teacher: Subject | None) -> Iterator[Line]:
-    """The results of a model, one by one; each is written when it is there. All processes take part."""
+def run_suite(suite: Suite, subject: Subject, teacher: Subject | None) -> Iterator[Result]:
+    """Yields the results of a model in order; the main process writes each to its file. All processes take part."""
     settings = {
         "weights": subject.embedder.fingerprint.hex()[:16],
         "teacher": None if teacher is None else teacher.embedder.fingerprint.hex()[:16],
@@ -73,41 +73,43 @@ def run_suite(suite: Suite, subject: Subject, teacher: Subject | None) -> Iterat
     for name, dataset, entries in suite.sets:
         tasks = tasks_of(dataset, entries)
         paths = {task: suite.output / file_name(name, subject, task) for task in tasks}
-        there = {task: line for task in tasks if (line := read_line(paths[task])) and line.get("settings") == settings}
-        missing: list[BenchmarkTask] = [task for task in tasks if not (suite.resume and task in there)]
-        found = {task: there[task] for task in tasks if task not in missing}
+        existing = {
+            task: line for task in tasks if (line := read_line(paths[task])) and line.get("settings") == settings
+        }
+        missing: list[BenchmarkTask] = [task for task in tasks if not (suite.resume and task in existing)]
+        results = {task: existing[task] for task in tasks if task not in missing}
         if missing:
             lines = evaluate_set(
-                subject, teacher, dataset, missing, asked=name, recall_k=suite.recall_k, seed=suite.seed
+                subject, teacher, dataset, missing, name=name, recall_k=suite.recall_k, seed=suite.seed
             )
             for line in lines:
                 if teacher is not None:
                     line["teacher"]["cost"] = teacher.embedder.cost
-                found[line["task"]] = line | {"settings": settings, "cost": subject.embedder.cost}
+                results[line["task"]] = line | {"settings": settings, "cost": subject.embedder.cost}
                 if suite.is_main:
-                    write_text(paths[line["task"]], json.dumps(found[line["task"]]) + "\n")
-        yield from (found[task] for task in tasks)
+                    write_text(paths[line["task"]], json.dumps(results[line["task"]]) + "\n")
+        yield from (results[task] for task in tasks)
 
 
 def text_task(dataset: BenchmarkSet) -> BenchmarkTask:
-    """Choice for a set of choices, retrieval for all others."""
+    """Returns the task on the captions of a set: caption selection for a choice set, retrieval for all others."""
     return "image_caption_selection" if dataset.kind == "choice" else "zeroshot_retrieval"
 
 
 def tasks_of(dataset: BenchmarkSet, entries: Sequence[Entry]) -> list[BenchmarkTask]:
-    """Of a collection's entries, or what the set is for."""
+    """Returns the tasks of the collection's entries; without any, the default task of the set's kind."""
     named: list[BenchmarkTask] = [entry.task for entry in entries if entry.task is not None] or [TASK_OF[dataset.kind]]
     return list(dict.fromkeys(named))
 
 
 def file_name(dataset: str, subject: Subject, task: str) -> str:
-    """CLIP_benchmark's default, with what cannot stand in a file name replaced."""
+    """Returns CLIP_benchmark's default file name of a result; characters not allowed in one are replaced."""
     parts = (dataset.removeprefix("wds/"), subject.pretrained, subject.model, "en", task)
     return "_".join(file_safe(part) for part in parts) + ".json"
 
 
-def read_line(path: Path) -> Line | None:
-    """A result that is there; None for none, or for a file of something else."""
+def read_line(path: Path) -> Result | None:
+    """Reads a result; None if the file does not exist or is not a result."""
     try:
         line = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -116,11 +118,11 @@ def read_line(path: Path) -> Line | None:
 
 
 def refuse_mixing(output: Path, *, resume: bool) -> None:
-    """Raises: UserError for a folder with results that are not to be gone on with."""
+    """Raises: UserError for a folder that has results, unless `resume`."""
     if not resume and all_lines(output):
         raise UserError(f"{str(output)!r} already holds results: add --resume, or name another folder with --output")
 
 
-def all_lines(output: Path) -> list[Line]:
-    """Every result of a folder, whichever call made it."""
+def all_lines(output: Path) -> list[Result]:
+    """Reads all results of a folder, also those of earlier calls."""
     return [line for path in sorted(output.glob("*.json")) if (line := read_line(path))]

@@ -1,4 +1,4 @@
-"""Model cards: the README.md of an exported student."""
+"""Model cards: the README.md of an exported CLIP or classifier."""
 
 import math
 import re
@@ -10,39 +10,39 @@ from huggingface_hub import EvalResult, ModelCardData
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """The run that trained a model, for its card."""
+    """Facts about a training run, for the model card."""
 
     command: str
-    """Command line."""
+    """Command line of the run."""
     commit: str | None
-    """Commit of gkl-vl at its start; None where it was installed."""
+    """Commit of gkl-vl at the start of the run; None if gkl-vl was installed as a package."""
     steps: int
     """Optimizer updates."""
     seed: int
     metrics: list[dict] = field(default_factory=list)
-    """Records as in results.jsonl: `model` (teacher or student), `dataset`, metrics as fractions."""
+    """Records as in results.jsonl: `model` (teacher or student), `dataset`, and metrics as fractions of 1."""
     repo_id: str | None = None
-    """org/name on the Hub, where the model is pushed."""
+    """Hub repository (org/name) of the model; None = a local folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipCard:
-    """What the README of an exported model says. It claims nothing that is not in these fields."""
+    """Contents of an exported CLIP's README.md, which states nothing beyond these fields."""
 
     student: str
-    """Architecture of the model in the folder, e.g. ViT-T-16."""
+    """Architecture of the exported model, e.g. ViT-T-16."""
     teacher: str | None
-    """What it was distilled from, as `load_clip` was asked for it; None = trained without a teacher."""
+    """Argument of `load_clip` for the teacher; None = trained without a teacher."""
     license: str
-    """Licence of the weights, as the Hub abbreviates it (mit, apache-2.0, cc-by-4.0, other)."""
+    """Licence of the weights as a Hub identifier (mit, apache-2.0, cc-by-4.0, other)."""
     datasets: list[str]
     """Training data: Hub ids, paths or names. Only the Hub ids go into the metadata."""
     run: RunFacts
     attack: str | None = None
-    """Radius and norm of the attacks that it was trained against, e.g. 4/255 in linf; None = none."""
+    """Radius and norm of the attacks in adversarial training, e.g. 4/255 in linf; None = no attacks."""
 
     def render(self, *, transformers: bool = False) -> str:
-        """The text of README.md. `transformers`: the folder holds that format as well."""
+        """Returns the text of README.md. `transformers`: the folder also contains transformers' format."""
         sections = [
             f"---\n{self._metadata().to_yaml()}\n---",
             f"# {self.run.repo_id.split('/')[1] if self.run.repo_id else self.student}",
@@ -76,17 +76,17 @@ class ClipCard:
             license=self.license,
             datasets=[name for name in self.datasets if hub_id(name)] or None,
             base_model=base_model,
-            # The Hub knows finetune, adapter, merge and quantized, and no word for distilled.
+            # The Hub has finetune, adapter, merge and quantized, and no relation for distillation.
             base_model_relation="finetune" if base_model else None,
             model_name=self.run.repo_id or self.student,
             eval_results=results or None,
         )
 
     def _summary(self) -> str:
-        made = f"distilled from `{self.teacher}`" if self.teacher else "trained without a teacher"
+        training = f"distilled from `{self.teacher}`" if self.teacher else "trained without a teacher"
         purpose = "zero-shot image classification and image-text retrieval"
-        against = f", against attacks on its images within {self.attack}," if self.attack else ""
-        return f"A CLIP model for {purpose}: `{self.student}`, {made}{against} with gkl-vl."
+        attacks = f", against attacks on its images within {self.attack}," if self.attack else ""
+        return f"A CLIP model for {purpose}: `{self.student}`, {training}{attacks} with gkl-vl."
 
     def _usage(self, transformers: bool) -> str:
         name = f"hf-hub:{self.run.repo_id}" if self.run.repo_id else "local-dir:path/to/this/folder"
@@ -130,61 +130,28 @@ processor = CLIPProcessor.from_pretrained("{self.run.repo_id or "path/to/this/fo
         )
 
 
-def results_markdown(metrics: list[dict]) -> str:
-    """Teacher against student as a Markdown table, a line per data set and metric, in per cent."""
-    if not metrics:
-        return "No evaluation was run."
-    scores: dict[tuple[str, str], dict[str, float]] = {}
-    for row in metrics:  # classification and retrieval on one data set may come as two rows
-        scores.setdefault((row["model"], row["dataset"]), {}).update(_scores(row))
-    lines = ["| data set | metric | teacher | student | kept |", "|---|---|---:|---:|---:|"]
-    for dataset in dict.fromkeys(row["dataset"] for row in metrics):
-        teacher, student = scores.get(("teacher", dataset), {}), scores.get(("student", dataset), {})
-        for key in dict.fromkeys([*student, *teacher]):
-            both = key in teacher and key in student and teacher[key] > 0
-            cells = [f"{100 * side[key]:.1f} %" if key in side else "" for side in (teacher, student)]
-            kept = f"{100 * student[key] / teacher[key]:.0f} %" if both else ""
-            lines.append(f"| {dataset} | {key} | {cells[0]} | {cells[1]} | {kept} |")
-    return "\n".join(lines)
-
-
-def hub_id(name: str) -> str | None:
-    """org/repo when `name` is a repository on the Hub, else None."""
-    prefix, _, rest = name.partition(":")
-    if not rest:
-        rest = name
-    elif prefix not in ("hf-hub", "transformers"):
-        return None
-    return rest if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", rest) and not Path(rest).exists() else None
-
-
-def _scores(row: dict) -> dict[str, float]:
-    # acc5 of fewer than five classes is nan, which neither YAML on the Hub nor a reader can use.
-    numbers = {key: value for key, value in row.items() if isinstance(value, float) and math.isfinite(value)}
-    wanted = re.compile(r"acc|(many|medium|few)_acc1$|.*recall")  # a classifier's groups by shots too
-    return {key: value for key, value in numbers.items() if wanted.match(key)}
-
-
 @dataclass(frozen=True, kw_only=True)
 class ClassifierCard:
-    """What the README of an exported classifier says. It claims nothing that is not in these fields."""
+    """Contents of an exported classifier's README.md, which states nothing beyond these fields."""
 
     student: str
+    """Architecture of the exported model, e.g. resnet8x4."""
     made: str
-    """How it was trained, after "an image classifier, "."""
+    """How it was trained; follows "An image classifier: `student`, " in the card."""
     teacher: str | None
+    """Name of the teacher; None = trained without a teacher."""
     data: str
-    """What it was trained on."""
+    """Training data."""
     run: RunFacts
 
     def render(self) -> str:
-        """The text of README.md."""
+        """Returns the text of README.md."""
         teacher = hub_id(self.teacher) if self.teacher else None
         metadata = ModelCardData(
             library_name="timm" if self.student.startswith("timm:") else "gkl-vl",
             pipeline_tag="image-classification",
             tags=["knowledge-distillation", "gkl"] if self.teacher else ["gkl"],
-            license="other",  # whoever brings the data knows its licence
+            license="other",  # the licence of the data is not known here
             base_model=teacher,
             base_model_relation="finetune" if teacher else None,
         )
@@ -204,8 +171,43 @@ class ClassifierCard:
 
 
 def classifier_usage(name: str, folder: str) -> str:
-    """Python that loads an exported classifier from a folder or a repository."""
-    where = f"hf-hub:{folder}" if hub_id(folder) else f"local-dir:{folder}"
+    """Python code that loads an exported classifier from a folder or a Hub repository."""
+    source = f"hf-hub:{folder}" if hub_id(folder) else f"local-dir:{folder}"
     if name.startswith("timm:"):
-        return f'import timm\nmodel = timm.create_model("{where}", pretrained=True)'
-    return f'from gkl_vl.models.classifiers import load_classifier\nmodel = load_classifier("{where}").model'
+        return f'import timm\nmodel = timm.create_model("{source}", pretrained=True)'
+    return f'from gkl_vl.models.classifiers import load_classifier\nmodel = load_classifier("{source}").model'
+
+
+def results_markdown(metrics: list[dict]) -> str:
+    """Markdown table of teacher and student in per cent, with one line per data set and metric."""
+    if not metrics:
+        return "No evaluation was run."
+    scores: dict[tuple[str, str], dict[str, float]] = {}
+    for row in metrics:  # classification and retrieval on one data set can be two rows
+        scores.setdefault((row["model"], row["dataset"]), {}).update(_scores(row))
+    lines = ["| data set | metric | teacher | student | kept |", "|---|---|---:|---:|---:|"]
+    for dataset in dict.fromkeys(row["dataset"] for row in metrics):
+        teacher, student = scores.get(("teacher", dataset), {}), scores.get(("student", dataset), {})
+        for key in dict.fromkeys([*student, *teacher]):
+            comparable = key in teacher and key in student and teacher[key] > 0
+            cells = [f"{100 * side[key]:.1f} %" if key in side else "" for side in (teacher, student)]
+            kept = f"{100 * student[key] / teacher[key]:.0f} %" if comparable else ""
+            lines.append(f"| {dataset} | {key} | {cells[0]} | {cells[1]} | {kept} |")
+    return "\n".join(lines)
+
+
+def hub_id(name: str) -> str | None:
+    """Returns org/repo if `name` has the form of a Hub repository, else None."""
+    prefix, _, rest = name.partition(":")
+    if not rest:
+        rest = name
+    elif prefix not in ("hf-hub", "transformers"):
+        return None
+    return rest if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", rest) and not Path(rest).exists() else None
+
+
+def _scores(row: dict) -> dict[str, float]:
+    # acc5 is nan for fewer than five classes; the Hub's YAML metadata does not allow nan.
+    numbers = {key: value for key, value in row.items() if isinstance(value, float) and math.isfinite(value)}
+    shown = re.compile(r"acc|(many|medium|few)_acc1$|.*recall")  # many, medium, few: classes by their number of images
+    return {key: value for key, value in numbers.items() if shown.match(key)}

@@ -1,5 +1,7 @@
-"""What was trained as a folder that people load, and its push: a CLIP in open_clip's Hub format and transformers', a
-classifier in timm's or with our own loader."""
+"""Exports trained models to folders and pushes these to the Hub.
+
+A CLIP is written in open_clip's and transformers' formats, a classifier in timm's format or that of `load_classifier`.
+"""
 
 import copy
 import json
@@ -34,23 +36,23 @@ CARD_NAME = "README.md"
 def export_clip(
     *, clip: Clip, folder: Path, card: ClipCard, dtype: torch.dtype | None = None, transformers: bool = True
 ) -> None:
-    """Write `folder` in open_clip's Hub format: `local-dir:folder` loads it, once pushed `hf-hub:org/name`.
+    """Writes `folder` in open_clip's Hub format; `local-dir:folder` loads it, after a push also `hf-hub:org/name`.
 
-    Written beside the folder and renamed: an existing export is replaced by a complete one or not at all.
+    Writes to a temporary folder and renames it: an existing export is replaced by a complete one or not at all.
 
     Args:
-        clip: an open_clip model; a transformers model has no open_clip configuration.
-        folder: absent, empty, or an earlier export.
-        card: becomes README.md; its `run.repo_id` also tells open_clip where the tokenizer will be.
-        dtype: precision of the stored weights; None = as they are, fp32 after training.
-        transformers: also write transformers' CLIPModel format where the architecture fits; doubles the size.
+        clip: an open_clip model with known `model_cfg`; a transformers model has none.
+        folder: a new or empty folder, or an earlier export.
+        card: contents of README.md; its `run.repo_id` is also stored as the tokenizer's repository for open_clip.
+        dtype: precision of the stored weights; None = unchanged, which is fp32 after training.
+        transformers: also write transformers' CLIPModel format if the architecture fits; doubles the size.
 
     Raises:
-        UserError: not an open_clip model; `folder` holds something else.
-        OSError: no permission, disk full; an existing export is untouched.
+        UserError: not an open_clip model; `folder` contains other files.
+        OSError: no permission, disk full; an existing export is left unchanged.
     """
     if clip.model_cfg is None:
-        raise UserError(f"{clip.name!r} is a transformers model: take an open_clip one as student, only those export")
+        raise UserError(f"{clip.name!r} is a transformers model, which cannot be exported: use an open_clip student")
     with _replacing(folder) as scratch:
         tensors = _stored_tensors(clip, dtype)
         save_file(tensors, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -63,135 +65,14 @@ def export_clip(
         (scratch / CARD_NAME).write_text(card.render(transformers=as_transformers), encoding="utf-8")
 
 
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write to, beside `folder`, whose place it takes when all went well."""
-    folder = Path(folder).resolve()
-    _check_replaceable(folder)
-    with replacing_folder(folder) as scratch:
-        yield scratch
-        for weights in scratch.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
-            weights.chmod((scratch / CARD_NAME).stat().st_mode)
-
-
-def check_repo_id(repo_id: str, *, token: str | None = None) -> None:
-    """Refuse before a run what would make its push fail after it: a malformed name, no token, offline mode.
-
-    Raises:
-        UserError: with the remedy.
-    """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UserError(f"repository name {repo_id!r} is malformed: {first_line(error)}") from error
-    if repo_id.count("/") != 1:
-        raise UserError(f"repository name {repo_id!r} has no owner: write org/name")
-    if (token or get_token()) is None:
-        raise UserError(f"no Hub token to push {repo_id!r} with: run `hf auth login` or set HF_TOKEN")
-    if constants.HF_HUB_OFFLINE:
-        raise UserError(f"HF_HUB_OFFLINE is set, so {repo_id!r} cannot be pushed: unset it, or push later")
-
-
-def push_to_hub(*, folder: Path, repo_id: str, private: bool = False, token: str | None = None) -> str:
-    """Upload the files of an exported folder, all of them and nothing else; creates the repository.
-
-    Honours HF_ENDPOINT and HF_TOKEN. Where the folder carries a tokenizer, its configuration is first pointed
-    at `repo_id`, since open_clip looks a Hub model's tokenizer up by name. Files that only the
-    repository has stay there.
-
-    Returns:
-        The address of the repository.
-
-    Raises:
-        UserError: malformed name, no token, offline, refused; the folder stays and can be pushed again.
-    """
-    check_repo_id(repo_id, token=token)
-    if not _holds_model(folder):
-        raise UserError(f"{folder} holds no {CONFIG_NAME} and no classifier: push the model/ folder of a run")
-    if (folder / CONFIG_NAME).is_file():
-        _point_tokenizer_at(folder, repo_id)
-    api = HfApi(token=token)
-    try:
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload model with gkl-vl")
-    # The client's HTTP library changed between its versions (requests, httpx, httpx2), so what a lost
-    # connection raises has no common base class; the remedy is the same for all.
-    except Exception as error:
-        raise UserError(_push_remedy(error, folder, repo_id)) from error
-    return str(url)
-
-
-def _push_remedy(error: Exception, folder: Path, repo_id: str) -> str:
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if status == 401:
-        remedy = "the token is not valid, make a new one and set HF_TOKEN"
-    elif status in (403, 404):
-        remedy = f"the token may not write to {repo_id}, use one with write access or another name"
-    else:
-        remedy = "check the connection and HF_ENDPOINT"
-    return f"pushing to {repo_id!r} failed ({first_line(error)}): {remedy}, then push {folder} again"
-
-
-def _stored_tensors(clip: Clip, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The state dict with memory of its own for each tensor: safetensors refuses shared and strided ones."""
-    state = clip.towers.model.state_dict()
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    if dtype is None:
-        return tensors
-    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-
-
-def _open_clip_config(clip: Clip, repo_id: str | None) -> dict:
-    model_cfg = copy.deepcopy(clip.model_cfg)
-    assert model_cfg is not None
-    if clip.hf_tokenizer is not None and repo_id is not None:
-        model_cfg["text_cfg"]["hf_tokenizer_name"] = repo_id
-    return {"model_cfg": model_cfg, "preprocess_cfg": asdict(clip.preprocess)}
-
-
-def _point_tokenizer_at(folder: Path, repo_id: str) -> None:
-    path = folder / CONFIG_NAME
-    config = json.loads(path.read_text())
-    text_cfg = config["model_cfg"]["text_cfg"]
-    # Without the key the tokenizer is CLIP's own, whatever files lie there for transformers.
-    if text_cfg.get("hf_tokenizer_name") in (None, "", repo_id):
-        return
-    text_cfg["hf_tokenizer_name"] = repo_id
-    write_text(path, json.dumps(config, indent=2) + "\n")
-
-
-def _holds_model(folder: Path) -> bool:
-    """Whether the folder is an export of ours: a CLIP's, or a classifier's."""
-    return (folder / CONFIG_NAME).is_file() or _holds_classifier(folder)
-
-
-def _holds_classifier(folder: Path) -> bool:
-    """A config.json alone says nothing: a run folder has one, and many a project."""
-    if not (folder / CLASSIFIER_WEIGHTS_NAME).is_file() or not (folder / CLASSIFIER_CONFIG_NAME).is_file():
-        return False
-    try:
-        config = json.loads((folder / CLASSIFIER_CONFIG_NAME).read_text())
-    except ValueError:
-        return False
-    return isinstance(config, dict) and {"architecture", "num_classes"} <= config.keys()
-
-
-def _check_replaceable(folder: Path) -> None:
-    if folder.is_dir():
-        if any(folder.iterdir()) and not _holds_model(folder):
-            raise UserError(f"{folder} holds files but no exported model: name another folder or empty it")
-    elif folder.exists():
-        raise UserError(f"{folder} is a file: name a folder for the exported model")
-
-
 def export_classifier(*, classifier: Classifier, folder: Path, card: ClassifierCard) -> None:
-    """Write `folder` with model.safetensors, config.json and a card; `load_classifier("local-dir:folder")` loads it.
+    """Writes `folder` with model.safetensors, config.json and a card; `load_classifier("local-dir:folder")` loads it.
 
-    A timm model's folder has timm's Hub format. Written beside the folder and renamed, errors as in `export_clip`.
+    A timm model is written in timm's Hub format. Replaces `folder` and raises as `export_clip` does.
     """
     with _replacing(folder) as scratch:
         if classifier.name.startswith("timm:"):
-            # safetensors takes no channels_last
+            # safetensors does not store channels_last tensors
             model: Any = classifier.model.to(memory_format=torch.contiguous_format)
             model.pretrained_cfg = model.pretrained_cfg | {"mean": classifier.mean, "std": classifier.std}
             save_for_hf(model, str(scratch), safe_serialization=True)
@@ -207,3 +88,123 @@ def export_classifier(*, classifier: Classifier, folder: Path, card: ClassifierC
             }
             (scratch / CLASSIFIER_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         (scratch / CARD_NAME).write_text(card.render(), encoding="utf-8")
+
+
+def check_repo_id(repo_id: str, *, token: str | None = None) -> None:
+    """Checks before a run that its model can be pushed at the end.
+
+    Raises:
+        UserError: malformed name, no token, offline mode.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"repository name {repo_id!r} is malformed: {first_line(error)}") from error
+    if repo_id.count("/") != 1:
+        raise UserError(f"repository name {repo_id!r} has no owner: write org/name")
+    if (token or get_token()) is None:
+        raise UserError(f"no Hub token to push {repo_id!r} with: run `hf auth login` or set HF_TOKEN")
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"HF_HUB_OFFLINE is set, so {repo_id!r} cannot be pushed: unset it, or push later")
+
+
+def push_to_hub(*, folder: Path, repo_id: str, private: bool = False, token: str | None = None) -> str:
+    """Uploads all files of an exported folder and nothing else; creates the repository if it does not exist.
+
+    Uses HF_ENDPOINT and HF_TOKEN. If the folder contains a tokenizer, `repo_id` is first written to its config as the
+    tokenizer's name, by which open_clip loads a Hub model's tokenizer. Other files in the repository are kept.
+
+    Returns:
+        URL of the repository.
+
+    Raises:
+        UserError: malformed name, no token, offline, refused by the Hub. The folder is kept and can be pushed again.
+    """
+    check_repo_id(repo_id, token=token)
+    if not _holds_model(folder):
+        raise UserError(f"{folder} holds no {CONFIG_NAME} and no classifier: push the model/ folder of a run")
+    if (folder / CONFIG_NAME).is_file():
+        _set_tokenizer_name(folder, repo_id)
+    api = HfApi(token=token)
+    try:
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload model with gkl-vl")
+    # The client's HTTP library depends on its version (requests, httpx, httpx2), and the errors of a lost connection
+    # have no common base class. All have the same remedy.
+    except Exception as error:
+        raise UserError(_push_remedy(error, folder, repo_id)) from error
+    return str(url)
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """Context manager: yields a temporary folder, which replaces `folder` if the block raises nothing."""
+    folder = Path(folder).resolve()
+    _check_replaceable(folder)
+    with replacing_folder(folder) as scratch:
+        yield scratch
+        for weights in scratch.glob("*.safetensors"):  # safetensors writes files with mode 600
+            weights.chmod((scratch / CARD_NAME).stat().st_mode)
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.is_dir():
+        if any(folder.iterdir()) and not _holds_model(folder):
+            raise UserError(f"{folder} holds files but no exported model: name another folder or empty it")
+    elif folder.exists():
+        raise UserError(f"{folder} is a file: name a folder for the exported model")
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether the folder contains an exported CLIP or classifier."""
+    return (folder / CONFIG_NAME).is_file() or _holds_classifier(folder)
+
+
+def _holds_classifier(folder: Path) -> bool:
+    """Whether the folder contains an exported classifier. Checks config.json's keys, as run folders have one too."""
+    if not (folder / CLASSIFIER_WEIGHTS_NAME).is_file() or not (folder / CLASSIFIER_CONFIG_NAME).is_file():
+        return False
+    try:
+        config = json.loads((folder / CLASSIFIER_CONFIG_NAME).read_text())
+    except ValueError:
+        return False
+    return isinstance(config, dict) and {"architecture", "num_classes"} <= config.keys()
+
+
+def _stored_tensors(clip: Clip, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """State dict on the CPU with contiguous, separate tensors: safetensors refuses shared and strided ones."""
+    state = clip.towers.model.state_dict()
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    if dtype is None:
+        return tensors
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def _open_clip_config(clip: Clip, repo_id: str | None) -> dict:
+    model_cfg = copy.deepcopy(clip.model_cfg)
+    assert model_cfg is not None
+    if clip.hf_tokenizer is not None and repo_id is not None:
+        model_cfg["text_cfg"]["hf_tokenizer_name"] = repo_id
+    return {"model_cfg": model_cfg, "preprocess_cfg": asdict(clip.preprocess)}
+
+
+def _set_tokenizer_name(folder: Path, repo_id: str) -> None:
+    path = folder / CONFIG_NAME
+    config = json.loads(path.read_text())
+    text_cfg = config["model_cfg"]["text_cfg"]
+    # Without the key open_clip uses CLIP's BPE, and any tokenizer files in the folder are for transformers.
+    if text_cfg.get("hf_tokenizer_name") in (None, "", repo_id):
+        return
+    text_cfg["hf_tokenizer_name"] = repo_id
+    write_text(path, json.dumps(config, indent=2) + "\n")
+
+
+def _push_remedy(error: Exception, folder: Path, repo_id: str) -> str:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if status == 401:
+        remedy = "the token is not valid, create a new one and set HF_TOKEN"
+    elif status in (403, 404):
+        remedy = f"the token may not write to {repo_id}, use one with write access or another name"
+    else:
+        remedy = "check the connection and HF_ENDPOINT"
+    return f"pushing to {repo_id!r} failed ({first_line(error)}): {remedy}, then push {folder} again"

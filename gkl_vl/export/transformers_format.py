@@ -1,4 +1,4 @@
-"""An open_clip CLIP written as a transformers `CLIPModel`, when both can express it.
+"""Exports an open_clip CLIP as a transformers `CLIPModel`, if transformers can compute the same function.
 
 Axis letters: d = embedding.
 """
@@ -19,7 +19,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTok
 
 from gkl_vl.models.clip import Clip
 
-# What transformers' CLIP can express too. Every other field of open_clip's configs must have its default.
+# Fields of open_clip's configs with an equivalent in transformers. All other fields must have their defaults.
 _MODEL_KEYS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale"}
 _VISION_KEYS = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout"}
 _TEXT_KEYS = {
@@ -27,14 +27,15 @@ _TEXT_KEYS = {
     "pad_id", "eos_id", "pool_type",
 }  # fmt: skip
 
-# open_clip's name -> transformers' name, tried in this order; "text" stands for the blocks outside `visual`.
+# (regex, replacement) from open_clip's parameter names to transformers', applied in this order. The names outside
+# `visual` are the text tower's; `rename_tensors` removes the prefix `text.` of `CustomTextCLIP` first.
 _RENAMES = [
     (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
     (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
     (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
     (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
     (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
-    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),  # transformers' own spelling
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),  # sic, in transformers
     (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
     (r"^visual\.proj$", "visual_projection.weight"),
     (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
@@ -51,24 +52,24 @@ _RENAMES = [
 def fits_transformers(clip: Clip) -> bool:
     """Whether transformers' `CLIPModel` computes the same function.
 
-    That is: two plain pre-norm transformers, a class token, a causal text tower pooled at its end-of-text
-    token, linear projections without bias, no logit bias.
+    True for two plain pre-norm transformers with a class token, a causal text tower pooled at its end-of-text token,
+    linear projections without bias, and no logit bias.
     """
     cfg = clip.model_cfg
     if cfg is None or not set(cfg) <= _MODEL_KEYS or clip.preprocess.resize_mode == "longest":
         return False
     vision, text = CLIPVisionCfg(**cfg["vision_cfg"]), CLIPTextCfg(**cfg["text_cfg"])
-    plain = _is_default(vision, CLIPVisionCfg(), _VISION_KEYS)
-    plain = plain and _is_default(text, CLIPTextCfg(), _TEXT_KEYS)
+    plain = _is_default(vision, CLIPVisionCfg(), except_for=_VISION_KEYS)
+    plain = plain and _is_default(text, CLIPTextCfg(), except_for=_TEXT_KEYS)
     sizes = [vision.layers, vision.patch_size, vision.image_size]
     return plain and all(isinstance(size, int) for size in sizes) and _eos_id(clip, text) is not None
 
 
 def write_transformers(*, clip: Clip, folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write `config.json`, `model.safetensors`, `preprocessor_config.json` and the tokenizer into `folder`.
+    """Writes `config.json`, `model.safetensors`, `preprocessor_config.json` and the tokenizer into `folder`.
 
-    `tensors` is open_clip's state dict in the precision to be stored; `clip` has passed `fits_transformers`.
-    `CLIPModel.from_pretrained(folder)` then gives the same embeddings, which transformers does not normalise.
+    `tensors` is open_clip's state dict in the precision to be stored; `fits_transformers(clip)` must be true.
+    `CLIPModel.from_pretrained(folder)` then computes the same embeddings, before the L2 normalisation.
     """
     renamed = rename_tensors(tensors)
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
@@ -78,9 +79,10 @@ def write_transformers(*, clip: Clip, folder: Path, tensors: dict[str, Tensor]) 
 
 
 def rename_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's state dict of a plain CLIP under transformers' names.
+    """Converts open_clip's state dict of a plain CLIP to transformers' parameter names.
 
-    q, k and v come apart, and the projections are transposed: `x @ P` there, `Linear` here.
+    Splits the joint q, k, v projections and transposes the output projections: `x @ P` in open_clip, `nn.Linear` in
+    transformers.
     """
     renamed = {}
     for key, tensor in tensors.items():
@@ -97,20 +99,20 @@ def rename_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _is_default(cfg: Any, default: Any, free: set[str]) -> bool:
+def _is_default(cfg: Any, default: Any, *, except_for: set[str]) -> bool:
     values, defaults = asdict(cfg), asdict(default)
     # Absent and empty mean the same to open_clip (`act_kwargs: {}`, `timm_model_name: ""`).
-    return all((values[key] or None) == (defaults[key] or None) for key in defaults if key not in free)
+    return all((values[key] or None) == (defaults[key] or None) for key in defaults if key not in except_for)
 
 
 def _eos_id(clip: Clip, text: CLIPTextCfg) -> int | None:
-    """The token at which the text is pooled, or None where transformers would pool at another one."""
+    """Id of the token at which the text is pooled; None if transformers would pool another token."""
     if clip.hf_tokenizer is None:
         eos = highest = open_clip.SimpleTokenizer().eot_token_id
     else:
         eos, highest = clip.hf_tokenizer.eos_token_id, max(clip.hf_tokenizer.get_vocab().values())
     pooled_at = {"argmax": highest, "eos": text.eos_id}.get(text.pool_type)
-    # transformers reads an eos id of 2 as "pool at the highest token", for the sake of old configs.
+    # transformers takes an eos id of 2 for an old config and pools the highest token id.
     return eos if eos == pooled_at and eos != 2 else None
 
 
@@ -123,7 +125,7 @@ def _config(clip: Clip, dtype: torch.dtype) -> CLIPConfig:
     shared = {
         "projection_dim": cfg["embed_dim"],
         "hidden_act": "quick_gelu" if cfg.get("quick_gelu") else "gelu",
-        "layer_norm_eps": 1e-5,  # torch's default, which open_clip keeps
+        "layer_norm_eps": 1e-5,  # torch's default, which open_clip uses
     }
     text_config = CLIPTextConfig(
         vocab_size=text.vocab_size,
@@ -162,14 +164,14 @@ def _image_processor(preprocess: PreprocessCfg) -> CLIPImageProcessor:
         size={"height": size, "width": size} if squash else {"shortest_edge": size},
         crop_size={"height": size, "width": size},
         do_center_crop=not squash,
-        resample=2 if preprocess.interpolation == "bilinear" else 3,  # PIL's numbers; 3 = bicubic
+        resample=2 if preprocess.interpolation == "bilinear" else 3,  # PIL's enum; 3 = bicubic
         image_mean=list(preprocess.mean),
         image_std=list(preprocess.std),
     )
 
 
 def _tokenizer(clip: Clip) -> Any:
-    """The model's tokenizer, or CLIP's byte pairs as transformers has them; cuts to the text's length."""
+    """The model's tokenizer, or CLIP's BPE as a transformers tokenizer, with the model's context length."""
     assert clip.model_cfg is not None
     if clip.hf_tokenizer is not None:
         tokenizer = copy.deepcopy(clip.hf_tokenizer)
@@ -178,7 +180,7 @@ def _tokenizer(clip: Clip) -> Any:
         vocab = dict(bpe.encoder)
         vocab["<|startoftext|>"] = vocab.pop("<start_of_text>")
         vocab["<|endoftext|>"] = vocab.pop("<end_of_text>")
-        merges: Any = list(bpe.bpe_ranks)  # pairs, which tokenizers wants; transformers' annotation says strings
+        merges: Any = list(bpe.bpe_ranks)  # pairs, as tokenizers requires; transformers' annotation is list of str
         tokenizer = CLIPTokenizer(vocab=vocab, merges=merges)
     tokenizer.model_max_length = CLIPTextCfg(**clip.model_cfg["text_cfg"]).context_length
     return tokenizer

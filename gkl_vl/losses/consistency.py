@@ -9,7 +9,8 @@ Sources: Sohn et al., NeurIPS 2020, arXiv 2001.07685 (FixMatch); Zhang et al., N
 2208.07204, microsoft/Semi-supervised-learning (USB, whose settings these are); Cui et al., arXiv 2305.13948,
 jiequancui/DKL, `DKLv1/Semi-supervised-learning-dkl` (IKL in both).
 
-Axis letters: u = unlabelled images of this process's batch, U = of all processes, C = classes, N = all of them.
+Axis letters: u = unlabelled images of this process's batch, U = of all processes, C = classes, N = unlabelled images of
+the set.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class SemiSupervised:
     consistency: Consistency = "gkl"
     """See `consistency_loss`."""
     threshold: float = 0.95
-    """Least probability of the likeliest class for a pseudo-label to count (paper: tau)."""
+    """Smallest probability of the likeliest class with which a pseudo-label is used (paper: tau)."""
     unlabelled_weight: float = 1.0
     """Weight of the consistency term (paper: lambda_u)."""
     rampup_steps: int = 0
@@ -64,24 +65,24 @@ def consistency_loss(
 
     s, w = strong, weak; soft CE has the target of `kl`. GKL's halves are those of `gkl.gkl_loss`, numerators masked:
     wMSE = 1/4 sum_b m_b sum_jk v_bj v_bk (d_bj - d_bk)^2 / sum_b (sum_j v_bj)^2, d = w - s, v = the classes' weights.
-    An image that does not count is in every denominator, as in FixMatch: few confident images give a small loss.
+    Images outside the mask are in every denominator, as in FixMatch: few confident images give a small loss.
 
     Args:
         strong: logits of the student, in float32 or float64.
         weak: logits of the teacher; they get no gradient.
-        mask: m, the images that count.
+        mask: m, the images whose pseudo-label is used.
         prior: class prior of each pseudo-label, for `ikl` and `gkl`; None = the weak view's own softmax.
 
     All ranks, each with the same number of rows; the mean over ranks is the loss of the joined batch.
     """
-    counts, weak = mask.to(strong.dtype), weak.detach()
+    m, weak = mask.to(strong.dtype), weak.detach()
     if settings.consistency == "hard":
-        return (counts * F.cross_entropy(strong, weak.argmax(dim=1), reduction="none")).mean()
+        return (m * F.cross_entropy(strong, weak.argmax(dim=1), reduction="none")).mean()
     if settings.consistency == "mse":
-        return (counts * (weak.softmax(dim=1) - strong.softmax(dim=1)).square().mean(dim=1)).mean()
+        return (m * (weak.softmax(dim=1) - strong.softmax(dim=1)).square().mean(dim=1)).mean()
     target = weak / settings.gkl.temperature
     if settings.consistency == "kl":
-        return (counts * kl_rows(student=strong, teacher=target, temperature=1)).mean()
+        return (m * kl_rows(student=strong, teacher=target, temperature=1)).mean()
     weight = smooth_weight(
         teacher=weak,
         gamma=1 if settings.consistency == "ikl" else settings.gkl.gamma,
@@ -89,8 +90,8 @@ def consistency_loss(
         class_prior=prior,
     )
     numerator, denominator = wmse_rows(student=strong, teacher=weak, weight=weight)
-    wmse = ratio_of_sums(counts * numerator, denominator)  # all ranks
-    soft_ce = (counts * soft_cross_entropy_rows(student=strong, teacher=target, temperature=1)).mean()
+    wmse = ratio_of_sums(m * numerator, denominator)  # all ranks
+    soft_ce = (m * soft_cross_entropy_rows(student=strong, teacher=target, temperature=1)).mean()
     return settings.gkl.wmse_weight * wmse + settings.gkl.soft_ce_weight * soft_ce
 
 
@@ -102,14 +103,14 @@ def rampup(settings: SemiSupervised, *, step: int) -> float:
 def pseudo_label_scalars(
     *, weak: Float[Tensor, "u C"], mask: Bool[Tensor, " u"], hidden: Int[Tensor, " u"]
 ) -> dict[str, Float[Tensor, ""]]:
-    """`mask_rate`, the share of images that count, and `pseudo_label_acc1`, the share of correct ones among those.
+    """`mask_rate`, the share of images in the mask, and `pseudo_label_acc1`, the share of correct ones among those.
 
-    The second is over images with a known label (hidden >= 0), and 0 if none of them counts. The mean over ranks is the
-    value for all images. All ranks.
+    The second is over images with a known label (hidden >= 0), and 0 if the mask has none of them. The mean over ranks
+    is the value for all images. All ranks.
     """
     known = mask & (hidden >= 0)
-    right = known & (weak.argmax(dim=1) == hidden)
-    return {"mask_rate": mask.float().mean(), "pseudo_label_acc1": ratio_of_sums(right.float(), known.float())}
+    correct = known & (weak.argmax(dim=1) == hidden)
+    return {"mask_rate": mask.float().mean(), "pseudo_label_acc1": ratio_of_sums(correct.float(), known.float())}
 
 
 class ClassThresholds:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gkl_vl.distributed import gather_rows, rank, sum_across_processes, world_size
 from gkl_vl.losses.gkl import (
+    GklSettings,
     check_gamma,
     check_positive,
     kl_rows,
@@ -118,12 +119,14 @@ def image_text_loss(
     _check_forms(sigmoid=sigmoid, teacher_sigmoid=teacher_sigmoid, kl_weight=kl_weight)
     terms = Terms(
         contrastive_weight=contrastive_weight,
-        soft_ce_weight=soft_ce_weight if has_teacher else 0,
-        wmse_weight=wmse_weight if has_teacher else 0,
+        gkl=GklSettings(
+            soft_ce_weight=soft_ce_weight if has_teacher else 0,
+            wmse_weight=wmse_weight if has_teacher else 0,
+            gamma=gamma,
+            temperature=temperature,
+            weight_temperature=weight_temperature,
+        ),
         kl_weight=kl_weight if has_teacher else 0,
-        gamma=gamma,
-        temperature=temperature,
-        weight_temperature=weight_temperature,
         sigmoid=sigmoid,
         teacher_sigmoid=teacher_sigmoid,
     )
@@ -214,7 +217,9 @@ def _check_forms(*, sigmoid: bool, teacher_sigmoid: bool, kl_weight: float) -> N
 def _check(image, text, teacher_image, teacher_text, teacher_logit_scale, text_ids) -> bool:
     given = [x is not None for x in (teacher_image, teacher_text, teacher_logit_scale)]
     if any(given) and not all(given):
-        raise ValueError("teacher_image, teacher_text and teacher_logit_scale come together or not at all")
+        raise ValueError(
+            "teacher_image, teacher_text and teacher_logit_scale must be given together: pass all three or none"
+        )
     named = {"text": text, "teacher_image": teacher_image, "teacher_text": teacher_text, "text_ids": text_ids}
     for name, value in named.items():
         if value is not None and value.shape[0] != image.shape[0]:
@@ -262,24 +267,26 @@ def _dense_loss(student: _Side, teacher: _Side | None, text_ids: Tensor, terms: 
     if teacher is not None:
         teacher_logits = teacher.two_directions()
         pairs = list(zip(student_logits, teacher_logits, strict=True))
-        if terms.soft_ce_weight and terms.sigmoid:
+        if terms.gkl.soft_ce_weight and terms.sigmoid:
             rows = [_sigmoid_soft_rows(s + student.shift(), t + teacher.shift(), terms) for s, t in pairs]
-            weighted["soft_ce"] = terms.soft_ce_weight, _mean_of_rows(rows)
-        elif terms.soft_ce_weight:
-            rows = [soft_cross_entropy_rows(student=s, teacher=t, temperature=terms.temperature) for s, t in pairs]
-            weighted["soft_ce"] = terms.soft_ce_weight, _mean_of_rows(rows)
+            weighted["soft_ce"] = terms.gkl.soft_ce_weight, _mean_of_rows(rows)
+        elif terms.gkl.soft_ce_weight:
+            rows = [soft_cross_entropy_rows(student=s, teacher=t, temperature=terms.gkl.temperature) for s, t in pairs]
+            weighted["soft_ce"] = terms.gkl.soft_ce_weight, _mean_of_rows(rows)
         if terms.kl_weight:
-            rows = [kl_rows(student=s, teacher=t, temperature=terms.temperature) for s, t in pairs]
+            rows = [kl_rows(student=s, teacher=t, temperature=terms.gkl.temperature) for s, t in pairs]
             weighted["kl"] = terms.kl_weight, _mean_of_rows(rows)
-        if terms.wmse_weight:
+        if terms.gkl.wmse_weight:
             ratios = []
             for s, t in pairs:
-                weight = smooth_weight(teacher=t, gamma=terms.gamma, weight_temperature=terms.weight_temperature)
+                weight = smooth_weight(
+                    teacher=t, gamma=terms.gkl.gamma, weight_temperature=terms.gkl.weight_temperature
+                )
                 ratios.append(ratio_of_sums(*wmse_rows(student=s, teacher=t, weight=weight)))
-            weighted["wmse"] = terms.wmse_weight, torch.stack(ratios).mean()
+            weighted["wmse"] = terms.gkl.wmse_weight, torch.stack(ratios).mean()
     loss = sum((weight * term for weight, term in weighted.values()), student_logits[0].new_zeros(()))
-    of_images = student_logits[0], None if teacher_logits is None else teacher_logits[0]
-    return loss, {name: term for name, (_, term) in weighted.items()} | _diagnostics(*of_images, same)
+    image_logits = student_logits[0], None if teacher_logits is None else teacher_logits[0]
+    return loss, {name: term for name, (_, term) in weighted.items()} | _diagnostics(*image_logits, same)
 
 
 def _contrastive_rows(student: Tensor, same: Tensor, terms: Terms) -> Tensor:
@@ -289,7 +296,7 @@ def _contrastive_rows(student: Tensor, same: Tensor, terms: Terms) -> Tensor:
 
 
 def _sigmoid_soft_rows(student: Tensor, teacher: Tensor, terms: Terms) -> Tensor:
-    student, teacher = student / terms.temperature, teacher / terms.temperature
+    student, teacher = student / terms.gkl.temperature, teacher / terms.gkl.temperature
     if terms.teacher_sigmoid:
         return sigmoid_cross_entropy(student, teacher).sum(dim=1)
     return (F.softplus(student) - teacher.softmax(dim=1) * student).sum(dim=1)
@@ -303,9 +310,9 @@ def _tiled_loss(
     def columns(rows: Tensor) -> Tensor:
         return rows if ring else gather_rows(rows)
 
-    of_teacher = None if teacher is None else (teacher.scale * teacher.image, columns(teacher.text), teacher.bias)
-    of_student = student.image, columns(student.text), student.scale, student.bias
-    return TiledLoss.apply(*of_student, of_teacher, (text_ids, columns(text_ids)), terms, tile_size, ring)
+    teacher_tensors = None if teacher is None else (teacher.scale * teacher.image, columns(teacher.text), teacher.bias)
+    student_tensors = student.image, columns(student.text), student.scale, student.bias
+    return TiledLoss.apply(*student_tensors, teacher_tensors, (text_ids, columns(text_ids)), terms, tile_size, ring)
 
 
 def _mean_of_rows(directions: list[Tensor]) -> Tensor:

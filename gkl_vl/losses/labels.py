@@ -60,7 +60,7 @@ def distillation_loss(
 def kd_loss(
     *, student: Float[Tensor, "n C"], teacher: Float[Tensor, "n C"], temperature: float = 4.0
 ) -> Float[Tensor, ""]:
-    """Hinton's: T^2 KL(softmax(t / T) || softmax(s / T)), nats, mean over rows. Source: arXiv 1503.02531."""
+    """T^2 KL(softmax(t / T) || softmax(s / T)) in nats, mean over rows. Source: Hinton et al., arXiv 1503.02531."""
     return temperature**2 * kl_loss(student=student, teacher=teacher, temperature=temperature)
 
 

@@ -1,19 +1,19 @@
-"""The losses of `image_text.py` without their [n, N] matrices: one sweep for statistics, one for gradients.
+"""Memory-efficient losses of `image_text.py`, without [n, N] matrices: one pass for statistics, one for gradients.
 
-A sweep goes over tiles of the logits, my images (rows) against everybody's texts (columns). A tile is computed once and
-serves both directions: its rows belong to images, its columns to texts. All that a direction needs of its logits is a
-few softmaxes of them, and of each the log-sum-exp and the mean and variance of some values under it; these merge from
-tile to tile. The second sweep computes each tile again and sends its gradient to the embeddings.
+A pass iterates over tiles of the logits: images of this process (rows) against texts of all processes (columns). A tile
+is computed once for both directions, image to text (its rows) and text to image (its columns). Each direction needs a
+few softmaxes of its logits: the log-sum-exp of each, and the mean and variance of some values under it, which are
+updated tile by tile. The second pass recomputes each tile and accumulates its gradient in the embeddings' gradients.
 
-Axis letters: n = my rows, N = everybody's, r c = rows and columns of a tile, q = rows of one direction, k = values,
-d = the student's embedding, e = the teacher's.
+Axis letters: n = rows of this process, N = rows of all processes, m = columns, r c = rows and columns of a tile,
+q = rows of one direction, k = values, d = the student's embedding, e = the teacher's.
 
-Stability: a running softmax is shifted by its largest exponent so far; a mean moves by a share of the difference of two
-means, and a variance grows by that difference squared (Chan et al. 1979): no large sums are subtracted. Biases are left
-out where no term feels them, in all softmaxes: the difference of teacher and student would lose digits to them.
+Stability: the exponents of a running softmax are shifted by their running maximum; means and variances are updated by
+differences of means (Chan et al. 1979), so that no large sums are subtracted. Biases do not change a softmax and are
+added for sigmoids only, and never to the difference of teacher and student, which would lose digits.
 
 Source: online softmax (Milakov and Gimelshein, arXiv 1805.02867), used by Inf-CL (arXiv 2410.17243) for the contrastive
-loss with hard targets. The soft targets and GKL's weighted variance in this form are this project's.
+loss with hard targets. Its extension to soft targets and to GKL's weighted variance is this project's.
 """
 
 from collections.abc import Iterator
@@ -27,94 +27,97 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gkl_vl.distributed import max_across_processes, pass_on_ring, rank, sum_across_processes, world_size
+from gkl_vl.losses.gkl import GklSettings
 
 Logits = dict[str, Float[Tensor, "r c"]]
 """A tile: "student" and, where there is a teacher, "teacher" and "difference" = teacher - student."""
 Key = tuple[str, float]
-"""A softmax: whose logits, and the factor that they are multiplied by first."""
+"""A softmax: the side of its logits ("student" or "teacher") and the factor, an inverse temperature, on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """Weights, temperatures and gamma, as `image_text_loss` documents them; without a teacher its weights are 0."""
+    """Settings as in `image_text_loss`; without a teacher the weights of the distillation terms are 0."""
 
     contrastive_weight: float
-    soft_ce_weight: float
-    wmse_weight: float
+    gkl: GklSettings
     kl_weight: float
-    gamma: float
-    temperature: float
-    weight_temperature: float
     sigmoid: bool
     teacher_sigmoid: bool
 
 
 class Softmax:
-    """Running softmax(factor * logits) of q rows, and means of values under it.
+    """Running softmax(factor * logits) of q rows, and the means of k values under it.
 
-    `high` and `total` [q]: the largest exponent, and the sum of the exponentials relative to it. `mean` [k, q] has a
-    row for each value; `variance` [q] is that of the difference, when it is one of them.
+    `maximum` and `sum_exp` [q]: the largest exponent, and the sum of exponentials relative to it. `mean` [k, q] has one
+    row per value; `variance` [q] is the variance of the value "difference", if requested.
     """
 
     def __init__(self, key: Key, values: tuple[str, ...], *, like: Float[Tensor, " q"]):
         (self.side, self.factor), self.values = key, values
-        self.high, self.total = torch.full_like(like, -torch.inf), torch.zeros_like(like)
+        self.maximum, self.sum_exp = torch.full_like(like, -torch.inf), torch.zeros_like(like)
         self.mean, self.variance = like.new_zeros(len(values), len(like)), torch.zeros_like(like)
 
     def add(self, rows: slice, logits: Logits) -> None:
-        """Another tile of these rows."""
-        high = self.factor * logits[self.side].amax(dim=1)
-        weight = torch.add(-high[:, None], logits[self.side], alpha=self.factor).exp_()
-        total = weight.sum(dim=1)
-        top = torch.maximum(self.high[rows], high)
-        before, now = self.total[rows] * (self.high[rows] - top).exp(), total * (high - top).exp()
-        self.high[rows], self.total[rows] = top, before + now
-        share = now / (before + now)
+        """Updates the statistics of `rows` with a tile of further columns."""
+        maximum = self.factor * logits[self.side].amax(dim=1)
+        weight = torch.add(-maximum[:, None], logits[self.side], alpha=self.factor).exp_()
+        sum_exp = weight.sum(dim=1)
+        new_maximum = torch.maximum(self.maximum[rows], maximum)
+        old_part = self.sum_exp[rows] * (self.maximum[rows] - new_maximum).exp()
+        new_part = sum_exp * (maximum - new_maximum).exp()
+        self.maximum[rows], self.sum_exp[rows] = new_maximum, old_part + new_part
+        share = new_part / (old_part + new_part)
         for index, value in enumerate(self.values):
-            mean = torch.linalg.vecdot(weight, logits[value], dim=1) / total
-            step = mean - self.mean[index, rows]
-            self.mean[index, rows] += share * step
+            mean = torch.linalg.vecdot(weight, logits[value], dim=1) / sum_exp
+            delta = mean - self.mean[index, rows]
+            self.mean[index, rows] += share * delta
             if value == "difference":
-                spread = torch.linalg.vecdot((logits[value] - mean[:, None]).square_(), weight, dim=1) / total
-                self.variance[rows] += share * (spread - self.variance[rows] + (1 - share) * step.square())
+                variance = torch.linalg.vecdot((logits[value] - mean[:, None]).square_(), weight, dim=1) / sum_exp
+                self.variance[rows] += share * (variance - self.variance[rows] + (1 - share) * delta.square())
 
     def join_processes(self) -> None:
-        """Ranks that have seen other columns of the same rows put together what they saw. All ranks."""
-        high = max_across_processes(self.high)  # all ranks
-        mine = self.total * (self.high - high).exp()
-        total = sum_across_processes(mine)  # all ranks
-        share = mine / total
+        """Merges the statistics of the same rows from all ranks, each of which has other columns. All ranks."""
+        maximum = max_across_processes(self.maximum)  # all ranks
+        own_part = self.sum_exp * (self.maximum - maximum).exp()
+        sum_exp = sum_across_processes(own_part)  # all ranks
+        share = own_part / sum_exp
         mean = sum_across_processes(share * self.mean)  # all ranks
         if "difference" in self.values:
-            step = mean[self.values.index("difference")] - self.mean_of("difference")
-            self.variance = sum_across_processes(share * (self.variance + step.square()))  # all ranks
-        self.high, self.total, self.mean = high, total, mean
+            delta = mean[self.values.index("difference")] - self.mean_of("difference")
+            self.variance = sum_across_processes(share * (self.variance + delta.square()))  # all ranks
+        self.maximum, self.sum_exp, self.mean = maximum, sum_exp, mean
 
     def log_sum_exp(self) -> Float[Tensor, " q"]:
-        return self.high + self.total.log()
+        return self.maximum + self.sum_exp.log()
 
     def mean_of(self, value: str) -> Float[Tensor, " q"]:
         return self.mean[self.values.index(value)]
 
 
 class Direction:
-    """q rows against all columns: the softmaxes of one direction, and the terms that follow from them."""
+    """One direction, image to text or text to image: softmaxes of q rows over all columns, and the terms from them.
 
-    def __init__(self, terms: Terms, *, num_columns: int, has_teacher: bool, watched: bool, like: Float[Tensor, " q"]):
-        self.terms, self.num_columns, self.watched = terms, num_columns, watched
-        self.distil_weight, self.wmse_weight = terms.soft_ce_weight + terms.kl_weight, terms.wmse_weight
-        self.cold = 1 / terms.temperature
+    `with_metrics` also accumulates what the logged metrics need: entropies and the most similar columns.
+    """
+
+    def __init__(
+        self, terms: Terms, *, num_columns: int, has_teacher: bool, with_metrics: bool, like: Float[Tensor, " q"]
+    ):
+        self.terms, self.num_columns, self.with_metrics = terms, num_columns, with_metrics
+        self.distil_weight, self.wmse_weight = terms.gkl.soft_ce_weight + terms.kl_weight, terms.gkl.wmse_weight
+        self.inverse_temperature = 1 / terms.gkl.temperature
         self.contrastive_weight = 0 if terms.sigmoid else terms.contrastive_weight
         self.softmax_targets = self.distil_weight if not terms.teacher_sigmoid else 0
-        self.of_wmse: Key = ("teacher", terms.gamma / terms.weight_temperature)
-        """softmax(t / T2)^gamma, normalised, is this softmax."""
-        self.of_base: Key = ("teacher", 1 / terms.weight_temperature)
+        self.wmse_key: Key = ("teacher", terms.gkl.gamma / terms.gkl.weight_temperature)
+        """This softmax equals softmax(t / T2)^gamma, normalised."""
+        self.base_key: Key = ("teacher", 1 / terms.gkl.weight_temperature)
         self.softmaxes = {
-            key: Softmax(key, tuple(values), like=like) for key, values in self._wanted(has_teacher).items()
+            key: Softmax(key, tuple(values), like=like) for key, values in self._required(has_teacher).items()
         }
         self.positive, self.num_positive = torch.zeros_like(like), torch.zeros_like(like)
-        """Sum and number of the logits of a row's own captions."""
-        sides = (("student", "teacher") if has_teacher else ("student",)) if watched else ()
+        """Sum and number of the logits of a row's positives, the columns with the row's caption."""
+        sides = (("student", "teacher") if has_teacher else ("student",)) if with_metrics else ()
         self.best = {
             side: (
                 torch.full_like(like, -torch.inf),
@@ -123,32 +126,32 @@ class Direction:
             )
             for side in sides
         }
-        """The largest logit of a row, its column, and whether that carries the row's caption."""
+        """A row's largest logit, its column, and 1 if that column is a positive, else 0."""
 
-    def _wanted(self, has_teacher: bool) -> dict[Key, dict[str, None]]:
-        """The softmaxes, and the values whose mean under each is asked for (an ordered set)."""
-        wanted: dict[Key, dict[str, None]] = {}
+    def _required(self, has_teacher: bool) -> dict[Key, dict[str, None]]:
+        """The softmaxes that the terms need, and the values to average under each (an ordered set)."""
+        required: dict[Key, dict[str, None]] = {}
 
-        def want(key: Key, *values: str) -> None:
-            wanted.setdefault(key, {}).update(dict.fromkeys(values))
+        def require(key: Key, *values: str) -> None:
+            required.setdefault(key, {}).update(dict.fromkeys(values))
 
         if self.contrastive_weight:
-            want(("student", 1.0))
-        if self.watched:  # entropies, for the log
-            want(("student", 1.0), "student")
+            require(("student", 1.0))
+        if self.with_metrics:  # entropies
+            require(("student", 1.0), "student")
             if has_teacher:
-                want(("teacher", 1.0), "teacher")
+                require(("teacher", 1.0), "teacher")
         if self.distil_weight and not self.terms.sigmoid:
-            want(("student", self.cold))
+            require(("student", self.inverse_temperature))
         if self.softmax_targets:
-            want(("teacher", self.cold), "student", "teacher")
+            require(("teacher", self.inverse_temperature), "student", "teacher")
         if self.wmse_weight:
-            want(self.of_wmse, "difference")
-            want(self.of_base)
-        return wanted
+            require(self.wmse_key, "difference")
+            require(self.base_key)
+        return required
 
     def add(self, rows: slice, first_column: int, logits: Logits, same: Float[Tensor, "r c"]) -> None:
-        """Another tile of these rows."""
+        """Updates the statistics of `rows` with a tile of further columns."""
         for softmax in self.softmaxes.values():
             softmax.add(rows, logits)
         if self.contrastive_weight:
@@ -162,170 +165,176 @@ class Direction:
             best[rows] = torch.where(better, value, best[rows])
 
     def state(self) -> list[Tensor]:
-        """What was seen so far, to travel with the rows; without what is watched."""
-        of_softmaxes = [t for s in self.softmaxes.values() for t in (s.high, s.total, s.mean, s.variance)]
-        return [*of_softmaxes, self.positive, self.num_positive]
+        """The running statistics as a list of tensors, to be sent with the rows; without the metrics."""
+        statistics = [t for s in self.softmaxes.values() for t in (s.maximum, s.sum_exp, s.mean, s.variance)]
+        return [*statistics, self.positive, self.num_positive]
 
     def with_state(self, state: list[Tensor]) -> "Direction":
-        """The same of other rows."""
+        """A copy with the statistics of other rows, as returned by their `state`."""
         other = copy(self)
         other.softmaxes = {}
         for number, (key, softmax) in enumerate(self.softmaxes.items()):
             other.softmaxes[key] = copy(softmax)
-            moved = other.softmaxes[key]
-            moved.high, moved.total, moved.mean, moved.variance = state[4 * number : 4 * number + 4]
+            new = other.softmaxes[key]
+            new.maximum, new.sum_exp, new.mean, new.variance = state[4 * number : 4 * number + 4]
         other.positive, other.num_positive = state[-2:]
         return other
 
     def join_processes(self) -> None:
-        """All ranks."""
+        """Merges the statistics of all ranks. All ranks."""
         for softmax in self.softmaxes.values():
             softmax.join_processes()
         self.positive = sum_across_processes(self.positive)  # all ranks
         self.num_positive = sum_across_processes(self.num_positive)  # all ranks
 
     def terms_by_row(self) -> dict[str, Float[Tensor, " q"]]:
-        """Each term of each row, without its weight; wMSE as a numerator and a denominator.
+        """Each term per row, without its weight; wMSE as numerator ("wmse") and denominator.
 
-        Of a sigmoid student's terms only what depends on the row: `Pairs` has the rest.
+        For a sigmoid student only the parts that depend on the whole row; `Pairs` computes the rest.
         """
-        found = {}
+        by_row, factor = {}, self.inverse_temperature
         if self.contrastive_weight:
-            found["contrastive"] = self.softmaxes["student", 1.0].log_sum_exp() - self.positive / self.num_positive
+            by_row["contrastive"] = self.softmaxes["student", 1.0].log_sum_exp() - self.positive / self.num_positive
         if self.softmax_targets and self.terms.sigmoid:
-            found["soft_ce"] = -self.cold * self.softmaxes["teacher", self.cold].mean_of("student")
+            by_row["soft_ce"] = -factor * self.softmaxes["teacher", factor].mean_of("student")
         elif self.softmax_targets:
-            student, teacher = self.softmaxes["student", self.cold], self.softmaxes["teacher", self.cold]
-            soft_ce = student.log_sum_exp() - self.cold * teacher.mean_of("student")
-            entropy = teacher.log_sum_exp() - self.cold * teacher.mean_of("teacher")
-            found |= {"soft_ce": soft_ce, "kl": soft_ce - entropy}
+            student, teacher = self.softmaxes["student", factor], self.softmaxes["teacher", factor]
+            soft_ce = student.log_sum_exp() - factor * teacher.mean_of("student")
+            entropy = teacher.log_sum_exp() - factor * teacher.mean_of("teacher")
+            by_row |= {"soft_ce": soft_ce, "kl": soft_ce - entropy}
         if self.wmse_weight:
             squared = self._total_weight().square()
-            found |= {"wmse": 0.5 * squared * self.softmaxes[self.of_wmse].variance, "wmse_denominator": squared}
-        return found
+            by_row |= {"wmse": 0.5 * squared * self.softmaxes[self.wmse_key].variance, "wmse_denominator": squared}
+        return by_row
 
     def _total_weight(self) -> Float[Tensor, " q"]:
         """W = sum_j softmax(t / T2)_j^gamma of each row."""
-        base = self.softmaxes[self.of_base].log_sum_exp()
-        return (self.softmaxes[self.of_wmse].log_sum_exp() - self.terms.gamma * base).exp()
+        base = self.softmaxes[self.base_key].log_sum_exp()
+        return (self.softmaxes[self.wmse_key].log_sum_exp() - self.terms.gkl.gamma * base).exp()
 
     def entropy(self, side: str) -> Float[Tensor, " q"]:
-        """Of the plain softmax of each row, in nats."""
+        """Entropy of softmax(logits) of each row, in nats."""
         softmax = self.softmaxes[side, 1.0]
         return softmax.log_sum_exp() - softmax.mean_of(side)
 
-    def prepare_gradient(self, *, row_share: float, wmse_denominator: Float[Tensor, ""] | None) -> None:
-        """A mean over rows counts each `row_share`; `wmse_denominator` is the sum over everybody's rows."""
-        terms, pulls = self.terms, dict.fromkeys(self.softmaxes, 0.0)
-        pull = self.cold * row_share * self.distil_weight
+    def prepare_gradient(self, *, row_weight: float, wmse_denominator: Float[Tensor, ""] | None) -> None:
+        """Computes the coefficients of `gradient` from the statistics.
+
+        `row_weight` is the weight of a row in a mean over rows; `wmse_denominator` is the sum over rows of all ranks.
+        """
+        terms, factor = self.terms, self.inverse_temperature
+        coefficients = dict.fromkeys(self.softmaxes, 0.0)
+        distillation = factor * row_weight * self.distil_weight
         if self.contrastive_weight:
-            pulls["student", 1.0] += row_share * self.contrastive_weight
+            coefficients["student", 1.0] += row_weight * self.contrastive_weight
         if not terms.sigmoid and self.distil_weight:
-            pulls["student", self.cold] += pull
+            coefficients["student", factor] += distillation
         if self.softmax_targets:
-            pulls["teacher", self.cold] -= pull
-        # Divided by the total, not shifted by its logarithm: beside an offset of 50 that would lose four digits.
-        self.pulls = {key: pull / self.softmaxes[key].total for key, pull in pulls.items() if pull}
-        """The gradient is the sum of pull * softmax, less the positives', wMSE's and that of `Pairs`."""
-        self.positive_pull = row_share * self.contrastive_weight / self.num_positive
+            coefficients["teacher", factor] -= distillation
+        # Divided by sum_exp, not shifted by its logarithm: beside an offset of 50 that would lose four digits.
+        self.coefficients = {key: value / self.softmaxes[key].sum_exp for key, value in coefficients.items() if value}
+        """Coefficient of each unnormalised softmax in the gradient; positives, wMSE and `Pairs` are added apart."""
+        self.positive_coefficient = row_weight * self.contrastive_weight / self.num_positive
         if wmse_denominator is not None:
-            scale = row_share * self.num_columns * self.wmse_weight
-            pull = scale * self._total_weight().square() / wmse_denominator
-            self.wmse_shift = self.softmaxes[self.of_wmse].log_sum_exp() - pull.log()  # exp(x - shift) carries the pull
+            scale = row_weight * self.num_columns * self.wmse_weight
+            coefficient = scale * self._total_weight().square() / wmse_denominator
+            # exp(x - wmse_shift) is the softmax times the coefficient
+            self.wmse_shift = self.softmaxes[self.wmse_key].log_sum_exp() - coefficient.log()
 
     def gradient(self, rows: slice, logits: Logits, same: Float[Tensor, "r c"]) -> Float[Tensor, "r c"]:
-        """Of this direction's loss with respect to the student's logits of a tile."""
-        total = torch.zeros_like(logits["student"])
-        for key, pull in self.pulls.items():
+        """Gradient of this direction's loss with respect to the student's logits of a tile."""
+        gradient = torch.zeros_like(logits["student"])
+        for key, coefficient in self.coefficients.items():
             softmax = self.softmaxes[key]
-            weight = torch.add(-softmax.high[rows, None], logits[softmax.side], alpha=softmax.factor).exp_()
-            total.addcmul_(weight, pull[rows, None])
+            weight = torch.add(-softmax.maximum[rows, None], logits[softmax.side], alpha=softmax.factor).exp_()
+            gradient.addcmul_(weight, coefficient[rows, None])
         if self.contrastive_weight:
-            total.addcmul_(same, self.positive_pull[rows, None], value=-1)
+            gradient.addcmul_(same, self.positive_coefficient[rows, None], value=-1)
         if self.wmse_weight:
-            weight = torch.add(-self.wmse_shift[rows, None], logits["teacher"], alpha=self.of_wmse[1]).exp_()
-            mean = self.softmaxes[self.of_wmse].mean_of("difference")
-            total.addcmul_(logits["difference"] - mean[rows, None], weight, value=-1)
-        return total
+            weight = torch.add(-self.wmse_shift[rows, None], logits["teacher"], alpha=self.wmse_key[1]).exp_()
+            mean = self.softmaxes[self.wmse_key].mean_of("difference")
+            gradient.addcmul_(logits["difference"] - mean[rows, None], weight, value=-1)
+        return gradient
 
 
 class Pairs:
-    """What a sigmoid student's terms have of each pair, whatever else its row and its column hold.
+    """The parts of a sigmoid student's terms that depend on single pairs, not on a whole row or column.
 
-    The contrastive term is softplus(-s) of a caption's own images and softplus(s) of all others. A cross entropy with a
-    sigmoid target p is p softplus(-s) + (1 - p) softplus(s); with a softmax target it is softplus(s) - p s, of which
-    `Direction` has the second half. Sums are float64: they go over all pairs.
+    The contrastive term is softplus(-s) for positives and softplus(s) for negatives. The cross entropy with a sigmoid
+    target p is p softplus(-s) + (1 - p) softplus(s); with a softmax target it is softplus(s) - p s, of which
+    `Direction` computes the second part. The sums over all pairs are float64.
     """
 
     def __init__(self, terms: Terms, *, device: torch.device):
-        self.terms, self.cold = terms, 1 / terms.temperature
+        self.terms, self.inverse_temperature = terms, 1 / terms.gkl.temperature
         self.sums = {
             name: torch.zeros((), dtype=torch.float64, device=device)
-            for name, weight in (("contrastive", terms.contrastive_weight), ("soft_ce", terms.soft_ce_weight))
+            for name, weight in (("contrastive", terms.contrastive_weight), ("soft_ce", terms.gkl.soft_ce_weight))
             if weight and terms.sigmoid
         }
 
     def add(self, logits: Logits, same: Float[Tensor, "r c"]) -> None:
-        """Another tile."""
+        """Adds the terms of a tile to the sums."""
         if "contrastive" in self.sums:
             self.sums["contrastive"] += sigmoid_contrastive(logits["student"], same).sum()
         if "soft_ce" in self.sums and self.terms.teacher_sigmoid:
-            student, teacher = self.cold * logits["student"], self.cold * logits["teacher"]
+            student, teacher = (self.inverse_temperature * logits[side] for side in ("student", "teacher"))
             self.sums["soft_ce"] += sigmoid_cross_entropy(student, teacher).sum()
         elif "soft_ce" in self.sums:
-            self.sums["soft_ce"] += F.softplus(self.cold * logits["student"]).sum()
+            self.sums["soft_ce"] += F.softplus(self.inverse_temperature * logits["student"]).sum()
 
     def add_gradient(
-        self, tile: Float[Tensor, "r c"], logits: Logits, same: Float[Tensor, "r c"], *, row_share: float
+        self, gradient: Float[Tensor, "r c"], logits: Logits, same: Float[Tensor, "r c"], *, row_weight: float
     ) -> None:
-        """To the gradient of a tile; a mean over rows counts each `row_share`."""
+        """Adds to a tile's gradient in place; `row_weight` is the weight of a row in a mean over rows."""
         if "contrastive" in self.sums:
-            pull = row_share * self.terms.contrastive_weight
+            coefficient = row_weight * self.terms.contrastive_weight
             sign = 1 - 2 * same
-            tile.addcmul_(torch.sigmoid(sign * logits["student"]), sign, value=pull)
+            gradient.addcmul_(torch.sigmoid(sign * logits["student"]), sign, value=coefficient)
         if "soft_ce" in self.sums:
-            pull = row_share * self.cold * self.terms.soft_ce_weight
-            tile.add_(torch.sigmoid(self.cold * logits["student"]), alpha=pull)
+            coefficient = row_weight * self.inverse_temperature * self.terms.gkl.soft_ce_weight
+            gradient.add_(torch.sigmoid(self.inverse_temperature * logits["student"]), alpha=coefficient)
             if self.terms.teacher_sigmoid:
-                tile.sub_(torch.sigmoid(self.cold * logits["teacher"]), alpha=pull)
+                gradient.sub_(torch.sigmoid(self.inverse_temperature * logits["teacher"]), alpha=coefficient)
 
 
 def sigmoid_contrastive(student: Float[Tensor, "r c"], same: Float[Tensor, "r c"]) -> Float[Tensor, "r c"]:
-    """-log sigmoid(s) of pairs that belong together, -log sigmoid(-s) of all others (SigLIP, arXiv 2303.15343)."""
+    """-log sigmoid(s) for positives, -log sigmoid(-s) for negatives (SigLIP, arXiv 2303.15343)."""
     return F.softplus((1 - 2 * same) * student)
 
 
 def sigmoid_cross_entropy(student: Float[Tensor, "r c"], teacher: Float[Tensor, "r c"]) -> Float[Tensor, "r c"]:
-    """-p log sigmoid(s) - (1 - p) log sigmoid(-s) with p = sigmoid(t), which keeps its digits at both ends."""
+    """-p log sigmoid(s) - (1 - p) log sigmoid(-s) with p = sigmoid(t), accurate for p near 0 and near 1."""
     return torch.sigmoid(teacher) * F.softplus(-student) + torch.sigmoid(-teacher) * F.softplus(student)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """My images, with the scale in them."""
+    """Image embeddings of this process."""
 
     student: Float[Tensor, "n d"]
+    """Multiplied by the logit scale."""
     teacher: Float[Tensor, "n e"] | None
     ids: Int[Tensor, " n"]
-    """Equal numbers mark equal captions."""
+    """Equal ids mark equal captions."""
     bias: Float[Tensor, ""] | None
     teacher_bias: Float[Tensor, ""] | None
-    """For sigmoids; a softmax does not feel them."""
+    """The biases are for sigmoids; a softmax does not depend on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Texts: everybody's, or in a ring those of one rank at a time; what is known of them travels with them."""
+    """Text embeddings of all ranks, or in a ring of one rank at a time, with the statistics of their direction."""
 
     student: Float[Tensor, "m d"]
     teacher: Float[Tensor, "m e"] | None
     ids: Int[Tensor, " m"]
     first: int
-    """Number of the first among everybody's."""
+    """Index of the first among the texts of all ranks."""
     direction: Direction
 
     def tiles(self, rows: Rows, size: int) -> Iterator[tuple[slice, slice, Logits, Float[Tensor, "r c"]]]:
-        """(rows, columns, logits, 1 where the captions are the same) of each tile."""
+        """Yields (rows, columns, logits, 1 where the captions are equal and 0 elsewhere) of each tile."""
         for start in range(0, len(rows.ids), size):
             for first in range(0, len(self.ids), size):
                 r, c = slice(start, start + size), slice(first, first + size)
@@ -337,30 +346,31 @@ class Columns:
                 for side, bias in (("student", rows.bias), ("teacher", rows.teacher_bias)):
                     if bias is not None:
                         logits[side] += bias
-                # Numbers to multiply by: a choice by a mask costs ten times that.
+                # Floats to multiply by: selecting with a boolean mask is ten times slower.
                 same = (rows.ids[r, None] == self.ids[c]).to(rows.student.dtype)
                 yield r, c, logits, same
 
     def pass_on(self, *more: Tensor) -> tuple["Columns", list[Tensor]]:
-        """Mine and `more` to the previous rank, the next rank's to me. All ranks."""
+        """Sends the columns and `more` to the previous rank and returns those of the next rank. All ranks."""
         tensors = [self.student, *([] if self.teacher is None else [self.teacher]), self.ids]
-        ours = [*tensors, *more]
-        received = pass_on_ring([*ours, *self.direction.state()])  # all ranks
+        without_state = [*tensors, *more]
+        received = pass_on_ring([*without_state, *self.direction.state()])  # all ranks
         student, *teacher, ids = received[: len(tensors)]
         following = Columns(
             student=student,
             teacher=teacher[0] if teacher else None,
             ids=ids,
             first=(self.first + len(ids)) % (world_size() * len(ids)),
-            direction=self.direction.with_state(received[len(ours) :]),
+            direction=self.direction.with_state(received[len(without_state) :]),
         )
-        return following, received[len(tensors) : len(ours)]
+        return following, received[len(tensors) : len(without_state)]
 
 
 class TiledLoss(torch.autograd.Function):
-    """(my images, texts, scale, bias) -> (my share of the loss times the number of ranks, scalars of my rows).
+    """(images of this rank, texts, scale, bias) -> (its share of the loss times the number of ranks, its scalars).
 
-    The texts are everybody's, gathered with gradient; or with `ring` mine, and everybody's come by one rank at a time.
+    The texts are those of all ranks, gathered with gradient; with `ring` they are this rank's, and the texts of the
+    others arrive one rank at a time.
     """
 
     @staticmethod
@@ -380,8 +390,8 @@ class TiledLoss(torch.autograd.Function):
         rows = Rows(student=scale * image, teacher=teacher_image, ids=ids[0], bias=bias, teacher_bias=teacher_bias)
         pairs = Pairs(terms, device=image.device)
         common = {"num_columns": world_size() * len(image), "has_teacher": teacher is not None}
-        images = Direction(terms, **common, watched=True, like=rows.student[:, 0])
-        texts = Direction(terms, **common, watched=False, like=text[:, 0])
+        images = Direction(terms, **common, with_metrics=True, like=rows.student[:, 0])
+        texts = Direction(terms, **common, with_metrics=False, like=text[:, 0])
         first = rank() * len(text) if ring else 0
         columns = Columns(student=text, teacher=teacher_text, ids=ids[1], first=first, direction=texts)
         for _ in range(world_size() if ring else 1):
@@ -390,22 +400,22 @@ class TiledLoss(torch.autograd.Function):
                 images.add(r, columns.first + c.start, logits, same)
                 columns.direction.add(c, r.start, {name: tile.T for name, tile in logits.items()}, same.T)
             if ring:
-                columns, _ = columns.pass_on()  # all ranks; after the last round mine are at home
+                columns, _ = columns.pass_on()  # all ranks; after the last round each rank has its own texts again
         if not ring:
             columns.direction.join_processes()  # all ranks
 
         start = 0 if ring else rank() * len(image)
-        mine = slice(start, start + len(image))
-        of_texts = {name: by_row[mine] for name, by_row in columns.direction.terms_by_row().items()}
-        found = [images.terms_by_row(), of_texts]
-        scalars = {name: torch.stack([by_row[name].mean() for by_row in found]).mean() for name in found[0]}
+        own = slice(start, start + len(image))
+        text_terms = {name: by_row[own] for name, by_row in columns.direction.terms_by_row().items()}
+        directions = [images.terms_by_row(), text_terms]
+        scalars = {name: torch.stack([by_row[name].mean() for by_row in directions]).mean() for name in directions[0]}
         for name, total in pairs.sums.items():
             scalars[name] = scalars.get(name, 0.0) + (total / len(image)).to(image.dtype)
         denominators = (None, None)
         if "wmse" in scalars:
-            sums = torch.stack([by_row["wmse_denominator"].sum() for by_row in found])
+            sums = torch.stack([by_row["wmse_denominator"].sum() for by_row in directions])
             denominators = sum_across_processes(sums).unbind()  # all ranks
-            ratios = [by_row["wmse"].sum() / whole for by_row, whole in zip(found, denominators, strict=True)]
+            ratios = [by_row["wmse"].sum() / total for by_row, total in zip(directions, denominators, strict=True)]
             scalars["wmse"] = world_size() * torch.stack(ratios).mean()
         ctx.save_for_backward(image, scale)
         ctx.rows, ctx.images, ctx.columns, ctx.pairs, ctx.denominators = rows, images, columns, pairs, denominators
@@ -418,25 +428,25 @@ class TiledLoss(torch.autograd.Function):
             raise RuntimeError("the tiled image_text_loss has no second derivative: pass tile_size=None")
         image, scale = ctx.saved_tensors
         rows, images, columns = ctx.rows, ctx.images, ctx.columns
-        of_images, of_texts = ({"row_share": 0.5 / len(image), "wmse_denominator": d} for d in ctx.denominators)
-        images.prepare_gradient(**of_images)
-        to_image, to_text = torch.zeros_like(rows.student), torch.zeros_like(columns.student)
-        to_bias = torch.zeros_like(scale)
-        for _turn in range(world_size() if ctx.ring else 1):
-            columns.direction.prepare_gradient(**of_texts)
+        for_images, for_texts = ({"row_weight": 0.5 / len(image), "wmse_denominator": d} for d in ctx.denominators)
+        images.prepare_gradient(**for_images)
+        image_grad, text_grad = torch.zeros_like(rows.student), torch.zeros_like(columns.student)
+        bias_grad = torch.zeros_like(scale)
+        for _round in range(world_size() if ctx.ring else 1):
+            columns.direction.prepare_gradient(**for_texts)
             for r, c, logits, same in columns.tiles(rows, ctx.tile_size):
                 tile = images.gradient(r, logits, same)
                 tile += columns.direction.gradient(c, {name: part.T for name, part in logits.items()}, same.T).T
-                ctx.pairs.add_gradient(tile, logits, same, row_share=1 / len(image))
+                ctx.pairs.add_gradient(tile, logits, same, row_weight=1 / len(image))
                 if rows.bias is not None:
-                    to_bias += tile.sum()
-                to_image[r] += tile @ columns.student[c]
-                to_text[c] += tile.T @ rows.student[r]
+                    bias_grad += tile.sum()
+                image_grad[r] += tile @ columns.student[c]
+                text_grad[c] += tile.T @ rows.student[r]
             if ctx.ring:
-                columns, (to_text,) = columns.pass_on(to_text)  # all ranks
-        to_scale = (image * to_image).sum()
-        of_bias = None if rows.bias is None else grad * to_bias
-        return grad * scale * to_image, grad * to_text, grad * to_scale, of_bias, None, None, None, None, None
+                columns, (text_grad,) = columns.pass_on(text_grad)  # all ranks
+        scale_grad = (image * image_grad).sum()
+        bias_grad = None if rows.bias is None else grad * bias_grad
+        return grad * scale * image_grad, grad * text_grad, grad * scale_grad, bias_grad, None, None, None, None, None
 
 
 def _loss_and_scalars(
@@ -444,16 +454,16 @@ def _loss_and_scalars(
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     weights = {
         "contrastive": terms.contrastive_weight,
-        "soft_ce": terms.soft_ce_weight,
-        "wmse": terms.wmse_weight,
+        "soft_ce": terms.gkl.soft_ce_weight,
+        "wmse": terms.gkl.wmse_weight,
         "kl": terms.kl_weight,
     }
-    named = {name: scalars[name] for name, weight in weights.items() if weight and name in scalars}
-    loss = sum((weights[name] * term for name, term in named.items()), torch.zeros_like(images.positive[0]))
+    logged = {name: scalars[name] for name, weight in weights.items() if weight and name in scalars}
+    loss = sum((weights[name] * term for name, term in logged.items()), torch.zeros_like(images.positive[0]))
     _, column, is_same = images.best["student"]
-    named["batch_acc1"] = is_same.mean()
-    named["student_entropy"] = images.entropy("student").mean()
+    logged["batch_acc1"] = is_same.mean()
+    logged["student_entropy"] = images.entropy("student").mean()
     if "teacher" in images.best:
-        named["agreement@1"] = (column == images.best["teacher"][1]).float().mean()
-        named["teacher_entropy"] = images.entropy("teacher").mean()
-    return loss, named
+        logged["agreement@1"] = (column == images.best["teacher"][1]).float().mean()
+        logged["teacher_entropy"] = images.entropy("teacher").mean()
+    return loss, logged

@@ -1,7 +1,8 @@
-"""CIFAR classifiers by mdistiller's names.
+"""Classifiers for small images: mdistiller's CIFAR models, He's CIFAR ResNets, wide and pre-activation ResNets, ViTs.
 
-Written anew after https://github.com/megvii-research/mdistiller (mdistiller/models/cifar), with its parameter names, so
-that its checkpoints load unchanged. Most models are chains: an `nn.Sequential` with names.
+mdistiller's models are reimplemented from https://github.com/megvii-research/mdistiller (mdistiller/models/cifar) with
+its model and parameter names, so that its checkpoints load unchanged. Most models are an `nn.Sequential` with named
+layers. `ZOO` maps names to constructors.
 
 Axis letters: n = images, c d = channels, C = classes, h w = pixels.
 """
@@ -17,33 +18,35 @@ from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+# ---- layers and blocks
+
 
 def _conv(c: int, d: int, size: int, *, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     return nn.Conv2d(c, d, size, stride=stride, padding=size // 2, groups=groups, bias=False)
 
 
-def _active(conv: nn.Conv2d) -> list[nn.Module]:
+def _conv_bn_relu(conv: nn.Conv2d) -> list[nn.Module]:
     return [conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU()]
 
 
 def _pool() -> nn.Module:
-    """[n c h w] -> [n c], the mean over the pixels."""
+    """Global average pooling: [n c h w] -> [n c]."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def _projection(c: int, d: int, *, stride: int) -> nn.Module:
-    """Option B: the identity where it fits, else a 1x1 convolution."""
-    fits = stride == 1 and c == d
-    return nn.Identity() if fits else nn.Sequential(_conv(c, d, 1, stride=stride), nn.BatchNorm2d(d))
+def _projection_shortcut(c: int, d: int, *, stride: int) -> nn.Module:
+    """Option B (He et al. 2016, section 4.2): the identity if the shape does not change, else a 1x1 convolution."""
+    same_shape = stride == 1 and c == d
+    return nn.Identity() if same_shape else nn.Sequential(_conv(c, d, 1, stride=stride), nn.BatchNorm2d(d))
 
 
-def _padding(c: int, d: int, *, stride: int) -> nn.Module:
-    """Option A: no parameters."""
+def _padded_shortcut(c: int, d: int, *, stride: int) -> nn.Module:
+    """Option A: the identity if the number of channels does not change, else `PaddedShortcut`. No parameters."""
     return nn.Identity() if c == d else PaddedShortcut(c, d, stride=stride)
 
 
 class PaddedShortcut(nn.Module):
-    """Option A (He et al. 2016, section 4.2): every second pixel, and zero channels, half before and half behind."""
+    """Option A (He et al. 2016, section 4.2): strided subsampling, and zero channels, half in front and half behind."""
 
     def __init__(self, c: int, d: int, *, stride: int):
         super().__init__()
@@ -56,7 +59,7 @@ class PaddedShortcut(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, ReLU after the sum."""
+    """ResNet's block of two 3x3 convolutions and a shortcut; ReLU after the sum."""
 
     def __init__(self, c: int, d: int, *, stride: int, shortcut: Callable[..., nn.Module]):
         super().__init__()
@@ -70,7 +73,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions beside a shortcut; the width is a quarter of the output's channels."""
+    """ResNet's block of 1x1, 3x3 and 1x1 convolutions and a shortcut; the inner width is a quarter of the output's."""
 
     def __init__(self, c: int, d: int, *, stride: int):
         super().__init__()
@@ -78,7 +81,7 @@ class Bottleneck(nn.Module):
         self.conv1, self.bn1 = _conv(c, width, 1), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = _conv(width, width, 3, stride=stride), nn.BatchNorm2d(width)
         self.conv3, self.bn3 = _conv(width, d, 1), nn.BatchNorm2d(d)
-        self.shortcut = _projection(c, d, stride=stride)
+        self.shortcut = _projection_shortcut(c, d, stride=stride)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d h2 w2"]:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -87,7 +90,10 @@ class Bottleneck(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """Norm and activation before each convolution, none after the sum; a projection sees the activated input."""
+    """Wide ResNet's block: batch norm and activation before each convolution, none after the sum.
+
+    A projection shortcut takes the activated input, an identity shortcut the input itself.
+    """
 
     def __init__(self, c: int, d: int, *, stride: int, activation: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -104,7 +110,7 @@ class WideBlock(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """`WideBlock` with ReLU under the names that ResNet-18s of the robustness literature have."""
+    """`WideBlock` with ReLU, with the parameter names of the robustness literature's ResNet-18."""
 
     def __init__(self, c: int, d: int, *, stride: int):
         super().__init__()
@@ -120,14 +126,17 @@ class PreActBlock(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block: wider, depthwise, narrow again; ReLU, not ReLU6, and an expansion even where it is 1."""
+    """MobileNetV2's block: 1x1 expansion, depthwise 3x3, linear 1x1 projection.
+
+    As in mdistiller: ReLU, not ReLU6, and an expansion layer even where the factor is 1.
+    """
 
     def __init__(self, c: int, d: int, *, stride: int, expand: int):
         super().__init__()
         wide = c * expand
         depthwise = _conv(wide, wide, 3, stride=stride, groups=wide)
         self.conv = nn.Sequential(
-            *_active(_conv(c, wide, 1)), *_active(depthwise), _conv(wide, d, 1), nn.BatchNorm2d(d)
+            *_conv_bn_relu(_conv(c, wide, 1)), *_conv_bn_relu(depthwise), _conv(wide, d, 1), nn.BatchNorm2d(d)
         )
         self.adds = stride == 1 and c == d
 
@@ -136,15 +145,19 @@ class InvertedResidual(nn.Module):
 
 
 def _shuffle(x: Float[Tensor, "n c h w"], groups: int) -> Float[Tensor, "n c h w"]:
+    """Channel shuffle, as in `nn.ChannelShuffle`."""
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
 class ShuffleV1Block(nn.Module):
-    """Grouped 1x1 convolutions with a shuffle between; with stride 2 the pooled input is put beside, not added."""
+    """ShuffleNet's block: grouped 1x1 convolutions with a channel shuffle.
+
+    With stride 2 the average-pooled input is concatenated instead of added.
+    """
 
     def __init__(self, c: int, d: int, *, stride: int):
         super().__init__()
-        added = d - c if stride == 2 else d  # channels that the convolutions make
+        added = d - c if stride == 2 else d  # output channels of the convolutions
         width = added // 4
         self.groups = 1 if c == 24 else 3  # the stem's 24 channels are too few to split
         self.conv1, self.bn1 = _conv(c, width, 1, groups=self.groups), nn.BatchNorm2d(width)
@@ -160,7 +173,7 @@ class ShuffleV1Block(nn.Module):
 
 
 class ShuffleV2Block(nn.Module):
-    """Half of the channels pass untouched, then both halves are shuffled."""
+    """ShuffleNetV2's block: convolves half of the channels, passes the other half through, and shuffles both."""
 
     def __init__(self, c: int):
         super().__init__()
@@ -176,7 +189,7 @@ class ShuffleV2Block(nn.Module):
 
 
 class ShuffleV2Down(nn.Module):
-    """Halves the resolution: all channels go down two branches, each of which makes half of the output."""
+    """ShuffleNetV2's block with stride 2: two branches of all input channels, each with half of the output channels."""
 
     def __init__(self, c: int, d: int):
         super().__init__()
@@ -193,11 +206,17 @@ class ShuffleV2Down(nn.Module):
         return _shuffle(torch.cat([left, F.relu(self.bn5(self.conv5(right)))], 1), 2)
 
 
+# ---- models
+
+Layers = OrderedDict[str, nn.Module]
+"""Named layers, the argument of an `nn.Sequential`."""
+
+
 @torch.no_grad()
 def _initialise(
     model: nn.Module, *, mode: Literal["fan_in", "fan_out"] = "fan_out", linear_std: float | None = None
 ) -> nn.Module:
-    """He's initialisation of the convolutions; `linear_std`: that of the classifier, None = torch's."""
+    """He initialisation of the convolutions, and N(0, linear_std^2) of the linear layers; None = torch's default."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
@@ -209,20 +228,17 @@ def _initialise(
     return model
 
 
-Layers = OrderedDict[str, nn.Module]  # what an nn.Sequential with names is made of
-
-
 def _stem(d: int, *, size: int = 3) -> Layers:
     return OrderedDict(conv1=_conv(3, d, size), bn1=nn.BatchNorm2d(d), relu=nn.ReLU())
 
 
 def _stage(block: Callable[..., nn.Module], c: int, d: int, n: int, *, stride: int) -> nn.Sequential:
-    """n blocks, the first of which changes channels and resolution."""
+    """n blocks, of which the first changes the number of channels and the resolution."""
     return nn.Sequential(block(c, d, stride=stride), *(block(d, d, stride=1) for _ in range(n - 1)))
 
 
 def _residual_stages(depth: int, widths: tuple[int, int, int, int], shortcut: Callable[..., nn.Module]) -> Layers:
-    """All of a CIFAR ResNet but the classifier: a stem, and three stages of (depth - 2) / 6 blocks."""
+    """A CIFAR ResNet without its classifier: a stem, three stages of (depth - 2) / 6 blocks, and pooling."""
     block, n = partial(BasicBlock, shortcut=shortcut), (depth - 2) // 6
     stem, one, two, three = widths
     layers = _stem(stem)
@@ -234,14 +250,14 @@ def _residual_stages(depth: int, widths: tuple[int, int, int, int], shortcut: Ca
 
 
 def _resnet(depth: int, widths: tuple[int, int, int, int], num_classes: int) -> nn.Module:
-    layers = _residual_stages(depth, widths, _projection)
+    layers = _residual_stages(depth, widths, _projection_shortcut)
     layers["fc"] = nn.Linear(widths[-1], num_classes)
     return _initialise(nn.Sequential(layers))
 
 
 def _resnet_a(depth: int, num_classes: int) -> nn.Module:
-    """He et al.'s own; parameter names and initialisation as in akamaster/pytorch_resnet_cifar10."""
-    layers = _residual_stages(depth, (16, 16, 32, 64), _padding)
+    """He et al.'s CIFAR ResNet; parameter names and initialisation as in akamaster/pytorch_resnet_cifar10."""
+    layers = _residual_stages(depth, (16, 16, 32, 64), _padded_shortcut)
     layers["linear"] = linear = nn.Linear(64, num_classes)
     nn.init.kaiming_normal_(linear.weight)
     return _initialise(nn.Sequential(layers), mode="fan_in")
@@ -259,7 +275,10 @@ def _resnet50(num_classes: int) -> nn.Module:
 
 
 def _preact_resnet18(num_classes: int) -> nn.Module:
-    """As in csdongxian/AWP and locuslab/robust_overfitting, with a norm before the pooling. torch's initialisation."""
+    """ResNet-18 with pre-activation, as in csdongxian/AWP and locuslab/robust_overfitting. torch's initialisation.
+
+    A batch norm precedes the pooling.
+    """
     layers: Layers = OrderedDict(conv1=_conv(3, 64, 3))
     c = 64
     for i, d in enumerate((64, 128, 256, 512), start=1):
@@ -271,10 +290,10 @@ def _preact_resnet18(num_classes: int) -> nn.Module:
 
 
 def _wrn(depth: int, widen: int, num_classes: int, *, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
-    """Wide ResNet of (depth - 4) / 6 blocks a stage; inside a stage they are called `layer`.
+    """Wide ResNet with three stages of (depth - 4) / 6 blocks, named `block{i}.layer`.
 
-    The 28-2 of the semi-supervised literature has leaky ReLUs; its convolutions have biases and its norms a momentum
-    of 0.001 there, not here.
+    The WRN-28-2 of the semi-supervised literature has leaky ReLUs, as in `ZOO`, but also convolutions with bias and
+    batch norms with momentum 0.001, which this one has not.
     """
     block = partial(WideBlock, activation=activation())
     layers: Layers = OrderedDict(conv1=_conv(3, 16, 3))
@@ -290,7 +309,7 @@ def _wrn(depth: int, widen: int, num_classes: int, *, activation: Callable[[], n
 
 
 def _vit(size: int, patch: int, width: int, num_classes: int) -> nn.Module:
-    """timm's ViT of 12 blocks with heads of 64, for small images; USB's `vit_*_patch*_*`, whose weights load."""
+    """timm's ViT of 12 blocks and heads of width 64, for small images. Loads the weights of USB's `vit_*_patch*_*`."""
     return VisionTransformer(
         img_size=size,
         patch_size=patch,
@@ -302,13 +321,13 @@ def _vit(size: int, patch: int, width: int, num_classes: int) -> nn.Module:
 
 
 def _vgg(convolutions: tuple[int, int, int, int, int], num_classes: int) -> nn.Module:
-    """VGG with norms and one linear layer. At 32 px three of the four poolings between the blocks are used."""
+    """VGG with batch norm and one linear layer. Max pooling after the first three of five blocks, for 32 px."""
     layers: Layers = OrderedDict()
     c = 3
     for i, (d, n) in enumerate(zip((64, 128, 256, 512, 512), convolutions, strict=True)):
         block = []
         for _ in range(n):
-            block += _active(nn.Conv2d(c, d, 3, padding=1))
+            block += _conv_bn_relu(nn.Conv2d(c, d, 3, padding=1))
             c = d
         layers[f"block{i}"] = nn.Sequential(*block)
         if i < 3:
@@ -318,15 +337,15 @@ def _vgg(convolutions: tuple[int, int, int, int, int], num_classes: int) -> nn.M
 
 
 def _mobilenet_v2(num_classes: int) -> nn.Module:
-    """MobileNetV2 at half its width, but for the last convolution; the second stage does not stride."""
+    """MobileNetV2 at half width except for the last convolution; the second stage has stride 1."""
     c = 16
-    stem = nn.Sequential(*_active(_conv(3, c, 3, stride=2)))
+    stem = nn.Sequential(*_conv_bn_relu(_conv(3, c, 3, stride=2)))
     stages = []
     plan = [(1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1)]
     for expand, d, n, stride in plan:
         stages.append(_stage(partial(InvertedResidual, expand=expand), c, d, n, stride=stride))
         c = d
-    last = nn.Sequential(*_active(_conv(c, 1280, 1)))
+    last = nn.Sequential(*_conv_bn_relu(_conv(c, 1280, 1)))
     classifier = nn.Sequential(nn.Linear(1280, num_classes))
     layers: Layers = OrderedDict(conv1=stem, blocks=nn.Sequential(*stages), conv2=last)
     layers |= {"pool": _pool(), "classifier": classifier}
@@ -375,4 +394,4 @@ ZOO: dict[str, Callable[[int], nn.Module]] = {
     "ShuffleV2": _shuffle_v2,
     "ResNet50": _resnet50,
 }
-"""Name -> (number of classes -> model with random weights)."""
+"""Name -> constructor, which takes the number of classes and returns a model with random weights."""

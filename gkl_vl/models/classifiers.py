@@ -1,9 +1,6 @@
-"""Label models by their known names: mdistiller's CIFAR zoo, He's CIFAR ResNets, timm, torchvision, a folder, the Hub.
+"""Loads image classifiers by name: the CIFAR zoo, timm, torchvision, a local folder, the Hub; with their normalisation.
 
-The zoo is written anew after https://github.com/megvii-research/mdistiller (mdistiller/models/cifar) and keeps its
-parameter names, so that its checkpoints load unchanged. Most of its models are chains: an `nn.Sequential` with names.
-
-Axis letters: n = images, c d = channels, C = classes, h w = pixels.
+Axis letters: n = images, C = classes, h w = pixels.
 """
 
 import json
@@ -32,41 +29,44 @@ IMAGENET_MEAN_STD: tuple[RGB, RGB] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.22
 _HUB_FILES = {"files": ("config.json", "model.safetensors"), "pickles": ("pytorch_model.bin",)}
 _FOLDERS = ("hf-hub:", "local-dir:")
 _HEADS = ("head.", "fc.", "linear.", "classifier.", "mlp.", "mlp_head.")
-"""How the classifier's parameters begin: in the zoo, in timm's ViTs, in USB's checkpoints, which have more than one."""
+"""Prefixes of a head's parameters in the zoo, in timm's ViTs and in USB's checkpoints, which have several heads."""
 _PREFIXES = "timm:NAME, torchvision:NAME, hf-hub:org/repo or local-dir:path"
 _CONNECT = "connect, or give the path of a downloaded file"
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A label model with its way to prepare images. Another normalisation: `dataclasses.replace(it, mean=, std=)`."""
+    """A classifier with its normalisation, which `dataclasses.replace(classifier, mean=..., std=...)` changes."""
 
     name: str
-    """What `load_classifier` was asked for; of a folder, the architecture that it holds."""
+    """The argument of `load_classifier`; for a folder, the name of its architecture."""
     model: nn.Module
-    """pixels [n 3 h w] -> logits [n C]; in training mode, as torch makes it."""
+    """Normalised pixels [n 3 h w] -> logits [n C]. Loaded in training mode, torch's default."""
     mean: RGB
     std: RGB
     num_classes: int
 
     def prepare(self, images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
-        """uint8 images, augmented and cropped already -> pixels as this model wants them: scaled and normalised."""
+        """Scales uint8 images to [0, 1] and normalises them. Crops and augmentations come before."""
         pixels = scaled(images)
         mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
         return (pixels - mean) / std
 
     def on_pixels(self) -> "OnPixels":
-        """The model with its normalisation inside."""
+        """The model with its normalisation as its first layer."""
         return OnPixels(self.model, self.mean, self.std)
 
 
 def scaled(images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
-    """Pixels in [0, 1], in the layout that convolutions are fastest in on CPU and GPU; a ViT does not mind."""
+    """Scales uint8 images to [0, 1] in channels_last, the fastest layout of convolutions on CPU and GPU.
+
+    The layout makes no difference to a ViT.
+    """
     return (images.float() / 255).contiguous(memory_format=torch.channels_last)
 
 
 class OnPixels(nn.Module):
-    """A label model that takes pixels in [0, 1] and normalises them itself: what attacks and RobustBench expect."""
+    """A classifier that takes pixels in [0, 1] and normalises them itself, as attacks and RobustBench expect."""
 
     mean: Tensor
     std: Tensor
@@ -89,16 +89,16 @@ def load_classifier(
     new_head: bool = False,
     allow_pickle: bool = False,
 ) -> Classifier:
-    """Load a label model by name.
+    """Loads a classifier by name.
 
     Args:
         name: a name of `ZOO` (32 px), `timm:NAME` or `torchvision:NAME`; `hf-hub:org/repo` or `local-dir:path` for
-            an exported folder, ours or in timm's Hub format, which carries its weights.
-        num_classes: classes of the data: how many logits the model gives; None = as many as the folder says.
-        weights: None = random; `pretrained` = timm's or torchvision's own; else the path of a state dict, plain or
-            under "model" or "state_dict", which must fit the model to the last key and shape.
-        new_head: to fine-tune weights on other classes: their classifier is left out, the model's is random; a ViT's
-            positions are interpolated to its own image size.
+            a folder with weights, exported by this package or in timm's Hub format.
+        num_classes: number of logits; None = the number in the folder's config.json.
+        weights: None = random; `pretrained` = timm's or torchvision's pretrained weights; else the path of a state
+            dict, plain or under "model" or "state_dict", whose keys and shapes must equal the model's.
+        new_head: for fine-tuning on other classes: ignores the head of the weights and initialises the model's at
+            random; interpolates a ViT's position embeddings to the model's image size.
         allow_pickle: read weights that are not safetensors, still with `weights_only=True`.
 
     Raises:
@@ -108,7 +108,7 @@ def load_classifier(
     if prefix in ("hf-hub", "local-dir"):
         return _load_folder(name, num_classes=num_classes, weights=weights, allow_pickle=allow_pickle)
     if num_classes is None:
-        raise UserError(f"{name!r} needs the number of classes: only a folder or a Hub repository carries it")
+        raise UserError(f"{name!r} needs the number of classes: only a folder or a Hub repository stores it")
     if not colon:
         model = _build_zoo(name, num_classes=num_classes, weights=weights)
     elif prefix == "timm":
@@ -126,25 +126,25 @@ def load_classifier(
     return Classifier(name=name, model=model, mean=mean, std=std, num_classes=num_classes)
 
 
-def _mean_std(name: str, model: Any) -> tuple[RGB, RGB]:  # Any: pretrained_cfg is what timm hangs on its models
+def _mean_std(name: str, model: Any) -> tuple[RGB, RGB]:  # Any: timm adds the attribute pretrained_cfg
     if name.startswith("timm:"):
         return tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
     return IMAGENET_MEAN_STD if name.startswith("torchvision:") or name.endswith("_a") else CIFAR_MEAN_STD
 
 
-# ---- where models come from
+# ---- one loader per source
 
 
 def _build_zoo(name: str, *, num_classes: int, weights: str | None) -> nn.Module:
     if name not in ZOO:
         raise UserError(f"unknown classifier {name!r}: {_nearest(name, list(ZOO))}, or write {_PREFIXES}")
     if weights == "pretrained":
-        raise UserError(f"{name!r} has no pretrained weights of its own: give the path of a checkpoint, or none")
+        raise UserError(f"{name!r} has no pretrained weights: give the path of a checkpoint, or none")
     return ZOO[name](num_classes)
 
 
 def _build_timm(name: str, *, num_classes: int, pretrained: bool, new_head: bool) -> nn.Module:
-    names = timm.list_pretrained() if "." in name else timm.list_models()  # a tag of weights follows the dot
+    names = timm.list_pretrained() if "." in name else timm.list_models()  # NAME.TAG, the tag of its weights
     if name not in names:
         raise UserError(f"timm has no model {name!r}: {_nearest(name, names)}")
     if not pretrained:
@@ -154,15 +154,15 @@ def _build_timm(name: str, *, num_classes: int, pretrained: bool, new_head: bool
         _check_classes(config.num_classes, num_classes, f"the pretrained weights of timm:{name}")
     try:
         return timm.create_model(name, pretrained=True, num_classes=num_classes)
-    except Exception as error:  # there are no weights, or whatever the Hub's client raises
+    except Exception as error:  # no weights for this name, or any error of the Hub's client
         raise UserError(f"timm:{name} could not be loaded ({first_line(error)}): {_CONNECT}") from error
 
 
 def _build_torchvision(name: str, *, num_classes: int, pretrained: bool) -> nn.Module:
-    # These two train with auxiliary classifiers, whose logits they give beside the logits; timm has an inception_v3.
+    # In training mode these two also return the logits of auxiliary classifiers. timm's inception_v3 does not.
     names = set(torchvision.models.list_models(module=torchvision.models)) - {"googlenet", "inception_v3"}
     if name not in names:
-        raise UserError(f"torchvision has no label model {name!r}: {_nearest(name, sorted(names))}")
+        raise UserError(f"torchvision has no classifier {name!r}: {_nearest(name, sorted(names))}")
     weights = torchvision.models.get_model_weights(name)["DEFAULT"] if pretrained else None
     if weights is not None:
         _check_classes(len(weights.meta["categories"]), num_classes, f"the pretrained weights of torchvision:{name}")
@@ -180,15 +180,15 @@ def _load_folder(name: str, *, num_classes: int | None, weights: str | None, all
     prefix, _, rest = name.partition(":")
     folder = Path(rest) if prefix == "local-dir" else fetch(rest, **_HUB_FILES, allow_pickle=allow_pickle)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{rest!r} holds no config.json: name an exported folder, ours or in timm's Hub format")
-    found = [folder / file for file in ("model.safetensors", "pytorch_model.bin") if (folder / file).is_file()]
-    if not found:
+        raise UserError(f"{rest!r} holds no config.json: name a folder exported by this package or in timm's format")
+    files = [folder / file for file in ("model.safetensors", "pytorch_model.bin") if (folder / file).is_file()]
+    if not files:
         raise UserError(f"{rest!r} holds no weights: expected model.safetensors")
     try:
         config = json.loads((folder / "config.json").read_text())
         classes = num_classes or config["num_classes"]
         if config.get("library") == "gkl-vl":
-            if config["architecture"].startswith(_FOLDERS):  # a chain of folders, perhaps one that bites its tail
+            if config["architecture"].startswith(_FOLDERS):  # would recurse, perhaps without end
                 raise UserError(f"{config['architecture']!r} is another folder: write the architecture there")
             built = load_classifier(config["architecture"], num_classes=classes)
             model, mean, std, architecture = built.model, config["mean"], config["std"], built.name
@@ -198,48 +198,48 @@ def _load_folder(name: str, *, num_classes: int | None, weights: str | None, all
             architecture = f"timm:{config['architecture']}"
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"config.json of {rest!r} names no model that is known: {first_line(error)}") from error
-    stored = _state_dict(found[0], allow_pickle=allow_pickle)
-    _load_weights(model, stored, path=str(found[0]), name=name, num_classes=classes)
+    stored = _state_dict(files[0], allow_pickle=allow_pickle)
+    _load_weights(model, stored, path=str(files[0]), name=name, num_classes=classes)
     return Classifier(name=architecture, model=model, mean=tuple(mean), std=tuple(std), num_classes=classes)
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    of_lower = {each.lower(): each for each in names}
-    close = get_close_matches(name.lower(), list(of_lower), n=4)
-    return f"the nearest names are {', '.join(of_lower[each] for each in close)}" if close else "no name comes near"
+    by_lower_case = {each.lower(): each for each in names}
+    close = get_close_matches(name.lower(), list(by_lower_case), n=4)
+    return f"the nearest names are {', '.join(by_lower_case[each] for each in close)}" if close else "no similar name"
 
 
-def _check_classes(theirs: int, ours: int, whose: str) -> None:
-    # timm would put a random classifier in the place of theirs and go on
-    if theirs != ours:
-        raise UserError(f"{whose} are for {theirs} classes, the data has {ours}: take other weights, or none")
+def _check_classes(trained: int, requested: int, weights: str) -> None:
+    # timm would silently replace the trained head by a random one
+    if trained != requested:
+        raise UserError(f"{weights} are for {trained} classes, the data has {requested}: take other weights, or none")
 
 
 # ---- weights from a file
 
 
 def _with_new_head(stored: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The weights with the model's own, random classifier in the place of theirs."""
+    """`stored` with its head replaced by the model's random one."""
     if isinstance(model, VisionTransformer):
-        stored = checkpoint_filter_fn(stored, model)  # interpolates positions
+        stored = checkpoint_filter_fn(stored, model)  # interpolates position embeddings
     body = {key: tensor for key, tensor in stored.items() if not key.startswith(_HEADS)}
     return body | {key: tensor for key, tensor in model.state_dict().items() if key.startswith(_HEADS)}
 
 
 def _load_weights(model: nn.Module, stored: dict[str, Tensor], *, path: str, name: str, num_classes: int) -> None:
-    """Fill `model` with what lies at `path`; every key and every shape must agree.
+    """Loads the state dict `stored`, read from `path`, into `model`; every key and every shape must agree.
 
-    One exception: `num_batches_tracked`, a count that only averaging without momentum reads and that early versions
-    of torch did not store, may be missing.
+    `num_batches_tracked` alone may be missing: early versions of torch did not store it, and only a batch norm with
+    `momentum=None` reads it.
     """
-    wanted = model.state_dict()
-    missing = [k for k in wanted if k not in stored and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in stored if k not in wanted]
-    misfits = [k for k in wanted if k in stored and stored[k].shape != wanted[k].shape]
-    heads = [k for k in misfits if wanted[k].shape[:1] == (num_classes,) and wanted[k].shape[1:] == stored[k].shape[1:]]
-    if misfits and heads == misfits and not missing and not unexpected:  # only the classifier differs
+    state = model.state_dict()
+    missing = [k for k in state if k not in stored and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in stored if k not in state]
+    misfits = [k for k in state if k in stored and stored[k].shape != state[k].shape]
+    heads = [k for k in misfits if state[k].shape[:1] == (num_classes,) and state[k].shape[1:] == stored[k].shape[1:]]
+    if misfits and heads == misfits and not missing and not unexpected:  # only the number of classes differs
         _check_classes(stored[heads[0]].shape[0], num_classes, f"weights {path!r}")
-    shapes = [f"{k} has {list(stored[k].shape)}, not {list(wanted[k].shape)}" for k in misfits]
+    shapes = [f"{k} has {list(stored[k].shape)}, not {list(state[k].shape)}" for k in misfits]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     faults = [f"{len(keys)} {kind} ({_first_few(keys)})" for kind, keys in kinds.items() if keys]
     if faults:
@@ -252,14 +252,14 @@ def _first_few(items: list[str]) -> str:
 
 
 def _state_dict(path: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
-    """The state dict in a file, plain or nested as trainers write it."""
+    """Reads a state dict, plain or under "model" or "state_dict", with or without DataParallel's prefix."""
     stored = _read(path, allow_pickle=allow_pickle)
     for key in ("model", "state_dict"):
         if isinstance(stored, dict) and isinstance(stored.get(key), dict):
             stored = stored[key]
     if not isinstance(stored, dict) or not stored or not all(isinstance(v, Tensor) for v in stored.values()):
         raise UserError(f"weights {str(path)!r} hold no state dict, plain or under 'model' or 'state_dict': save one")
-    prefix = "module." if all(k.startswith("module.") for k in stored) else ""  # DataParallel's
+    prefix = "module." if all(k.startswith("module.") for k in stored) else ""
     return {k.removeprefix(prefix): v for k, v in stored.items()}
 
 
@@ -271,7 +271,7 @@ def _read(path: Path, *, allow_pickle: bool) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # a damaged pickle can raise anything, one with code in it raises UnpicklingError
+    except Exception as error:  # a damaged pickle can raise anything; UnpicklingError for one with code
         raise UserError(
             f"weights {str(path)!r} cannot be read as tensors alone ({first_line(error)}): "
             "fetch them again, or save the state dict"

@@ -1,6 +1,7 @@
-"""A CLIP is two towers and a scale, whoever made it: open_clip, transformers, a folder, the Hub.
+"""CLIP models of open_clip and transformers with one interface: loading, preprocessing, embeddings, the student.
 
-Axis letters: n = my rows, d = embedding, h w = pixels, r = side of a square uint8 image.
+Axis letters: n = rows of this process, d = embedding, h w = pixels, r = side of a square uint8 image, s = side after
+resizing.
 """
 
 import json
@@ -25,7 +26,7 @@ from gkl_vl.models.weights import fetch, refuse_pickle
 
 PACKAGE = Path(__file__).parents[1]
 BUNDLED_TOKENIZER = PACKAGE / "assets" / "tokenizer"
-BUNDLED_TOKENIZER_NAME = "gkl-vl/clip-bpe-4096"  # how the shipped model configs name BUNDLED_TOKENIZER
+BUNDLED_TOKENIZER_NAME = "gkl-vl/clip-bpe-4096"  # BUNDLED_TOKENIZER's name in the bundled model configs
 BUNDLED_TEACHER = f"local-dir:{PACKAGE / 'assets' / 'teacher'}"
 MODEL_CONFIGS = PACKAGE / "model_configs"
 
@@ -33,17 +34,17 @@ _HUB_FILES = {
     "files": ("*.json", "*.txt", "*.model", "*.safetensors"),
     "pickles": ("*.bin", "*.pt", "*.pth"),
 }
-# open_clip 3.3, factory.py: in the order of preference.
+# In open_clip's order of preference (3.3, factory.py).
 _WEIGHTS_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 _WEIGHTS_NAMES += ("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth")
 _WEIGHTS_NAMES += ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-_INTERPOLATION_OF_PIL = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's enum, as transformers stores it
+_INTERPOLATION_OF_PIL = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's enum, which transformers stores
 
 
 class OpenClipTowers(nn.Module):
     """The towers of an open_clip model (`CLIP`, `CustomTextCLIP`); embeddings are L2-normalised."""
 
-    def __init__(self, model: Any):  # no common type: what is used of it is in the methods
+    def __init__(self, model: Any):  # Any: CLIP and CustomTextCLIP have no common type
         super().__init__()
         self.model: Any = model
 
@@ -51,10 +52,10 @@ class OpenClipTowers(nn.Module):
         return self.model.encode_image(pixels, normalize=True)
 
     def encode_text(self, tokens: Int[Tensor, "n length"]) -> Float[Tensor, "n d"]:
-        """Also of what `trimmed` gives."""
+        """Takes tokens of full context length or from `trimmed`."""
         if not self._ends_early() or tokens.shape[1] == self.model.context_length:
             return self.model.encode_text(tokens, normalize=True)
-        # open_clip 3.3.0, `CLIP.encode_text`, which wants the whole context
+        # as open_clip 3.3.0's `CLIP.encode_text`, which needs the whole context
         model, length = self.model, tokens.shape[1]
         dtype = model.transformer.get_cast_dtype()
         x = model.token_embedding(tokens).to(dtype) + model.positional_embedding[:length].to(dtype)
@@ -64,10 +65,10 @@ class OpenClipTowers(nn.Module):
         return F.normalize(projection(x) if isinstance(projection, nn.Linear) else x @ projection, dim=-1)
 
     def trimmed(self, tokens: Int[Tensor, "n length"]) -> Int[Tensor, "n shorter"]:
-        """The tokens up to the last end of a text among them, where nothing behind it changes an embedding.
+        """Cuts the tokens behind the last end-of-text token of all rows, where that changes no embedding.
 
-        So it is in CLIP's own text tower: attention looks back alone, and the token at the text's end is what is
-        pooled. Of other towers the tokens come back whole.
+        That holds for CLIP's text tower, which has causal attention and pools the end-of-text token. For other towers
+        the tokens are returned unchanged.
         """
         return tokens[:, : int(tokens.argmax(dim=1).max()) + 1] if self._ends_early() else tokens
 
@@ -77,7 +78,7 @@ class OpenClipTowers(nn.Module):
         return causal and model.text_pool_type == "argmax" and model.text_projection is not None
 
     def log_scale(self) -> Float[Tensor, ""]:
-        """The logarithm of the scale, a parameter; FSDP and some checkpoints give it one axis of length 1."""
+        """Logarithm of the logit scale, a parameter; under FSDP and in some checkpoints its shape is [1]."""
         return self.model.logit_scale.reshape(())
 
     def bias(self) -> Float[Tensor, ""] | None:
@@ -91,7 +92,7 @@ class OpenClipTowers(nn.Module):
 class TransformersTowers(nn.Module):
     """The towers of a transformers `CLIPModel` or `SiglipModel`; embeddings are L2-normalised."""
 
-    def __init__(self, model: Any):  # no common type: what is used of it is in the methods
+    def __init__(self, model: Any):  # Any: CLIPModel and SiglipModel have no common type
         super().__init__()
         self.model: Any = model
 
@@ -102,11 +103,11 @@ class TransformersTowers(nn.Module):
         return F.normalize(self.model.get_text_features(input_ids=tokens).pooler_output, dim=-1)
 
     def trimmed(self, tokens: Int[Tensor, "n length"]) -> Int[Tensor, "n length"]:
-        """As in `OpenClipTowers`: whole."""
+        """Returns the tokens unchanged."""
         return tokens
 
     def log_scale(self) -> Float[Tensor, ""]:
-        """As in `OpenClipTowers`; SigLIP stores it with an axis."""
+        """Logarithm of the logit scale, a parameter; SigLIP stores it with shape [1]."""
         return self.model.logit_scale.reshape(())
 
     def bias(self) -> Float[Tensor, ""] | None:
@@ -124,22 +125,22 @@ Towers = OpenClipTowers | TransformersTowers
 
 @dataclass(frozen=True)
 class Clip:
-    """A CLIP with everything that belongs to it: its towers, its way to prepare images, its tokenizer."""
+    """A CLIP model with its preprocessing and its tokenizer."""
 
     name: str
-    """What `load_clip` was asked for."""
+    """The argument of `load_clip`."""
     towers: Towers
     preprocess: PreprocessCfg
-    """Size, mean, std, interpolation, resize_mode: the model's own, whatever the other model uses."""
+    """Size, mean, std, interpolation and resize_mode of this model; a teacher's and a student's may differ."""
     tokenize: Callable[[list[str]], Int[Tensor, "n length"]]
     hf_tokenizer: Any | None
-    """The transformers tokenizer behind `tokenize`; None for CLIP's BPE, which open_clip carries itself."""
+    """The transformers tokenizer behind `tokenize`; None for CLIP's BPE, which open_clip implements itself."""
     model_cfg: dict | None
-    """open_clip's architecture, as `open_clip_config.json` has it; None for transformers models."""
+    """open_clip's architecture, as in `open_clip_config.json`; None if unknown (`as_clip`, transformers models)."""
 
     @property
     def image_size(self) -> int:
-        """Side of the square image that the model takes, in pixels."""
+        """Side of the square input image in pixels."""
         size = self.preprocess.size
         return size if isinstance(size, int) else size[0]
 
@@ -155,7 +156,7 @@ class Clip:
         return config.projection_dim if config.model_type == "clip" else config.vision_config.hidden_size
 
     def image_transform(self) -> Callable[..., Any]:
-        """The evaluation transform: PIL image -> pixels. open_clip's own, from `preprocess`."""
+        """open_clip's evaluation transform with `preprocess`: PIL image -> normalised pixels."""
         transform: Any = image_transform_v2(self.preprocess, is_train=False)
         return transform
 
@@ -165,29 +166,37 @@ class Clip:
         return transform
 
     def prepare(self, images: UInt8[Tensor, "n 3 r r"]) -> Float[Tensor, "n 3 h w"]:
-        """Square uint8 views -> pixels as this model wants them: resized with antialiasing, scaled, normalised.
+        """Square uint8 views -> input pixels of this model: resized with antialiasing, scaled to [0, 1], normalised.
 
-        Training crops are square already, so resizing is all that is left of `resize_mode`; the two models of a
-        distillation get the same view, each in its own size and with its own mean and std, on the device.
+        Runs on the device of the images. Teacher and student get the same view, each in its own size and with its own
+        mean and std. `resize_mode` has no effect: training crops are square.
         """
         return self.normalised(self.scaled(images))
 
     def scaled(self, images: UInt8[Tensor, "n 3 r r"]) -> Float[Tensor, "n 3 h w"]:
-        """Square uint8 views -> pixels in [0, 1] at this model's size: where attacks live."""
+        """Square uint8 views -> pixels in [0, 1] at this model's size, the space of adversarial attacks."""
         mode = "bilinear" if self.preprocess.interpolation == "bilinear" else "bicubic"
         return resize(images, self.image_size, mode=mode)
 
     def normalised(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
-        """Pixels in [0, 1] at this model's size -> what its image tower takes."""
+        """Pixels in [0, 1] at this model's size -> input of its image tower."""
         mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (self.preprocess.mean, self.preprocess.std))
-        # channels_last is the layout that convolutions are fastest in, on CPU and GPU; a ViT does not mind.
+        # channels_last is the fastest layout of convolutions on CPU and GPU, and makes no difference to a ViT.
         return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def resize(images: UInt8[Tensor, "n 3 r r"], size: int, *, mode: str = "bicubic") -> Float[Tensor, "n 3 s s"]:
+    """Square uint8 images -> floats in [0, 1] of side `size`, with antialiasing as in PIL."""
+    pixels = images.float() / 255
+    if images.shape[-1] == size:
+        return pixels
+    return F.interpolate(pixels, (size, size), mode=mode, antialias=True, align_corners=False).clamp(0, 1)
 
 
 class ImageTower(nn.Module):
     """A CLIP's image tower that takes pixels in [0, 1] and normalises them itself, as attacks expect.
 
-    It holds the towers themselves: what is trained is what is attacked.
+    It shares its parameters with the clip, so attacks run on the model in training.
     """
 
     def __init__(self, clip: Clip):
@@ -199,19 +208,11 @@ class ImageTower(nn.Module):
         return self.towers.encode_image(self.clip.normalised(pixels))
 
 
-def resize(images: UInt8[Tensor, "n 3 r r"], size: int, *, mode: str = "bicubic") -> Float[Tensor, "n 3 s s"]:
-    """Square uint8 images -> floats in [0, 1] of another size, with antialiasing as PIL has it."""
-    pixels = images.float() / 255
-    if images.shape[-1] == size:
-        return pixels
-    return F.interpolate(pixels, (size, size), mode=mode, antialias=True, align_corners=False).clamp(0, 1)
-
-
 class Student(nn.Module):
-    """What is trained: the towers and, for feature mimicry, a linear map into the teacher's embedding space.
+    """The trained module: the towers and, for feature mimicry, linear maps into the teacher's embedding space.
 
-    The maps exist only where the dimensions differ, are checkpointed with the model and are not exported.
-    DistributedDataParallel wants one forward per step, so `forward` does all of it.
+    The maps exist only where the dimensions differ; they are checkpointed with the model and not exported.
+    `forward` computes all outputs because DistributedDataParallel supports one forward per step.
     """
 
     def __init__(self, towers: Towers, *, embed_dim: int, mimicry_dim: int | None):
@@ -222,7 +223,7 @@ class Student(nn.Module):
         self.text_map = nn.Identity() if width == embed_dim else nn.Linear(embed_dim, width, bias=False)
 
     def forward(self, pixels: Float[Tensor, "n 3 h w"], *tokens: Int[Tensor, "_ _"]) -> dict[str, Tensor]:
-        """Embeddings of images, and of texts: as many as they like, in parts that may differ in length."""
+        """Embeddings of the images and of any number of texts, in parts whose token lengths may differ."""
         image, text = self.towers.encode_image(pixels), torch.cat([self.towers.encode_text(part) for part in tokens])
         output = {
             "image": image,
@@ -237,25 +238,25 @@ class Student(nn.Module):
 
 @torch.no_grad()
 def clamp_scale(towers: Towers) -> None:
-    """Keep the scale within [1, 100] after an update, as CLIP does; the parameter is its logarithm."""
-    towers.model.logit_scale.clamp_(0, math.log(100))  # the parameter itself: in shards it has no views
+    """Clamps the logit scale to [1, 100] after an update, as CLIP does; the parameter is its logarithm."""
+    towers.model.logit_scale.clamp_(0, math.log(100))  # in place on the parameter: FSDP's shards allow no views
 
 
 def list_students() -> list[str]:
-    """Names of the model configs that this package ships."""
+    """Names of the bundled model configs."""
     return sorted(path.stem for path in MODEL_CONFIGS.glob("*.json"))
 
 
 def load_clip(name: str, pretrained: str | None = None, *, allow_pickle: bool = False) -> Clip:
-    """Load a CLIP by name.
+    """Loads a CLIP by name.
 
     Args:
-        name: an open_clip name (`ViT-B-32`) or one that ships here (`ViT-T-16`, see `list_students`), `hf-hub:org/repo`
+        name: an open_clip name (`ViT-B-32`) or a bundled config (`ViT-T-16`, see `list_students`), `hf-hub:org/repo`
             or `local-dir:path` in open_clip's format, `transformers:org/repo` or `transformers:path` for transformers'
             CLIPModel and SiglipModel, a run folder (its exported student), a JSON model config, or `bundled`,
             the bundled teacher.
-        pretrained: open_clip's tag (`openai`) or the path of a checkpoint; None = random weights. Only for names
-            without a prefix: the others carry their weights.
+        pretrained: open_clip's tag (`openai`) or the path of a checkpoint; None = random weights. Only for open_clip
+            names and model configs: all others come with weights.
         allow_pickle: read weights stored as a pickle (.bin, .pt), still with `weights_only=True`.
 
     Raises:
@@ -274,7 +275,7 @@ def load_clip(name: str, pretrained: str | None = None, *, allow_pickle: bool = 
         exported = Path(name) / "model"
         if not (exported / "open_clip_config.json").is_file():
             raise UserError(
-                f"model {name!r} is a folder and no finished run: write local-dir:{name} (open_clip's format) or "
+                f"model {name!r} is a folder but not a finished run: write local-dir:{name} (open_clip's format) or "
                 f"transformers:{name}"
             )
         _refuse_pretrained(name, pretrained)
@@ -282,44 +283,20 @@ def load_clip(name: str, pretrained: str | None = None, *, allow_pickle: bool = 
     return _load_open_clip(name, pretrained, allow_pickle=allow_pickle)
 
 
+def as_clip(model: nn.Module, tokenizer: Any, *, name: str = "model") -> Clip:
+    """Wraps an open_clip model (`CLIP` or `CustomTextCLIP`) and its tokenizer, as open_clip's factory returns them.
+
+    Size, mean and std are those of the model (`open_clip.get_model_preprocess_cfg`). Its configuration is unknown, so
+    it can be evaluated and used as a teacher, but not exported.
+    """
+    return _wrap_open_clip(name, model, tokenizer, model_cfg=None)
+
+
 def _refuse_pretrained(name: str, pretrained: str | None) -> None:
     if pretrained:
         raise UserError(
             f"pretrained {pretrained!r} does not go with {name!r}, which carries its own weights: leave it out"
         )
-
-
-@contextmanager
-def _quiet_open_clip():
-    # open_clip warns through the root logger of every model that starts from random weights, which a student does.
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-def as_clip(model: nn.Module, tokenizer: Any, *, name: str = "model") -> Clip:
-    """A Clip of an open_clip model (`CLIP` or `CustomTextCLIP`) and its tokenizer, as open_clip's factory gives them.
-
-    Size, mean and std are those that the model carries (`open_clip.get_model_preprocess_cfg`). Its configuration is not
-    known, so that it can be evaluated and be a teacher, and not be exported.
-    """
-    return _open_clip_clip(name, model, tokenizer, model_cfg=None)
-
-
-def _open_clip_clip(name: str, model: nn.Module, tokenizer: Any, model_cfg: dict | None) -> Clip:
-    preprocess = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
-    is_hf = isinstance(tokenizer, open_clip.tokenizer.HFTokenizer)
-    return Clip(
-        name=name,
-        towers=OpenClipTowers(model),
-        preprocess=preprocess,
-        tokenize=tokenizer,
-        hf_tokenizer=tokenizer.tokenizer if is_hf else None,
-        model_cfg=model_cfg,
-    )
 
 
 def _load_open_clip(name: str, pretrained: str | None, *, allow_pickle: bool) -> Clip:
@@ -342,14 +319,14 @@ def _load_open_clip(name: str, pretrained: str | None, *, allow_pickle: bool) ->
     with _quiet_open_clip():
         try:
             model = open_clip.create_model(model_name, pretrained=pretrained)
-        except (RuntimeError, UnpicklingError) as error:  # open_clip wraps a failed load_state_dict as well
+        except (RuntimeError, UnpicklingError) as error:  # RuntimeError includes a failed load_state_dict
             raise UserError(f"weights {pretrained!r} do not fit model {name!r}: {first_line(error)}") from error
         if model_cfg["text_cfg"].get("hf_tokenizer_name") == BUNDLED_TOKENIZER_NAME:
             length = model_cfg["text_cfg"]["context_length"]
             tokenizer = open_clip.tokenizer.HFTokenizer(str(BUNDLED_TOKENIZER), context_length=length)
         else:
             tokenizer = open_clip.get_tokenizer(model_name)
-    return _open_clip_clip(name, model, tokenizer, model_cfg)
+    return _wrap_open_clip(name, model, tokenizer, model_cfg)
 
 
 def _checkpoint_of(model_name: str, pretrained: str) -> str:
@@ -357,7 +334,7 @@ def _checkpoint_of(model_name: str, pretrained: str) -> str:
     if config:
         try:
             return open_clip.download_pretrained(config)
-        except Exception as error:  # whatever the Hub's client raises: the user's remedy is the same
+        except Exception as error:  # any error of the Hub's client has the same remedy
             raise UserError(
                 f"weights {pretrained!r} of {model_name!r} could not be fetched ({first_line(error)}): "
                 "connect, or give the path of a downloaded file"
@@ -378,23 +355,23 @@ def _load_open_clip_folder(name: str, prefix: str, rest: str, *, allow_pickle: b
         remedy = f"try transformers:{rest}" if is_transformers else "name a folder in open_clip's Hub format"
         raise UserError(f"{rest!r} holds no open_clip_config.json: {remedy}")
     weights = _weights_file(folder)
-    if weights is None:  # open_clip would continue with random weights
+    if weights is None:  # open_clip would silently use random weights
         raise UserError(f"{rest!r} holds no weights: expected open_clip_model.safetensors")
     refuse_pickle(weights, allow_pickle=allow_pickle)
     local = f"local-dir:{folder}"
     with _quiet_open_clip():
         try:
             model = open_clip.create_model(local, require_pretrained=True)
-            # A repository may name its tokenizer by its Hub id; a folder holds it.
+            # A Hub repository may refer to a tokenizer of another repository; a local folder contains its own.
             holds_tokenizer = prefix == "local-dir" or (folder / "tokenizer_config.json").is_file()
             tokenizer = open_clip.get_tokenizer(local if holds_tokenizer else name)
         except (RuntimeError, ValueError, OSError, UnpicklingError) as error:
             raise UserError(f"{name!r} could not be loaded: {first_line(error)}") from error
-    return _open_clip_clip(name, model, tokenizer, json.loads(config_path.read_text())["model_cfg"])
+    return _wrap_open_clip(name, model, tokenizer, json.loads(config_path.read_text())["model_cfg"])
 
 
 def _weights_file(folder: Path) -> Path | None:
-    """The file that open_clip loads: by name, else any safetensors, else any pickle."""
+    """The file that open_clip loads: one of `_WEIGHTS_NAMES`, else any safetensors, else any pickle."""
     named = [folder / name for name in _WEIGHTS_NAMES if (folder / name).is_file()]
     others = [path for suffix in ("safetensors", "bin", "pth") for path in sorted(folder.glob(f"*.{suffix}"))]
     return next(iter([*named, *others]), None)
@@ -407,9 +384,9 @@ def _load_transformers(name: str, source: str, *, allow_pickle: bool) -> Clip:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name!r} holds no config.json that transformers knows: {first_line(error)}") from error
+        raise UserError(f"{name!r} holds no config.json of a known transformers model: {first_line(error)}") from error
     if config.model_type not in ("clip", "siglip", "siglip2"):
-        raise UserError(f"{name!r} is a {config.model_type!r} model: only clip, siglip and siglip2 have two towers")
+        raise UserError(f"{name!r} is a {config.model_type!r} model: only clip, siglip and siglip2 are supported")
     if not list(folder.glob("*.safetensors")):
         pickles = sorted(folder.glob("*.bin"))
         if not pickles:
@@ -421,7 +398,7 @@ def _load_transformers(name: str, source: str, *, allow_pickle: bool) -> Clip:
         processor = AutoImageProcessor.from_pretrained(folder)
     except (RuntimeError, ValueError, OSError, UnpicklingError) as error:
         raise UserError(f"{name!r} could not be loaded: {first_line(error)}") from error
-    if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers and goes on
+    if missing := sorted(loading["missing_keys"]):  # transformers would silently initialise them at random
         raise UserError(f"the weights of {name!r} lack {len(missing)} tensors, such as {missing[0]}: fetch them again")
     length = config.text_config.max_position_embeddings
 
@@ -437,3 +414,27 @@ def _load_transformers(name: str, source: str, *, allow_pickle: bool) -> Clip:
         resize_mode="shortest" if crops else "squash",
     )
     return Clip(name, TransformersTowers(model), preprocess, tokenize, tokenizer, model_cfg=None)
+
+
+def _wrap_open_clip(name: str, model: nn.Module, tokenizer: Any, model_cfg: dict | None) -> Clip:
+    preprocess = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
+    is_hf = isinstance(tokenizer, open_clip.tokenizer.HFTokenizer)
+    return Clip(
+        name=name,
+        towers=OpenClipTowers(model),
+        preprocess=preprocess,
+        tokenize=tokenizer,
+        hf_tokenizer=tokenizer.tokenizer if is_hf else None,
+        model_cfg=model_cfg,
+    )
+
+
+@contextmanager
+def _quiet_open_clip():
+    # open_clip warns through the root logger about random weights, which are normal for a student.
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,4 +1,4 @@
-"""Training and evaluation modes of modules."""
+"""Freezing, and temporary evaluation mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,14 +9,14 @@ from gkl_vl.models.clip import Clip
 
 
 def freeze(clip: Clip) -> Clip:
-    """The teacher is furniture: no gradient, evaluation mode."""
+    """Freezes the model in place: no gradients, evaluation mode. Returns it."""
     clip.towers.requires_grad_(False).eval()
     return clip
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module gets its own mode back."""
+    """Context manager: evaluation mode inside the block; restores the mode of every module afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Files of weights: downloads from the Hub, and the refusal of pickles."""
+"""Weight files: downloads from the Hub, and the check against pickles."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,17 +15,17 @@ def refuse_pickle(path: str | Path, *, allow_pickle: bool) -> None:
 
 
 def fetch(repo: str, *, files: Sequence[str], pickles: Sequence[str], allow_pickle: bool) -> Path:
-    """The local folder of a Hub repository, downloaded if need be.
+    """Downloads a Hub repository unless it is cached, and returns its local folder.
 
     Args:
         files: patterns of the files to download.
-        pickles: more patterns, used with `allow_pickle` only.
+        pickles: further patterns, used only with `allow_pickle`.
 
     Raises: UserError offline, for an unknown repository, without access.
     """
     try:
         return Path(snapshot_download(repo, allow_patterns=[*files, *(pickles if allow_pickle else ())]))
-    except Exception as error:  # offline, unknown repository, no access: the client's first line says which
+    except Exception as error:  # offline, unknown repository or no access: the client's message names the cause
         raise UserError(
             f"the Hub repository {repo!r} could not be fetched ({first_line(error)}): "
             "check the name and the connection, or download it and write local-dir:path"

@@ -43,7 +43,7 @@ class AdversarialTraining:
     kl_weight: float = 6.0
     """TRADES: weight of the KL divergence (paper: 1 / lambda, code: beta)."""
     gkl: GklSettings = GklSettings(soft_ce_weight=4, wmse_weight=20, gamma=0.4)
-    """Settings of GKL, and of IKL, whose gamma is 1. The released code has the weight temperature alone."""
+    """Settings of GKL, and of IKL, whose gamma is 1. The released code has only the weight temperature."""
     attack_wmse_weight: float = 1.0
     """wMSE weight in the loss that the attack maximises; its soft CE weight and gamma are 1."""
     class_prior: bool = True
@@ -94,7 +94,7 @@ def strength(settings: AdversarialTraining, *, epoch: int) -> Strength:
 def robust_loss(
     *, attacked: Logits, natural: Logits, prior: Logits | None, settings: AdversarialTraining
 ) -> Float[Tensor, ""]:
-    """The weighted distance between attacked and natural logits that is minimised, with gradient to both.
+    """The weighted distance between attacked and natural logits that is minimised; it has gradients for both.
 
     The mean over processes is the loss of the joined batch, as for `gkl_loss`. All ranks.
     """
@@ -137,14 +137,15 @@ class MultiBatch(nn.Module):
 class Adversarial(Objective):
     """Cross entropy of natural images plus the distance between attacked and natural logits.
 
-    If batches have a second view, both views are attacked and pass the model as one batch, as in the released code.
+    If batches have a second view, both views are attacked and passed through the model as one batch, as in the released
+    code.
     """
 
     model: MultiBatch
     """The trained model, not wrapped by Accelerate; it takes pixels in [0, 1]."""
     settings: AdversarialTraining
     prior: EpochPrior | None
-    """The model's mean softmax over natural images of each class."""
+    """The model's mean softmax over the natural images of each class."""
 
     def prepare(self, batch: Batch) -> Batch:
         """Adds `views`, the inputs of the model: attacked and natural images, or natural ones alone. All ranks."""
@@ -170,7 +171,7 @@ class Adversarial(Objective):
         return pgd(model, images, loss=objective, epsilon=epsilon, step_size=step_size, steps=steps, norm=settings.norm)
 
     def around_update(self, batches: list[Batch]) -> AbstractContextManager[None]:
-        """Adversarial weight perturbation from `awp_epoch` on; its loss weighs both views alike."""
+        """Adversarial weight perturbation from `awp_epoch` on; its loss weighs both views equally."""
         settings, (batch,) = self.settings, batches
         if settings.method == "natural" or not settings.awp_gamma or batch["epoch"] + 1 < settings.awp_epoch:
             return nullcontext()
@@ -188,7 +189,8 @@ class Adversarial(Objective):
         n = len(batch["label"])
         logits = [upcast(both).split(n) for both in model(batch["views"])]
         names = ("attacked", "natural")[-len(logits) :]
-        return {f"{name}_{view}": rows for name, of in zip(names, logits, strict=True) for view, rows in enumerate(of)}
+        by_name = zip(names, logits, strict=True)
+        return {f"{name}_{view}": rows for name, views in by_name for view, rows in enumerate(views)}
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
         """Labels, and the prior of each label, which both views share."""
@@ -196,7 +198,7 @@ class Adversarial(Objective):
         return {"labels": labels} | ({"prior": batch["prior"][: len(labels)]} if "prior" in batch else {})
 
     def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """CE(natural) + distance, weighted for a second view. Equal on all ranks. Called once per update."""
+        """CE(natural) + distance; a second view's is weighted. Equal on all ranks. Called once per update."""
         settings, labels = self.settings, targets["labels"]
         natural = [outputs[name] for name in ("natural_0", "natural_1") if name in outputs]
         smoothing = settings.label_smoothing

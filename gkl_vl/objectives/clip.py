@@ -16,7 +16,7 @@ from gkl_vl.teachers.online import Teacher
 
 @dataclass(frozen=True, kw_only=True)
 class ImageAttack:
-    """PGD on a CLIP student's images in training: `steps` steps of `step_size`, from TRADES's gaussian start.
+    """PGD on a CLIP student's images in training: `steps` steps of `step_size`, from TRADES's Gaussian start.
 
     The attack maximises GKL, with the weights given here, between the student's image-text logits of the attacked
     images and the teacher's of the clean ones; without a teacher, the contrastive loss. Texts are not attacked.
@@ -29,11 +29,11 @@ class ImageAttack:
     step_size: float
     soft_ce_weight: float = 1.0
     wmse_weight: float = 0.0
-    """As in IKL's attack on CIFAR-10."""
+    """0 as in IKL's attack on CIFAR-10."""
 
 
 def image_attack(norm: Norm, epsilon: float) -> ImageAttack:
-    """An attack of 3 steps of 2/3 epsilon, as in the second quarter of `strength`'s ladder."""
+    """An attack of 3 steps of 2/3 epsilon, as in the second quarter of `adversarial.strength`'s ladder."""
     return ImageAttack(norm=norm, epsilon=epsilon, step_size=2 * epsilon / 3)
 
 
@@ -58,7 +58,7 @@ class ClipKd(Objective):
     """The student sees attacked images, the teacher the clean ones."""
 
     def prepare(self, batch: Batch) -> Batch:
-        """With an attack: adds `targets`, which the attack needs already, and `attacked` pixels. All ranks."""
+        """With an attack: adds `targets`, which the attack needs as well, and `attacked` pixels. All ranks."""
         if self.attack is None:
             return batch
         targets = self.targets(batch)

@@ -1,4 +1,4 @@
-"""Parts of several objectives: a class prior per epoch, accuracy."""
+"""Shared by several objectives: a class prior that changes per epoch, and accuracy."""
 
 import torch
 from torch import Tensor

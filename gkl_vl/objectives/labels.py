@@ -23,14 +23,14 @@ class LabelKd(Objective):
     teacher: LabelTeacher | None
     settings: Distillation
     prior: EpochPrior | None
-    """The teacher's mean softmax over each class."""
+    """The teacher's mean softmax over the images of each class."""
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Logits. `batch` comes from a `LabelledLoader`."""
         return {"logits": model(self.student.prepare(batch["image"]))}
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
-        """Labels; with a teacher its logits, the prior of each label, and the warm-up's share of the distillation."""
+        """Labels; with a teacher its logits, the prior of each label, and the warm-up factor of the distillation."""
         labels = batch["label"]
         if self.teacher is None:
             return {"labels": labels}
@@ -44,7 +44,7 @@ class LabelKd(Objective):
         return targets | {"prior": rows}
 
     def _share(self, batch: Batch) -> float:
-        """Share of the distillation loss in warm-up. As in the released code, epochs count from 1."""
+        """Factor of the distillation loss in the warm-up. As in the released code, epochs count from 1."""
         warmup = self.settings.warmup_epochs
         return min((batch["epoch"] + 1) / warmup, 1.0) if warmup else 1.0
 

@@ -27,10 +27,10 @@ class SemiSupervisedTraining(Objective):
     thresholds: ClassThresholds | None
     """FlexMatch's thresholds; None = one threshold for all classes."""
     prior: EpochPrior | None
-    """Mean softmax over images with the same pseudo-label, of those that count."""
+    """Mean softmax over the images of each pseudo-label, of those in the mask."""
 
     def prepare(self, batch: Batch) -> Batch:
-        """Adds `weak`, the logits of the weak views, and `mask`, the images that count. All ranks."""
+        """Adds `weak`, the logits of the weak views, and `mask`, where their pseudo-labels are used. All ranks."""
         if "weak" not in batch:
             return batch
         weak = self._weak(batch["weak"])
@@ -45,7 +45,7 @@ class SemiSupervisedTraining(Objective):
 
     @torch.no_grad()
     def _weak(self, images: Tensor) -> Tensor:
-        """Logits of weak views, in a forward pass of their own: no graph is kept of images without gradient."""
+        """Logits of the weak views, in a separate forward pass: no graph is kept for images without gradient."""
         pixels = self.student.prepare(images)
         if self.average is not None:
             return upcast(self.average.module.eval()(pixels))  # EMAN: Cai et al., CVPR 2021
@@ -61,7 +61,7 @@ class SemiSupervisedTraining(Objective):
         return mask
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """`labelled` logits [n, C] and `strong` logits [n, mu, C]: the loop needs a row per labelled image."""
+        """`labelled` logits [n, C] and `strong` logits [n, mu, C]: the training loop needs a row per labelled image."""
         if "strong" not in batch:
             return {"labelled": upcast(model(self.student.prepare(batch["image"])))}
         n = len(batch["label"])
@@ -69,7 +69,7 @@ class SemiSupervisedTraining(Objective):
         return {"labelled": both[:n], "strong": both[n:].unflatten(0, (n, -1))}
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
-        """Labels, and what `prepare` added; hidden labels for the log only."""
+        """Labels, and the tensors that `prepare` added; hidden labels for the log only."""
         labels = batch["label"]
         if "strong" not in batch:
             return {"labels": labels}
@@ -86,8 +86,8 @@ class SemiSupervisedTraining(Objective):
         if "strong" not in outputs:
             return global_value(ce), scalars_of_all_ranks(scalars)
         strong, weak, mask, hidden = (
-            of[name].flatten(0, 1)
-            for of, name in ((outputs, "strong"), (targets, "weak"), (targets, "mask"), (targets, "hidden_label"))
+            tensors[name].flatten(0, 1)
+            for tensors, name in ((outputs, "strong"), (targets, "weak"), (targets, "mask"), (targets, "hidden_label"))
         )
         prior = targets["prior"].flatten(0, 1) if "prior" in targets else None
         term = consistency_loss(strong=strong, weak=weak, mask=mask, prior=prior, settings=self.settings)

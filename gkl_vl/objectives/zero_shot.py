@@ -18,13 +18,13 @@ from gkl_vl.protocols import Batch, Objective
 from gkl_vl.teachers.online import LabelTeacher
 
 PROMPTS_PER_CHUNK = 512
-"""Prompts pass the text tower in chunks, each trimmed to its longest: with the bundled 1,658 names 3.5 times as fast as
-at the tower's full context length (two CPU cores, forward and backward)."""
+"""Prompts pass through the text tower in chunks, each trimmed to its longest: with the bundled 1,658 names 3.5 times as
+fast as at the tower's full context length (two CPU cores, forward and backward)."""
 
 
 @dataclass(kw_only=True)
 class ZeroShotKd(Objective):
-    """GKL between zero-shot logits of student and teacher over a list of classes, on images alone.
+    """GKL between zero-shot logits of student and teacher over a list of classes, from images only.
 
         student = s e(image) @ e(prompts).T,    teacher = t e(image) @ classes.T        [n, C] each
 
@@ -41,7 +41,7 @@ class ZeroShotKd(Objective):
     teacher: LabelTeacher
     """See `zero_shot_teacher`."""
     tokens: list[list[Tensor]]
-    """Of the student, by template and chunk: `prompt_tokens`."""
+    """The student's tokens of the prompts, by template and chunk, see `prompt_tokens`."""
     gkl: GklSettings
     prior: EpochPrior | None
     num_images: int | None
@@ -114,5 +114,5 @@ def sorted_by_length(prompts: Prompts, clip: Clip) -> Prompts:
 
 def prompt_tokens(prompts: Prompts, clip: Clip, device: torch.device) -> list[list[Tensor]]:
     """Tokens of all classes by template, in chunks for `Student.forward`."""
-    of_templates = [clip.tokenize(prompts.of_template(number)) for number in range(len(prompts.templates))]
-    return [[clip.towers.trimmed(part).to(device) for part in t.split(PROMPTS_PER_CHUNK)] for t in of_templates]
+    by_template = [clip.tokenize(prompts.of_template(number)) for number in range(len(prompts.templates))]
+    return [[clip.towers.trimmed(part).to(device) for part in t.split(PROMPTS_PER_CHUNK)] for t in by_template]

@@ -1,4 +1,4 @@
-"""Rows come in the order of the ranks and carry everybody's gradient; alone, nothing happens."""
+"""Gathered rows are in the order of the ranks and get the gradients of all ranks; one process changes nothing."""
 
 import torch
 from helpers import run_ranks
@@ -6,25 +6,25 @@ from helpers import run_ranks
 from gkl_vl.distributed import gather_rows, max_across_processes, pass_on_ring, rank, sum_across_processes, world_size
 
 
-def test_alone_a_tensor_is_itself():
+def test_one_process_returns_its_arguments():
     x = torch.randn(3, 2, requires_grad=True)
     assert (world_size(), rank()) == (1, 0)
     assert gather_rows(x) is x
-    for alone in (sum_across_processes(x), max_across_processes(x)):
-        assert torch.equal(alone, x) and not alone.requires_grad
+    for reduced in (sum_across_processes(x), max_across_processes(x)):
+        assert torch.equal(reduced, x) and not reduced.requires_grad
     assert pass_on_ring([x])[0] is x
 
 
 def gather_and_weigh(my_rank, ranks):
     rows = (10 * my_rank + torch.arange(3.0)).reshape(3, 1).requires_grad_()
-    everybody = gather_rows(rows)
-    # rank r weighs row j of everybody's by (r + 1) * j, so that row j gets sum_r (r + 1) * j
+    gathered = gather_rows(rows)
+    # rank r weights gathered row j by (r + 1) * j, so the gradient of row j is sum_r (r + 1) * j
     weight = (my_rank + 1) * torch.arange(3.0 * ranks).reshape(-1, 1)
-    (weight * everybody).sum().backward()
+    (weight * gathered).sum().backward()
     ids = gather_rows(torch.tensor([my_rank, 7]))
     x = torch.tensor([1.0, my_rank], requires_grad=True)
     total = sum_across_processes(x)
-    return everybody.detach(), rows.grad, ids, total, x.detach(), total.requires_grad
+    return gathered.detach(), rows.grad, ids, total, x.detach(), total.requires_grad
 
 
 def test_rows_of_three_ranks_and_their_gradients():
@@ -41,7 +41,7 @@ def pass_on_twice(my_rank, ranks):
     return once, pass_on_ring(once), max_across_processes(torch.tensor([my_rank, -my_rank]))
 
 
-def test_a_ring_turns_by_one_and_the_maximum_is_everybodys():
+def test_a_ring_passes_on_by_one_rank_and_the_maximum_is_over_all_ranks():
     for my_rank, (once, twice, highest) in enumerate(run_ranks(pass_on_twice, 3)):
         for tensors, owner in ((once, (my_rank + 1) % 3), (twice, (my_rank + 2) % 3)):
             assert torch.equal(tensors[0], torch.full((3, 2), float(owner))) and tensors[1].tolist() == [owner]

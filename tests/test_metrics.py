@@ -1,5 +1,5 @@
-"""The metrics are CLIP_benchmark's, in name and value, on matrices drawn by hand and against its formulas transcribed;
-equal scores count in their order; intervals and tests are those of a naive bootstrap, image by image."""
+"""The metrics equal CLIP_benchmark's in name and value, on small matrices by hand and against its formulas transcribed;
+ties are broken by position; intervals and tests equal those of a naive bootstrap, image by image."""
 
 import math
 
@@ -28,7 +28,7 @@ from gkl_vl.evaluation.metrics import (
     values,
 )
 
-# ---- CLIP_benchmark 1.6.2, transcribed: metrics/zeroshot_classification.py and metrics/zeroshot_retrieval.py
+# CLIP_benchmark 1.6.2, transcribed: metrics/zeroshot_classification.py and metrics/zeroshot_retrieval.py
 
 
 def clip_benchmark_accuracy(output, target, topk):
@@ -51,8 +51,8 @@ def clip_benchmark_retrieval(images, texts, texts_image_index, recall_k_list):
     for k in recall_k_list:
         for name, s, p in (("image", scores, positive_pairs), ("text", scores.T, positive_pairs.T)):
             one_hot = F.one_hot(torch.topk(s, k, dim=1)[1], num_classes=s.shape[1])
-            found = (one_hot * p.reshape(len(s), 1, -1)).sum(dim=(1, 2))
-            recall = found / p.sum(dim=1)
+            hits = (one_hot * p.reshape(len(s), 1, -1)).sum(dim=(1, 2))
+            recall = hits / p.sum(dim=1)
             metrics[f"{name}_retrieval_recall@{k}"] = (recall > 0).float().mean().item()
     return metrics
 
@@ -66,9 +66,6 @@ def clip_benchmark_average_precision(scores, targets):
         precision = truth.float().cumsum(0).div(rg)
         ap[k] = precision[truth.bool()].sum() / max(float(truth.sum()), 1)
     return ap.mean().item()
-
-
-# ---- numbers
 
 
 def test_top_k_accuracy_by_hand():
@@ -100,65 +97,65 @@ def test_classification_is_clip_benchmarks(classes):
     assert metrics["mean_per_class_recall"] == pytest.approx(balanced_accuracy(labels, logits.argmax(1)))
 
 
-def naive_rank(row: list, wanted: int) -> int:
-    """Place of a column when a row is sorted by falling score, equal ones in their order."""
-    return sorted(range(len(row)), key=lambda column: (-row[column], column)).index(wanted)
+def naive_rank(row: list, target: int) -> int:
+    """Position of a column when the row is sorted by descending score, equal scores by column."""
+    return sorted(range(len(row)), key=lambda column: (-row[column], column)).index(target)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 7])
-def test_of_equal_scores_the_first_counts_as_the_higher(classes):
+def test_of_equal_scores_the_first_ranks_higher(classes):
     logits, labels = torch.randint(0, 3, (50, classes)).float(), torch.randint(0, classes, (50,))
     ranks = [naive_rank(row, label) for row, label in zip(logits.tolist(), labels.tolist(), strict=True)]
     for k in range(1, classes + 1):
         assert top_k_accuracy(logits=logits, labels=labels, k=k) == sum(rank < k for rank in ranks) / 50
-    # as argmax has it, so that acc1 and mean_per_class_recall speak of the same guess
+    # as in argmax, so that acc1 and mean_per_class_recall use the same prediction
     assert top_k_accuracy(logits=logits, labels=labels, k=1) == (logits.argmax(1) == labels).double().mean()
 
 
-def test_a_model_that_says_the_same_of_all_classes_is_right_about_the_first():
+def test_a_model_with_equal_scores_for_all_classes_predicts_the_first():
     metrics = classification_metrics(logits=torch.zeros(6, 5), labels=torch.tensor([0, 0, 1, 2, 3, 4]))
     assert metrics == {"acc1": 2 / 6, "acc5": 1.0, "mean_per_class_recall": 1 / 5}
 
 
 def test_accuracy_by_class_by_hand():
     logits = torch.eye(4)[torch.tensor([0, 0, 1, 2, 2])]
-    found = class_accuracies(logits=logits, labels=torch.tensor([0, 1, 1, 1, 2])).tolist()
-    assert found[:3] == [1, pytest.approx(1 / 3), 1] and math.isnan(found[3])  # class 3 has no images
+    accuracies = class_accuracies(logits=logits, labels=torch.tensor([0, 1, 1, 1, 2])).tolist()
+    assert accuracies[:3] == [1, pytest.approx(1 / 3), 1] and math.isnan(accuracies[3])  # class 3 has no images
 
 
 def test_average_precision_by_hand():
-    # Class 0: images by falling score 2, 0, 1, positives 2 and 1: precision 1/1 and 2/3. Class 1: none, counts 0.
+    # Class 0: images by descending score 2, 0, 1, positives 2 and 1: precision 1/1 and 2/3. Class 1: none, counts as 0.
     scores = torch.tensor([[0.5, 0.1], [0.1, 0.2], [0.9, 0.3]])
     targets = torch.tensor([[0, 0], [1, 0], [1, 0]])
-    found = multilabel_metrics(scores=scores, targets=targets)
-    assert found == {"mean_average_precision": pytest.approx((1 + 2 / 3) / 2 / 2)}
+    metrics = multilabel_metrics(scores=scores, targets=targets)
+    assert metrics == {"mean_average_precision": pytest.approx((1 + 2 / 3) / 2 / 2)}
 
 
 @pytest.mark.parametrize(("n", "classes"), [(1, 1), (2, 3), (41, 7)])
 def test_average_precision_is_clip_benchmarks(n, classes):
     scores, targets = torch.randn(n, classes), torch.randint(0, 2, (n, classes))
-    found = multilabel_metrics(scores=scores, targets=targets)["mean_average_precision"]
-    assert found == pytest.approx(clip_benchmark_average_precision(scores, targets), abs=1e-6)
+    precision = multilabel_metrics(scores=scores, targets=targets)["mean_average_precision"]
+    assert precision == pytest.approx(clip_benchmark_average_precision(scores, targets), abs=1e-6)
 
 
 def test_a_choice_is_right_when_the_first_text_scores_highest():
-    # Image 0 takes its first text, image 1 its second; of image 2 both score alike, and the first counts.
+    # Image 0 prefers its first text, image 1 its second; for image 2 both score the same, and the first ranks higher.
     image = torch.eye(3)
     text = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0.2, 0.9], [0, 0.8, 0.6], [0, 0, 1], [0, 0, 1.0]])
-    found = choice_metrics(image=image, text=text, owners=torch.tensor([0, 0, 1, 1, 2, 2]))
-    assert found == {"image_acc": 1, "text_acc": pytest.approx(2 / 3), "acc": pytest.approx(2 / 3)}
+    metrics = choice_metrics(image=image, text=text, owners=torch.tensor([0, 0, 1, 1, 2, 2]))
+    assert metrics == {"image_acc": 1, "text_acc": pytest.approx(2 / 3), "acc": pytest.approx(2 / 3)}
     shuffled = torch.tensor([2, 0, 4, 1, 3, 5])  # an image's texts need not be neighbours, only in their order
     owners = torch.tensor([0, 0, 1, 1, 2, 2])[shuffled]
-    assert choice_metrics(image=image, text=text[shuffled], owners=owners) == found
+    assert choice_metrics(image=image, text=text[shuffled], owners=owners) == metrics
 
 
 def test_retrieval_by_hand():
     # Two images; texts 0 and 1 belong to image 0, text 2 to image 1. Scores:
     #            image 0  image 1
-    #   text 0     1.0      0.0     finds its image
-    #   text 1     0.0      1.0     finds the other first
-    #   text 2     0.6      0.8     finds its image
-    # Image 0 finds text 0, one of its two: a hit. Image 1 finds text 1, not its own: a miss, mended at K = 2.
+    #   text 0     1.0      0.0     retrieves its image
+    #   text 1     0.0      1.0     retrieves the other first
+    #   text 2     0.6      0.8     retrieves its image
+    # Image 0 retrieves text 0, one of its two: a hit. Image 1 retrieves text 1, not its own: a miss; a hit at K = 2.
     image = torch.eye(2)
     text = torch.tensor([[1.0, 0], [0, 1], [0.6, 0.8]])
     metrics = retrieval_metrics(image=image, text=text, owners=torch.tensor([0, 0, 1]), recall_k=(1, 2))
@@ -193,20 +190,20 @@ def naive_retrieval(image, text, owners, k) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("tile_numbers", [1, 50, 2**20])
-def test_equal_scores_and_images_without_texts_count_as_a_loop_counts_them(tile_numbers):
-    # Whole numbers score exactly, so ties are ties; captions 0 and 1 are equal and belong to two images.
+def test_equal_scores_and_images_without_texts_count_as_in_a_loop(tile_numbers):
+    # Integers give exact scores, so ties are exact; captions 0 and 1 are equal and belong to two images.
     image, text = torch.randint(-1, 2, (13, 4)).float(), torch.randint(-1, 2, (29, 4)).float()
     text[1] = text[0]
     owners = torch.cat([torch.tensor([0, 1]), torch.randint(0, 11, (27,))])  # images 11 and 12 have none
     for k in (1, 2, 5, 10):
-        found = retrieval_metrics(image=image, text=text, owners=owners, recall_k=(k,), tile_numbers=tile_numbers)
-        assert found == pytest.approx(naive_retrieval(image, text, owners, k))
+        metrics = retrieval_metrics(image=image, text=text, owners=owners, recall_k=(k,), tile_numbers=tile_numbers)
+        assert metrics == pytest.approx(naive_retrieval(image, text, owners, k))
 
 
-def test_of_equal_captions_of_two_images_the_first_is_found_by_both():
+def test_of_equal_captions_of_two_images_both_retrieve_the_first():
     image, text = torch.eye(2), torch.tensor([[1.0, 1], [1, 1]])
-    found = retrieval_metrics(image=image, text=text, owners=torch.tensor([0, 1]), recall_k=(1, 2))
-    assert found["text_retrieval_recall@1"] == 0.5 and found["text_retrieval_recall@2"] == 1
+    metrics = retrieval_metrics(image=image, text=text, owners=torch.tensor([0, 1]), recall_k=(1, 2))
+    assert metrics["text_retrieval_recall@1"] == 0.5 and metrics["text_retrieval_recall@2"] == 1
 
 
 def retrieved(rank: int, world_size: int) -> dict[str, float]:
@@ -216,11 +213,11 @@ def retrieved(rank: int, world_size: int) -> dict[str, float]:
     return retrieval_metrics(image=image, text=text, owners=owners, tile_numbers=100)
 
 
-def test_processes_share_the_tiles_and_say_the_same():
+def test_processes_share_the_tiles_and_return_the_same():
     assert run_ranks(retrieved, 3) == 3 * [retrieved(0, 1)]
 
 
-def test_more_answers_than_candidates_is_a_hit():
+def test_k_beyond_the_number_of_candidates_is_a_hit():
     image, text = torch.eye(3), -torch.eye(3)
     metrics = retrieval_metrics(image=image, text=text, owners=torch.arange(3), recall_k=(1, 10))
     assert metrics["image_retrieval_recall@10"] == metrics["text_retrieval_recall@10"] == 1
@@ -244,8 +241,8 @@ def test_the_whole_score_matrix_never_exists():
     assert largest <= 9000
 
 
-def test_half_precision_is_lifted_before_scores_are_compared():
-    # bf16 scores have 8 bits: of these near neighbours most would tie.
+def test_half_precision_is_upcast_before_scores_are_compared():
+    # bf16 scores have 8 bits: most of these close scores would tie.
     image = (1 + 0.1 * torch.randn(200, 16)).bfloat16()
     text, owners = (image.float() + 0.02 * torch.randn(200, 16)).bfloat16(), torch.arange(200)
     half = retrieval_metrics(image=image, text=text, owners=owners)
@@ -253,7 +250,7 @@ def test_half_precision_is_lifted_before_scores_are_compared():
 
 
 @pytest.mark.parametrize(
-    ("call", "told"),
+    ("call", "message"),
     [
         (lambda: top_k_accuracy(logits=torch.zeros(2, 3), labels=torch.zeros(2).long(), k=4), "k=4"),
         (lambda: top_k_accuracy(logits=torch.zeros(0, 3), labels=torch.zeros(0).long(), k=1), "0 images"),
@@ -272,38 +269,35 @@ def test_half_precision_is_lifted_before_scores_are_compared():
         ),
     ],
 )
-def test_undefined_numbers_are_refused(call, told):
+def test_undefined_metrics_are_refused(call, message):
     with pytest.raises(ValueError, match="^[^\n]*$") as caught:
         call()
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
-# ---- how sure they are
-
-
-def drawn_again(n: int, draws: int, seed: int) -> list[torch.Tensor]:
-    """The images of each draw, as numbers."""
+def bootstrap_draws(n: int, draws: int, seed: int) -> list[torch.Tensor]:
+    """The indices of the images of each draw."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    drawn = []
     for start in range(0, draws, 50):
-        found += list(torch.randint(n, (min(50, draws - start), n), generator=generator))
-    return found
+        drawn += list(torch.randint(n, (min(50, draws - start), n), generator=generator))
+    return drawn
 
 
 def percentiles(numbers: list[float]) -> tuple[float, float]:
     return tuple(np.quantile(np.array(numbers), [0.025, 0.975]))
 
 
-def test_intervals_are_those_of_counting_the_drawn_images_one_by_one():
+def test_intervals_equal_those_of_the_drawn_images():
     logits, labels = torch.randn(31, 6), torch.randint(0, 6, (31,))
-    found = intervals(classification_statistics(logits=logits, labels=labels), images=31, draws=120, seed=7)
-    naive = [classification_metrics(logits=logits[i], labels=labels[i]) for i in drawn_again(31, 120, 7)]
-    for name, interval in found.items():
-        assert interval == pytest.approx(percentiles([of[name] for of in naive])), name
+    computed = intervals(classification_statistics(logits=logits, labels=labels), images=31, draws=120, seed=7)
+    naive = [classification_metrics(logits=logits[i], labels=labels[i]) for i in bootstrap_draws(31, 120, 7)]
+    for name, interval in computed.items():
+        assert interval == pytest.approx(percentiles([metrics[name] for metrics in naive])), name
         assert interval[0] < interval[1]
 
 
-def test_intervals_of_average_precision_calibration_and_likeness_are_naive_ones():
+def test_intervals_of_average_precision_calibration_and_likeness_equal_naive_ones():
     scores, targets = torch.randn(17, 3), torch.randint(0, 2, (17, 3))
     logits, other, labels = 3 * torch.randn(17, 7), 3 * torch.randn(17, 7), torch.randint(0, 7, (17,))
     for make in (
@@ -311,57 +305,57 @@ def test_intervals_of_average_precision_calibration_and_likeness_are_naive_ones(
         lambda i: calibration_statistics(logits=logits[i], labels=labels[i]),
         lambda i: likeness_statistics(student=logits[i], teacher=other[i]),
     ):
-        found = intervals(make(torch.arange(17)), images=17, draws=60, seed=1)
-        naive = [values(make(i), images=17) for i in drawn_again(17, 60, 1)]
-        for name, interval in found.items():
-            assert interval == pytest.approx(percentiles([of[name] for of in naive])), name
+        computed = intervals(make(torch.arange(17)), images=17, draws=60, seed=1)
+        naive = [values(make(i), images=17) for i in bootstrap_draws(17, 60, 1)]
+        for name, interval in computed.items():
+            assert interval == pytest.approx(percentiles([metrics[name] for metrics in naive])), name
 
 
 def test_a_caption_is_drawn_with_its_image():
     image, text = torch.randn(12, 4), torch.randn(40, 4)
     owners = torch.cat([torch.arange(12), torch.randint(0, 12, (28,))])
     statistics = retrieval_statistics(image=image, text=text, owners=owners, recall_k=(3,))
-    found = intervals(statistics, images=12, draws=80, seed=2)["image_retrieval_recall@3"]
+    interval = intervals(statistics, images=12, draws=80, seed=2)["image_retrieval_recall@3"]
     hits = (text @ image.T).topk(3).indices.eq(owners[:, None]).any(dim=1).double()
     naive = []
-    for chosen in drawn_again(12, 80, 2):
+    for chosen in bootstrap_draws(12, 80, 2):
         captions = torch.cat([(owners == number).nonzero()[:, 0] for number in chosen])
         naive.append(hits[captions].mean().item())
-    assert found == pytest.approx(percentiles(naive))
+    assert interval == pytest.approx(percentiles(naive))
 
 
-def test_the_paired_test_sees_what_two_intervals_do_not():
-    # B is right wherever A is, and on 5 images more: no draw says otherwise, although the intervals overlap widely.
+def test_the_paired_test_detects_a_difference_within_overlapping_intervals():
+    # B is correct wherever A is, and on 5 more images: no draw has the other sign, although the intervals overlap.
     labels = torch.zeros(200, dtype=torch.int64)
     a = torch.tensor([[1.0, 0.0]] * 100 + [[0.0, 1.0]] * 100)
     b = torch.tensor([[1.0, 0.0]] * 105 + [[0.0, 1.0]] * 95)
     first, second = (classification_statistics(logits=logits, labels=labels) for logits in (b, a))
-    found = paired_differences(first, second, images=200, draws=999, seed=0)["acc1"]
-    assert found.value == pytest.approx(0.025) and 0 < found.low < found.value < found.high
-    assert found.p < 0.05
+    difference = paired_differences(first, second, images=200, draws=999, seed=0)["acc1"]
+    assert difference.value == pytest.approx(0.025) and 0 < difference.low < difference.value < difference.high
+    assert difference.p < 0.05
     low, high = intervals(first, images=200)["acc1"][0], intervals(second, images=200)["acc1"][1]
     assert low < high
     same = paired_differences(first, first, images=200, draws=99)["acc1"]
     assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
-    assert paired_differences(second, first, images=200, draws=999, seed=0)["acc1"].value == -found.value
+    assert paired_differences(second, first, images=200, draws=999, seed=0)["acc1"].value == -difference.value
 
 
 def test_calibration_by_hand():
-    # Two images at confidence 0.9 (bin 14), one of them right; two at 0.5 and a bit (bin 8), both right.
+    # Two images with confidence 0.9 (bin 14), one of them correct; two with 0.51 (bin 8), both correct.
     sure, unsure = math.log(9), math.log(0.51 / 0.49)
     logits = torch.tensor([[sure, 0], [sure, 0], [unsure, 0], [unsure, 0]])
-    found = values(calibration_statistics(logits=logits, labels=torch.tensor([0, 1, 0, 0])), images=4)
-    assert found["ece"] == pytest.approx((2 * abs(0.5 - 0.9) + 2 * abs(1 - 0.51)) / 4, abs=1e-6)
+    metrics = values(calibration_statistics(logits=logits, labels=torch.tensor([0, 1, 0, 0])), images=4)
+    assert metrics["ece"] == pytest.approx((2 * abs(0.5 - 0.9) + 2 * abs(1 - 0.51)) / 4, abs=1e-6)
 
 
 def test_likeness_by_hand():
     student, teacher = torch.tensor([[2.0, 1, 0], [0, 0, 1]]), torch.tensor([[3.0, 0, 0], [1, 0, 0]])
-    found = values(likeness_statistics(student=student, teacher=teacher), images=2)
-    assert found["agreement@1"] == 0.5 and found["top5_overlap"] == 1  # of three classes all are among the first five
+    metrics = values(likeness_statistics(student=student, teacher=teacher), images=2)
+    assert metrics["agreement@1"] == 0.5 and metrics["top5_overlap"] == 1  # all three classes are in the top five
     p, q = teacher.softmax(1), student.softmax(1)
-    assert found["kl"] == pytest.approx((p * (p / q).log()).sum(1).mean().item(), rel=1e-5)
-    ruled_out = torch.tensor([[1.0, 0, -torch.inf]])
-    assert values(likeness_statistics(student=ruled_out, teacher=ruled_out), images=1)["kl"] == 0
+    assert metrics["kl"] == pytest.approx((p * (p / q).log()).sum(1).mean().item(), rel=1e-5)
+    impossible = torch.tensor([[1.0, 0, -torch.inf]])  # a class with probability 0
+    assert values(likeness_statistics(student=impossible, teacher=impossible), images=1)["kl"] == 0
     student = torch.arange(10.0)[None]
     overlap = values(likeness_statistics(student=student, teacher=student.roll(2, dims=1)), images=1)["top5_overlap"]
     assert overlap == 3 / 5  # 5..9 against 7..9, 0, 1 moved by two: 5, 6, 7 of the shifted ones stay

@@ -1,4 +1,4 @@
-"""Whoever made a CLIP, it is loaded whole or refused in one line, and prepares images its own way."""
+"""CLIPs of open_clip and transformers load completely or fail with one line, and keep their own preprocessing."""
 
 import json
 import pickle
@@ -50,7 +50,7 @@ def random_image(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("name", ["ViT-T-16", "FastViT-T8", "emoji-student", "emoji-teacher"])
-def test_the_shipped_students_embed(name):
+def test_the_bundled_students_embed(name):
     assert name in list_students()
     clip = load_clip(name)
     clip.towers.eval()
@@ -75,7 +75,7 @@ def test_the_demos_student_has_at_most_a_quarter_of_the_teachers_image_tower():
     assert 4 * student <= teacher
 
 
-def test_vit_t_16_is_clip_kds():
+def test_vit_t_16_has_the_size_of_clip_kds():
     clip = load_clip("ViT-T-16")
     image = sum(p.numel() for p in clip.towers.image_parameters())
     # DeiT-Ti: 12 blocks, patches, positions, class token, three norms, and a projection 192 x 512 for its head
@@ -94,20 +94,20 @@ def test_a_json_config_is_a_model(tmp_path):
         load_clip("nowhere.json")
 
 
-def test_a_folder_keeps_its_weights_and_its_way_to_prepare(tmp_path):
+def test_a_folder_keeps_its_weights_and_its_preprocessing(tmp_path):
     folder = tiny_folder(tmp_path / "m")
     clip = load_clip(f"local-dir:{folder}")
     clip.towers.eval()
-    theirs, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-    theirs.eval()
+    reference, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    reference.eval()
     image = random_image(40, 60)
     assert torch.equal(clip.image_transform()(image), transform(image))
     with torch.no_grad():
         pixels = transform(image)[None]
-        assert torch.equal(clip.towers.encode_image(pixels), theirs.encode_image(pixels, normalize=True))
+        assert torch.equal(clip.towers.encode_image(pixels), reference.encode_image(pixels, normalize=True))
         tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(["a cat"])
         assert torch.equal(clip.tokenize(["a cat"]), tokens)
-        assert torch.equal(clip.towers.encode_text(tokens), theirs.encode_text(tokens, normalize=True))
+        assert torch.equal(clip.towers.encode_text(tokens), reference.encode_text(tokens, normalize=True))
 
 
 @pytest.mark.parametrize("side", [32, 50, 96])
@@ -126,7 +126,7 @@ def test_resizing_to_the_same_size_is_exact():
     assert torch.equal((resize(images, 8) * 255).round().byte(), images)
 
 
-# ---- refusals
+# ---- errors
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
@@ -135,7 +135,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
         load_clip(f"local-dir:{folder}")
 
 
-def test_pickled_weights_need_leave(tmp_path):
+def test_pickled_weights_need_allow_pickle(tmp_path):
     folder = tiny_folder(tmp_path / "m", weights="open_clip_pytorch_model.bin")
     with pytest.raises(UserError, match="open_clip_pytorch_model.bin is a pickle.*--allow-pickle"):
         load_clip(f"local-dir:{folder}")
@@ -180,14 +180,14 @@ def test_weights_of_another_shape_are_refused(tmp_path):
         ("ViT-B-32", "openai", "weights 'openai' of 'ViT-B-32' could not be fetched"),
     ],
 )
-def test_what_cannot_be_loaded_is_one_line(name, pretrained, message):
+def test_a_failed_load_is_one_line(name, pretrained, message):
     with pytest.raises(UserError, match=message) as caught:
         load_clip(name, pretrained)
     assert "\n" not in str(caught.value)
 
 
 def test_a_plain_folder_gets_a_hint(tmp_path):
-    with pytest.raises(UserError, match=r"is a folder and no finished run: write local-dir:.* or transformers:"):
+    with pytest.raises(UserError, match=r"is a folder but not a finished run: write local-dir:.* or transformers:"):
         load_clip(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="no open_clip_config.json: try transformers:"):
@@ -256,7 +256,7 @@ def test_a_transformers_folder_embeds_as_transformers_does(tmp_path, make):
 def test_a_transformers_folder_of_something_else_is_refused(tmp_path):
     config = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is a 'bert' model: only clip, siglip and siglip2"):
+    with pytest.raises(UserError, match="is a 'bert' model: only clip, siglip and siglip2 are supported"):
         load_clip(f"transformers:{tmp_path}")
 
 
@@ -293,7 +293,7 @@ def test_a_transformers_folder_that_does_not_fit_is_one_line(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-# ---- what training does to them
+# ---- in training
 
 
 def test_a_frozen_teacher_has_no_gradient_and_evaluates():
@@ -310,7 +310,7 @@ def test_the_scale_is_clamped_between_1_and_100():
         assert clip.towers.log_scale().exp().item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_student_hands_out_what_the_loss_needs():
+def test_a_student_returns_what_the_loss_needs():
     clip = load_clip("emoji-student")
     model = Student(clip.towers, embed_dim=clip.embed_dim, mimicry_dim=7)
     pixels = clip.prepare(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))

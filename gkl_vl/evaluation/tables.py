@@ -153,7 +153,7 @@ def suite_text(lines: Sequence[Result], entries: Mapping[str, Sequence[Entry]]) 
 
 
 def tradeoff(lines: Sequence[Result], entries: Mapping[str, Sequence[Entry]]) -> list[dict[str, Any]]:
-    """Points for `report.draw_tradeoff`: for each model, teachers included, the average over the results of all."""
+    """Points for `report.draw_tradeoff`: for each model, teachers included, the average over results that all have."""
     by_model: dict[str, dict[tuple[str, str], Result]] = {}
     for line in lines:
         teacher = [line["teacher"] | {"pretrained": ""}] if "teacher" in line else []

@@ -138,14 +138,14 @@ def check_attack(
 def _settings(attack: Attack, target: Target, examples: Examples, batch_size: int) -> dict[str, Any]:
     """Everything that determines the flags, except the machine."""
     version = None if attack.name in PGD_ATTACKS else import_autoattack().__version__
-    digest = hashlib.sha256()
-    add_weights(digest, target.model)
+    weights = hashlib.sha256()
+    add_weights(weights, target.model)
+    data = hashlib.sha256(examples.images.numpy().tobytes())
+    data.update(examples.labels.numpy().tobytes())  # joining the bytes first would copy every image once more
     return asdict(attack) | {
         "architecture": target.architecture,
-        "model_sha256": digest.hexdigest(),
-        "data_sha256": hashlib.sha256(
-            examples.images.numpy().tobytes() + examples.labels.numpy().tobytes()
-        ).hexdigest(),
+        "model_sha256": weights.hexdigest(),
+        "data_sha256": data.hexdigest(),
         "images": len(examples.labels),
         "batch_size": batch_size,
         "pyautoattack": version,

@@ -16,7 +16,7 @@ from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from PIL import Image
 from small_sets import COLOURS, colour_set, picture, write_set, write_shard
 
-from gkl_vl.data.files import BrokenImage
+from gkl_vl.data.images import BrokenImage
 from gkl_vl.data.prompts import CIFAR_TEMPLATES
 from gkl_vl.errors import UserError
 from gkl_vl.evaluation.sets import BUNDLED, TARGET_OF, load_benchmark_set, load_benchmark_sets

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gkl_vl.data.augment import imagenet_augmentation, imagenet_center
-from gkl_vl.data.files import EncodedImage
+from gkl_vl.data.images import EncodedImage
 from gkl_vl.data.labelled import LabelledSet, pixel_image
 from gkl_vl.data.loaders import LabelledLoader
 from gkl_vl.data.views import PLAIN, DiskViews, MemoryViews, Views

@@ -19,7 +19,8 @@ from pyarrow import parquet
 from small_sets import write_shard
 from torch.utils.data import DataLoader, Dataset
 
-from gkl_vl.data.files import IMAGE_SUFFIXES, BrokenImage, BrokenSample, EncodedImage, decode
+from gkl_vl.data.files import IMAGE_SUFFIXES
+from gkl_vl.data.images import BrokenImage, BrokenSample, EncodedImage, decode
 from gkl_vl.data.labelled import LabelledSet, in_memory, open_image_set, open_labelled, pixel_image
 from gkl_vl.data.pairs import open_images
 from gkl_vl.data.subsets import balanced_subset, long_tailed, shot_groups

@@ -16,7 +16,8 @@ from torchvision.transforms import v2
 
 from gkl_vl.data import pairs
 from gkl_vl.data.augment import apply_seeded, drawing_augmentation, light_augmentation
-from gkl_vl.data.files import BrokenSample, decode, stable_hash
+from gkl_vl.data.files import stable_hash
+from gkl_vl.data.images import BrokenSample, decode
 from gkl_vl.data.pair_stream import PairLoader, PairStream, Place, Position, usable_captions
 from gkl_vl.data.pairs import RawPair, Source, bundled_pairs, memory_source, open_source, read_shard, shard_source
 from gkl_vl.errors import UserError

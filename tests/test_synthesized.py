@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from gkl_vl.data.augment import cifar_autoaugment
-from gkl_vl.data.files import EncodedImage
+from gkl_vl.data.images import EncodedImage
 from gkl_vl.data.labelled import LabelledSet, pixel_image
 from gkl_vl.data.loaders import LabelledLoader
 from gkl_vl.data.synthesized import Synthesized, WithSynthesized, open_synthesized, synthesized_per_batch

@@ -25,7 +25,7 @@ from gkl_vl.data.augment import (
     imagenet_center,
     randaugment_cutout,
 )
-from gkl_vl.data.files import EncodedImage
+from gkl_vl.data.images import EncodedImage
 from gkl_vl.data.labelled import LabelledSet, open_labelled, pixel_image
 from gkl_vl.data.loaders import LabelledLoader
 from gkl_vl.data.views import PLAIN, DiskViews, MemoryViews, Views

@@ -1,16 +1,12 @@
 """Reading images, files and tables: helpers that all data sources share."""
 
 import hashlib
-import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from gkl_vl.errors import UserError, first_line
 
@@ -19,56 +15,6 @@ IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg", "bmp", "tif", "tiff", "ppm", "pg
 is read; the order of the first four is CLIP_benchmark's."""
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
-
-
-# ---- images ------------------------------------------------------------------------------------------------------
-
-
-class BrokenSample(Exception):
-    """An image that cannot be decoded, or a pair without a caption. Training skips and counts such samples."""
-
-
-class BrokenImage(UserError):
-    """An image that was read and cannot be decoded."""
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """An encoded image that is not read yet; small, so that it can be sent to other processes."""
-
-    where: str
-    """File and position in it, for messages."""
-    read: Callable[[], bytes]
-    """Reads the encoded bytes, anew at each call. Raises: UserError for a file that cannot be read."""
-
-    def decode(self) -> Image.Image:
-        """Reads and decodes the image to RGB; of an animation, the first frame.
-
-        Raises: BrokenImage; UserError for a file that cannot be read.
-        """
-        try:
-            return decode(self.read())
-        except BrokenSample as error:
-            raise BrokenImage(
-                f"{self.where} cannot be decoded ({first_line(error)}): fetch it again or remove it"
-            ) from error
-
-
-def decode(image: Any) -> Image.Image:
-    """Decodes encoded bytes, a path or a PIL image to RGB; of an animation, the first frame.
-
-    Raises: BrokenSample.
-    """
-    try:
-        if image is None or image == b"":
-            raise ValueError("no image")
-        if isinstance(image, Image.Image):
-            return image.convert("RGB")
-        # `with`, because PIL leaves the file open if the pixel data end early
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            return opened.convert("RGB")
-    except Exception as error:  # PIL raises nearly any exception type on broken files, all with the same meaning
-        raise BrokenSample(f"image: {error}") from error
 
 
 # ---- files -------------------------------------------------------------------------------------------------------

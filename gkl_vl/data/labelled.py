@@ -34,7 +34,6 @@ from gkl_vl.data.files import (
     IMAGE_COLUMNS,
     IMAGE_SUFFIXES,
     LABEL_COLUMNS,
-    EncodedImage,
     encoded_image,
     hub_table,
     is_local,
@@ -45,6 +44,7 @@ from gkl_vl.data.files import (
     undecoded,
     usual_column,
 )
+from gkl_vl.data.images import EncodedImage
 from gkl_vl.errors import UserError, first_line
 
 CIFAR = {

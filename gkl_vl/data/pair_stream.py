@@ -15,7 +15,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from gkl_vl.data.augment import apply_seeded
-from gkl_vl.data.files import BrokenSample, decode, stable_hash
+from gkl_vl.data.files import stable_hash
+from gkl_vl.data.images import BrokenSample, decode
 from gkl_vl.data.pairs import RawPair, Source
 from gkl_vl.errors import UserError
 

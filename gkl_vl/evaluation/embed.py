@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from gkl_vl import disk_cache
-from gkl_vl.data.files import BrokenImage
+from gkl_vl.data.images import BrokenImage
 from gkl_vl.data.prompts import TEMPLATES_FILE, Templates
 from gkl_vl.data.views import Views
 from gkl_vl.distributed import rank, sum_across_processes, world_size

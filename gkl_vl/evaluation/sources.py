@@ -17,7 +17,8 @@ import numpy as np
 from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 
-from gkl_vl.data.files import IMAGE_SUFFIXES, EncodedImage, read_file, read_json, require_end, require_images
+from gkl_vl.data.files import IMAGE_SUFFIXES, read_file, read_json, require_end, require_images
+from gkl_vl.data.images import EncodedImage
 from gkl_vl.data.labelled import LabelledSet, class_folders
 from gkl_vl.errors import UserError, first_line
 

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from gkl_vl import disk_cache
 from gkl_vl.data.augment import apply_seeded, describe
-from gkl_vl.data.files import decode, stable_hash
+from gkl_vl.data.files import stable_hash
+from gkl_vl.data.images import decode
 from gkl_vl.data.pair_stream import usable_captions
 from gkl_vl.data.pairs import RawPair
 from gkl_vl.data.views import Views

@@ -93,6 +93,47 @@ def test_an_export_loads_unchanged(exported):
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # same permissions of card and weights
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_export_carries_its_class_names(tmp_path, name):
+    classifier = dataclasses.replace(trained(name), classnames=("cat", "Hund", "poisson d’or"))
+    folder = tmp_path / "model"
+    export_classifier(classifier=classifier, folder=folder, card=CARD)
+    again = load_classifier(f"local-dir:{folder}")
+    assert again.classnames == classifier.classnames
+    export_classifier(classifier=again, folder=tmp_path / "second", card=CARD)
+    assert load_classifier(f"local-dir:{tmp_path / 'second'}").classnames == classifier.classnames
+
+
+def test_an_export_without_class_names_has_none(exported):
+    assert load_classifier(f"local-dir:{exported[1]}").classnames is None
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["a", "b"], "has 2 names for 3 classes"),
+        (["a", "b", 3], "is not a list of names by class index"),
+        ("abc", "is not a list of names"),
+        ({"0": "a", "2": "c", "3": "d"}, "is not a list of names"),
+    ],
+)
+def test_class_names_that_do_not_fit_the_classes_are_refused(tmp_path, names, message):
+    folder = tmp_path / "model"
+    export_classifier(classifier=trained("resnet8"), folder=folder, card=CARD)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"label_names": names}))
+    with pytest.raises(UserError, match=f"label_names in .*config.json {message}"):
+        load_classifier(f"local-dir:{folder}")
+
+
+def test_timms_names_by_class_index_are_read(tmp_path):
+    folder = tmp_path / "model"
+    export_classifier(classifier=trained("resnet8"), folder=folder, card=CARD)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"label_names": {"1": "b", "0": "a", "2": "c"}}))
+    assert load_classifier(f"local-dir:{folder}").classnames == ("a", "b", "c")
+
+
 def test_the_usage_code_runs(exported):
     classifier, folder = exported
     names = {}

@@ -75,7 +75,8 @@ def export_classifier(*, classifier: Classifier, folder: Path, card: ClassifierC
             # safetensors does not store channels_last tensors
             model: Any = classifier.model.to(memory_format=torch.contiguous_format)
             model.pretrained_cfg = model.pretrained_cfg | {"mean": classifier.mean, "std": classifier.std}
-            save_for_hf(model, str(scratch), safe_serialization=True)
+            names = None if classifier.classnames is None else {"label_names": list(classifier.classnames)}
+            save_for_hf(model, str(scratch), safe_serialization=True, model_config=names)
         else:
             tensors = {name: t.detach().cpu().contiguous().clone() for name, t in classifier.model.state_dict().items()}
             save_file(tensors, scratch / CLASSIFIER_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -86,6 +87,8 @@ def export_classifier(*, classifier: Classifier, folder: Path, card: ClassifierC
                 "mean": classifier.mean,
                 "std": classifier.std,
             }
+            if classifier.classnames is not None:
+                config["label_names"] = list(classifier.classnames)
             (scratch / CLASSIFIER_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         (scratch / CARD_NAME).write_text(card.render(), encoding="utf-8")
 

@@ -45,6 +45,8 @@ class Classifier:
     mean: RGB
     std: RGB
     num_classes: int
+    classnames: tuple[str, ...] | None = None
+    """Name of each logit's class; None = unknown. An exported classifier carries them."""
 
     def prepare(self, images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
         """Scales uint8 images to [0, 1] and normalises them. Crops and augmentations come before."""
@@ -185,8 +187,8 @@ def _load_folder(name: str, *, num_classes: int | None, weights: str | None, all
     if not files:
         raise UserError(f"{rest!r} holds no weights: expected model.safetensors")
     try:
-        config = json.loads((folder / "config.json").read_text())
-        classes = num_classes or config["num_classes"]
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        classes = config["num_classes"] if num_classes is None else num_classes
         if config.get("library") == "gkl-vl":
             if config["architecture"].startswith(_FOLDERS):  # would recurse, perhaps without end
                 raise UserError(f"{config['architecture']!r} is another folder: write the architecture there")
@@ -200,7 +202,31 @@ def _load_folder(name: str, *, num_classes: int | None, weights: str | None, all
         raise UserError(f"config.json of {rest!r} names no model that is known: {first_line(error)}") from error
     stored = _state_dict(files[0], allow_pickle=allow_pickle)
     _load_weights(model, stored, path=str(files[0]), name=name, num_classes=classes)
-    return Classifier(name=architecture, model=model, mean=tuple(mean), std=tuple(std), num_classes=classes)
+    return Classifier(
+        name=architecture,
+        model=model,
+        mean=tuple(mean),
+        std=tuple(std),
+        num_classes=classes,
+        classnames=_classnames(config, folder / "config.json", num_classes=classes),
+    )
+
+
+def _classnames(config: dict, path: Path, *, num_classes: int) -> tuple[str, ...] | None:
+    """The names of the classes in a folder's config.json; None where it has none.
+
+    The key is `label_names`, as in timm's format: a list, or an object from class index to name.
+    """
+    names = config.get("label_names")
+    if not names:
+        return None
+    if isinstance(names, dict):
+        names = [names.get(str(index)) for index in range(len(names))]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"label_names in {path} is not a list of names by class index: correct or remove it")
+    if len(names) != num_classes:
+        raise UserError(f"label_names in {path} has {len(names)} names for {num_classes} classes: correct or remove it")
+    return tuple(names)
 
 
 def _nearest(name: str, names: list[str]) -> str:

@@ -30,6 +30,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 from webdataset.shardlists import expand_urls
 
+from gkl_vl.data.classes import are_numbers, folder_order, require_places
 from gkl_vl.data.files import (
     IMAGE_COLUMNS,
     IMAGE_SUFFIXES,
@@ -97,6 +98,32 @@ class LabelledSet:
     def subset(self, indices: Int[Tensor, " m"]) -> "LabelledSet":
         """The images at `indices`, in that order; the classes stay the same."""
         return replace(self, labels=self.labels[indices], images=_SubsetImages(self.images, indices))
+
+    def in_order(self, classnames: Sequence[str] | None, *, num_classes: int, others: str) -> "LabelledSet":
+        """The set with other labels: its classes in the order of given ones, of which it may lack some.
+
+        Classes are matched by name (`data/classes.py`). Where only one side has names and these are not numbers, its
+        labels are taken as they are: names say nothing about a list of numbers.
+
+        Args:
+            classnames: the classes by label; None = without names, labels 0 to num_classes - 1.
+            others: whose classes these are, for messages.
+
+        Raises: UserError for a class that is not among the given ones.
+        """
+        own, reference = self.classnames, classnames
+        if (own is None or reference is None) and not are_numbers(own or reference or ()):
+            if self.num_classes > num_classes or (own is not None and self.num_classes < num_classes):
+                raise UserError(
+                    f"{self.name} has {self.num_classes} classes and {others} {num_classes}, without names by which "
+                    "they could be matched: name data of the same classes"
+                )
+            names = own if reference is None else tuple(reference)
+            return replace(self, num_classes=num_classes, classnames=names)
+        own = own or tuple(map(str, range(self.num_classes)))
+        reference = tuple(reference or map(str, range(num_classes)))
+        places = torch.tensor(require_places(own, reference, whose=self.name, others=others))
+        return replace(self, labels=places[self.labels], num_classes=len(reference), classnames=reference)
 
 
 def open_labelled(
@@ -392,9 +419,10 @@ def _image_folder_set(source: str, split: str) -> LabelledSet:
     split = _split_among((path.name for path in Path(source).iterdir() if path.is_dir()), split=split, source=source)
     folder = os.path.join(source, split)
     try:
-        classes, label_of = find_classes(folder)
+        classes = folder_order(find_classes(folder)[0])
     except FileNotFoundError as error:
         raise _no_image_folder(folder, error) from error
+    label_of = {name: label for label, name in enumerate(classes)}
     return class_folders(f"{source}:{split}", folder, label_of, classes)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
+from gkl_vl.data.classes import are_numbers
 from gkl_vl.data.files import (
     IMAGE_COLUMNS,
     IMAGE_SUFFIXES,
@@ -134,20 +135,23 @@ def image_files(folder: str) -> list[RawPair]:
 
 
 def _class_folders(pairs: Sequence[RawPair]) -> tuple[str, ...] | None:
-    """Class names by folder; None for a single folder or images at another depth: those folders are not classes."""
+    """Class names by folder; None where the folders are no classes (a single one, or images at another depth), or are
+    numbers, which name nothing."""
     folders = sorted({pair.key.rpartition("/")[0] for pair in pairs})
-    if len(folders) < 2 or not all(folder and "/" not in folder for folder in folders):
+    if len(folders) < 2 or not all(folder and "/" not in folder for folder in folders) or are_numbers(folders):
         return None
     return tuple(folder.replace("_", " ") for folder in folders)
 
 
 def _class_labels(table: Any) -> tuple[str, ...] | None:
-    """Class names of a `datasets.Dataset`; None if it has no ClassLabel."""
+    """Class names of a `datasets.Dataset`; None if it has no ClassLabel, or one of numbers."""
     import datasets
 
     labels = {name: feature for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)}
     column = next((name for name in (*LABEL_COLUMNS, *labels) if name in labels), None)
-    return None if column is None else tuple(name.replace("_", " ") for name in labels[column].names)
+    if column is None or are_numbers(labels[column].names):
+        return None
+    return tuple(name.replace("_", " ") for name in labels[column].names)
 
 
 def bundled_pairs() -> list[RawPair]:

@@ -5,6 +5,7 @@ pets.txt    one template per line; the class names are those of the data
 """
 
 import difflib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from open_clip import OPENAI_IMAGENET_TEMPLATES
 
+from gkl_vl.data.classes import keys_of, spaced
 from gkl_vl.data.files import read_json
 from gkl_vl.data.pairs import BUNDLED
 from gkl_vl.errors import UserError, first_line
@@ -120,12 +122,12 @@ def _check_names(file: str, names: list[str], known: tuple[str, ...] | None) -> 
     """Raises: UserError for an empty, repeated or unknown name, or fewer than two."""
     if any(not name.strip() for name in names):
         raise UserError(f"{file!r} has an empty class name: remove it")
-    if repeated := [name for number, name in enumerate(names) if name in names[:number]]:
+    if repeated := [name for name, count in Counter(map(spaced, names)).items() if count > 1]:
         raise UserError(f"{file!r} has the class {repeated[0]!r} twice: remove one")
     if len(names) < 2:
         raise UserError(f"{file!r} has only the class {names[0]!r}: name at least two")
     if known is None:
         return
-    if unknown := [name for name in names if name.replace("_", " ") not in known]:
+    if unknown := [name for name, key in zip(names, keys_of(names, known), strict=True) if key is None]:
         nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0)[0]
         raise UserError(f"{file!r} has the class {unknown[0]!r}, which the data lacks: did you mean {nearest!r}?")

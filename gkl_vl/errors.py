@@ -1,8 +1,17 @@
-"""The error that a user can fix, and one-line error messages."""
+"""The error that a user can fix, and messages of one line."""
+
+import os
+import sys
 
 
 class UserError(ValueError):
     """A mistake that the user can fix. The message is one line that names the value and the remedy."""
+
+
+def notice(line: str) -> None:
+    """Prints one line to stderr, on the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {line}", file=sys.stderr, flush=True)
 
 
 def first_line(error: Exception) -> str:

@@ -1,23 +1,93 @@
-"""Reading images, files and tables: helpers that all data sources share."""
+"""Files of data sources: which are read, by name, and reading them. The same rules for every source."""
 
 import hashlib
 import json
 import os
-import tarfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gkl_vl.errors import UserError, first_line
 
 IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg", "bmp", "tif", "tiff", "ppm", "pgm", "gif")
-"""File name endings of images, in lower case, for every source. If a sample has several images, the first listed ending
-is read; the order of the first four is CLIP_benchmark's."""
-IMAGE_COLUMNS = ("img", "image")
-LABEL_COLUMNS = ("label", "fine_label", "labels")
+"""File name endings of images, in lower case, for every source."""
+_JUNK = ("__MACOSX", "__pycache__", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing")
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-# ---- files -------------------------------------------------------------------------------------------------------
+# ---- names -------------------------------------------------------------------------------------------------------
+
+
+def is_junk(path: str) -> bool:
+    """Whether a relative path is hidden (a part starts with a dot) or left by a file manager: never a class or sample.
+
+    Among them are .ipynb_checkpoints, .DS_Store, ._name (macOS), __MACOSX and __pycache__.
+    """
+    return any((part.startswith(".") and part not in (".", "..")) or part in _JUNK for part in path.split("/"))
+
+
+def image_paths(folder: str | Path) -> tuple[list[str], dict[str, int]]:
+    """The images of a folder at any depth, and how many files have which other ending.
+
+    Links to folders are followed, except to a folder above the link.
+
+    Returns: paths relative to the folder, sorted, without what `is_junk`; {ending: number of files}.
+    """
+    images, others = [], Counter()
+    for directory, folders, files in os.walk(folder, followlinks=True):
+        above = f"{os.path.realpath(directory)}/"
+        folders[:] = [
+            name
+            for name in folders
+            if not is_junk(name) and not above.startswith(f"{os.path.realpath(os.path.join(directory, name))}/")
+        ]
+        below = os.path.relpath(directory, folder)
+        for name in files:
+            if is_junk(name):
+                continue
+            ending = name.rpartition(".")[2].lower() if "." in name else ""
+            if ending in IMAGE_SUFFIXES:
+                images.append(name if below == "." else f"{below}/{name}")
+            else:
+                others[ending] += 1
+    return sorted(images), dict(others)
+
+
+def endings_text(endings: Mapping[str, int]) -> str:
+    """Endings with their number of files, the most frequent first, for messages; "nothing" without any."""
+    order = sorted(endings.items(), key=lambda item: -item[1])
+    shown = [f"{count} {'.' + ending if ending else 'without ending'}" for ending, count in order[:5]]
+    return (", ".join(shown) + (", ..." if len(order) > 5 else "")) or "nothing"
+
+
+def one_split(existing: Iterable[str], *, split: str, source: str) -> str:
+    """The split as the source spells it: "validation" may be "val". Raises: UserError for a split it does not have."""
+    names = sorted(set(existing))
+    if split not in names and split == "validation" and "val" in names:
+        return "val"
+    if split not in names:
+        listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise UserError(f"{source!r} has no split {split!r}, splits there: {listed or 'none'}")
+    return split
+
+
+def training_split(existing: Iterable[str], *, split: str | None, source: str) -> str | None:
+    """The split to train on: the one named, else "train". None = the source has no splits, so all of it.
+
+    Raises: UserError for a split that it does not have, and where it has splits, none is named, and none is "train".
+    """
+    names = sorted(set(existing))
+    if split is not None:
+        return one_split(names, split=split, source=source)
+    splits = [name for name in names if name in _SPLITS]
+    if not splits or "train" in splits:
+        return "train" if splits else None
+    raise UserError(f"{source!r} has the splits {', '.join(splits)} and no train: name one, as {source}:{splits[0]}")
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
 
 
 def is_local(url: str) -> bool:
@@ -48,8 +118,8 @@ def read_json(path: Path, expected: type) -> Any:
     if not path.is_file():
         raise UserError(f"{str(path)!r} does not exist")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # from json, or for bytes that are not UTF-8
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # from json, or for bytes that are not UTF-8
         raise UserError(f"{str(path)!r} is no JSON ({first_line(error)}): fetch it again") from error
     if not isinstance(content, expected):
         raise UserError(f"{str(path)!r} holds a {type(content).__name__} where a {expected.__name__} is expected")
@@ -66,65 +136,13 @@ def require_images(source: str, folder: str, paths: Sequence[str]) -> None:
         )
 
 
-def require_end(shard: str, offset: int) -> None:
-    """Raises: tarfile.ReadError for a tar without an end-of-archive mark at `offset`, where its members end."""
-    # tarfile accepts the end of the file, or garbage, as the end of the archive; the real mark is a block of zeros.
-    with open(shard, "rb") as file:
-        file.seek(offset)
-        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-            raise tarfile.ReadError(f"no end-of-archive mark at byte {offset}")
+def refuse_pointer(path: str) -> None:
+    """Raises: UserError for a Git LFS pointer, the text file that a clone without git-lfs leaves."""
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{path!r} is a Git LFS pointer, not the file: run `git lfs pull` in its repository")
 
 
 def stable_hash(text: str) -> int:
     """A 63-bit hash of the text, the same in every process and run."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-
-
-# ---- tables ------------------------------------------------------------------------------------------------------
-
-
-def hub_table(path: str, split: str, *, subject: str, hint: str) -> Any:
-    """Loads a split of a dataset on the Hub, a `datasets.Dataset`.
-
-    Args:
-        subject: what could not be loaded; the error message starts with it.
-        hint: what else the user can do; the error message ends with it.
-
-    Raises: UserError if the split cannot be loaded.
-    """
-    import datasets
-
-    try:
-        return datasets.load_dataset(path, split=split)
-    except Exception as error:  # the client's errors for offline, unknown, private: the remedy is the same
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{subject} is no file here and could not be had from the Hub ({reason}): check the name "
-            f"and the connection; {hint}"
-        ) from error
-
-
-def undecoded(table: Any, image_column: str) -> Any:
-    """The `datasets.Dataset` with images left encoded, for `encoded_image`."""
-    import datasets
-
-    if isinstance(table.features[image_column], datasets.Image):
-        return table.cast_column(image_column, datasets.Image(decode=False))
-    return table
-
-
-def encoded_image(cell: Any) -> Any:
-    """The encoded bytes or path in a table cell, for `decode`; cells of the Hub are {"bytes": ..., "path": ...}."""
-    return (cell["bytes"] or cell["path"]) if isinstance(cell, dict) else cell
-
-
-def usual_column(usual: Sequence[str], existing: Sequence[str]) -> str:
-    """The first of the usual names that exists; if none does, the last of them, which `need_columns` then reports."""
-    return next((name for name in usual if name in existing), usual[-1])
-
-
-def need_columns(name: str, columns: list[str], image_column: str, other_column: str | None) -> None:
-    """Raises: UserError if a required column of the table `name` is missing."""
-    for column in (image_column, other_column):
-        if column is not None and column not in columns:
-            raise UserError(f"{name!r} has no column {column!r}, only {', '.join(columns)}: name them with --columns")

@@ -9,15 +9,12 @@ Sets of images without labels, subsets (long-tailed, balanced) and decoding into
 Axis letters: N = images, m = images of a subset, C = classes, h, w = height and width.
 """
 
-import glob
 import os
-import re
-import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,28 +22,37 @@ import torchvision
 from jaxtyping import Int, Int64, UInt8
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
-from webdataset.shardlists import expand_urls
 
 from gkl_vl.data.classes import are_numbers, folder_order, require_places
 from gkl_vl.data.files import (
-    IMAGE_COLUMNS,
     IMAGE_SUFFIXES,
-    LABEL_COLUMNS,
-    encoded_image,
-    hub_table,
+    endings_text,
+    image_paths,
+    is_junk,
     is_local,
-    need_columns,
+    one_split,
     read_file,
-    require_end,
     require_images,
-    undecoded,
+)
+from gkl_vl.data.images import BrokenSample, EncodedImage
+from gkl_vl.data.shards import Sample, checked_shards, is_shards, list_shards, read_samples, shards_below
+from gkl_vl.data.tables import (
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    ParquetRows,
+    Rows,
+    class_labels,
+    files_of_split,
+    hub_rows,
+    image_of,
+    integers,
+    parquet_files,
+    require_image_column,
     usual_column,
 )
-from gkl_vl.data.images import EncodedImage
-from gkl_vl.errors import UserError, first_line
+from gkl_vl.errors import UserError, first_line, notice
 
 CIFAR = {
     "cifar-10-batches-py": torchvision.datasets.CIFAR10,
@@ -147,13 +153,15 @@ def open_labelled(
         raise UserError(f"{source!r} is remote: images are read in random order, so download it first")
     if Path(source).is_dir():
         return _folder_set(source, split, columns)
-    if source.endswith(".tar"):
-        return _shard_set(source)
-    if source.endswith(".txt"):
+    if is_shards(source):
+        return _shard_set(source, list_shards(source))
+    if source.lower().endswith(".txt"):
         return _list_set(source, root)
+    if Path(source).exists():
+        raise UserError(f"{source!r} is a file of an unknown kind: expected a folder, shards (.tar) or a list (.txt)")
     hint = "folders of images or parquet, shards (.tar) and lists (.txt) also work"
-    table = hub_table(source, split, subject=f"{source!r} (split {split!r})", hint=hint)
-    return _table_set(f"{source}:{split}", table, columns)
+    rows = hub_rows(source, split, subject=f"{source!r} (split {split!r})", hint=hint)
+    return _table_set(f"{source}:{split}", rows, columns)
 
 
 def open_image_set(source: str, split: str, *, columns: tuple[str, str] | None = None) -> ImageSet:
@@ -169,26 +177,25 @@ def open_image_set(source: str, split: str, *, columns: tuple[str, str] | None =
     if (folder / STL10).is_dir():
         files = _stl10(source, split)
         return ImageSet(name=name, size=len(files.data), images=_Pixels(name, files.data.transpose(0, 2, 3, 1)))
-    if folder.is_dir() and not _parquet_files(folder):
-        split = _split_among((path.name for path in folder.iterdir() if path.is_dir()), split=split, source=source)
-        below = folder / split
-        paths = sorted(str(p.relative_to(below)) for p in below.rglob("*") if p.suffix[1:].lower() in IMAGE_SUFFIXES)
+    if folder.is_dir() and not parquet_files(folder):
+        below = folder / one_split(_subfolders(folder), split=split, source=source)
+        paths, others = image_paths(below)
         if not paths:
-            raise UserError(f"{str(below)!r} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+            raise UserError(f"{str(below)!r} holds no image ({', '.join(IMAGE_SUFFIXES)}), only {endings_text(others)}")
+        _note_others(str(below), others)
         return ImageSet(name=name, size=len(paths), images=_files(str(below), paths))
     if folder.is_dir():
-        table = _parquet_table(source, split, _parquet_files(folder))
+        rows = ParquetRows(files_of_split(parquet_files(folder), folder, split, source))
     else:
-        table = hub_table(source, split, subject=f"{source!r} (split {split!r})", hint="or name a folder")
-    column = columns[0] if columns else usual_column(IMAGE_COLUMNS, table.column_names)
-    need_columns(name, table.column_names, column, None)
-    images = undecoded(table.select_columns([column]), column)
-    return ImageSet(name=name, size=len(table), images=_TableImages(name, images, column))
+        rows = hub_rows(source, split, subject=f"{source!r} (split {split!r})", hint="or name a folder")
+    column = columns[0] if columns else usual_column(IMAGE_COLUMNS, rows.schema.names)
+    require_image_column(name, rows.schema, column)
+    return ImageSet(name=name, size=len(rows), images=_TableImages(name, rows.select([column]), column))
 
 
 def open_cifar(source: str, split: str, folder: str) -> LabelledSet:
     """Opens CIFAR's own files in `folder`, a key of `CIFAR`, within `source`. Raises: UserError, as `open_labelled`."""
-    split = _split_among(["train", "test"], split=split, source=source)
+    split = one_split(["train", "test"], split=split, source=source)
     try:
         files = CIFAR[folder](source, train=split == "train", download=False)
     except RuntimeError as error:
@@ -207,12 +214,30 @@ def class_folders(name: str, folder: str, label_of: dict[str, int], classnames: 
 
     Raises: UserError for a class without images.
     """
-    try:
-        samples = make_dataset(folder, label_of, extensions=tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES))
-    except FileNotFoundError as error:
-        raise _no_image_folder(folder, error) from error
-    paths, labels = zip(*samples, strict=True)
-    return _labelled_set(name, labels, classnames, _files(folder, [os.path.relpath(path, folder) for path in paths]))
+    paths, labels, skipped = [], [], Counter()
+    for class_folder, label in label_of.items():
+        of_class, others = image_paths(os.path.join(folder, class_folder))
+        if not of_class:
+            raise UserError(
+                f"the class folder {os.path.join(folder, class_folder)!r} holds no image "
+                f"({', '.join(IMAGE_SUFFIXES)}), only {endings_text(others)}"
+            )
+        paths += [f"{class_folder}/{path}" for path in of_class]
+        labels += [label] * len(of_class)
+        skipped.update(others)
+    _note_others(folder, skipped)
+    return _labelled_set(name, labels, classnames, _files(folder, paths))
+
+
+def _note_others(folder: str, others: Mapping[str, int]) -> None:
+    """Prints how many files of a folder are not read, by ending."""
+    if others:
+        notice(f"{folder} has files that are no images and are not read: {endings_text(others)}")
+
+
+def _subfolders(folder: str | Path) -> list[str]:
+    """Names of the folders in a folder, without what `is_junk`, sorted."""
+    return sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and not is_junk(path.name))
 
 
 def in_memory(data: LabelledSet | ImageSet, *, size: int | None = None) -> UInt8[Tensor, "N 3 h w"]:
@@ -263,15 +288,15 @@ class _SubsetImages:
 @dataclass(frozen=True)
 class _TableImages:
     name: str
-    table: Any  # datasets.Dataset, undecoded
+    rows: Rows
     column: str
 
     def __call__(self, index: int) -> EncodedImage:
-        return EncodedImage(f"{self.name} row {index}", partial(_read_cell, self.table, self.column, index))
+        return EncodedImage(f"{self.name} row {index}", partial(_read_cell, self.rows, self.column, index))
 
 
-def _read_cell(table: Any, column: str, index: int) -> bytes:
-    image = encoded_image(table[index][column])
+def _read_cell(rows: Rows, column: str, index: int) -> bytes:
+    image = image_of(rows.row(index)[column], rows.folder)
     # A cell without an image is decoded like an empty file: a BrokenImage.
     return read_file(image) if isinstance(image, str) else (image or b"")
 
@@ -347,66 +372,28 @@ def _folder_set(source: str, split: str, columns: tuple[str, str] | None) -> Lab
         stl10 = _stl10(source, split)
         pixels = _Pixels(f"{source}:{split}", stl10.data.transpose(0, 2, 3, 1))
         return _labelled_set(f"{source}:{split}", np.asarray(stl10.labels), stl10.classes, pixels)
-    if files := _parquet_files(folder):
-        return _table_set(f"{source}:{split}", _parquet_table(source, split, files), columns)
-    return _image_folder_set(source, split)
+    if files := parquet_files(folder):
+        return _table_set(f"{source}:{split}", ParquetRows(files_of_split(files, folder, split, source)), columns)
+    split = one_split(_subfolders(folder), split=split, source=source)
+    if shards := shards_below(folder / split):
+        return _shard_set(f"{source}:{split}", checked_shards(shards))
+    return _image_folder_set(f"{source}:{split}", os.path.join(source, split))
 
 
-def _parquet_files(folder: Path) -> list[Path]:
-    # No deeper: an image folder may have a million files there.
-    return sorted([*folder.glob("*.parquet"), *folder.glob("*/*.parquet")])
-
-
-def _split_among(existing: Iterable[str], *, split: str, source: str) -> str:
-    """The split as the source spells it: "validation" may be "val". Raises: UserError for a split it does not have."""
-    names = sorted(set(existing))
-    if split not in names and split == "validation" and "val" in names:
-        return "val"
-    if split not in names:
-        listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        raise UserError(f"{source!r} has no split {split!r}, splits there: {listed or 'none'}")
-    return split
-
-
-def _parquet_table(source: str, split: str, files: list[Path]) -> Any:
-    """Opens the split's `datasets.Dataset`."""
-    import datasets
-
-    # train-00000-of-00002.parquet, on the Hub also with a hash appended, or train.parquet
-    splits = [re.sub(r"-\d.*", "", file.stem) for file in files]
-    split = _split_among(splits, split=split, source=source)
-    chosen = [file for file, file_split in zip(files, splits, strict=True) if file_split == split]
-    folders = sorted({str(file.parent) for file in chosen})
-    if len(folders) > 1:
-        raise UserError(f"{source!r} has parquet of {split!r} in {' and '.join(folders)}: name one of these folders")
-    try:
-        return datasets.load_dataset("parquet", data_files=[str(file) for file in chosen], split="train")
-    except Exception as error:  # from datasets or pyarrow, the type depends on the damage
-        raise UserError(
-            f"the parquet of {split!r} in {folders[0]!r} cannot be read ({first_line(error)}): fetch it again"
-        ) from error
-
-
-def _table_set(name: str, table: Any, columns: tuple[str, str] | None) -> LabelledSet:
-    """The labelled images of a memory-mapped `datasets.Dataset`."""
-    import datasets
-    import pyarrow
-
-    existing = table.column_names
+def _table_set(name: str, rows: Rows, columns: tuple[str, str] | None) -> LabelledSet:
+    """The labelled images of a table."""
+    existing = rows.schema.names
     image_column, label_column = columns or (usual_column(usual, existing) for usual in (IMAGE_COLUMNS, LABEL_COLUMNS))
-    need_columns(name, existing, image_column, label_column)
-    labels = table.data.column(label_column)
-    if not pyarrow.types.is_integer(labels.type) or labels.null_count:
-        raise UserError(f"{name}: column {label_column!r} is not all integers: name another with --columns")
-    feature = table.features[label_column]
-    classnames = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    images = undecoded(table.select_columns([image_column]), image_column)
-    return _labelled_set(name, labels.to_numpy(), classnames, _TableImages(name, images, image_column))
+    require_image_column(name, rows.schema, image_column)
+    labels = integers(name, rows, label_column)
+    classes = class_labels(rows.schema, label_column)
+    images = _TableImages(name, rows.select([image_column]), image_column)
+    return _labelled_set(name, labels, None if classes is None else classes[1], images)
 
 
 def _stl10(source: str, split: str) -> torchvision.datasets.STL10:
     """Opens STL-10's own files, pixels [N 3 h w]; labels of "unlabeled" are -1."""
-    split = _split_among(["train", "test", "unlabeled"], split=split, source=source)
+    split = one_split(["train", "test", "unlabeled"], split=split, source=source)
     try:
         return torchvision.datasets.STL10(source, split=split, download=False)
     except RuntimeError as error:
@@ -415,20 +402,11 @@ def _stl10(source: str, split: str) -> torchvision.datasets.STL10:
         ) from error
 
 
-def _image_folder_set(source: str, split: str) -> LabelledSet:
-    split = _split_among((path.name for path in Path(source).iterdir() if path.is_dir()), split=split, source=source)
-    folder = os.path.join(source, split)
-    try:
-        classes = folder_order(find_classes(folder)[0])
-    except FileNotFoundError as error:
-        raise _no_image_folder(folder, error) from error
-    label_of = {name: label for label, name in enumerate(classes)}
-    return class_folders(f"{source}:{split}", folder, label_of, classes)
-
-
-def _no_image_folder(folder: str, error: Exception) -> UserError:
-    endings = ", ".join(IMAGE_SUFFIXES)
-    return UserError(f"{folder!r} is not an image folder, CLASS/* with endings {endings} ({first_line(error)})")
+def _image_folder_set(name: str, folder: str) -> LabelledSet:
+    classes = folder_order(_subfolders(folder))
+    if not classes:
+        raise UserError(f"{folder!r} is not an image folder: it has no folder for each class, as {folder}/CLASS/x.jpg")
+    return class_folders(name, folder, {each: label for label, each in enumerate(classes)}, classes)
 
 
 def _list_set(source: str, root: str | None) -> LabelledSet:
@@ -447,58 +425,37 @@ def _list_set(source: str, root: str | None) -> LabelledSet:
     return _labelled_set(source, labels, None, _files(folder, paths))
 
 
-def _shard_set(source: str) -> LabelledSet:
-    shards = tuple(path for pattern in expand_urls(source) for path in _matches(pattern))
-    missing = [shard for shard in shards if not Path(shard).is_file()]
-    if missing:
-        raise UserError(f"shard {missing[0]!r} does not exist ({len(missing)} of {len(shards)} are missing)")
+def _shard_set(name: str, shards: Sequence[str]) -> LabelledSet:
+    if compressed := [shard for shard in shards if not shard.lower().endswith(".tar")]:
+        raise UserError(
+            f"the shard {compressed[0]!r} is compressed, and images are read by position: unpack it to a .tar"
+        )
     places, labels = [], []
     for number, shard in enumerate(tqdm(shards, desc="index shards", unit="shard", leave=False, disable=None)):
-        for offset, size, label in _index_shard(shard):
+        for sample in read_samples(shard, wanted=lambda ending: ending == "cls"):
+            (offset, size), label = _labelled_sample(shard, sample)
             places.append((number, offset, size))
             labels.append(label)
-    images = _ShardImages(shards, torch.tensor(places, dtype=torch.int64).reshape(-1, 3))
-    return _labelled_set(source, labels, None, images)
+    images = _ShardImages(tuple(shards), torch.tensor(places, dtype=torch.int64).reshape(-1, 3))
+    return _labelled_set(name, labels, None, images)
 
 
-def _matches(pattern: str) -> list[str]:
-    """Files that match a glob; if there are none, the pattern itself, which is then reported as missing."""
-    return sorted(glob.glob(pattern)) or [pattern]
-
-
-def _index_shard(shard: str) -> list[tuple[int, int, int]]:
-    """(first byte, number of bytes, label) of each image in a tar; reads only headers and labels."""
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
+def _labelled_sample(shard: str, sample: Sample) -> tuple[tuple[int, int], int]:
+    """(first byte, number of bytes) of the image, and the label."""
     try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                directory, slash, file = member.name.rpartition("/")
-                stem, _, ending = file.partition(".")
-                key = directory + slash + stem
-                if not member.isfile() or not stem:
-                    continue
-                if ending.lower() in IMAGE_SUFFIXES:
-                    if key in images:
-                        raise UserError(f"{shard!r}: sample {key!r} has two images: keep one")
-                    images[key] = (member.offset_data, member.size)
-                elif ending.lower() == "cls":
-                    labels[key] = _read_label(tar, member, shard)
-            require_end(shard, tar.offset)
-    except (tarfile.TarError, OSError, EOFError) as error:
+        extent = sample.extents[sample.image()]
+    except BrokenSample as error:
+        raise UserError(f"{shard!r}: sample {sample.key!r} has {error}") from error
+    if "cls" not in sample.contents:
         raise UserError(
-            f"the shard {shard!r} ends early or is damaged ({first_line(error)}): fetch it again"
-        ) from error
-    if incomplete := sorted(images.keys() ^ labels.keys()):
-        lacks = ".cls member" if incomplete[0] in images else "image"
-        raise UserError(f"{shard!r}: sample {incomplete[0]!r} has no {lacks}")
-    return [(*images[key], labels[key]) for key in images]
+            f"{shard!r}: sample {sample.key!r} has no .cls member, its members are .{', .'.join(sample.extents)}"
+        )
+    return extent, label_in(sample.contents["cls"], f"{shard!r}: sample {sample.key!r}")
 
 
-def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: str) -> int:
-    body = tar.extractfile(member)
-    assert body is not None  # isfile() holds
-    text = body.read().decode("utf-8", errors="replace").strip()
+def label_in(content: bytes, where: str) -> int:
+    """The label in a .cls member. Raises: UserError, starting with `where`, for anything but an integer from 0."""
+    text = content.decode("utf-8", errors="replace").strip()
     if not text.isdecimal():
-        raise UserError(f"{shard!r}: {member.name!r} is {text!r}: expected a label, an integer from 0")
+        raise UserError(f"{where} has the label {text!r}: expected an integer from 0")
     return int(text)

@@ -15,21 +15,15 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from gkl_vl.data.augment import apply_seeded
+from gkl_vl.data.captions import usable_captions
 from gkl_vl.data.files import stable_hash
 from gkl_vl.data.images import BrokenSample, decode
 from gkl_vl.data.pairs import RawPair, Source
-from gkl_vl.errors import UserError
+from gkl_vl.data.workers import batches, end_with_parent
+from gkl_vl.errors import UserError, notice
 
 BROKEN_WINDOW, BROKEN_SHARE = 1000, 0.05
-"""A worker stops if more than BROKEN_SHARE * BROKEN_WINDOW of its first BROKEN_WINDOW pairs are broken."""
-
-
-def usable_captions(pair: RawPair) -> list[str]:
-    """The captions that are not empty. Raises: BrokenSample if there are none."""
-    captions = [caption.strip() for caption in pair.captions if caption and caption.strip()]
-    if not captions:
-        raise BrokenSample("no caption")
-    return captions
+"""A worker stops if more than BROKEN_SHARE * BROKEN_WINDOW of its last BROKEN_WINDOW pairs are broken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +37,8 @@ class Place:
     """Pairs of all epochs that were consumed."""
     skipped: int = 0
     """Broken pairs among `seen`."""
+    recent: tuple[int, ...] = ()
+    """Numbers, among `seen`, of the broken pairs of the last BROKEN_WINDOW."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +51,8 @@ class Position:
     @staticmethod
     def of(stored: dict[str, Any]) -> "Position":
         """The position that `PairLoader.position()` returned, also after a round trip through JSON."""
-        return Position(stored["batches"], tuple(Place(*place) for place in stored["places"]))
+        places = [Place(*counts, recent=tuple(recent)) for *counts, recent in stored["places"]]
+        return Position(stored["batches"], tuple(places))
 
 
 class PairStream(IterableDataset):
@@ -100,6 +97,8 @@ class PairStream(IterableDataset):
             )
         if source.num_pairs is not None and source.num_pairs < num_parts:
             raise UserError(f"{source.name!r} has {source.num_pairs} {source.things}, fewer than {num_parts} workers")
+        if rank == 0 and (note := source.note(num_parts)):
+            notice(note)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
@@ -114,42 +113,35 @@ class PairStream(IterableDataset):
         worker = ((info.id if info else 0) + self.start.batches) % parts
         part, num_parts = self.rank * parts + worker, self.world_size * parts
         start = self.start.places[worker]
-        seen, skipped = start.seen, start.skipped
-        examples: list[str] = []
+        broken = _Broken(self.source, start)
         samples: list[dict[str, Any]] = []
-        for epoch, used, pair in self._pairs(part, num_parts, start):
-            seen += 1
-            try:
-                samples.append(self._sample(pair, epoch))
-            except BrokenSample as error:
-                skipped += 1
-                examples = [*examples, f"{pair.key} ({error})"][:3]
-                if skipped > BROKEN_SHARE * BROKEN_WINDOW and seen <= BROKEN_WINDOW:
-                    raise UserError(
-                        f"{skipped} of the first {seen} {self.source.things} of {self.source.name!r} are broken, "
-                        f"among them {'; '.join(examples)}: repair the data"
-                    ) from error
-            if len(samples) == self.batch_size:
-                yield self._collate(samples) | {"worker": worker, "place": Place(epoch, used, seen, skipped)}
-                samples = []
-
-    def _pairs(self, part: int, num_parts: int, start: Place) -> Iterator[tuple[int, int, RawPair]]:
-        """Yields (epoch, pairs of it used up to and including this one, pair) from `start` on, endlessly."""
         for epoch in count(start.epoch):
             offset = start.used if epoch == start.epoch else 0
-            used = offset
+            used, usable = offset, offset  # what a run used before a resume may be usable
             pairs = self.source.epoch(self.seed, epoch, part, num_parts)
             for used, pair in enumerate(islice(pairs, offset, None), offset + 1):
-                yield epoch, used, pair
-            if not used:
-                kind = "image-text pair" if self.source.captioned else "image"
-                raise UserError(f"{self.source.name!r} holds no {kind} for worker {part} of {num_parts}")
+                broken.seen += 1
+                try:
+                    samples.append(self._sample(pair, epoch))
+                    usable += 1
+                except BrokenSample as error:
+                    broken.add(pair.key, error)
+                if len(samples) == self.batch_size:
+                    yield self._collate(samples) | {"worker": worker, "place": broken.place(epoch, used)}
+                    samples = []
+            if not usable:
+                raise UserError(
+                    f"{self.source.name!r} has no usable {self.source.things} for worker {part} of {num_parts}: {used} "
+                    f"read{broken.examples_text()}: repair the data"
+                )
 
     def _sample(self, pair: RawPair, epoch: int) -> dict[str, Any]:
         rng = random.Random(f"{self.seed}/{epoch}/{pair.key}")
         sample: dict[str, Any] = {"key": pair.key}
+        if pair.problem:
+            raise BrokenSample(pair.problem)
         if self.source.captioned:
-            captions = usable_captions(pair)
+            captions = usable_captions(pair.captions)
             caption = rng.randrange(len(captions))
             sample |= {"caption": captions[caption], "caption_row": (pair.row, caption)}
         if self.stored_views is None:
@@ -175,6 +167,35 @@ class PairStream(IterableDataset):
         return batch | {name: tokenize(captions) for name, tokenize in self.tokenizers.items()}
 
 
+class _Broken:
+    """Counts of one worker's broken pairs. Stops the run when they are frequent among the last BROKEN_WINDOW."""
+
+    def __init__(self, source: Source, start: Place):
+        self.source = source
+        self.seen, self.skipped, self.recent = start.seen, start.skipped, list(start.recent)
+        self.examples: list[str] = []
+
+    def add(self, key: str, error: BrokenSample) -> None:
+        """Counts the pair seen last as broken. Raises: UserError if too many of the last ones are."""
+        self.skipped += 1
+        self.recent = [*self._of_window(), self.seen]
+        self.examples = [*self.examples, f"{key} ({error})"][-3:]
+        if len(self.recent) > BROKEN_SHARE * BROKEN_WINDOW:
+            raise UserError(
+                f"{len(self.recent)} of the last {min(self.seen, BROKEN_WINDOW)} {self.source.things} of "
+                f"{self.source.name!r} are broken{self.examples_text()}: repair the data"
+            ) from error
+
+    def place(self, epoch: int, used: int) -> Place:
+        return Place(epoch, used, self.seen, self.skipped, tuple(self._of_window()))
+
+    def examples_text(self) -> str:
+        return f", among them {'; '.join(self.examples)}" if self.examples else ""
+
+    def _of_window(self) -> list[int]:
+        return [number for number in self.recent if number > self.seen - BROKEN_WINDOW]
+
+
 class PairLoader:
     """Batches of a `PairStream` from worker processes, with the position after each: the training loop's `Loader`."""
 
@@ -188,6 +209,7 @@ class PairLoader:
             pin_memory=pin_memory,
             prefetch_factor=4 if stream.num_workers else None,
             persistent_workers=stream.num_workers > 0,
+            worker_init_fn=end_with_parent,
             # DataLoader draws a seed when it starts; from the global generator, a resumed run would be one draw ahead.
             generator=torch.Generator(),
         )
@@ -198,7 +220,7 @@ class PairLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._rewind()  # the stream restarts as well
-        for batch in self.loader:
+        for batch in batches(self.loader):
             if "error" in batch:
                 raise UserError(batch["error"])
             self._taken += 1

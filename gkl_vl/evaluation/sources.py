@@ -6,7 +6,6 @@ can iterate over the same set and each reads only its own images.
 
 import io
 import re
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +16,10 @@ import numpy as np
 from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 
-from gkl_vl.data.files import IMAGE_SUFFIXES, read_file, read_json, require_end, require_images
-from gkl_vl.data.images import EncodedImage
-from gkl_vl.data.labelled import LabelledSet, class_folders
+from gkl_vl.data.files import is_junk, read_file, read_json, require_images
+from gkl_vl.data.images import BrokenSample, EncodedImage
+from gkl_vl.data.labelled import LabelledSet, class_folders, label_in
+from gkl_vl.data.shards import Sample, read_samples
 from gkl_vl.errors import UserError, first_line
 
 Target = Literal["cls", "npy", "txt"]
@@ -87,7 +87,7 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class WebShards:
-    """Tar files with members KEY.{jpg,jpeg,png,webp}, and KEY.cls, KEY.npy or KEY.txt.
+    """Tar files with members KEY.jpg (or another of `IMAGE_SUFFIXES`), and KEY.cls, KEY.npy or KEY.txt.
 
     Source: CLIP_benchmark 1.6.2, `datasets/builder.py::build_wds_dataset`.
     """
@@ -98,75 +98,34 @@ class WebShards:
     def __call__(self, targets: Sequence[Target]) -> Iterator[Record]:
         empty = True
         for shard in self.shards:
-            for sample in _samples(shard, targets):
+            for sample in read_samples(str(shard), wanted=lambda ending: ending in targets):
                 empty = False
                 yield self._record(shard, sample, targets)
         if empty:
             raise UserError(f"{self.name}: no samples in its {len(self.shards)} shards")
 
-    def _record(self, shard: Path, sample: "_Sample", targets: Sequence[Target]) -> Record:
+    def _record(self, shard: Path, sample: Sample, targets: Sequence[Target]) -> Record:
         where = f"{self.name}: {shard} sample {sample.key!r}"
-        extent = next((sample.extents[ending] for ending in IMAGE_SUFFIXES if ending in sample.extents), None)
-        if extent is None:
-            raise UserError(f"{where} has no image: expected one of .{', .'.join(IMAGE_SUFFIXES)}")
+        try:
+            extent = sample.extents[sample.image()]
+        except BrokenSample as error:
+            raise UserError(f"{where} has {error}") from error
         for target in targets:
-            if target not in sample.targets:
+            if target not in sample.contents:
                 raise _no_target(f"{where} has no .{target} member, this set", target)
-        parsed: dict[Target, Any] = {target: PARSE[target](sample.targets[target], where) for target in targets}
+        parsed: dict[Target, Any] = {target: PARSE[target](sample.contents[target], where) for target in targets}
         return Record(where, partial(read_file, str(shard), *extent), parsed)
-
-
-@dataclass
-class _Sample:
-    """The tar members of one key, by file name ending in lower case."""
-
-    key: str
-    extents: dict[str, tuple[int, int]]
-    """Offset and size in bytes of every member."""
-    targets: dict[str, bytes]
-    """Content of the requested members."""
-
-
-def _samples(shard: Path, targets: Sequence[Target]) -> Iterator[_Sample]:
-    """Groups consecutive members whose names are equal up to the first dot. Reads the content of targets only."""
-    sample = _Sample("", {}, {})
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                directory, slash, file = member.name.rpartition("/")
-                stem, _, ending = file.partition(".")
-                # As in webdataset: hidden files, files without an ending and __meta__ files are skipped.
-                if not (member.isfile() and stem and ending) or stem.startswith("__"):
-                    continue
-                if (key := directory + slash + stem) != sample.key:
-                    if sample.key:
-                        yield sample
-                    sample = _Sample(key, {}, {})
-                sample.extents[ending.lower()] = (member.offset_data, member.size)
-                if ending.lower() in targets:
-                    content = tar.extractfile(member)
-                    assert content is not None  # member.isfile()
-                    sample.targets[ending.lower()] = content.read()
-            require_end(str(shard), tar.offset)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"the shard {shard} ends early or is damaged ({first_line(error)})") from error
-    if sample.key:
-        yield sample
 
 
 def _no_target(prefix: str, target: Target) -> UserError:
     return UserError(f"{prefix} may be one for eval/{'zero_shot' if target == 'txt' else 'retrieval'}.py")
 
 
-def _label(value: bytes, where: str) -> int:
-    text = value.decode("utf-8", errors="replace").strip()
-    if not text.isdecimal():
-        raise UserError(f"{where} has the label {text!r}: expected an integer from 0")
-    return int(text)
-
-
 def _captions(value: bytes, where: str) -> list[str]:
-    captions = _not_empty(value.decode("utf-8", errors="replace").splitlines())
+    try:
+        captions = _not_empty(value.decode("utf-8-sig").splitlines())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} has captions that are not UTF-8 ({first_line(error)})") from error
     if not captions:
         raise UserError(f"{where} has an empty caption file")
     return captions
@@ -189,7 +148,7 @@ def _row(value: bytes, where: str) -> list[int]:
     return row.astype(int).tolist()
 
 
-PARSE: dict[Target, Callable[[bytes, str], Any]] = {"cls": _label, "npy": _row, "txt": _captions}
+PARSE: dict[Target, Callable[[bytes, str], Any]] = {"cls": label_in, "npy": _row, "txt": _captions}
 
 
 # ---- labelled images ---------------------------------------------------------------------------------------------
@@ -260,7 +219,8 @@ def imagenet_folders(name: str, folder: Path, split: str) -> LabelledSet:
 def _class_folders(folder: Path, pattern: str) -> list[str]:
     if not folder.is_dir():
         return []
-    return sorted(path.name for path in folder.iterdir() if re.fullmatch(pattern, path.name) and path.is_dir())
+    names = (path.name for path in folder.iterdir() if path.is_dir() and not is_junk(path.name))
+    return sorted(name for name in names if re.fullmatch(pattern, name))
 
 
 def objectnet_mappings(folder: Path) -> Path | None:

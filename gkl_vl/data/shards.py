@@ -1,0 +1,236 @@
+"""Web shards: tar files whose members are grouped into samples, by the same rules for training, labels and evaluation.
+
+A sample is a run of consecutive members with the same key: the path up to the first dot of the file name, as in
+webdataset. The rest of the name is the member's ending, in lower case. Hidden files and the remains of file managers
+(`files.is_junk`) are skipped. A file without an ending is a sample without members.
+"""
+
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from webdataset.gopen import gopen
+from webdataset.shardlists import expand_urls
+
+from gkl_vl.data.files import IMAGE_SUFFIXES, is_junk, is_local, read_json, refuse_pointer
+from gkl_vl.data.images import BrokenSample
+from gkl_vl.errors import UserError, first_line
+
+ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+"""Endings of shards, in lower case. Only those of .tar can be read by position, for labels and evaluation."""
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
+"""First bytes of gzip, bzip2 and xz."""
+
+
+# ---- members -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sample:
+    """The tar members of one key, by ending."""
+
+    key: str
+    extents: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """First byte and number of bytes of each member; of a stream, the position is that in the stream."""
+    contents: dict[str, bytes] = field(default_factory=dict)
+    """Content of the members that were asked for."""
+    repeated: str | None = None
+    """An ending that occurs twice."""
+
+    def image(self, ending: str | None = None) -> str:
+        """Ending of the sample's image: the one in `IMAGE_SUFFIXES`, or the one given.
+
+        Raises: BrokenSample where there is none, or more than one.
+        """
+        if self.repeated is not None:
+            raise BrokenSample(f"two .{self.repeated} members: keep one")
+        images = [e for e in IMAGE_SUFFIXES if e in self.extents] if ending is None else [ending]
+        if len(images) > 1:
+            raise BrokenSample(f"two images, .{' and .'.join(images)}: keep one")
+        if not images or images[0] not in self.extents:
+            raise BrokenSample(f"no {'image' if ending is None else f'.{ending} member'}, {self._members()}")
+        return images[0]
+
+    def _members(self) -> str:
+        if not self.extents:
+            return "its name has no ending"
+        listed = f"its members are .{', .'.join(self.extents)}"
+        if any(ending.rpartition(".")[2] in IMAGE_SUFFIXES for ending in self.extents):
+            return f"{listed}: a key ends at its first dot, so write others in its place"
+        return f"{listed}: members of a sample must follow each other"
+
+
+def read_samples(shard: str, *, wanted: Callable[[str], bool], stream: bool = False) -> Iterator[Sample]:
+    """Yields the samples of a tar file in order.
+
+    Args:
+        shard: a local file; with `stream` also a URL or `pipe:command`, and compressed.
+        wanted: whether to read the content of a member, by its ending.
+
+    Raises: UserError for a shard that is damaged or ends before its end-of-archive mark.
+    """
+    sample: Sample | None = None
+    try:
+        file: Any = gopen(shard) if stream else open(shard, "rb")
+        with file, tarfile.open(fileobj=file, mode="r|*" if stream else "r:", tarinfo=_Header) as tar:
+            for member in tar:
+                directory, slash, name = member.name.rpartition("/")
+                stem, _, ending = name.partition(".")
+                if not member.isfile() or is_junk(member.name) or stem.startswith("__"):  # webdataset's metadata
+                    continue
+                key, ending = directory + slash + stem, ending.lower()
+                if sample is None or key != sample.key:
+                    if sample is not None:
+                        yield sample
+                    sample = Sample(key)
+                _add(sample, ending, member, tar, wanted)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UserError(
+            f"the shard {shard!r} ends early or is damaged ({first_line(error)}): fetch it again or leave it out"
+        ) from error
+    if sample is not None:
+        yield sample
+
+
+def _add(
+    sample: Sample, ending: str, member: tarfile.TarInfo, tar: tarfile.TarFile, wanted: Callable[[str], bool]
+) -> None:
+    if not ending:
+        return
+    if ending in sample.extents:
+        sample.repeated = ending
+    sample.extents[ending] = (member.offset_data, member.size)
+    if wanted(ending):
+        content = tar.extractfile(member)
+        assert content is not None  # the member is a file
+        sample.contents[ending] = content.read()
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header. tarfile takes the end of the file, or garbage, for the end of the archive; here only the
+    end-of-archive mark, a block of zeros, is one."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "tarfile.TarInfo":
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:  # pyright: ignore[reportAttributeAccessIssue]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"no end-of-archive mark at byte {tarfile_.offset}") from error
+
+
+# ---- lists of shards ---------------------------------------------------------------------------------------------
+
+
+def is_shards(source: str) -> bool:
+    """Whether a name is one of shards: by the ending of its files, by `::`, or a command."""
+    last = source.split("::")[-1].lower()
+    return last.endswith(ENDINGS) or source.startswith("pipe:") or "::" in source
+
+
+def list_shards(source: str) -> list[str]:
+    """The files and URLs that a source names: `::` joins sources, braces expand, and local `*`, `?` and `[]` match.
+
+    Raises: UserError for a file that does not exist, is a Git LFS pointer or has no end-of-archive mark.
+    """
+    urls = [url for part in source.split("::") for pattern in expand_urls(part) for url in _matches(pattern)]
+    local = [url for url in urls if is_local(url)]
+    missing = [url for url in local if not Path(url).is_file()]
+    if missing:
+        raise UserError(
+            f"the shard {missing[0]!r} does not exist ({len(missing)} of {len(urls)} are missing): shards are written "
+            "as a-{000..999}.tar, 'a-*.tar' or the name of their folder"
+        )
+    return checked_shards(urls)
+
+
+def checked_shards(urls: Sequence[str | Path]) -> list[str]:
+    """The URLs. Raises: UserError for a local file that is a Git LFS pointer or has no end-of-archive mark."""
+    for url in map(str, urls):
+        if is_local(url):
+            refuse_pointer(url)
+            _require_mark(url)
+    return list(map(str, urls))
+
+
+def shards_below(folder: Path) -> list[Path]:
+    """The shards directly in a folder, sorted by name."""
+    return sorted(p for p in folder.glob("*") if p.name.lower().endswith(ENDINGS) and not is_junk(p.name))
+
+
+def _matches(pattern: str) -> list[str]:
+    """Local files that match a glob; if there are none, the pattern itself, which is then reported as missing."""
+    if not is_local(pattern) or Path(pattern).is_file():
+        return [pattern]
+    return sorted(path for path in glob(pattern) if not is_junk(os.path.basename(path))) or [pattern]
+
+
+def _require_mark(shard: str) -> None:
+    """Raises: UserError for an uncompressed tar that does not end in zeros: a copy that was cut short."""
+    with open(shard, "rb") as file:
+        if file.read(6).startswith(_COMPRESSED):
+            return
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - tarfile.BLOCKSIZE, 0))
+        if file.read() == tarfile.NUL * tarfile.BLOCKSIZE:
+            return
+    raise UserError(
+        f"the shard {shard!r} ends early ({size} bytes without an end-of-archive mark): fetch it again or leave it out"
+    )
+
+
+# ---- sizes -------------------------------------------------------------------------------------------------------
+
+
+def shard_sizes(urls: Sequence[str]) -> list[int] | None:
+    """Pairs in each shard; None unless all are counted, in `sizes.json` beside it or img2dataset's `NAME_stats.json`.
+
+    Raises: UserError for a malformed file.
+    """
+    tables: dict[Path, dict[str, Any]] = {}
+    sizes = []
+    for url in urls:
+        shard = Path(url)
+        file = shard.parent / "sizes.json"
+        if not is_local(url):
+            return None
+        if file.is_file():
+            if file not in tables:
+                tables[file] = read_json(file, dict)
+            size = tables[file].get(shard.name)
+        else:
+            file = shard.with_name(f"{shard.name.partition('.')[0]}_stats.json")
+            size = read_json(file, dict).get("successes") if file.is_file() else None
+        if size is None:
+            return None
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            raise UserError(f"{str(file)!r} has {json.dumps(size)} for {shard.name}: write its number of pairs")
+        sizes.append(size)
+    return sizes
+
+
+def total_size(urls: Sequence[str]) -> int | None:
+    """Pairs in all shards, from `shard_sizes` or from `__len__` files, one for each folder; None if unknown.
+
+    Raises: UserError for a malformed file.
+    """
+    total = 0
+    for folder in dict.fromkeys(Path(url).parent for url in urls):
+        sizes = shard_sizes([url for url in urls if Path(url).parent == folder])
+        if sizes is not None:
+            total += sum(sizes)
+            continue
+        length = folder / "__len__"
+        if not length.is_file():
+            return None
+        text = length.read_text(encoding="utf-8", errors="replace").strip()
+        if not text.isdecimal():
+            raise UserError(f"{str(length)!r} is {text[:50]!r}: write the number of pairs in its folder")
+        total += int(text)
+    return total

@@ -1,0 +1,162 @@
+"""Pairs in text files: CSV, TSV and JSON lines, with image paths and captions.
+
+A row that does not fit the header is an error with its line number, or a broken pair; no row is guessed or joined.
+"""
+
+import csv
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gkl_vl.data.captions import CaptionRule, captions_in, parsed
+from gkl_vl.data.files import IMAGE_SUFFIXES
+from gkl_vl.data.images import BrokenSample
+from gkl_vl.data.tables import need_columns
+from gkl_vl.errors import UserError, first_line
+
+DELIMITERS = ("\t", ",", ";", "|")
+ENDINGS = (".csv", ".tsv", ".jsonl")
+
+
+Row = tuple[str, tuple[str, ...], str]
+"""Path of the image as written, captions, and what is wrong with the row ("" = nothing)."""
+
+
+def read_csv(path: str, image_column: str, caption_column: str | None, *, quoted: bool | None = None) -> list[Row]:
+    """Reads a CSV or TSV file with a header.
+
+    Args:
+        caption_column: None = captions are not read.
+        quoted: whether a cell may be in double quotes, as in RFC 4180, which allows delimiters, line ends and doubled
+            quotes in it. Else a quote is a letter. None = yes for .csv, no for .tsv unless its header is quoted.
+
+    The delimiter is the one of `DELIMITERS` with which the header has the columns.
+
+    Raises: UserError, with the line number, for a file that is not UTF-8, a row with more cells than the header, and a
+        quote that is not closed or closes rows later.
+    """
+    text = _text(path)
+    sure = quoted is not None
+    if quoted is None:
+        quoted = not path.lower().endswith(".tsv") or text.lstrip().startswith('"')
+    needed = [image_column] + ([] if caption_column is None else [caption_column])
+    delimiter, header = _header(path, text, needed, quoted)
+    image, caption = (header.index(column) if column else None for column in (image_column, caption_column))
+    assert image is not None
+    rows = []
+    for line, cells in _rows(path, text, delimiter, quoted, image):
+        if len(cells) > len(header):
+            raise UserError(
+                f"{path!r} line {line} has {len(cells)} cells for the {len(header)} columns {', '.join(header)}: put a "
+                f"cell that holds {delimiter!r} in double quotes" + ("" if quoted else " and give --quoted")
+            )
+        if not sure and not quoted and any(_looks_quoted(cell) for cell in cells):
+            raise UserError(
+                f"{path!r} line {line} has a cell in double quotes: give --quoted if they enclose it, or --no-quoted "
+                "if they are letters"
+            )
+        if len(cells) < len(header):
+            lost = f"line {line} has {len(cells)} of {len(header)} cells"
+            rows.append((cells[image] if image < len(cells) else f"line {line}", (), lost))
+        else:
+            rows.append((cells[image], () if caption is None else (cells[caption],), ""))
+    return rows
+
+
+def read_jsonl(path: str, image_field: str, rule: CaptionRule | None) -> list[Row]:
+    """Reads a file with a JSON object per line. Lines that cannot be read are broken pairs.
+
+    Args:
+        rule: None = captions are not read.
+    """
+    rows = []
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = parsed(line.encode())
+            if not isinstance(record, dict) or not isinstance(record.get(image_field), str):
+                raise BrokenSample(f"line {number} has no text {image_field!r}")
+            captions = () if rule is None else captions_in(record, rule.field or "caption")
+            rows.append((record[image_field], captions, ""))
+        except BrokenSample as error:
+            rows.append((f"line {number}", (), f"line {number}: {error}"))
+    return rows
+
+
+def _text(path: str) -> str:
+    content = Path(path).read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path!r} line {line} is not UTF-8 (byte 0x{content[error.start]:02x}): convert the file, from Latin-1 "
+            "with `iconv -f latin1 -t utf-8 OLD > NEW`"
+        ) from error
+
+
+def _header(path: str, text: str, needed: list[str], quoted: bool) -> tuple[str, list[str]]:
+    """The delimiter and the names of the columns."""
+    first = text.lstrip("\r\n").split("\n", 1)[0].rstrip("\r")
+    headers = {}
+    for delimiter in DELIMITERS:
+        cells = next(csv.reader([first], delimiter=delimiter, quoting=_quoting(quoted)), [])
+        headers[delimiter] = [cell.strip() for cell in cells]
+    fitting = [delimiter for delimiter in DELIMITERS if set(needed) <= set(headers[delimiter])]
+    delimiter = fitting[0] if fitting else max(DELIMITERS, key=lambda each: len(headers[each]))
+    header = headers[delimiter]
+    need_columns(path, header, *needed)
+    if repeated := [name for name in needed if header.count(name) > 1]:
+        raise UserError(f"{path!r} has the column {repeated[0]!r} twice: rename one")
+    return delimiter, header
+
+
+def _rows(path: str, text: str, delimiter: str, quoted: bool, image: int) -> Iterator[tuple[int, list[str]]]:
+    """Yields the number of a row's first line, and its cells, without the header and empty lines."""
+    csv.field_size_limit(sys.maxsize)  # the default, 131,072 characters, is shorter than some captions
+    # newline="": the reader decides whether a line end is in a cell
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=_quoting(quoted), strict=True)
+    rows: Iterator[list[str]] = iter(reader)
+    first, header = 1, True
+    while True:
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(
+                f"{path!r} line {first} has a quote that does not enclose a cell ({first_line(error)}): double the "
+                "quotes inside a cell, or give --no-quoted where quotes are letters"
+            ) from error
+        if cells:  # none on an empty line
+            if not header and any(_holds_rows(cell, delimiter, image) for cell in cells):
+                raise UserError(
+                    f"{path!r} line {first} has a cell of several lines that look like rows, as after a quote that is "
+                    "not closed: double the quotes inside a cell, or give --no-quoted where quotes are letters"
+                )
+            if not header:
+                yield first, cells
+            header = False
+        first = reader.line_num + 1
+
+
+def _holds_rows(cell: str, delimiter: str, image: int) -> bool:
+    """Whether a later line of a cell looks like a row: it has a tab, or an image path in the image's place."""
+    for line in cell.splitlines()[1:]:
+        parts = line.split(delimiter)
+        path = parts[image].strip().strip('"').lower() if image < len(parts) and len(parts) > 1 else ""
+        if "\t" in line or path.endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)):
+            return True
+    return False
+
+
+def _looks_quoted(cell: str) -> bool:
+    """Whether a cell is as a writer of quoted cells leaves one that holds a quote."""
+    return len(cell) > 3 and cell[0] == cell[-1] == '"' and '""' in cell[1:-1]
+
+
+def _quoting(quoted: bool) -> Any:
+    return csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE

@@ -1,0 +1,40 @@
+"""Data loader workers: they end with the process that started them, and their deaths are one-line errors."""
+
+import os
+import threading
+from collections.abc import Iterator
+from multiprocessing import parent_process
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from gkl_vl.errors import UserError, first_line
+
+
+def end_with_parent(worker: int) -> None:
+    """For DataLoader's `worker_init_fn`: exits this process when its parent has ended, however busy it is.
+
+    DataLoader's own check runs only between two batches, so that a worker that never finishes one would stay.
+    """
+    parent = parent_process()
+    assert parent is not None  # a worker has one
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def batches(loader: DataLoader) -> Iterator[Any]:
+    """The batches of a loader. Raises: UserError where a worker was killed or has no shared memory left."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        text = str(error)
+        if "DataLoader worker" not in text and "shared memory" not in text:
+            raise
+        raise UserError(
+            f"a data worker ended ({first_line(error)}): it may have run out of memory, so lower --workers or "
+            "--batch-size; in a container give more shared memory (docker run --shm-size)"
+        ) from error

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from small_sets import colour_set, write_set
 
 from gkl_vl.evaluation.sets import ASSETS
-from gkl_vl.models.clip import BUNDLED_TOKENIZER, BUNDLED_TOKENIZER_NAME, load_clip
+from gkl_vl.models.clip import load_clip
+from gkl_vl.models.pretrained import BUNDLED_TOKENIZER, BUNDLED_TOKENIZER_NAME
 
 pytest.importorskip("clip_benchmark")
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -90,7 +90,7 @@ def test_a_json_config_is_a_model(tmp_path):
     path.write_text(json.dumps(TINY))
     clip = load_clip(str(path))
     assert clip.embed_dim == 24 and clip.model_cfg["vision_cfg"]["width"] == 32
-    with pytest.raises(UserError, match="'nowhere.json' does not exist"):
+    with pytest.raises(UserError, match="nowhere.json does not exist"):
         load_clip("nowhere.json")
 
 
@@ -164,7 +164,7 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["embed_dim"] = 16
     (folder / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="could not be loaded"):
+    with pytest.raises(UserError, match=r"of another shape \(text_projection has \[16, 24\], not \[16, 16\]"):
         load_clip(f"local-dir:{folder}")
 
 
@@ -256,7 +256,7 @@ def test_a_transformers_folder_embeds_as_transformers_does(tmp_path, make):
 def test_a_transformers_folder_of_something_else_is_refused(tmp_path):
     config = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is a 'bert' model: only clip, siglip and siglip2 are supported"):
+    with pytest.raises(UserError, match="is a 'bert' model: only clip, siglip and SigLIP 2 of fixed size are supported"):
         load_clip(f"transformers:{tmp_path}")
 
 
@@ -275,7 +275,7 @@ def test_a_transformers_folder_that_lacks_a_tensor_is_refused(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     del tensors["visual_projection.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="lack 1 tensors, such as visual_projection.weight"):
+    with pytest.raises(UserError, match=r"1 missing \(visual_projection.weight\)"):
         load_clip(f"transformers:{folder}")
 
 
@@ -283,7 +283,7 @@ def test_a_transformers_folder_that_does_not_fit_is_one_line(tmp_path):
     folder = clip_folder(tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"projection_dim": 16}))
-    with pytest.raises(UserError, match="could not be loaded") as caught:
+    with pytest.raises(UserError, match=r"text_projection.weight has \[24, 32\], not \[16, 32\]") as caught:
         load_clip(f"transformers:{folder}")
     assert "\n" not in str(caught.value)
     (folder / "model.safetensors").unlink()

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from small_sets import colour_set
 
 from gkl_vl.models import clip
-from gkl_vl.models.clip import BUNDLED_TOKENIZER, BUNDLED_TOKENIZER_NAME, load_clip
+from gkl_vl.models.clip import load_clip
+from gkl_vl.models.pretrained import BUNDLED_TOKENIZER, BUNDLED_TOKENIZER_NAME
 
 EVAL = Path(__file__).parents[1] / "eval"
 SCRIPTS = ["zero_shot", "retrieval"]

@@ -27,7 +27,8 @@ from gkl_vl.export import hub
 from gkl_vl.export.cards import ClipCard, RunFacts
 from gkl_vl.export.hub import check_repo_id, export_clip, push_to_hub
 from gkl_vl.export.transformers_format import fits_transformers, rename_tensors
-from gkl_vl.models.clip import BUNDLED_TOKENIZER_NAME, Clip, load_clip
+from gkl_vl.models.clip import Clip, load_clip
+from gkl_vl.models.pretrained import BUNDLED_TOKENIZER_NAME
 
 VISION = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8, "mlp_ratio": 2.0}
 SMALL_BPE = {"context_length": 24, "vocab_size": 4096, "hf_tokenizer_name": BUNDLED_TOKENIZER_NAME}

@@ -13,13 +13,12 @@ import timm
 import torch
 import torchvision
 from jaxtyping import Float, UInt8
-from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from gkl_vl.errors import UserError, first_line
 from gkl_vl.models.cifar_zoo import ZOO
-from gkl_vl.models.weights import fetch, refuse_pickle
+from gkl_vl.models.weights import fetch, load_exactly, read_state_dict
 
 RGB = tuple[float, float, float]
 
@@ -120,7 +119,7 @@ def load_classifier(
     else:
         raise UserError(f"unknown prefix {prefix!r} of classifier {name!r}: write {_PREFIXES}")
     if weights not in (None, "pretrained"):
-        stored = _state_dict(Path(weights), allow_pickle=allow_pickle)
+        stored = read_state_dict(weights, allow_pickle=allow_pickle)
         if new_head:
             stored = _with_new_head(stored, model)
         _load_weights(model, stored, path=weights, name=name, num_classes=num_classes)
@@ -200,7 +199,7 @@ def _load_folder(name: str, *, num_classes: int | None, weights: str | None, all
             architecture = f"timm:{config['architecture']}"
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"config.json of {rest!r} names no model that is known: {first_line(error)}") from error
-    stored = _state_dict(files[0], allow_pickle=allow_pickle)
+    stored = read_state_dict(files[0], allow_pickle=allow_pickle)
     _load_weights(model, stored, path=str(files[0]), name=name, num_classes=classes)
     return Classifier(
         name=architecture,
@@ -222,11 +221,12 @@ def _classnames(config: dict, path: Path, *, num_classes: int) -> tuple[str, ...
         return None
     if isinstance(names, dict):
         names = [names.get(str(index)) for index in range(len(names))]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    named = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    if not named or len(named) != len(names):
         raise UserError(f"label_names in {path} is not a list of names by class index: correct or remove it")
     if len(names) != num_classes:
         raise UserError(f"label_names in {path} has {len(names)} names for {num_classes} classes: correct or remove it")
-    return tuple(names)
+    return tuple(named)
 
 
 def _nearest(name: str, names: list[str]) -> str:
@@ -253,52 +253,10 @@ def _with_new_head(stored: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
 
 
 def _load_weights(model: nn.Module, stored: dict[str, Tensor], *, path: str, name: str, num_classes: int) -> None:
-    """Loads the state dict `stored`, read from `path`, into `model`; every key and every shape must agree.
-
-    `num_batches_tracked` alone may be missing: early versions of torch did not store it, and only a batch norm with
-    `momentum=None` reads it.
-    """
+    """Loads the state dict `stored`, read from `path`, into `model`; every key and every shape must agree."""
     state = model.state_dict()
-    missing = [k for k in state if k not in stored and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in stored if k not in state]
     misfits = [k for k in state if k in stored and stored[k].shape != state[k].shape]
     heads = [k for k in misfits if state[k].shape[:1] == (num_classes,) and state[k].shape[1:] == stored[k].shape[1:]]
-    if misfits and heads == misfits and not missing and not unexpected:  # only the number of classes differs
+    if misfits and heads == misfits and stored.keys() <= state.keys():  # only the number of classes differs
         _check_classes(stored[heads[0]].shape[0], num_classes, f"weights {path!r}")
-    shapes = [f"{k} has {list(stored[k].shape)}, not {list(state[k].shape)}" for k in misfits]
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    faults = [f"{len(keys)} {kind} ({_first_few(keys)})" for kind, keys in kinds.items() if keys]
-    if faults:
-        raise UserError(f"weights {path!r} do not fit {name!r}: {'; '.join(faults)}: take those of this model")
-    model.load_state_dict(stored, strict=False)
-
-
-def _first_few(items: list[str]) -> str:
-    return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")
-
-
-def _state_dict(path: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
-    """Reads a state dict, plain or under "model" or "state_dict", with or without DataParallel's prefix."""
-    stored = _read(path, allow_pickle=allow_pickle)
-    for key in ("model", "state_dict"):
-        if isinstance(stored, dict) and isinstance(stored.get(key), dict):
-            stored = stored[key]
-    if not isinstance(stored, dict) or not stored or not all(isinstance(v, Tensor) for v in stored.values()):
-        raise UserError(f"weights {str(path)!r} hold no state dict, plain or under 'model' or 'state_dict': save one")
-    prefix = "module." if all(k.startswith("module.") for k in stored) else ""
-    return {k.removeprefix(prefix): v for k, v in stored.items()}
-
-
-def _read(path: Path, *, allow_pickle: bool) -> Any:
-    if not path.is_file():
-        raise UserError(f"weights {str(path)!r} are no file: give the path of a checkpoint, or leave them out")
-    refuse_pickle(path, allow_pickle=allow_pickle)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # a damaged pickle can raise anything; UnpicklingError for one with code
-        raise UserError(
-            f"weights {str(path)!r} cannot be read as tensors alone ({first_line(error)}): "
-            "fetch them again, or save the state dict"
-        ) from error
+    load_exactly(model, stored, path=path, name=name)

@@ -4,29 +4,45 @@ Axis letters: n = rows of this process, d = embedding, h w = pixels, r = side of
 resizing.
 """
 
-import json
-import logging
+import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import open_clip
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.model import set_model_preprocess_cfg
+from open_clip.tokenizer import get_clean_fn
+from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import Tensor, nn
 
-from gkl_vl.errors import UserError, first_line
+from gkl_vl.errors import UserError
+from gkl_vl.models.open_clip_weights import (
+    FOLDER_CONFIG,
+    WEIGHTS_NAMES,
+    Settings,
+    find_weights,
+    load_weights,
+    settings_of,
+)
+from gkl_vl.models.preprocessing import check_preprocess, from_image_processor, is_square
+from gkl_vl.models.pretrained import (
+    build_open_clip,
+    check_model_config,
+    load_config,
+    load_image_processor,
+    load_tokenizer,
+    load_transformers_model,
+    read_json,
+    tokenizer_for,
+)
 from gkl_vl.models.weights import fetch, refuse_pickle
 
 PACKAGE = Path(__file__).parents[1]
-BUNDLED_TOKENIZER = PACKAGE / "assets" / "tokenizer"
-BUNDLED_TOKENIZER_NAME = "gkl-vl/clip-bpe-4096"  # BUNDLED_TOKENIZER's name in the bundled model configs
 BUNDLED_TEACHER = f"local-dir:{PACKAGE / 'assets' / 'teacher'}"
 MODEL_CONFIGS = PACKAGE / "model_configs"
 
@@ -34,11 +50,6 @@ _HUB_FILES = {
     "files": ("*.json", "*.txt", "*.model", "*.safetensors"),
     "pickles": ("*.bin", "*.pt", "*.pth"),
 }
-# In open_clip's order of preference (3.3, factory.py).
-_WEIGHTS_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
-_WEIGHTS_NAMES += ("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth")
-_WEIGHTS_NAMES += ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-_INTERPOLATION_OF_PIL = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's enum, which transformers stores
 
 
 class OpenClipTowers(nn.Module):
@@ -300,56 +311,48 @@ def _refuse_pretrained(name: str, pretrained: str | None) -> None:
 
 
 def _load_open_clip(name: str, pretrained: str | None, *, allow_pickle: bool) -> Clip:
-    open_clip.add_model_config(MODEL_CONFIGS)
+    cfg, own, source, tags_of = _named_config(name)
+    model_cfg = copy.deepcopy(cfg)
+    weights = None
+    if pretrained:
+        weights = find_weights(pretrained, name=name, tags_of=tags_of, cfg=cfg, own=own, allow_pickle=allow_pickle)
+        if weights.settings.quick_gelu != bool(cfg.get("quick_gelu")):
+            model_cfg["quick_gelu"] = weights.settings.quick_gelu
+    settings = weights.settings if weights else own
+    model = build_open_clip(model_cfg, source, pretrained_text=weights is None, allow_pickle=allow_pickle)
+    _set_preprocess(model, asdict(settings.preprocess) if settings else {}, source)
+    if weights:
+        load_weights(model, weights.path, name=name, allow_pickle=allow_pickle)
+    return _wrap_open_clip(name, model, tokenizer_for(model_cfg, folder=None, source=source), model_cfg)
+
+
+def _named_config(name: str) -> tuple[dict, Settings | None, str, str]:
+    """Config of a named architecture or a JSON file, its own settings if any, its source, and whose tags apply."""
     if name.endswith(".json"):
-        if not Path(name).is_file():
-            raise UserError(f"model config {name!r} does not exist")
-        open_clip.add_model_config(Path(name))
-        model_name = Path(name).stem
-    else:
-        model_name = name.replace("/", "-")
-    model_cfg = open_clip.get_model_config(model_name)
-    if model_cfg is None:
+        content = read_json(Path(name))
+        if "model_cfg" not in content:
+            return check_model_config(content, name), None, name, ""
+        cfg = check_model_config(content["model_cfg"], name)
+        preprocess = check_preprocess(content.get("preprocess_cfg") or {}, name)
+        return cfg, settings_of(preprocess, quick_gelu=bool(cfg.get("quick_gelu"))), name, ""
+    bundled = MODEL_CONFIGS / f"{name}.json"
+    if name in list_students():
+        return check_model_config(read_json(bundled), str(bundled)), None, name, ""
+    architecture = name.replace("/", "-")
+    cfg = open_clip.get_model_config(architecture)
+    if cfg is None:
         raise UserError(
             f"unknown model {name!r}: take one of {', '.join(list_students())}, a name of open_clip.list_models(), "
             "hf-hub:org/repo, local-dir:path, transformers:org/repo or a .json model config"
         )
-    if pretrained:
-        refuse_pickle(_checkpoint_of(model_name, pretrained), allow_pickle=allow_pickle)
-    with _quiet_open_clip():
-        try:
-            model = open_clip.create_model(model_name, pretrained=pretrained)
-        except (RuntimeError, UnpicklingError) as error:  # RuntimeError includes a failed load_state_dict
-            raise UserError(f"weights {pretrained!r} do not fit model {name!r}: {first_line(error)}") from error
-        if model_cfg["text_cfg"].get("hf_tokenizer_name") == BUNDLED_TOKENIZER_NAME:
-            length = model_cfg["text_cfg"]["context_length"]
-            tokenizer = open_clip.tokenizer.HFTokenizer(str(BUNDLED_TOKENIZER), context_length=length)
-        else:
-            tokenizer = open_clip.get_tokenizer(model_name)
-    return _wrap_open_clip(name, model, tokenizer, model_cfg)
-
-
-def _checkpoint_of(model_name: str, pretrained: str) -> str:
-    config = open_clip.get_pretrained_cfg(model_name, pretrained)
-    if config:
-        try:
-            return open_clip.download_pretrained(config)
-        except Exception as error:  # any error of the Hub's client has the same remedy
-            raise UserError(
-                f"weights {pretrained!r} of {model_name!r} could not be fetched ({first_line(error)}): "
-                "connect, or give the path of a downloaded file"
-            ) from error
-    if Path(pretrained).is_file():
-        return pretrained
-    tags = open_clip.list_pretrained_tags_by_model(model_name)
-    raise UserError(f"unknown tag {pretrained!r} for {model_name!r}: take a file or one of {', '.join(tags) or 'none'}")
+    return check_model_config(cfg, name), None, name, architecture
 
 
 def _load_open_clip_folder(name: str, prefix: str, rest: str, *, allow_pickle: bool) -> Clip:
     folder = Path(rest) if prefix == "local-dir" else fetch(rest, **_HUB_FILES, allow_pickle=allow_pickle)
     if not folder.is_dir():
         raise UserError(f"folder {rest!r} of {name!r} does not exist")
-    config_path = folder / "open_clip_config.json"
+    config_path = folder / FOLDER_CONFIG
     if not config_path.is_file():
         is_transformers = (folder / "config.json").is_file()
         remedy = f"try transformers:{rest}" if is_transformers else "name a folder in open_clip's Hub format"
@@ -358,61 +361,58 @@ def _load_open_clip_folder(name: str, prefix: str, rest: str, *, allow_pickle: b
     if weights is None:  # open_clip would silently use random weights
         raise UserError(f"{rest!r} holds no weights: expected open_clip_model.safetensors")
     refuse_pickle(weights, allow_pickle=allow_pickle)
-    local = f"local-dir:{folder}"
-    with _quiet_open_clip():
-        try:
-            model = open_clip.create_model(local, require_pretrained=True)
-            # A Hub repository may refer to a tokenizer of another repository; a local folder contains its own.
-            holds_tokenizer = prefix == "local-dir" or (folder / "tokenizer_config.json").is_file()
-            tokenizer = open_clip.get_tokenizer(local if holds_tokenizer else name)
-        except (RuntimeError, ValueError, OSError, UnpicklingError) as error:
-            raise UserError(f"{name!r} could not be loaded: {first_line(error)}") from error
-    return _wrap_open_clip(name, model, tokenizer, json.loads(config_path.read_text())["model_cfg"])
+    source, content = str(config_path), read_json(config_path)
+    model_cfg = check_model_config(content.get("model_cfg"), source)
+    model = build_open_clip(model_cfg, source, pretrained_text=False, allow_pickle=allow_pickle)
+    _set_preprocess(model, check_preprocess(content.get("preprocess_cfg") or {}, source), source)
+    load_weights(model, weights, name=name, allow_pickle=allow_pickle)
+    return _wrap_open_clip(name, model, tokenizer_for(model_cfg, folder=folder, source=source), model_cfg)
+
+
+def _set_preprocess(model: Any, preprocess: dict, source: str) -> None:
+    """Attaches preprocessing to an open_clip model as open_clip's factory does: the size is the model's."""
+    size = model.visual.image_size
+    if not is_square(size):
+        raise UserError(f"{source} takes images of {size[0]} x {size[1]} pixels: only square models are supported")
+    set_model_preprocess_cfg(model, merge_preprocess_dict(PreprocessCfg(), preprocess) | {"size": size})
 
 
 def _weights_file(folder: Path) -> Path | None:
-    """The file that open_clip loads: one of `_WEIGHTS_NAMES`, else any safetensors, else any pickle."""
-    named = [folder / name for name in _WEIGHTS_NAMES if (folder / name).is_file()]
+    """The file that open_clip loads: one of `WEIGHTS_NAMES`, else any safetensors, else any pickle."""
+    named = [folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()]
     others = [path for suffix in ("safetensors", "bin", "pth") for path in sorted(folder.glob(f"*.{suffix}"))]
     return next(iter([*named, *others]), None)
 
 
 def _load_transformers(name: str, source: str, *, allow_pickle: bool) -> Clip:
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
-
     folder = Path(source) if Path(source).is_dir() else fetch(source, **_HUB_FILES, allow_pickle=allow_pickle)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name!r} holds no config.json of a known transformers model: {first_line(error)}") from error
-    if config.model_type not in ("clip", "siglip", "siglip2"):
-        raise UserError(f"{name!r} is a {config.model_type!r} model: only clip, siglip and siglip2 are supported")
-    if not list(folder.glob("*.safetensors")):
-        pickles = sorted(folder.glob("*.bin"))
-        if not pickles:
-            raise UserError(f"{name!r} holds no weights: expected model.safetensors")
-        refuse_pickle(pickles[0], allow_pickle=allow_pickle)
-    try:
-        model, loading = AutoModel.from_pretrained(folder, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        processor = AutoImageProcessor.from_pretrained(folder)
-    except (RuntimeError, ValueError, OSError, UnpicklingError) as error:
-        raise UserError(f"{name!r} could not be loaded: {first_line(error)}") from error
-    if missing := sorted(loading["missing_keys"]):  # transformers would silently initialise them at random
-        raise UserError(f"the weights of {name!r} lack {len(missing)} tensors, such as {missing[0]}: fetch them again")
+    config = load_config(folder, name)
+    if config.model_type == "siglip2":
+        raise UserError(
+            f"{name!r} is a NaFlex SigLIP 2, whose images have no fixed size: take one of fixed size, "
+            "such as transformers:google/siglip2-base-patch16-224"
+        )
+    if config.model_type not in ("clip", "siglip"):
+        raise UserError(
+            f"{name!r} is a {config.model_type!r} model: only clip, siglip and SigLIP 2 of fixed size are supported"
+        )
+    model = load_transformers_model(folder, config, name, allow_pickle=allow_pickle)
+    tokenizer = load_tokenizer(folder, name)
+    size = config.vision_config.image_size
+    if not isinstance(size, int):
+        raise UserError(f"image_size in {folder / 'config.json'} is {size!r}: only square models are supported")
+    processor = load_image_processor(folder, name)
+    preprocess = from_image_processor(processor, image_size=size, source=f"the image processor of {name!r}")
+    # CLIP was trained on text cleaned by ftfy and without HTML entities; SigLIP 1 and 2, in open_clip and in
+    # big_vision's zero-shot evaluation, also without case and punctuation.
+    clean = get_clean_fn("canonicalize" if config.model_type == "siglip" else "whitespace")
     length = config.text_config.max_position_embeddings
 
     def tokenize(texts: list[str]) -> Int[Tensor, "n length"]:
-        return tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+        cleaned = [clean(text) for text in texts]
+        settings = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+        return tokenizer(cleaned, **settings).input_ids
 
-    crops = "crop_size" in processor.to_dict() and processor.to_dict()["crop_size"] is not None
-    preprocess = PreprocessCfg(
-        size=config.vision_config.image_size,
-        mean=tuple(processor.image_mean),
-        std=tuple(processor.image_std),
-        interpolation=_INTERPOLATION_OF_PIL.get(int(processor.resample), "bicubic"),
-        resize_mode="shortest" if crops else "squash",
-    )
     return Clip(name, TransformersTowers(model), preprocess, tokenize, tokenizer, model_cfg=None)
 
 
@@ -427,14 +427,3 @@ def _wrap_open_clip(name: str, model: nn.Module, tokenizer: Any, model_cfg: dict
         hf_tokenizer=tokenizer.tokenizer if is_hf else None,
         model_cfg=model_cfg,
     )
-
-
-@contextmanager
-def _quiet_open_clip():
-    # open_clip warns through the root logger about random weights, which are normal for a student.
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -1,16 +1,46 @@
-"""Weight files: downloads from the Hub, and the check against pickles."""
+"""Weight files: downloads from the Hub, reading state dicts without running code, comparison with a model.
 
-from collections.abc import Sequence
+A pickle is read with torch's `weights_only=True`, and only on request.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from gkl_vl.errors import UserError, first_line
 
+_NESTED = ("state_dict", "model", "student", "state_dict_ema", "model_ema", "ema")
+"""Keys under which checkpoints store a state dict, in order of preference."""
+_PREFIXES = ("module.", "student.")
+"""Prefixes of (Distributed)DataParallel and of distillation scripts, before all names."""
+_COMPILED = "_orig_mod."
+"""torch.compile's prefix, before the names of each compiled submodule."""
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+# Training checkpoints hold their arguments and their best metric beside the weights. All are plain data.
+_SCALAR: Any = np.float64(0).__reduce__()[0]
+_PLAIN_TYPES = [argparse.Namespace, np.dtype, *(type(np.dtype(name)) for name in ("float64", "float32", "int64"))]
+_PLAIN_TYPES += [(_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._core.multiarray.scalar")]
+
+
+def notice(line: str) -> None:
+    """Prints one line to stderr on the first process: which settings of a model were inferred."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+
 
 def refuse_pickle(path: str | Path, *, allow_pickle: bool) -> None:
-    """Raises: UserError for a file that is not safetensors, unless `allow_pickle`."""
-    if Path(path).suffix != ".safetensors" and not allow_pickle:
+    """Raises: UserError for a file that is neither safetensors nor npz, unless `allow_pickle`."""
+    if Path(path).suffix not in (".safetensors", ".npz") and not allow_pickle:
         raise UserError(f"{path} is a pickle, not safetensors: convert it, or pass --allow-pickle if you trust it")
 
 
@@ -30,3 +60,107 @@ def fetch(repo: str, *, files: Sequence[str], pickles: Sequence[str], allow_pick
             f"the Hub repository {repo!r} could not be fetched ({first_line(error)}): "
             "check the name and the connection, or download it and write local-dir:path"
         ) from error
+
+
+def check_weights_file(path: Path) -> None:
+    """Raises: UserError for a file that does not exist, is empty, or is a pointer file of Git LFS."""
+    if not path.is_file():
+        raise UserError(f"weights {str(path)!r} are no file: give the path of a checkpoint, or leave them out")
+    with path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if not start:
+        raise UserError(f"weights {str(path)!r} are an empty file: download them again")
+    if start == _LFS_POINTER:
+        raise UserError(
+            f"weights {str(path)!r} are a Git LFS pointer, not the weights: run `git lfs pull` in its folder, "
+            "or download the file itself"
+        )
+
+
+def read_state_dict(path: str | Path, *, allow_pickle: bool) -> dict[str, Tensor]:
+    """Reads a state dict, plain or nested in a training checkpoint, without the prefixes of wrappers.
+
+    Understands `state_dict`, `model`, `student` and the EMA's keys around the tensors, and `_orig_mod.`, `module.` and
+    `student.` before all names, in any combination. Of weights and their EMA it takes the weights and says so.
+
+    Raises:
+        UserError: no such file, a pickle without `allow_pickle`, a damaged file, no tensors.
+    """
+    path = Path(path)
+    stored: Any = _read(path, allow_pickle=allow_pickle)
+    while isinstance(stored, Mapping):
+        found = [key for key in _NESTED if isinstance(stored.get(key), Mapping)]
+        if not found:
+            break
+        if averages := [key for key in found[1:] if "ema" in key]:
+            notice(f"weights {str(path)!r}: took {found[0]!r}; the file also holds {averages[0]!r}")
+        stored = stored[found[0]]
+    if not isinstance(stored, Mapping) or not stored or not all(isinstance(v, Tensor) for v in stored.values()):
+        raise UserError(f"weights {str(path)!r} hold no state dict, plain or under 'model' or 'state_dict': save one")
+    return _without_prefixes({str(key): tensor for key, tensor in stored.items()})
+
+
+def check_fit(
+    state: Mapping[str, Tensor], stored: Mapping[str, Tensor], *, path: str | Path, name: str, hint: str | None = None
+) -> None:
+    """Compares the state dict `stored`, read from `path`, with that of the model `name`.
+
+    `num_batches_tracked` alone may be missing: early versions of torch did not store it, and only a batch norm with
+    `momentum=None` reads it.
+
+    Raises:
+        UserError: names missing, unexpected and misshapen tensors, and `hint` as the remedy.
+    """
+    missing = [k for k in state if k not in stored and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in stored if k not in state]
+    misfits = [k for k in state if k in stored and stored[k].shape != state[k].shape]
+    shapes = [f"{k} has {list(stored[k].shape)}, not {list(state[k].shape)}" for k in misfits]
+    refuse_misfits({"missing": missing, "unexpected": unexpected, "of another shape": shapes}, path, name, hint)
+
+
+def refuse_misfits(misfits: Mapping[str, Sequence[str]], path: str | Path, name: str, hint: str | None = None) -> None:
+    """Raises: UserError for lists of tensors that do not fit, by what is wrong with them, unless all are empty."""
+    faults = [f"{len(keys)} {kind} ({_first_few(keys)})" for kind, keys in misfits.items() if keys]
+    if faults:
+        remedy = hint or "take those of this model"
+        raise UserError(f"weights {str(path)!r} do not fit {name!r}: {'; '.join(faults)}: {remedy}")
+
+
+def load_exactly(model: nn.Module, stored: Mapping[str, Tensor], *, path: str | Path, name: str) -> None:
+    """Loads `stored` into `model`. Raises: UserError unless all names and shapes agree, see `check_fit`."""
+    check_fit(model.state_dict(), stored, path=path, name=name)
+    model.load_state_dict(stored, strict=False)
+
+
+def _first_few(items: Sequence[str]) -> str:
+    return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")
+
+
+def _without_prefixes(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    stored = {key.replace(_COMPILED, ""): tensor for key, tensor in stored.items()}
+    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in stored)), None):
+        stored = {key.removeprefix(prefix): tensor for key, tensor in stored.items()}
+    return stored
+
+
+def _read(path: Path, *, allow_pickle: bool) -> Any:
+    check_weights_file(path)
+    refuse_pickle(path, allow_pickle=allow_pickle)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals(_PLAIN_TYPES):
+            return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UserError(f"weights {str(path)!r} cannot be read: {_why_unreadable(path, error)}") from error
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """Cause and remedy, without torch's advice to load with `weights_only=False`."""
+    if path.suffix == ".safetensors":
+        return f"the file is cut off or damaged ({first_line(error)}): download it again"
+    if "TorchScript" in str(error):
+        return "a TorchScript archive is a program that runs when it is read: save its state_dict() as safetensors"
+    if refused := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
+        return f"it holds {refused[1]}, which could run code: save the state dict alone, or as safetensors"
+    return "the file is cut off, damaged or no checkpoint: download it again, or save the state dict alone"

@@ -41,7 +41,9 @@ class ImageData:
     train_data: str | None = None
     """A folder of images, or shards and tables whose captions are not read. None = the bundled emoji."""
     image_column: str | None = None
-    """Image column of a table. None = `filepath` in CSV, `image` or `img` elsewhere."""
+    """Image column of a table, ending of the images of shards. None = `filepath` in CSV, `image` or `img` elsewhere."""
+    quoted: bool | None = None
+    """CSV, TSV: cells may be in double quotes. None = yes for .csv, no for .tsv: a quote is a letter there."""
     prompts: str | None = None
     """.json of `classnames` and `templates` with {c}, or .txt of templates. None = the bundled ones."""
 
@@ -75,7 +77,9 @@ def main(config: Config) -> None:
         raise UserError("every weight is 0, so there is nothing to train on: set --soft-ce-weight or --wmse-weight")
     if name is not None and config.data.prompts is None:
         raise UserError(f"--train-data {name} needs classes for the teacher's logits: give --prompts")
-    source = open_images(name, column=config.data.image_column)
+    if name is None:
+        cli.refuse_unused(vars(config.data), ["image_column"], "has no effect without --train-data")
+    source = open_images(name, column=config.data.image_column, quoted=config.data.quoted)
     prompts = find_prompts(config.data, source)
     train_clip(
         config,

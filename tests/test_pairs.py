@@ -16,10 +16,11 @@ from torchvision.transforms import v2
 
 from gkl_vl.data import pairs
 from gkl_vl.data.augment import apply_seeded, drawing_augmentation, light_augmentation
+from gkl_vl.data.captions import CaptionRule, usable_captions
 from gkl_vl.data.files import stable_hash
-from gkl_vl.data.images import BrokenSample, decode
-from gkl_vl.data.pair_stream import PairLoader, PairStream, Place, Position, usable_captions
-from gkl_vl.data.pairs import RawPair, Source, bundled_pairs, memory_source, open_source, read_shard, shard_source
+from gkl_vl.data.images import decode
+from gkl_vl.data.pair_stream import PairLoader, PairStream, Place, Position
+from gkl_vl.data.pairs import RawPair, Source, bundled_pairs, memory_source, open_source, read_shard
 from gkl_vl.errors import UserError
 
 
@@ -88,7 +89,7 @@ def same(a: dict, b: dict) -> bool:
 @pytest.mark.parametrize("kind", ["shards", "memory"])
 def test_the_parts_of_an_epoch_have_every_pair_once(tmp_path, kind, parts):
     if kind == "shards":
-        source = shard_source(write_shards(tmp_path, 6, 7))
+        source = open_source(write_shards(tmp_path, 6, 7))
     else:
         source = memory_source("toy", toy_pairs(42))
     epochs = []
@@ -105,13 +106,13 @@ def test_the_parts_of_an_epoch_have_every_pair_once(tmp_path, kind, parts):
 
 def test_a_buffer_smaller_than_the_shard_still_yields_all_of_it(tmp_path, monkeypatch):
     monkeypatch.setattr(pairs, "SHUFFLE_BUFFER", 5)
-    source = shard_source(write_shards(tmp_path, 1, 23))
+    source = open_source(write_shards(tmp_path, 1, 23))
     keys = [pair.key for pair in source.epoch(0, 0, 0, 1)]
     assert sorted(keys) == [f"k{i:03d}" for i in range(23)] and keys != sorted(keys)
 
 
 def test_too_few_shards_are_refused_with_the_numbers(tmp_path):
-    source = shard_source(write_shards(tmp_path, 3, 2))
+    source = open_source(write_shards(tmp_path, 3, 2))
     with pytest.raises(UserError, match=r"3 shards cannot be split over 2 processes x 2 workers = 4: lower --workers"):
         stream(source, world_size=2, num_workers=2)
 
@@ -119,14 +120,18 @@ def test_too_few_shards_are_refused_with_the_numbers(tmp_path):
 def test_a_missing_shard_raises_at_once(tmp_path):
     pattern = write_shards(tmp_path, 2, 2).replace("001", "004")
     with pytest.raises(UserError, match=r"002.tar' does not exist \(3 of 5 are missing\)"):
-        shard_source(pattern)
+        open_source(pattern)
 
 
 def test_a_truncated_shard_is_named(tmp_path):
     path = write_shard(tmp_path / "a.tar", [good(i) for i in range(9)])
     path.write_bytes(path.read_bytes()[:6000])
-    with pytest.raises(UserError, match="a.tar' cannot be read to its end"):
+    with pytest.raises(UserError, match="a.tar' ends early or is damaged"):
         list(read_shard(str(path)))
+    with pytest.raises(
+        UserError, match="a.tar' ends early .6000 bytes without an end-of-archive mark.: fetch it again"
+    ):
+        open_source(str(path))  # before the run
 
 
 def test_sources_are_joined_and_sized(tmp_path):
@@ -134,11 +139,11 @@ def test_sources_are_joined_and_sized(tmp_path):
         (tmp_path / name).mkdir()
         write_shards(tmp_path / name, 2, each)
     spec = f"{tmp_path}/a/{{000..001}}.tar::{tmp_path}/b/000.tar"
-    assert shard_source(spec).num_pairs is None
+    assert open_source(spec).num_pairs is None
     (tmp_path / "a" / "sizes.json").write_text(json.dumps({"000.tar": 3, "001.tar": 3}))
     (tmp_path / "b" / "__len__").write_text("5")
     source = open_source(spec)
-    assert source.num_pairs == 11 and source.num_parts == 3
+    assert source.num_pairs == 11 and source.num_parts == 3  # __len__ is no size of a shard
     assert len(list(source.epoch(0, 0, 0, 1))) == 11
 
 
@@ -157,12 +162,18 @@ def test_pairs_are_read_from_all_kinds_of_members(tmp_path):
         ("d", {"png": picture(5), "json": b"not json"}),
         ("readme", {"md": b"something else"}),
     ]
-    read = list(read_shard(str(write_shard(tmp_path / "a.tar", samples))))
-    assert [pair.key for pair in read] == ["a", "dir/b", "dir2/b", "c", "d"]
-    assert [usable_captions(pair) for pair in read[:4]] == [["one", "two"], ["three"], ["four", "five"], ["six"]]
-    assert all(decode(pair.image).size == (16, 12) for pair in read)
-    with pytest.raises(BrokenSample, match="no caption"):
-        usable_captions(read[4])
+    path = str(write_shard(tmp_path / "a.tar", samples))
+    read = list(read_shard(path, rule=CaptionRule(lines=True)))
+    assert [pair.key for pair in read] == ["a", "dir/b", "dir2/b", "c", "d", "readme"]
+    assert [usable_captions(pair.captions) for pair in read[:4]] == [
+        ["one", "two"],
+        ["three"],
+        ["four", "five"],
+        ["six"],
+    ]
+    assert all(decode(pair.image).size == (16, 12) for pair in read[:4])
+    assert "no JSON" in read[4].problem and "no image, its members are .md" in read[5].problem
+    assert next(read_shard(path, rule=CaptionRule())).captions == ("one\n\ntwo\n",)  # the whole text by default
 
 
 @pytest.mark.parametrize("name, delimiter", [("t.csv", ","), ("t.tsv", "\t"), ("open_clip.csv", "\t")])
@@ -175,7 +186,7 @@ def test_tables_of_text_have_relative_paths_and_named_columns(tmp_path, name, de
     (tmp_path / name).write_text("\n".join(lines) + "\n")
     source = open_source(str(tmp_path / name))
     read = sorted(source.epoch(0, 0, 0, 1), key=lambda pair: pair.key)
-    assert [usable_captions(pair) for pair in read] == [["title 0"], ["title 1"], ["title 2"]]
+    assert [usable_captions(pair.captions) for pair in read] == [["title 0"], ["title 1"], ["title 2"]]
     assert decode(read[1].image).getpixel((0, 0)) == (1, 50, 200)
     renamed = open_source(str(tmp_path / name), columns=("filepath", "alt"))
     assert {pair.captions[0] for pair in renamed.epoch(0, 0, 0, 1)} == {"alt 0", "alt 1", "alt 2"}
@@ -207,7 +218,7 @@ def test_a_source_that_does_not_exist_raises_one_line(tmp_path):
     with pytest.raises(UserError, match="could not be had from the Hub.*check the name and the connection") as caught:
         open_source("org/surely-no-such-set")
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="holds no parquet file"):
+    with pytest.raises(UserError, match="holds no shard, no parquet file and no image .*, only nothing"):
         open_source(str(tmp_path))
 
 
@@ -237,13 +248,13 @@ def test_broken_pairs_are_skipped_and_counted():
 
 def test_too_many_broken_pairs_raise_and_three_are_named():
     loader = PairLoader(stream(memory_source("toy", with_broken(300, 5))))
-    with pytest.raises(UserError, match=r"51 of the first \d+ pairs of 'toy' are broken, among them p\d+ \(.*;.*;"):
+    with pytest.raises(UserError, match=r"51 of the last \d+ pairs of 'toy' are broken, among them p\d+ \(.*;.*;"):
         take(loader, 1000)
 
 
 def test_an_error_in_a_worker_is_raised_as_one_line():
     loader = PairLoader(stream(memory_source("toy", with_broken(300, 2)), num_workers=1))
-    with pytest.raises(UserError, match="51 of the first") as caught:
+    with pytest.raises(UserError, match="51 of the last") as caught:
         take(loader, 1000)
     assert "Traceback" not in str(caught.value)
 
@@ -293,7 +304,7 @@ def test_broken_pairs_before_a_resume_count_after_it():
     first = PairLoader(stream(source))
     take(first, 40)
     assert 0 < first.num_skipped() < 51
-    with pytest.raises(UserError, match=r"51 of the first \d+ pairs") as stopped:
+    with pytest.raises(UserError, match=r"51 of the last \d+ pairs") as stopped:
         take(PairLoader(stream(source, start=Position.of(first.position()))), 1000)
     with pytest.raises(UserError) as straight:
         take(PairLoader(stream(source)), 1000)
@@ -306,7 +317,7 @@ def test_another_number_of_workers_is_refused_on_resume():
 
 
 def test_ranks_and_workers_share_an_epoch(tmp_path):
-    source = shard_source(write_shards(tmp_path, 4, 8))
+    source = open_source(write_shards(tmp_path, 4, 8))
     counts: Counter = Counter()
     for rank in range(2):
         loader = PairLoader(stream(source, rank=rank, world_size=2, num_workers=2))

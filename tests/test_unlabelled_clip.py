@@ -408,7 +408,7 @@ def test_missing_images_are_a_one_line_error(tmp_path):
         ("empty", r"holds no image \(webp, png, jpg, .*, gif\) and no parquet file"),
         ("none.tar", "does not exist"),
         ("none.csv", "does not exist"),
-        ("none.parquet", "--train-data .* holds no parquet file"),
+        ("none.parquet", "the table .*none.parquet. does not exist"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             open_images(str(tmp_path / name))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gkl_vl.data.captions import CaptionRule, captions_in
+from gkl_vl.data.classes import are_numbers
 from gkl_vl.data.files import IMAGE_SUFFIXES, endings_text, image_paths, is_local, training_split
 from gkl_vl.data.images import BrokenSample
 from gkl_vl.data.shards import (
@@ -303,7 +304,9 @@ def table_source(name: str, rows: Rows, image: str | None, rule: CaptionRule | N
     if not len(rows):
         raise UserError(f"the table {name!r} holds no rows")
     labels = class_labels(rows.schema)
-    names = None if labels is None else tuple(label.replace("_", " ") for label in labels[1])
+    names = None
+    if labels is not None and not are_numbers(labels[1]):  # numbers identify classes and do not name them
+        names = tuple(label.replace("_", " ") for label in labels[1])
     epoch = _TableEpoch(name, rows.select(list(dict.fromkeys(columns))), image, caption)
     return Source(name, len(rows), None, epoch, classnames=names)
 
@@ -345,8 +348,8 @@ def folder_source(name: str, folder: Path, ending: str | None, rule: CaptionRule
         images = [image for image in images if image.lower().endswith(f".{ending.lower()}")]
     if not images:
         raise UserError(
-            f"{str(folder)!r} holds no shard, no parquet file and no image ({ending or ', '.join(IMAGE_SUFFIXES)}), "
-            f"only {endings_text(others)}"
+            f"{str(folder)!r} holds no shard, no parquet file and no image ({ending or ', '.join(IMAGE_SUFFIXES)}), it "
+            f"has {endings_text(others)}"
         )
     epoch = _FolderEpoch(str(folder), images, rule)
     if rule is None:
@@ -383,9 +386,7 @@ def _class_folders(images: Sequence[str]) -> tuple[str, ...] | None:
     None for a single folder, images at another depth, and numbers: those folders are not classes, or have no names.
     """
     folders = sorted({image.rpartition("/")[0] for image in images})
-    if len(folders) < 2 or not all(folder and "/" not in folder for folder in folders):
-        return None
-    if all(folder.isdecimal() for folder in folders):
+    if len(folders) < 2 or not all(folder and "/" not in folder for folder in folders) or are_numbers(folders):
         return None
     return tuple(folder.replace("_", " ") for folder in folders)
 

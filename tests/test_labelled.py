@@ -302,7 +302,7 @@ def test_a_missing_split_or_class_and_a_remote_source_are_refused(tmp_path):
         (tmp_path / "val" / f"n{index:02d}").mkdir()
     with pytest.raises(UserError, match=r"splits there: ant, bee, cat, n00, n01, n02, n03, n04, n05, n06, \.\.\.$"):
         open_labelled(f"{source}/val", "train")
-    message = f"class folder '.*val/n00' holds no image .{', '.join(IMAGE_SUFFIXES)}., only nothing"
+    message = f"class folder '.*val/n00' holds no image .{', '.join(IMAGE_SUFFIXES)}., it has nothing"
     with pytest.raises(UserError, match=message) as caught:
         open_labelled(source, "validation")
     assert "\n" not in str(caught.value)

@@ -208,7 +208,7 @@ def test_parquet_of_the_hubs_layout(tmp_path):
     assert reds == {f"caption {part}{i}": 10 * part + i for part in range(2) for i in range(3)}
     one = open_source(str(tmp_path / "train-1.parquet"), columns=("img", "text"))
     assert one.num_pairs == 3
-    with pytest.raises(UserError, match="no column 'image', only img, text"):
+    with pytest.raises(UserError, match="no column 'caption', only img, text"):
         open_source(str(tmp_path))
 
 
@@ -218,7 +218,7 @@ def test_a_source_that_does_not_exist_raises_one_line(tmp_path):
     with pytest.raises(UserError, match="could not be had from the Hub.*check the name and the connection") as caught:
         open_source("org/surely-no-such-set")
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="holds no shard, no parquet file and no image .*, only nothing"):
+    with pytest.raises(UserError, match="holds no shard, no parquet file and no image .*, it has nothing"):
         open_source(str(tmp_path))
 
 

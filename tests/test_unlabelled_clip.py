@@ -405,7 +405,7 @@ def test_missing_images_are_a_one_line_error(tmp_path):
     (tmp_path / "empty").mkdir()
     for name, message in [
         ("t.parquet", "has no column 'image', only text: name them with --columns"),
-        ("empty", r"holds no image \(webp, png, jpg, .*, gif\) and no parquet file"),
+        ("empty", r"holds no shard, no parquet file and no image \(webp, .*, gif\), it has nothing"),
         ("none.tar", "does not exist"),
         ("none.csv", "does not exist"),
         ("none.parquet", "the table .*none.parquet. does not exist"),

@@ -19,7 +19,7 @@ from gkl_vl.data.captions import usable_captions
 from gkl_vl.data.files import stable_hash
 from gkl_vl.data.images import BrokenSample, decode
 from gkl_vl.data.pairs import RawPair, Source
-from gkl_vl.data.workers import batches, end_with_parent
+from gkl_vl.data.workers import end_with_parent, worker_batches
 from gkl_vl.errors import UserError, notice
 
 BROKEN_WINDOW, BROKEN_SHARE = 1000, 0.05
@@ -220,7 +220,7 @@ class PairLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._rewind()  # the stream restarts as well
-        for batch in batches(self.loader):
+        for batch in worker_batches(self.loader):
             if "error" in batch:
                 raise UserError(batch["error"])
             self._taken += 1

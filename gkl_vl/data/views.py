@@ -22,6 +22,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from gkl_vl.data.augment import apply_seeded, cropped, describe
 from gkl_vl.data.files import stable_hash
 from gkl_vl.data.synthesized import Synthesized
+from gkl_vl.data.workers import end_with_parent, worker_batches
 from gkl_vl.errors import UserError
 
 Ids = tuple[int, Int[Tensor, " n"]]
@@ -173,9 +174,10 @@ class DiskViews:
             collate_fn=_stack,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
+            worker_init_fn=end_with_parent,
             generator=torch.Generator(),  # DataLoader draws a seed, which must not advance the global generator
         )
-        for batch in loader:
+        for batch in worker_batches(loader):
             if isinstance(batch, str):
                 raise UserError(batch)
             yield batch

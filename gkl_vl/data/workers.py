@@ -26,7 +26,7 @@ def end_with_parent(worker: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def batches(loader: DataLoader) -> Iterator[Any]:
+def worker_batches(loader: DataLoader) -> Iterator[Any]:
     """The batches of a loader. Raises: UserError where a worker was killed or has no shared memory left."""
     try:
         yield from loader

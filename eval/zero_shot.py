@@ -104,6 +104,10 @@ def find_epsilon(config: Config) -> float | None:
     if config.attack == "none":
         if config.epsilon is not None:
             raise UserError(f"--epsilon {config.epsilon} is the radius of an attack: add --attack apgd")
+        for name in ("attack_norm", "attack_images"):
+            if (value := vars(config)[name]) != vars(Config)[name]:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {value} has no effect without an attack: add --attack apgd")
         return None
     import_autoattack()
     return radius(epsilon_text(config), config.attack_norm)
@@ -111,7 +115,7 @@ def find_epsilon(config: Config) -> float | None:
 
 def epsilon_text(config: Config) -> str:
     """Returns --epsilon as text, or the default of the norm."""
-    return config.epsilon or USUAL_CLIP_EPSILON[config.attack_norm]
+    return USUAL_CLIP_EPSILON[config.attack_norm] if config.epsilon is None else config.epsilon
 
 
 def attacked(

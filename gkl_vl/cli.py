@@ -4,15 +4,18 @@ import contextlib
 import errno
 import io
 import logging
+import math
 import os
 import re
 import select
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import tyro
@@ -28,8 +31,9 @@ from huggingface_hub.utils import disable_progress_bars
 
 from gkl_vl.errors import UserError
 
-INTERRUPTED = 130  # a shell's exit codes for SIGINT and SIGPIPE: 128 + the signal number
+INTERRUPTED = 130  # a shell's exit codes for SIGINT, SIGPIPE and SIGTERM: 128 + the signal number
 BROKEN_PIPE = 141
+TERMINATED = 143
 
 # A failed connection raises the base class of the Hub's web errors; its library depends on the Hub's version.
 WebError = HfHubHTTPError.__mro__[1]
@@ -51,6 +55,68 @@ ConfigT = TypeVar("ConfigT")
 Value = TypeVar("Value")
 
 
+class Bounds(NamedTuple):
+    """Limits of a numeric flag; None = no limit."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    either: float | None = None
+    """A value outside of the limits that is accepted too."""
+
+    def allow(self, value: float) -> bool:
+        """Whether a number is within the limits."""
+        return value == self.either or (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        limits = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
+        text = " and ".join(f"{name} {limit:g}" for name, limit in limits.items() if limit is not None)
+        return text if self.either is None else f"{text}, or {self.either:g}"
+
+
+COUNT, SIZE = Bounds(at_least=1), Bounds(at_least=0)
+BOUNDS: dict[str, Bounds] = {
+    # length and batch
+    **dict.fromkeys(("steps", "epochs", "batch_size", "accum_steps"), COUNT),
+    **dict.fromkeys(("warmup", "warmup_steps", "warmup_epochs", "mu"), SIZE),
+    # optimizer
+    **dict.fromkeys(("lr", "wd"), SIZE),
+    "layer_decay": Bounds(above=0, at_most=1),
+    "ema_decay": Bounds(at_least=0, below=1),
+    # loss
+    **dict.fromkeys(("contrastive_weight", "mimicry_weight", "soft_ce_weight", "wmse_weight", "gamma"), SIZE),
+    **dict.fromkeys(("ce_weight", "kl_weight", "unlabelled_weight", "awp_gamma"), SIZE),
+    **dict.fromkeys(("temperature", "weight_temperature"), Bounds(above=0)),
+    "threshold": Bounds(at_least=0, at_most=1),
+    # data
+    **dict.fromkeys(("images", "image_size", "num_labels", "stored_top_k"), COUNT),
+    "stored_views": SIZE,
+    "imbalance": COUNT,
+    "fraction": Bounds(at_least=0, at_most=1),
+    # run
+    "seed": Bounds(at_least=0, at_most=2**31 - 1),
+    **dict.fromkeys(("workers", "num_workers", "keep_checkpoints"), SIZE),
+    **dict.fromkeys(
+        ("eval_every_steps", "checkpoint_every_steps", "eval_every_epochs", "checkpoint_every_epochs"), SIZE
+    ),
+    # evaluation
+    **dict.fromkeys(("robust_images", "attack_images", "masking_images", "recall_k"), COUNT),
+    "fewshot_k": Bounds(at_least=1, either=-1),
+    "max_broken": Bounds(at_least=0, below=1),
+}
+"""Limits of all numeric flags by name, which mean the same in every script."""
+
+
+class Terminated(BaseException):
+    """SIGTERM, as KeyboardInterrupt is SIGINT."""
+
+
 def run(main: Callable[[ConfigT], None], config: Callable[..., ConfigT], argv: Sequence[str] | None = None) -> None:
     """Parses flags into `config`, a frozen keyword-only dataclass with a string under each field, and calls `main`.
 
@@ -58,9 +124,9 @@ def run(main: Callable[[ConfigT], None], config: Callable[..., ConfigT], argv: S
     of flags, without a prefix. The config must have a flag `debug: bool = False`.
 
     Exit codes: 2 with one line on stderr for a user error (a wrong flag, UserError, ValueError, OSError, the Hub's
-    errors, CUDA out of memory), after the traceback with `--debug`; 130 for Ctrl-C; 141 if the reader of stdout has
-    closed the pipe. Any other exception is a bug and keeps its traceback. Ranks other than 0 prefix their line with
-    the rank.
+    errors, CUDA out of memory), after the traceback with `--debug`; 130 for Ctrl-C; 143 for SIGTERM; 141 if the reader
+    of stdout has closed the pipe. Any other exception is a bug and keeps its traceback. Ranks other than 0 prefix their
+    line with the rank.
     """
     settings = parse(config, argv)
     if not sys.stderr.isatty():  # `datasets` is imported later and reads only this variable
@@ -68,10 +134,14 @@ def run(main: Callable[[ConfigT], None], config: Callable[..., ConfigT], argv: S
         disable_progress_bars()  # the Hub's download bars
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings repeat the error line
     try:
-        main(settings)
-        sys.stdout.flush()  # a closed pipe must raise here, not at interpreter exit
+        with sigterm_raises():
+            check_values(flat(settings))
+            main(settings)
+            sys.stdout.flush()  # a closed pipe must raise here, not at interpreter exit
     except KeyboardInterrupt:
         exit_with("interrupted", INTERRUPTED)
+    except Terminated:
+        exit_with("terminated by SIGTERM", TERMINATED)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and stdout_is_closed():
             sys.exit(BROKEN_PIPE)
@@ -131,12 +201,56 @@ def flat(config: Any) -> dict[str, Any]:
     return flags
 
 
-def require_positive(config: object, *names: str) -> None:
-    """Raises: UserError for a named field of `config` below 1; None is accepted."""
+def check_values(flags: Mapping[str, Any]) -> None:
+    """Raises: UserError for an empty text, a number that is not finite or out of its `BOUNDS`, and an empty list of
+    numbers. None is accepted."""
+    for name, given in flags.items():
+        values, flag = given if isinstance(given, tuple) else (given,), flag_name(name)
+        if not values and name in BOUNDS:
+            raise UserError(f"{flag} has no value: give one, or leave it out")
+        for value in values:
+            if isinstance(value, str) and not value.strip():
+                raise UserError(f"{flag} is an empty text: give a value, or leave it out")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                check_number(flag, value, BOUNDS.get(name, Bounds()))
+
+
+def check_number(flag: str, value: float, bounds: Bounds) -> None:
+    """Raises: UserError for a number that is not finite or out of bounds."""
+    if not math.isfinite(value):
+        raise UserError(f"{flag} {value} is not a finite number")
+    if not bounds.allow(value):
+        raise UserError(f"{flag} {value} must be {bounds}")
+
+
+def flag_name(field: str) -> str:
+    """A field of a config as its flag."""
+    return f"--{field.replace('_', '-')}"
+
+
+def refuse_unused(flags: Mapping[str, Any], names: Sequence[str], reason: str) -> None:
+    """Raises: UserError for the first of these flags that has a value other than None, with the reason."""
     for name in names:
-        value = flat(config)[name]
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if flags[name] is not None:
+            raise UserError(f"{flag_name(name)} {flags[name]} {reason}: leave it out")
+
+
+@contextlib.contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises `Terminated` once, so that scratch files are removed and workers end; a second one kills."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def error_line(error: Exception) -> str | None:

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from gkl_vl.atomic import replacing
+from gkl_vl.atomic import nan_for_null, replacing
 
 Pixels = float
 """Coordinates from the figure's top left corner, and lengths."""
@@ -76,6 +76,7 @@ def draw_report(*, path: Path, records: list[dict], sheet: list[SheetItem], titl
     figure = Figure(figsize=(_WIDTH / 100, _HEIGHT / 100), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
     _text(figure, 34, 40, shorten(title, 88), size=16, weight="bold")
+    records = nan_for_null(records)  # as the file has them
     points = pseudo_labels(records, windows=12)
     width = 0.36 if sheet else 0.43 if points else 0.92
     _draw_losses(figure.add_axes((0.052, 0.53, width, 0.325)), records)
@@ -95,7 +96,7 @@ def pseudo_labels(records: list[dict], *, windows: int) -> list[dict[str, float]
     Pools the logged batches, which are small, into `windows` consecutive parts. Each part has `step` (of its last
     batch), `mask_rate` and `acc1` (NaN if no pseudo-label is above the threshold).
     """
-    logged = [record for record in records if "train/mask_rate" in record]
+    logged = [nan_for_null(record) for record in records if "train/mask_rate" in record]
     points = []
     for part in np.array_split(np.arange(len(logged)), min(windows, len(logged))) if logged else []:
         rates = [logged[i]["train/mask_rate"] for i in part]

@@ -314,14 +314,27 @@ def main(config: Config) -> None:
             steps=steps,
             published=published(config, preset),
         )
-    run.accelerator.end_training()
+    run.end()
+
+
+_ATTACKED = ("budget", "awp_gamma")
+_IKL = (*_ATTACKED, "soft_ce_weight", "wmse_weight", "temperature", "weight_temperature", "class_prior")
+USED_FLAGS: dict[Method, tuple[str, ...]] = {
+    "natural": (),
+    "trades": (*_ATTACKED, "kl_weight"),
+    "ikl": _IKL,
+    "gkl": (*_IKL, "gamma"),
+}
+"""The flags of the loss and of the attack in training that each method uses."""
+LOSS_FLAGS = (*USED_FLAGS["gkl"], "kl_weight")
 
 
 def find_preset(config: Config) -> tuple[Preset, AdversarialTraining]:
     """The published row and its method with the overrides of the flags."""
     preset = cli.named(PRESETS, config.preset, flag="--preset")
-    cli.require_positive(config, "epochs", "batch_size", "images", "robust_images")
     attack, flags = config.attack, cli.flat(config)
+    unused = [name for name in LOSS_FLAGS if name not in USED_FLAGS[config.method]]
+    cli.refuse_unused(flags, unused, f"has no effect with --method {config.method}")
     del flags["batch_size"]  # per process; the preset's is of all processes together
     flags["epsilon"] = radius(attack.epsilon, attack.norm)
     epochs = preset.epochs if config.optimisation.epochs is None else config.optimisation.epochs

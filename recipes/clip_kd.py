@@ -21,16 +21,15 @@ image-text form is this project's. Results, with commands and spread: recipes/RE
 from dataclasses import dataclass
 
 from gkl_vl import cli
-from gkl_vl.data.pairs import open_source
 from gkl_vl.objectives.clip import ClipKd
 from gkl_vl.training.clip import (
     CaptionData,
     CaptionLoss,
-    ClipData,
     ClipEvaluation,
     ClipModels,
     ClipOptimisation,
     caption_weights,
+    open_captions,
     train_clip,
 )
 from gkl_vl.training.run import RunFlags
@@ -49,8 +48,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    source = open_source(config.data.train_data, columns=config.data.columns)
-    data = ClipData(source=source, name=config.data.train_data)
+    data = open_captions(config.data)
     weights = caption_weights(config.loss, teacher=config.model.teacher, bundled=data.bundled)
     train_clip(
         config,

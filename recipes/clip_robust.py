@@ -18,17 +18,16 @@ arXiv 2402.12336 (robust CLIPs, the radius). The combination is this project's. 
 from dataclasses import dataclass
 
 from gkl_vl import cli
-from gkl_vl.data.pairs import open_source
 from gkl_vl.objectives.clip import ClipKd, image_attack
 from gkl_vl.robustness.pgd import USUAL_CLIP_EPSILON, Norm, radius
 from gkl_vl.training.clip import (
     CaptionData,
     CaptionLoss,
-    ClipData,
     ClipEvaluation,
     ClipModels,
     ClipOptimisation,
     caption_weights,
+    open_captions,
     train_clip,
 )
 from gkl_vl.training.run import RunFlags
@@ -61,8 +60,7 @@ def main(config: Config) -> None:
     norm = config.attack.norm
     epsilon = USUAL_CLIP_EPSILON[norm] if config.attack.epsilon is None else config.attack.epsilon
     attack = image_attack(norm, radius(epsilon, norm))
-    source = open_source(config.data.train_data, columns=config.data.columns)
-    data = ClipData(source=source, name=config.data.train_data)
+    data = open_captions(config.data)
     weights = caption_weights(config.loss, teacher=config.model.teacher, bundled=data.bundled)
     train_clip(
         config,

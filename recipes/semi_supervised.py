@@ -275,7 +275,7 @@ def main(config: Config) -> None:
             steps=preset.steps,
             published=published_line(config, preset, by),
         )
-    run.accelerator.end_training()
+    run.end()
 
 
 @dataclass(frozen=True)
@@ -295,13 +295,17 @@ class Data:
 def find_preset(config: Config) -> tuple[Preset, SemiSupervised]:
     """The published setting and the method's, with the overrides of the flags."""
     preset, flags = cli.named(PRESETS, config.preset, flag="--preset"), cli.flat(config)
-    cli.require_positive(config, "steps", "batch_size", "images")
+    refuse_unused_flags(config, preset)
     del flags["batch_size"]  # per process; the preset's is of all processes together
     steps = preset.steps if config.optimisation.steps is None else config.optimisation.steps
     preset = replace(preset, warmup_steps=round(preset.warmup_steps * steps / preset.steps))
     if config.method == "mean-teacher":
         preset = replace(preset, ema_decay=max(preset.ema_decay, MEAN_TEACHER_DECAY))
     preset = overridden(preset, flags)
+    if preset.warmup_steps > preset.steps:
+        raise UserError(
+            f"--warmup-steps {preset.warmup_steps} is longer than the run of {preset.steps} steps: lower it"
+        )
     if preset.mu < 1 and config.method != "supervised":
         raise UserError(
             f"--mu {preset.mu} leaves the batch of unlabelled images empty: at least 1, or --method supervised"
@@ -311,6 +315,30 @@ def find_preset(config: Config) -> tuple[Preset, SemiSupervised]:
             "--method mean-teacher takes its targets from an average of the weights: --ema-decay 0 leaves it none"
         )
     return preset, overridden(find_settings(config, preset.steps), flags)
+
+
+_PSEUDO = ("threshold", "unlabelled_weight")
+_IKL = (*_PSEUDO, "temperature", "soft_ce_weight", "wmse_weight", "weight_temperature", "class_prior")
+USED_FLAGS: dict[Consistency, tuple[str, ...]] = {
+    "hard": _PSEUDO,
+    "mse": _PSEUDO,
+    "kl": (*_PSEUDO, "temperature"),
+    "ikl": _IKL,
+    "gkl": (*_IKL, "gamma"),
+}
+"""The flags of `LossFlags` that each consistency term uses."""
+
+
+def refuse_unused_flags(config: Config, preset: Preset) -> None:
+    """Raises: UserError for a flag that the run would not use."""
+    flags = cli.flat(config) | {"class_prior": config.loss.class_prior or None}
+    if config.method == "supervised":
+        unused = [*USED_FLAGS["gkl"], "mu", "unlabelled_split"]
+        cli.refuse_unused(flags, unused, "has no effect with --method supervised")
+    unused = [name for name in USED_FLAGS["gkl"] if name not in USED_FLAGS[config.consistency]]
+    cli.refuse_unused(flags, unused, f"has no effect with --consistency {config.consistency}")
+    if preset.optimizer == "sgd":
+        cli.refuse_unused(flags, ["layer_decay"], f"has no effect with the SGD of --preset {config.preset}")
 
 
 def find_settings(config: Config, steps: int) -> SemiSupervised:

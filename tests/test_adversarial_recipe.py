@@ -22,7 +22,9 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "adversarial.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 CLASSES = 5
 FLAGS = ["--data", "cifar", "--model", "resnet8", "--batch-size", "4", "--workers", "0", "--robust-images", "6"]
-FLAGS += ["--epochs", "2", "--budget", "low"]
+FLAGS += ["--epochs", "2"]
+NATURAL = [*FLAGS, "--method", "natural"]
+FLAGS += ["--budget", "low"]
 disable_progress_bars()
 
 
@@ -106,8 +108,9 @@ def call(place, monkeypatch, run_script):
 
 @pytest.mark.parametrize("method", ["natural", "trades", "ikl"])
 def test_every_method_runs(call, place, method):
-    flags = ["--method", method, "--epochs", "1", "--norm", "l2", "--epsilon", "0.5", "--second-view", "cutout"]
-    code, out, error = call(*FLAGS, *flags, "--output-dir", method)
+    flags = NATURAL if method == "natural" else [*FLAGS, "--method", method]
+    flags = [*flags, "--epochs", "1", "--norm", "l2", "--epsilon", "0.5", "--second-view", "cutout"]
+    code, out, error = call(*flags, "--output-dir", method)
     assert code == 0, error
     assert ("l2 0.5" in out) == (method != "natural")
     config = json.loads((place / method / "config.json").read_text())
@@ -117,6 +120,7 @@ def test_every_method_runs(call, place, method):
 def test_a_resumed_run_is_the_one_that_was_never_stopped_bit_for_bit(call, place):
     """With perturbed weights, a prior, and an average that begins on the way."""
     flags = [*FLAGS, "--epochs", "4", "--checkpoint-every-epochs", "1", "--eval-every-epochs", "1"]
+    flags += ["--keep-checkpoints", "0"]
     assert call(*flags, "--output-dir", "whole")[0] == 0
     checkpoints = sorted((place / "whole" / "checkpoints").iterdir())
     assert [c.name for c in checkpoints] == [f"step_{step:08d}" for step in (4, 8, 12, 16)]

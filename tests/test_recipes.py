@@ -298,6 +298,7 @@ def test_resume_latest_takes_the_newest_run_that_has_a_checkpoint(tmp_path, monk
         default_folder("latest", "clip_kd")
     for name in ("clip_kd-1/checkpoints/step_00000002", "clip_kd-2/checkpoints/step_00000001", "clip_kd-3/checkpoints"):
         (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "loop.json").touch()
     (tmp_path / "runs" / "cifar_kd-9" / "checkpoints" / "step_00000001").mkdir(parents=True)
     assert default_folder("latest", "clip_kd") == Path("runs/clip_kd-2")
 

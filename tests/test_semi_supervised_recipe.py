@@ -22,8 +22,8 @@ from gkl_vl.models.classifiers import load_classifier
 RECIPE = Path(__file__).parents[1] / "recipes" / "semi_supervised.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 CLASSES = 5
-FLAGS = ["--data", "cifar", "--model", "resnet8", "--batch-size", "2", "--mu", "2", "--workers", "0", "--num-labels"]
-FLAGS += ["5", "--threshold", "0.25"]
+SUPERVISED = ["--data", "cifar", "--model", "resnet8", "--batch-size", "2", "--workers", "0", "--num-labels", "5"]
+FLAGS = [*SUPERVISED, "--mu", "2", "--threshold", "0.25"]
 disable_progress_bars()
 
 
@@ -135,7 +135,9 @@ ARMS += [("mean-teacher", "mse"), ("mean-teacher", "ikl"), ("mean-teacher", "gkl
 @pytest.mark.parametrize("method, term", ARMS)
 def test_every_method_starts_from_one_command(call, place, method, term):
     flags = ["--method", method, "--consistency", term, "--steps", "2", "--preset", "cifar100-200"]
-    code, out, error = call(*FLAGS, *flags, "--output-dir", f"{method}-{term}")
+    code, out, error = call(
+        *(SUPERVISED if method == "supervised" else FLAGS), *flags, "--output-dir", f"{method}-{term}"
+    )
     assert code == 0, error
     assert (f"by {method} with {term} · 5 labels and 15 images" in out) == (method != "supervised")
     published = {("supervised", "gkl"), ("fixmatch", "hard"), ("fixmatch", "kl"), ("fixmatch", "ikl")}
@@ -155,7 +157,7 @@ def test_the_labels_of_a_run_can_be_those_of_another_or_usbs(call, place):
 def test_weights_of_other_classes_are_where_a_model_starts(call, place):
     start = ZOO["resnet8"](1000).state_dict()
     save_file(start, place / "start.safetensors")
-    flags = [*FLAGS, "--method", "supervised", "--steps", "1", "--lr", "0", "--ema-decay", "0"]
+    flags = [*SUPERVISED, "--method", "supervised", "--steps", "1", "--lr", "0", "--ema-decay", "0"]
     code, _, error = call(*flags, "--weights", "start.safetensors", "--output-dir", "tuned")
     assert code == 0, error
     tuned = load_file(place / "tuned" / "model" / "model.safetensors")

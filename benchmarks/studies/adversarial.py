@@ -27,6 +27,7 @@ def arms_of(names: list[str]) -> Arms:
     for name in names:
         method, _, weight = name.partition("-")
         flags = ["--method", method] + (["--wmse-weight", weight] if weight else [])
+        flags += [] if method == "natural" else ["--budget", "low", "--awp-gamma", "0"]
         other = None if name in ("natural", "trades") or "trades" not in names else "trades"
         arms[name] = Arm(flags, other)
     return arms
@@ -73,7 +74,7 @@ def main() -> None:
         "--lr",
         options.lr,
     ]
-    flags += ["--budget", "low", "--awp-gamma", "0", "--ema-decay", "0.99", "--robust-images", str(options.attacked)]
+    flags += ["--ema-decay", "0.99", "--robust-images", str(options.attacked)]
     flags += ["--eval-every-epochs", "0", "--checkpoint-every-epochs", "0"]
     test = f"{Path(options.data).name}:test"
     study = Study(

@@ -16,13 +16,14 @@ LONG_TAILED: Columns = {"acc1": (None, "acc1"), **{name: (None, f"{name}_acc1") 
 """No class of CIFAR-10 has fewer than 20 images at a ratio of 100: `few` is empty."""
 
 
-def arms_of(names: list[str], warmup: str) -> Arms:
+def arms_of(names: list[str], warmup: str, teacher: list[str]) -> Arms:
     """Each arm's flags: a method, or `gkl-0.5` with another wMSE weight. All but `ce` are compared with KD."""
     arms: Arms = {}
     for name in names:
         method, _, weight = name.partition("-")
         flags = ["--method", method] + (["--wmse-weight", weight] if weight else [])
         flags += ["--warmup-epochs", warmup] if method in ("dkd", "ikl", "gkl") else []
+        flags += [] if method == "ce" else teacher
         other = {"ce": None, "kd": "ce"}.get(name, "kd")
         arms[name] = Arm(flags, other if other in names else None)
     return arms
@@ -41,14 +42,18 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     options = parser.parse_args()
     flags = ["--pair", "resnet56-resnet20", "--data", options.data, "--epochs", str(options.epochs)]
-    flags += ["--teacher", "resnet56_a", "--teacher-weights", options.teacher_weights, "--student", "resnet20_a"]
+    flags += ["--student", "resnet20_a"]
     flags += ["--stored-views", str(options.epochs), "--eval-every-epochs", "0", "--checkpoint-every-epochs", "0"]
     flags += ["--lr", options.lr] if options.lr else []
     long_tailed = options.imbalance is not None
     flags += ["--imbalance", str(options.imbalance)] if long_tailed else ["--images", str(options.images)]
     study = Study(
         recipe="cifar_kd",
-        arms=arms_of(options.arms, str(max(round(20 * options.epochs / 240), 1))),
+        arms=arms_of(
+            options.arms,
+            warmup=str(max(round(20 * options.epochs / 240), 1)),
+            teacher=["--teacher", "resnet56_a", "--teacher-weights", options.teacher_weights],
+        ),
         flags=flags,
         columns=LONG_TAILED if long_tailed else BALANCED,
         seeds=options.seeds,

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from study import Arm, Arms, Study, make_parser
 
+from gkl_vl.atomic import write_json
 from gkl_vl.evaluation.embed import Embedder
 from gkl_vl.evaluation.sets import load_benchmark_set
 from gkl_vl.models.clip import load_clip
@@ -67,7 +68,7 @@ def under_attack(folder: Path, epsilon: str, images: int) -> dict[str, float]:
             epsilon=radius(epsilon, "linf"),
             images=images,
         )
-        file.write_text(json.dumps(metrics | {"warnings": warnings}) + "\n")
+        write_json(file, metrics | {"warnings": warnings})
     return json.loads(file.read_text())
 
 

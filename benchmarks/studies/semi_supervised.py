@@ -7,23 +7,24 @@ METHOD:TERM:prior; the same seed is the same labels, initial weights, batches an
 labels, a table of accuracy and one of the pseudo-labels in the last quarter of the training, and draws those over time.
 """
 
-import json
 from pathlib import Path
 from statistics import fmean
 
 from study import Arm, Arms, Study, make_parser, spread
 
 from gkl_vl.report import draw_pseudo_labels, pseudo_labels
+from gkl_vl.training.checkpoint import RunFolder
 
 ARMS = ["supervised", "fixmatch:hard", "fixmatch:kl", "fixmatch:ikl", "fixmatch:gkl"]
 
 
-def arms_of(names: list[str]) -> Arms:
+def arms_of(names: list[str], mu: int) -> Arms:
     """Each arm's flags; `fixmatch:gkl:prior` = with the class prior. FixMatch's others are compared with KL's."""
     arms: Arms = {}
     for name in names:
         method, *rest = name.split(":")
         flags = ["--method", method, *(["--consistency", rest[0]] if rest else [])]
+        flags += [] if method == "supervised" else ["--mu", str(mu)]
         flags += ["--class-prior"] if rest[1:] == ["prior"] else []
         other = {"supervised": None, "fixmatch:hard": "supervised", "fixmatch:kl": "supervised"}.get(
             name, "fixmatch:kl"
@@ -33,7 +34,7 @@ def arms_of(names: list[str]) -> Arms:
 
 
 def records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    return RunFolder(run, is_main=False).records()
 
 
 def mean_of(runs: list[list[dict[str, float]]]) -> list[dict[str, float]]:
@@ -60,12 +61,12 @@ def main() -> None:
     for num_labels, steps in zip(options.num_labels, options.steps, strict=True):
         flags = ["--preset", "cifar10-250", "--num-labels", str(num_labels), "--data", options.data]
         flags += ["--model", options.model, "--images", str(options.images), "--steps", str(steps)]
-        flags += ["--batch-size", str(options.batch_size), "--mu", str(options.mu), "--lr", options.lr]
+        flags += ["--batch-size", str(options.batch_size), "--lr", options.lr]
         flags += ["--ema-decay", "0.99", "--workers", "0", "--eval-every-steps", "0", "--checkpoint-every-steps", "0"]
         setting = f"{options.images}-{steps}-{options.batch_size}-{options.mu}-{options.lr}"
         study = Study(
             recipe="semi_supervised",
-            arms=arms_of(options.arms),
+            arms=arms_of(options.arms, options.mu),
             flags=flags,
             columns={"acc1": (None, "acc1")},
             seeds=options.seeds,

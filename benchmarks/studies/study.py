@@ -1,7 +1,6 @@
 """What the studies share: runs of recipes on equal seeds, and the closing table."""
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -11,6 +10,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from gkl_vl.training.checkpoint import RunFolder
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -69,7 +70,7 @@ class Study:
             if done.returncode:
                 raise SystemExit(f"{arm}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
             print(f"{arm}, seed {seed}: done", file=sys.stderr)
-        records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+        records = RunFolder(folder, is_main=False).records()
         student = [record for record in records if record.get("model") == "student"]
         return {
             heading: 100 * [r for r in student if dataset in (None, r["dataset"])][-1][key]

@@ -45,7 +45,7 @@ def load_sets(names: Sequence[str], flags: EvalFlags, *, split: str | None = Non
     return load_benchmark_sets(
         names,
         root=flags.dataset_root,
-        split=split or flags.split,
+        split=flags.split if split is None else split,
         classname_file=flags.custom_classname_file,
         template_file=flags.custom_template_file,
     )

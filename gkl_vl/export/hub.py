@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import Tensor
 
-from gkl_vl.atomic import replacing_folder, write_text
+from gkl_vl.atomic import json_text, replacing_folder, write_json
 from gkl_vl.errors import UserError, first_line
 from gkl_vl.export.cards import ClassifierCard, ClipCard
 from gkl_vl.export.transformers_format import fits_transformers, write_transformers
@@ -61,7 +61,7 @@ def export_clip(
             clip.hf_tokenizer.save_pretrained(scratch)
         if as_transformers:
             write_transformers(clip=clip, folder=scratch, tensors=tensors)
-        (scratch / CONFIG_NAME).write_text(json.dumps(_open_clip_config(clip, card.run.repo_id), indent=2) + "\n")
+        (scratch / CONFIG_NAME).write_text(json_text(_open_clip_config(clip, card.run.repo_id), indent=2))
         (scratch / CARD_NAME).write_text(card.render(transformers=as_transformers), encoding="utf-8")
 
 
@@ -89,7 +89,7 @@ def export_classifier(*, classifier: Classifier, folder: Path, card: ClassifierC
             }
             if classifier.classnames is not None:
                 config["label_names"] = list(classifier.classnames)
-            (scratch / CLASSIFIER_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+            (scratch / CLASSIFIER_CONFIG_NAME).write_text(json_text(config, indent=2))
         (scratch / CARD_NAME).write_text(card.render(), encoding="utf-8")
 
 
@@ -199,7 +199,7 @@ def _set_tokenizer_name(folder: Path, repo_id: str) -> None:
     if text_cfg.get("hf_tokenizer_name") in (None, "", repo_id):
         return
     text_cfg["hf_tokenizer_name"] = repo_id
-    write_text(path, json.dumps(config, indent=2) + "\n")
+    write_json(path, config, indent=2)
 
 
 def _push_remedy(error: Exception, folder: Path, repo_id: str) -> str:

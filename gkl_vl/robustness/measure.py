@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 from tqdm import tqdm
 
-from gkl_vl.atomic import write_text
+from gkl_vl.atomic import read_json, write_json
 from gkl_vl.distributed import rank, sum_across_processes, world_size
 from gkl_vl.errors import UserError
 from gkl_vl.models.fingerprint import add_weights
@@ -95,13 +95,13 @@ def measure(
     finished = _read_results(folder)
     _barrier(device)  # all ranks: no process writes before all have read which batches are finished
     remaining = [number for number in range(len(batches)) if number not in finished]
-    write_text(folder / "settings.json", json.dumps(settings) + "\n")
+    write_json(folder / "settings.json", settings)
     bar = tqdm(desc=attack.name, total=len(batches), unit="batch", disable=None if rank() == 0 else True)
     with bar, deterministic_cudnn():
         _update_bar(bar, finished)
         for number in remaining[rank() :: world_size()]:
             result = attack_batch(attack, target, examples, batches[number], device)
-            write_text(folder / f"batch_{number:05d}.json", json.dumps({"batch": number} | result) + "\n")
+            write_json(folder / f"batch_{number:05d}.json", {"batch": number} | result)
             if rank() == 0:
                 _update_bar(bar, _read_results(folder))
     _barrier(device)  # all ranks: all batches are written
@@ -159,7 +159,7 @@ def _check_state_dir(folder: Path, settings: dict[str, Any]) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"--state-dir {str(folder)!r} is not the state of an attack: name another or a new folder")
         return
-    before = json.loads(file.read_text())
+    before = read_json(file, remedy="name another --state-dir")
     changed = [f"{k} {settings.get(k)} (was {before.get(k)})" for k in settings if settings[k] != before.get(k)]
     if changed:
         raise UserError(
@@ -170,7 +170,8 @@ def _check_state_dir(folder: Path, settings: dict[str, Any]) -> None:
 
 def _read_results(folder: Path) -> dict[int, dict[str, Any]]:
     """Number of a batch -> its result, for all finished batches."""
-    results = [json.loads(file.read_text()) for file in sorted(folder.glob("batch_*.json"))]
+    files = sorted(folder.glob("batch_*.json"))
+    results = [read_json(file, remedy="remove it, and the same command attacks that batch again") for file in files]
     return {result["batch"]: result for result in results}
 
 

@@ -158,9 +158,9 @@ def radius(text: str, norm: Norm) -> float:
 
     Raises: UserError for text that is not a number, and for values not above 0, or above 1 for linf.
     """
-    numerator, _, denominator = text.partition("/")
+    numerator, slash, denominator = text.partition("/")
     try:
-        value = float(numerator) / float(denominator or 1)
+        value = float(numerator) / (float(denominator) if slash else 1.0)
     except (ValueError, ZeroDivisionError):
         raise UserError(f"an epsilon of {text!r} is no number: write 8/255 or 0.03") from None
     if not 0 < value < (math.inf if norm == "l2" else 1 + 1e-9):

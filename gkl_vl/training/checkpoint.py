@@ -1,6 +1,7 @@
 """The run folder, and checkpoints that are complete or absent.
 
 runs/clip_kd-20260102-030405/
+    .lock                the process that the run belongs to while it lives
     config.json          flags, command line, commit
     labelled.txt         semi-supervised: the images that keep their label
     results.jsonl        one line per log and per evaluation
@@ -9,18 +10,35 @@ runs/clip_kd-20260102-030405/
     report.png
 """
 
-import json
 import os
+import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gkl_vl.atomic import append_line, replace_folder, write_text
+from gkl_vl.atomic import (
+    append_line,
+    hold_folder,
+    holder_of,
+    in_use,
+    json_text,
+    leftovers,
+    nan_for_null,
+    read_json,
+    read_lines,
+    release_folder,
+    remove_folder,
+    replace_folder,
+    write_json,
+    write_text,
+)
 from gkl_vl.errors import UserError
 
 _PREFIX, _INCOMPLETE = "step_", "writing_"
@@ -29,20 +47,77 @@ _PREFIX, _INCOMPLETE = "step_", "writing_"
 class RunFolder:
     """Folder of a run. All processes have one; only the main process writes to it.
 
-    It is made by the first write, so that an error before it leaves no folder behind.
+    It is made by `take` or the first write, so that an error before it leaves no folder behind.
+
+    Args:
+        keep_checkpoints: after each save all but the newest so many checkpoints are removed, except the best one (see
+            `best_step`); 0 = all are kept.
     """
 
-    def __init__(self, path: Path, *, is_main: bool):
-        self.path, self._is_main = path, is_main
-        self.results, self.checkpoints = path / "results.jsonl", path / "checkpoints"
+    def __init__(self, path: Path, *, is_main: bool, keep_checkpoints: int = 0):
+        self.path, self._is_main, self._keep = path, is_main, keep_checkpoints
+
+    @property
+    def results(self) -> Path:
+        """results.jsonl."""
+        return self.path / "results.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    # ---- taking it
+
+    def check_free(self) -> None:
+        """Writes nothing. Raises: UserError for a folder that cannot be made, holds a run or is in use."""
+        path = self.path
         parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-        if is_main and not (parent.is_dir() and os.access(parent, os.W_OK)):
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
             reason = "is not writable" if parent.is_dir() else "is a file"
             raise UserError(f"--output-dir {str(path)!r} cannot be made, {str(parent)!r} {reason}: name another")
+        if (holder := holder_of(path)) is not None:
+            raise UserError(in_use(path, holder))
+        if self.results.is_file() or self.saved():
+            raise UserError(f"{str(path)!r} already holds a run: add --resume latest, or name another --output-dir")
+
+    def take(self, *, renamed: bool = False, resumed: bool = False) -> Path:
+        """Takes the folder for this process until `release`, or the end of the process, and returns its path.
+
+        Files that a killed writer left are removed. Main process.
+
+        Args:
+            renamed: an existing folder is left alone, and -2, -3, ... is added to the name.
+            resumed: the folder holds the run that goes on.
+
+        Raises: UserError for a folder that another process holds, and for another run in it unless `resumed`.
+        """
+        if renamed:
+            self.path = new_folder(self.path)
+        hold_folder(self.path)
+        if not resumed:
+            try:
+                self.check_free()  # another process may have been here since the first check
+            except UserError:
+                self.release()
+                raise
+        incomplete = [
+            path for path in self.checkpoints.glob(f"{_INCOMPLETE}*") if path.name[len(_INCOMPLETE) :].isdigit()
+        ]
+        for path in [*leftovers(self.path), *leftovers(self.checkpoints), *incomplete]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return self.path
+
+    def release(self) -> None:
+        """Ends `take`."""
+        release_folder(self.path)
+
+    # ---- config.json, results.jsonl and other files
 
     def write_json(self, name: str, content: Any) -> None:
         """Replaces a JSON file."""
-        self.write_text(name, json.dumps(content, indent=2) + "\n")
+        if self._is_main:
+            write_json(self.path / name, content, indent=2)
 
     def write_text(self, name: str, content: str) -> None:
         """Replaces a text file."""
@@ -50,11 +125,11 @@ class RunFolder:
             write_text(self.path / name, content)
 
     def config(self) -> dict[str, Any]:
-        """The content of config.json. Raises: UserError where there is none."""
+        """The content of config.json. Raises: UserError where there is none, or a damaged one."""
         path = self.path / "config.json"
         if not path.is_file():
             raise UserError(f"{str(self.path)!r} holds no config.json: it is not a run folder")
-        return json.loads(path.read_text())
+        return read_json(path, remedy="restore it from a copy, or start in another --output-dir")
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends one line to results.jsonl."""
@@ -62,32 +137,101 @@ class RunFolder:
             append_line(self.results, record)
 
     def records(self) -> list[dict[str, Any]]:
-        """All lines of results.jsonl. A last line that a kill cut short is left out."""
-        if not self.results.is_file():
-            return []
-        lines = self.results.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+        """All lines of results.jsonl, with nan where the file has null. A last line that a kill cut short is left out.
+
+        Raises: UserError for a damaged line.
+        """
+        records = [nan_for_null(record) for record in read_lines(self.results)] if self.results.is_file() else []
+        for number, record in enumerate(records, 1):
+            if not isinstance(record.get("step"), int):
+                raise UserError(f"{str(self.results)!r}: record {number} has no number of a step: remove that line")
+        return records
+
+    # ---- checkpoints
 
     def rewind(self, step: int) -> None:
-        """Drops the lines after `step`, which a resumed run writes again."""
-        if self._is_main and self.results.is_file():
+        """Drops the lines and checkpoints after `step`, which a resumed run writes again. Prints the number of those.
+
+        Checkpoints that stayed would be taken for this run's by the next --resume latest.
+        """
+        if not self._is_main:
+            return
+        if self.results.is_file():
             kept = [record for record in self.records() if record["step"] <= step]
-            self.write_text(self.results.name, "".join(json.dumps(record) + "\n" for record in kept))
+            self.write_text(self.results.name, "".join(json_text(record) for record in kept))
+        later = [path for saved, path in self.saved().items() if saved > step]
+        for path in later:
+            remove_folder(path)
+        if later:
+            print(f"removed {len(later)} checkpoints after step {step:,}, which this run writes again")
+
+    def saved(self) -> dict[int, Path]:
+        """Step -> folder of each complete checkpoint, in the order of the steps."""
+        found = [(re.fullmatch(rf"{_PREFIX}(\d{{8,}})", path.name), path) for path in self.checkpoints.glob("*")]
+        steps = {int(match[1]): path for match, path in found if match and (path / "loop.json").is_file()}
+        return dict(sorted(steps.items()))
+
+    def remove_old(self) -> None:
+        """Removes the checkpoints that `keep_checkpoints` does not keep. Main process."""
+        saved = self.saved()
+        if not self._keep or len(saved) <= self._keep:
+            return
+        kept = {*list(saved)[-self._keep :], best_step(self.records(), saved)}
+        for step, path in saved.items():
+            if step not in kept and not path.is_symlink():
+                remove_folder(path)
 
     def find_checkpoint(self, resume: str) -> Path:
         """The checkpoint that `--resume` names: `latest`, or a path. Raises: UserError where there is none."""
         if resume != "latest":
-            if not (Path(resume) / "loop.json").is_file():
+            checkpoint = Path(resume)
+            if not (checkpoint / "loop.json").is_file():
                 raise UserError(
                     f"--resume {resume!r} is not a checkpoint folder: take 'latest' or a checkpoints/step_* folder"
                 )
-            return Path(resume)
-        complete = sorted(self.checkpoints.glob(f"{_PREFIX}*"))
-        if not complete:
+            if checkpoint.resolve().parent != self.checkpoints.resolve():
+                raise UserError(
+                    f"--resume {resume!r} is not a checkpoint of {str(self.path)!r}: leave out --output-dir"
+                )
+            return checkpoint
+        saved = self.saved()
+        if not saved:
             raise UserError(
                 f"--resume latest: {str(self.checkpoints)!r} holds no checkpoint: start in another --output-dir"
             )
-        return complete[-1]
+        return saved[max(saved)]
+
+
+def new_folder(path: Path) -> Path:
+    """Makes the folder, under another name where it exists: PATH, PATH-2, PATH-3, ... No two callers get the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    candidate, number = path, 1
+    while True:
+        try:
+            candidate.mkdir()
+            return candidate
+        except FileExistsError:
+            number += 1
+            candidate = path.with_name(f"{path.name}-{number}")
+
+
+def best_step(records: list[dict[str, Any]], steps: Collection[int]) -> int | None:
+    """Of these steps, the one where the student's main metric was highest, the newest of equals; None without any.
+
+    The main metric is the first metric of the first evaluation of a step, by default top-1 accuracy on the first
+    evaluation set. Steps that were evaluated on another set or by another metric than the newest one do not count.
+    """
+    first: dict[int, tuple[str, str, float]] = {}
+    for record in records:
+        metrics = ((name, value) for name, value in record.items() if isinstance(value, float))
+        name, value = next(metrics, ("", 0.0))
+        if record.get("model") == "student" and record["step"] in steps and name:
+            first.setdefault(record["step"], (record.get("dataset", ""), name, value))
+    if not first:
+        return None
+    newest = first[max(first)][:2]
+    comparable = [(value, step) for step, (*what, value) in first.items() if (*what,) == newest and value == value]
+    return max(comparable)[1] if comparable else None
 
 
 def save_checkpoint(
@@ -122,17 +266,21 @@ def save_checkpoint(
                 {name: _contiguous_copy(tensor) for name, tensor in ema.state_dict().items()},
                 scratch / "ema.safetensors",
             )
-        (scratch / "loop.json").write_text(json.dumps({"step": step, "positions": positions}))
-        replace_folder(scratch, final)  # this very step may have been saved before a rewind
+        (scratch / "loop.json").write_text(json_text({"step": step, "positions": positions}))
+        replace_folder(scratch, final)
+        run.remove_old()
     accelerator.wait_for_everyone()  # all ranks
 
 
 def read_loop_state(checkpoint: Path, *, rank: int, world_size: int) -> tuple[int, dict[str, Any]]:
     """The step of a checkpoint and this rank's position in the data.
 
-    Raises: UserError for another number of processes.
+    Raises: UserError for another number of processes, and for a damaged file.
     """
-    state = json.loads((checkpoint / "loop.json").read_text())
+    path, remedy = checkpoint / "loop.json", "resume from another checkpoints/step_* folder"
+    state = read_json(path, remedy=remedy)
+    if not (isinstance(state.get("step"), int) and isinstance(state.get("positions"), list)):
+        raise UserError(f"{str(path)!r} is damaged (no step and positions): {remedy}")
     if len(state["positions"]) != world_size:
         raise UserError(
             f"{str(checkpoint)!r} was written by {len(state['positions'])} processes, now there are {world_size}: "
@@ -142,15 +290,25 @@ def read_loop_state(checkpoint: Path, *, rank: int, world_size: int) -> tuple[in
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, ema: nn.Module | None) -> dict[str, Tensor]:
-    """Restores model, optimizer, scaler, RNG and EMA; returns the objective's state of this rank. All ranks."""
-    accelerator.load_state(str(checkpoint))  # all ranks
-    if ema is not None:
-        path = checkpoint / "ema.safetensors"
-        if not path.is_file():
-            raise UserError(f"{str(checkpoint)!r} holds no moving average: resume without --ema-decay")
-        ema.load_state_dict(load_file(path, device=str(accelerator.device)))
-    path = checkpoint / _memory(accelerator.process_index)
-    return load_file(path) if path.is_file() else {}
+    """Restores model, optimizer, scaler, RNG and EMA; returns the objective's state of this rank. All ranks.
+
+    Raises: UserError for a checkpoint that is damaged or of another model.
+    """
+    ema_path, memory_path = checkpoint / "ema.safetensors", checkpoint / _memory(accelerator.process_index)
+    if ema is not None and not ema_path.is_file():
+        raise UserError(f"{str(checkpoint)!r} holds no moving average: resume without --ema-decay")
+    try:
+        accelerator.load_state(str(checkpoint))  # all ranks
+        if ema is not None:
+            ema.load_state_dict(load_file(ema_path, device=str(accelerator.device)))
+        return load_file(memory_path) if memory_path.is_file() else {}
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # safetensors, pickle, torch and FSDP each have errors of their own for a damaged file
+        raise UserError(
+            f"checkpoint {str(checkpoint)!r} cannot be loaded ({type(error).__name__}: {error}): resume from another "
+            "checkpoints/step_* folder"
+        ) from error
 
 
 def _memory(rank: int) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 from gkl_vl import cli, report
 from gkl_vl.data.augment import drawing_augmentation, light_augmentation, mild_drawing_augmentation
 from gkl_vl.data.pair_stream import PairLoader, PairStream, Position
-from gkl_vl.data.pairs import Source, bundled_pairs
+from gkl_vl.data.pairs import Source, bundled_pairs, open_source
 from gkl_vl.disk_cache import cache_folder
 from gkl_vl.errors import UserError
 from gkl_vl.evaluation.benchmark import TASK_OF, measure, metrics_of
@@ -42,6 +42,7 @@ BUNDLED_VIEWS = 6
 BUNDLED_STEPS = 300
 BUNDLED_MIMICRY_WEIGHT, MIMICRY_WEIGHT = 10_000.0, 2000.0
 LR = 1e-3
+WARMUP_STEPS = 50
 SHEET_IMAGES = 12
 
 # ---- flags -------------------------------------------------------------------------------------------------------
@@ -64,9 +65,15 @@ class CaptionData:
     """Image-text pairs for training."""
 
     train_data: str | None = None
-    """Shards `a-{000..9}.tar::b.tar`, a .csv or .tsv, parquet, or a Hub dataset id. None = the bundled emoji."""
+    """Shards `a-{000..9}.tar::b.tar`, .csv, .tsv, .jsonl, .parquet, FOLDER[:SPLIT], org/name[:SPLIT] on the Hub. None =
+    the bundled emoji."""
     columns: tuple[str, str] | None = None
-    """Image and caption column of a table. None = `filepath title` in CSV, `image caption` elsewhere."""
+    """Image and caption column; in shards and folders, image ending, and text ending or JSON field. `a.b` = a field of
+    a struct. None = `filepath title` in CSV, `image caption` elsewhere."""
+    caption_lines: bool = False
+    """A text file beside an image holds one caption per line. Otherwise all of it is one caption."""
+    quoted: bool | None = None
+    """CSV, TSV: cells may be in double quotes. None = yes for .csv, no for .tsv: a quote is a letter there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +103,8 @@ class ClipOptimisation:
     """Peak learning rate: linear warm-up, then cosine to 0. None = 1e-3; bundled data has its own."""
     wd: float = 0.2
     """Weight decay; none on biases, norms and the logit scale."""
-    warmup: int = 50
-    """Warm-up steps."""
+    warmup: int | None = None
+    """Warm-up steps. None = 50, at most all."""
     ema_decay: float = 0.0
     """Decay per step of a moving average of the weights, which is evaluated and exported; 0 = none."""
 
@@ -107,7 +114,7 @@ class ClipEvaluation:
     """Evaluation while training, and checkpoints."""
 
     eval_data: tuple[str, ...] | None = None
-    """Sets as eval/zero_shot.py names them. None = the bundled ones for bundled data, else none."""
+    """Sets as eval/zero_shot.py names them; no name = no set. None = the bundled ones for bundled data, else none."""
     dataset_root: str | None = None
     """Folder of these sets, or its URL on the Hub; {dataset} and {dataset_cleaned} are filled in."""
     intervals: Annotated[StepIntervals, tyro.conf.arg(name="")] = StepIntervals(
@@ -130,8 +137,13 @@ class ClipFlags(Protocol):
 
 
 def caption_weights(loss: CaptionLoss, *, teacher: str, bundled: bool) -> ClipKdWeights:
-    """The weights of a run on captions. Raises: UserError where all are 0."""
+    """The weights of a run on captions. Raises: UserError where all are 0, and for a teacher's without a teacher."""
     mimicry_weight = loss.mimicry_weight
+    if teacher == "none":
+        usual = vars(CaptionLoss().gkl)
+        of_a_teacher = {name: value if value != usual[name] else None for name, value in vars(loss.gkl).items()}
+        of_a_teacher["mimicry_weight"] = mimicry_weight
+        cli.refuse_unused(of_a_teacher, list(of_a_teacher), "has no effect with --teacher none")
     if mimicry_weight is None:
         mimicry_weight = BUNDLED_MIMICRY_WEIGHT if bundled else MIMICRY_WEIGHT
     of_teacher = (loss.gkl.soft_ce_weight, loss.gkl.wmse_weight, mimicry_weight)
@@ -158,6 +170,18 @@ class ClipData:
     def bundled(self) -> bool:
         """The bundled emoji have stored teacher views, their own augmentation, evaluation sets and defaults."""
         return self.name is None
+
+
+def open_captions(flags: CaptionData) -> ClipData:
+    """The pairs of the flags. Raises: UserError as `open_source`, and for flags that the bundled data do not use."""
+    if flags.train_data is None:
+        cli.refuse_unused(vars(flags), ["columns", "quoted"], "has no effect without --train-data")
+        if flags.caption_lines:
+            raise UserError("--caption-lines has no effect without --train-data: leave it out")
+    source = open_source(
+        flags.train_data, columns=flags.columns, caption_lines=flags.caption_lines, quoted=flags.quoted
+    )
+    return ClipData(source=source, name=flags.train_data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +224,7 @@ def train_clip(
     student = load_student(config)
     sets = evaluation_sets(config.evaluation, bundled=data.bundled)
     steps = count_steps(config.optimisation, data, run.num_processes)
+    count_warmup(config.optimisation, steps)  # raises before there is a run folder
     images_per_step = config.optimisation.batch_size * config.optimisation.accum_steps
     check(steps * images_per_step * run.num_processes)
     origin = "" if teacher is None else f" distilled from {config.model.teacher}"
@@ -218,7 +243,7 @@ def train_clip(
         model=model,
         objective=make_objective(ClipSetup(student=student, teacher=teacher, teach=teach, device=run.device)),
         make_optimizer=partial(adamw, lr=lr, wd=config.optimisation.wd),
-        learning_rate=partial(warmup_cosine, lr=lr, steps=steps, warmup_steps=min(config.optimisation.warmup, steps)),
+        learning_rate=partial(warmup_cosine, lr=lr, steps=steps, warmup_steps=count_warmup(config.optimisation, steps)),
         make_loader=partial(make_loader, config, run, data, augment, student, teacher, stored),
         run=run.folder,
         config=FitConfig(
@@ -236,7 +261,7 @@ def train_clip(
         log_teacher(run.folder, steps, evaluate(teacher, "teacher", sets, run.device, cache_folder("embeddings")))
     if run.accelerator.is_main_process:
         finish(config, run, data, replace(student, towers=exported.towers), teacher, steps, attack)
-    run.accelerator.end_training()
+    run.end()
 
 
 # ---- before the first step ---------------------------------------------------------------------------------------
@@ -245,6 +270,7 @@ def train_clip(
 def load_teacher(config: ClipFlags, device: torch.device) -> Clip | None:
     """The frozen teacher on its device, not wrapped by Accelerate."""
     if config.model.teacher == "none":
+        cli.refuse_unused(vars(config.model), ["teacher_pretrained"], "has no effect with --teacher none")
         return None
     allow_pickle = config.run.allow_pickle
     teacher = freeze(load_clip(config.model.teacher, config.model.teacher_pretrained, allow_pickle=allow_pickle))
@@ -265,15 +291,14 @@ def load_student(config: ClipFlags) -> Clip:
 
 def evaluation_sets(evaluation: ClipEvaluation, *, bundled: bool) -> list[BenchmarkSet]:
     """The sets of --eval-data, loaded before the first step."""
-    if evaluation.eval_data is None and not bundled:
-        return []
-    names = BUNDLED if evaluation.eval_data is None else evaluation.eval_data
+    names = (BUNDLED if bundled else ()) if evaluation.eval_data is None else evaluation.eval_data
+    if not names:
+        cli.refuse_unused(vars(evaluation), ["dataset_root"], "has no effect without sets in --eval-data")
     return load_benchmark_sets(names, root=evaluation.dataset_root, split="test")
 
 
 def count_steps(optimisation: ClipOptimisation, data: ClipData, num_processes: int) -> int:
     """Updates of the run, from --steps or --epochs."""
-    cli.require_positive(optimisation, "steps", "epochs", "batch_size", "accum_steps")
     if optimisation.steps is not None and optimisation.epochs is not None:
         raise UserError(f"--steps {optimisation.steps} and --epochs {optimisation.epochs} exclude each other: give one")
     if optimisation.steps is not None:
@@ -288,6 +313,15 @@ def count_steps(optimisation: ClipOptimisation, data: ClipData, num_processes: i
         )
     global_batch = optimisation.batch_size * optimisation.accum_steps * num_processes
     return max(optimisation.epochs * data.source.num_pairs // global_batch, 1)
+
+
+def count_warmup(optimisation: ClipOptimisation, steps: int) -> int:
+    """Warm-up steps of a run of so many steps. Raises: UserError where --warmup is longer than the run."""
+    if optimisation.warmup is None:
+        return min(WARMUP_STEPS, steps)
+    if optimisation.warmup > steps:
+        raise UserError(f"--warmup {optimisation.warmup} is longer than the run of {steps} steps: lower it")
+    return optimisation.warmup
 
 
 def augmentation(student: Clip, teacher: Clip | None, *, bundled: bool) -> Callable[..., torch.Tensor]:

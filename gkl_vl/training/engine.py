@@ -85,10 +85,11 @@ def fit(
         step, position = read_loop_state(
             checkpoint, rank=accelerator.process_index, world_size=accelerator.num_processes
         )
+    loader = make_loader(position)  # may refuse the position, and then nothing is rewound
+    if checkpoint is not None:
         objective.load_state(load_checkpoint(accelerator, checkpoint, ema=average))
         run.rewind(step)
     started_at = step
-    loader = make_loader(position)
     batches = iter(loader)
     speed = Speed(accelerator.num_processes)
     quiet = not accelerator.is_main_process or not sys.stderr.isatty()

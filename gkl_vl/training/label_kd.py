@@ -28,6 +28,16 @@ from gkl_vl.training.optim import multi_step, sgd, warmup_cosine
 from gkl_vl.training.run import EpochIntervals, Run, RunFlags
 
 Method = Literal["ce", "kd", "kd-ls", "dkd", "dist", "dkl", "ikl", "gkl"]
+_KD = ("ce_weight", "warmup_epochs", "temperature")
+_DKL = (*_KD, "soft_ce_weight", "wmse_weight", "weight_temperature")
+LOSS_FLAGS: dict[Method, tuple[str, ...]] = {
+    "ce": (),
+    **dict.fromkeys(("kd", "kd-ls", "dkd", "dist"), _KD),
+    "dkl": _DKL,
+    "ikl": (*_DKL, "class_prior"),
+    "gkl": (*_DKL, "class_prior", "gamma"),
+}
+"""The flags of `LabelLoss` that each method uses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +226,7 @@ def train_classifier(config: LabelConfig, *, recipe: Recipe) -> None:
             steps=steps,
             published=published(pair, config),
         )
-    run.accelerator.end_training()
+    run.end()
 
 
 def find_pair(recipe: Recipe, config: LabelConfig) -> Pair:
@@ -224,9 +234,7 @@ def find_pair(recipe: Recipe, config: LabelConfig) -> Pair:
     pair, length = cli.named(recipe.pairs, config.pair, flag="--pair"), config.optimisation
     if length.steps is not None and length.epochs is not None:
         raise UserError(f"--steps {length.steps} and --epochs {length.epochs} exclude each other: give one")
-    if config.data.stored_views < 0:
-        raise UserError(f"--stored-views {config.data.stored_views} must be at least 1, or 0 for none")
-    cli.require_positive(config, "steps", "epochs", "batch_size", "images", "stored_top_k")
+    refuse_unused_flags(config)
     if length.epochs is not None:  # the milestones keep their share of the training
         moved = tuple(epoch * length.epochs / pair.epochs for epoch in pair.milestones)
         pair = replace(pair, milestones=moved, epochs=length.epochs)
@@ -235,6 +243,17 @@ def find_pair(recipe: Recipe, config: LabelConfig) -> Pair:
     flags = cli.flat(config)
     del flags["batch_size"]  # per process; the pair's is of all processes together
     return overridden(pair, flags)
+
+
+def refuse_unused_flags(config: LabelConfig) -> None:
+    """Raises: UserError for a flag that the run would not use."""
+    flags = cli.flat(config)
+    unused = [name for name in LOSS_FLAGS["gkl"] if name not in LOSS_FLAGS[config.method]]
+    if config.method == "ce":
+        unused += ["teacher", "teacher_weights", "stored_top_k"]
+    cli.refuse_unused(flags, unused, f"has no effect with --method {config.method}")
+    if not config.data.stored_views:
+        cli.refuse_unused(flags, ["stored_top_k"], "has no effect without --stored-views")
 
 
 def find_settings(pair: Pair, config: LabelConfig) -> Distillation:

@@ -8,19 +8,30 @@ Every recipe does the same in the same order:
     run.seed_ranks()                        # from here on each rank draws its own random numbers
     fit(accelerator=run.accelerator, run=run.folder, checkpoint=run.checkpoint(), ...)
     run.push()
+    run.end()
 """
 
 import json
+import os
+import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import (
+    broadcast_object_list,
+    is_tensorboard_available,
+    is_trackio_available,
+    is_wandb_available,
+    set_seed,
+)
 
 from gkl_vl import cli
+from gkl_vl.atomic import holder_of, in_use
 from gkl_vl.errors import UserError
 from gkl_vl.export import hub
 from gkl_vl.export.cards import RunFacts
@@ -29,8 +40,28 @@ from gkl_vl.training.checkpoint import RunFolder
 from gkl_vl.training.engine import check_all_processes_joined
 
 ACCELERATE_PRECISION = {"fp32": "no", "amp": "fp16", "fp16": "fp16", "amp_bf16": "bf16", "bf16": "bf16", None: None}
-MAY_DIFFER = {"output_dir", "resume", "debug", "report_to", "push_to_hub", "allow_pickle"}
-"""Flags that a resumed run need not share with the run that it continues."""
+TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
+"""Value of --report-to, which is the name of its package -> whether it is installed."""
+MAY_DIFFER = {
+    "output_dir": "the folder itself, which may have been moved",
+    "resume": "says where to go on",
+    "debug": "of error messages only",
+    "report_to": "copies of the log",
+    "push_to_hub": "after the training",
+    "allow_pickle": "whether weights may be read, not which",
+    "precision": "`mixed_precision`, which the launcher can set as well, is compared in its place",
+    "keep_checkpoints": "removes finished checkpoints",
+    "checkpoint_every_steps": "saving draws no random numbers",
+    "checkpoint_every_epochs": "saving draws no random numbers",
+    "eval_every_steps": "evaluation draws no random numbers from training's generators",
+    "eval_every_epochs": "as eval_every_steps",
+    "dataset_root": "of evaluation sets only",
+    "robust_images": "of the evaluation under attack only",
+    "workers": "batches do not depend on them; a stream of pairs, whose order does, refuses other workers itself",
+}
+"""Flags that a resumed run need not share with the run that it continues -> why they cannot change the weights."""
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +69,11 @@ class RunFlags:
     """Output, resume, processes and seed."""
 
     output_dir: Path | None = None
-    """Run folder. None = runs/RECIPE-<time>."""
+    """Run folder. None = a new one, runs/RECIPE-<time>."""
     resume: str | None = None
     """Continue a run with the same flags: `latest`, or a checkpoint folder."""
+    keep_checkpoints: int = 3
+    """Checkpoints to keep, the newest; the one with the best main metric is kept beside them. 0 = all."""
     seed: int = 0
     """Seed of initial weights, data order, augmentations and everything else that is random."""
     precision: Literal["fp32", "amp", "fp16", "amp_bf16", "bf16"] | None = None
@@ -99,36 +132,48 @@ class Run:
         config: flags of the recipe. They are recorded in config.json and compared with it on resume.
         recipe: the run folder is runs/RECIPE-TIME where `output_dir` is None.
 
-    Raises: UserError for a malformed `push_to_hub`, a folder that holds another run, a resume with other flags.
+    Raises: UserError for numbers out of bounds, a tracker that is not installed, a malformed `push_to_hub`, a folder
+        that holds another run or is in use, a resume with other flags.
     """
 
     def __init__(self, config: HasRunFlags, *, recipe: str):
         self.flags = flags = config.run
-        if flags.push_to_hub:
+        cli.check_values(cli.flat(config))
+        if flags.push_to_hub is not None:
             hub.check_repo_id(flags.push_to_hub)
+        check_trackers(flags.report_to)
         self.accelerator = Accelerator(
             mixed_precision=ACCELERATE_PRECISION[flags.precision],
             log_with=list(flags.report_to) or None,
-            project_dir=str(flags.output_dir or "runs"),
+            project_dir="runs",  # until `begin`, which knows the folder
         )
         check_all_processes_joined(self.accelerator)
-        folder = [flags.output_dir or default_folder(flags.resume, recipe)]
-        broadcast_object_list(folder)  # all ranks: clocks differ
-        self.folder = RunFolder(folder[0], is_main=self.accelerator.is_main_process)
-        self.title = recipe
         record = json.loads(json.dumps(cli.flat(config), default=str))
-        if flags.resume:
-            self._check_same_flags(record)
-        elif self.folder.results.is_file():
-            path = str(self.folder.path)
-            raise UserError(f"{path!r} already holds a run: add --resume latest, or name another --output-dir")
-        self.accelerator.wait_for_everyone()  # all ranks: nobody looks for results after the main process wrote some
-        if flags.report_to:
-            values = {name: value for name, value in record.items() if isinstance(value, int | float | str)}
-            self.accelerator.init_trackers("gkl_vl", config=values)
+        record |= {"mixed_precision": self.accelerator.mixed_precision, "cwd": str(Path.cwd())}
+        path, self._checkpoint = self._on_main(lambda: open_folder(flags, recipe, record))  # all ranks
+        self._use(path)
+        self.title = recipe
         # The commit at the start of the run, whatever is checked out when it ends.
         self._record = record | {"command": command_line(), "commit": git_commit()}
         set_seed(flags.seed)  # the same initial weights on every rank
+
+    def _use(self, path: Path) -> None:
+        self.folder = RunFolder(
+            path, is_main=self.accelerator.is_main_process, keep_checkpoints=self.flags.keep_checkpoints
+        )
+
+    def _on_main(self, function: Callable[[], Value]) -> Value:
+        """What the function returns in the main process, on all ranks; they all raise its UserError."""
+        result: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                result[0] = function()
+            except UserError as error:
+                result[1] = str(error)
+        broadcast_object_list(result)  # all ranks
+        if result[1] is not None:
+            raise UserError(result[1])
+        return result[0]
 
     @property
     def device(self) -> torch.device:
@@ -148,10 +193,21 @@ class Run:
             )
 
     def begin(self, title: str) -> None:
-        """Writes config.json, unless the run is resumed, and prints a line. Call it when nothing can be refused."""
+        """Takes the run folder, writes config.json unless the run is resumed, and prints a line. All ranks.
+
+        Call it when nothing else can be refused. From here on no other run can take the folder.
+
+        Raises: UserError where another run took it in the meantime.
+        """
         self.title = f"{title} · seed {self.flags.seed}"
-        if not self.flags.resume:
+        resumed, renamed = self.flags.resume is not None, self.flags.output_dir is None and self.flags.resume is None
+        self._use(self._on_main(lambda: self.folder.take(resumed=resumed, renamed=renamed)))  # all ranks
+        if not resumed:
             self.folder.write_json("config.json", self._record)
+        if self.flags.report_to:
+            self.accelerator.project_configuration.logging_dir = str(self.folder.path)
+            values = {name: value for name, value in self._record.items() if isinstance(value, int | float | str)}
+            self.accelerator.init_trackers("gkl_vl", config=values)
         self.accelerator.print(f"{self.title} · {self.num_processes} x {self.device.type} · {self.folder.path}")
 
     def seed_ranks(self) -> None:
@@ -159,8 +215,8 @@ class Run:
         set_seed(self.flags.seed, device_specific=True)
 
     def checkpoint(self) -> Path | None:
-        """The checkpoint to resume from; None for a new run. Raises: UserError where --resume names none."""
-        return self.folder.find_checkpoint(self.flags.resume) if self.flags.resume else None
+        """The checkpoint to resume from; None for a new run."""
+        return self._checkpoint
 
     def facts(self, *, steps: int) -> RunFacts:
         """What a model card says about this run, with the evaluations after `steps` updates."""
@@ -176,29 +232,106 @@ class Run:
 
     def push(self) -> None:
         """Uploads the exported folder where --push-to-hub asks for it. Main process."""
-        if self.flags.push_to_hub:
+        if self.flags.push_to_hub is not None:
             url = hub.push_to_hub(folder=self.folder.path / "model", repo_id=self.flags.push_to_hub)
             print(f"Pushed: {url}")
 
-    def _check_same_flags(self, record: dict[str, Any]) -> None:
-        before = self.folder.config()
-        changed = [name for name in record if name not in MAY_DIFFER and record[name] != before.get(name)]
-        if changed:
-            differences = ", ".join(
-                f"--{name.replace('_', '-')} {record[name]} (was {before.get(name)})" for name in changed
-            )
-            raise UserError(f"--resume continues a run as it was, but {differences}: use the same flags")
+    def end(self) -> None:
+        """Ends trackers and process group, and releases the folder. All ranks."""
+        self.accelerator.end_training()
+        self.folder.release()
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raises: UserError for a tracker whose package is not installed; Accelerate would leave it out."""
+    for name in names:
+        if not TRACKERS[name]():
+            raise UserError(f"--report-to {name} needs its package: pip install {name}, or leave it out")
+
+
+# ---- the folder, and what a resumed run may change
+
+
+def open_folder(flags: RunFlags, recipe: str, record: dict[str, Any]) -> tuple[Path, Path | None]:
+    """The run folder, and the checkpoint to resume from; None for a new run. Writes nothing. Main process.
+
+    Raises: UserError for a folder that cannot be used, and for a run that cannot be resumed with these flags.
+    """
+    path = default_folder(flags.resume, recipe) if flags.output_dir is None else flags.output_dir
+    folder = RunFolder(path, is_main=True)
+    if flags.resume is None:
+        if flags.output_dir is not None:  # a default folder gets a new name where it exists
+            folder.check_free()
+        return path, None
+    checkpoint = folder.find_checkpoint(flags.resume) if flags.resume != "latest" else None
+    check_same_flags(record, folder.config())
+    if (holder := holder_of(path)) is not None:
+        raise UserError(in_use(path, holder))
+    return path, checkpoint or folder.find_checkpoint("latest")
 
 
 def default_folder(resume: str | None, recipe: str) -> Path:
     """A new folder under runs/, or the newest one with a checkpoint to resume."""
-    if not resume:
+    if resume is None:
         return Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     if resume != "latest":
-        return Path(resume).parent.parent
-    folders = sorted(path.parents[1] for path in Path("runs").glob(f"{recipe}-*/checkpoints/step_*"))
+        return Path(resume).absolute().parent.parent
+    found = {path.parents[1] for path in Path("runs").glob(f"{recipe}-*/checkpoints/step_*")}
+    folders = [folder for folder in found if RunFolder(folder, is_main=False).saved()]
     if not folders:
         raise UserError(
             f"--resume latest: no runs/{recipe}-* folder here has a checkpoint: name the run with --output-dir"
         )
-    return folders[-1]
+    return max(folders, key=lambda folder: [int(number) for number in re.findall(r"\d+", folder.name)])
+
+
+def check_same_flags(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Raises: UserError that names the flags, other than `MAY_DIFFER`, by which a resumed run differs from its start.
+
+    Paths are the same if they lead to the same place from the folders in which the two commands ran.
+    """
+    folder = Path(before.get("cwd", "."))
+    names = [name for name in now if name not in MAY_DIFFER and name != "cwd"]
+    changed = [name for name in names if not is_same(now[name], before.get(name), folder)]
+    if changed:
+        differences = ", ".join(f"--{name.replace('_', '-')} {now[name]} (was {before.get(name)})" for name in changed)
+        raise UserError(f"--resume continues a run as it was, but {differences}: use the same flags")
+
+
+def is_same(now: Any, before: Any, folder: Path) -> bool:
+    """Whether a value means what it meant in a command that ran in `folder`."""
+    if isinstance(now, list) and isinstance(before, list):
+        return len(now) == len(before) and all(is_same(a, b, folder) for a, b in zip(now, before, strict=True))
+    if not (isinstance(now, str) and isinstance(before, str)):
+        return now == before
+    there = resolved(before, folder)
+    return now == before if there is None else resolved(now, Path.cwd()) == there
+
+
+def resolved(text: str, folder: Path) -> str | None:
+    """`text` with absolute paths, seen from `folder`; None where it holds no path that exists.
+
+    Paths are a whole text or a part of it between `::`, behind a prefix (local-dir:PATH, TAG=PATH), before :SPLIT, and
+    the folder of a pattern (PATH/{0..9}.tar, PATH/*.tar).
+    """
+    parts = [_resolved_part(part, folder) for part in text.split("::")]
+    return None if None in parts else "::".join(filter(None, parts))
+
+
+def _resolved_part(text: str, folder: Path) -> str | None:
+    pattern = re.search(r"[{*?\[]", text)
+    if pattern is not None:
+        parent, _, rest = text[: pattern.start()].rpartition("/")
+        place = folder / (parent or ("/" if text.startswith("/") else "."))
+        return f"{place.resolve()}/{rest}{text[pattern.start() :]}" if os.path.isdir(place) else None
+    head, colon, tail = text.partition(":")
+    tag, _, file = text.partition("=")
+    for before, path, after in (
+        ("", text, ""),
+        (head + colon, tail, ""),
+        ("", head, colon + tail),
+        (f"{tag}=", file, ""),
+    ):
+        if path and os.path.exists(folder / path):
+            return f"{before}{(folder / path).resolve()}{after}"
+    return None

@@ -77,7 +77,7 @@ def places(names: Sequence[str], reference: Sequence[str]) -> list[int] | None:
     return None
 
 
-def require_places(names: Sequence[str], reference: Sequence[str], *, whose: str, others: str) -> list[int]:
+def match_classes(names: Sequence[str], reference: Sequence[str], *, whose: str, others: str) -> list[int]:
     """`places`. Raises: UserError that names the first difference; `whose` and `others` say whose names these are."""
     if (found := places(names, reference)) is not None:
         return found
@@ -95,7 +95,7 @@ def require_places(names: Sequence[str], reference: Sequence[str], *, whose: str
     )
 
 
-def named_by_list(own: Sequence[str], given: Sequence[str], *, where: str) -> list[str]:
+def named_by_list(own: Sequence[str], given: Sequence[str], *, where: str, whose: str) -> list[str]:
     """The names of a list for the classes of a set, by label.
 
     A list of the same classes in any order is matched by name. For classes that are numbers, number k takes the k-th
@@ -105,19 +105,21 @@ def named_by_list(own: Sequence[str], given: Sequence[str], *, where: str) -> li
 
     Args:
         own: the classes of the set, by label.
-        where: the file and its key, for messages.
+        where, whose: the file, and the set in it, for messages.
 
     Raises: UserError for another number of names, or an order that is not certain.
     """
-    form = f'write {{"{own[0]}": "its name", ...}} in place of the list' if own else ""
+    form = f'write {{"{own[0]}": "its name", ...}} in place of the list'
     if len(given) != len(own):
-        raise UserError(f"{where} has {len(given)} class names for a set of {len(own)} classes: {form}")
+        raise UserError(
+            f"{where} has {len(given)} class names for {whose}, which has {len(own)} classes ({listed(own)}): {form}"
+        )
     if are_numbers(own) and not are_numbers(given):
         numbers = [int(name) for name in own]
         if sorted(numbers) != list(range(len(own))):
             raise UserError(
-                f"{where}: the k-th name of a list is that of class k from 0, and this set's {len(own)} classes are "
-                f"{listed(own)}: {form}"
+                f"{where} has a list for {whose}, whose k-th name is that of class k from 0, and the set's {len(own)} "
+                f"classes are {listed(own)}: {form}"
             )
         return [given[number] for number in numbers]
     if (found := places(own, given)) is not None:
@@ -128,13 +130,13 @@ def named_by_list(own: Sequence[str], given: Sequence[str], *, where: str) -> li
     ]
     if moved:
         raise UserError(
-            f"{where} has the class {moved[0]!r} at another place than the set, whose order is {listed(own)}, and does "
-            f"not name the same classes: {form}"
+            f"{where} has the class {moved[0]!r} of {whose} at another place than the set, whose order is "
+            f"{listed(own)}, and names other classes too: {form}"
         )
     if list(own) == sorted(own) != sorted(own, key=_natural):
         raise UserError(
-            f"{where} is a list, and the set's classes are sorted as text ({listed(own)}), so that the order of their "
-            f"numbers is another: {form}"
+            f"{where} has a list for {whose}, whose classes are sorted as text ({listed(own)}) and not by their "
+            f"numbers: {form}"
         )
     return list(given)
 

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gkl_vl.data.classes import unique_names
 from gkl_vl.errors import UserError
 from gkl_vl.evaluation.embed import Embedder, class_weights, embed_images, embed_texts, require_classes
 from gkl_vl.evaluation.linear_probe import Probe, probe
@@ -55,6 +56,8 @@ TASK_OF: dict[Kind, BenchmarkTask] = {
 }
 MEAN_RECALL = "mean_recall@1"
 DRAWS = 1000
+RESULT_RULES = 2
+"""Version of the values of the metrics, part of the settings of stored results: raise it when one changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,15 @@ class Outcome:
     logits: Float[Tensor, "n C"] | None = None
     """Logits, with the model's logit scale, of a classification with one label per image; else None."""
     labels: Int[Tensor, " n"] | None = None
+    empty_classes: int = 0
+    """Number of classes that no evaluated image has. They are no part of mean_per_class_recall, and count as 0 in
+    mean_average_precision, as in CLIP_benchmark."""
+
+
+def targets_of(dataset: BenchmarkSet, tasks: Sequence[Task]) -> list[Target]:
+    """Which targets of a set's samples each of these tasks needs."""
+    label = TARGET_OF["multilabel" if dataset.kind == "multilabel" else "classification"]
+    return ["txt" if task in ("zeroshot_retrieval", "image_caption_selection") else label for task in tasks]
 
 
 def measure(
@@ -97,14 +109,13 @@ def measure(
     if "zeroshot_classification" in tasks:
         require_classes(dataset)
     check_recall_k(recall_k)
-    label = TARGET_OF["multilabel" if dataset.kind == "multilabel" else "classification"]
-    targets: list[Target] = [label if task == "zeroshot_classification" else "txt" for task in tasks]
+    targets = targets_of(dataset, tasks)
     images = embed_images(embedder, dataset, *dict.fromkeys(targets))
     outcomes = []
-    for task in tasks:
+    for task, target in zip(tasks, targets, strict=True):
         count = {"task": task, "images": len(images.rows), "broken": images.broken}
         if task == "zeroshot_classification":
-            outcomes.append(Outcome(**count, **_classification(embedder, dataset, images.rows, images.targets[label])))
+            outcomes.append(Outcome(**count, **_classification(embedder, dataset, images.rows, images.targets[target])))
             continue
         captions = images.targets["txt"]
         text = embed_texts(embedder, [caption for of_image in captions for caption in of_image])
@@ -127,7 +138,9 @@ def _mean_recall(recalls: Statistics) -> Statistics:
 def _classification(embedder: Embedder, dataset: BenchmarkSet, rows: Tensor, targets: list) -> dict[str, Any]:
     cosines = rows @ class_weights(embedder, dataset).T
     if dataset.kind == "multilabel":
-        return {"metrics": multilabel_statistics(scores=cosines, targets=torch.tensor(targets)), "extra": {}}
+        rows_of_labels = torch.tensor(targets)
+        metrics = multilabel_statistics(scores=cosines, targets=rows_of_labels)
+        return {"metrics": metrics, "extra": {}, "empty_classes": _empty_classes(rows_of_labels, cosines.shape[1])}
     labels = torch.tensor(targets)
     logits = cosines * embedder.clip.towers.log_scale().detach().exp().float().cpu()
     return {
@@ -135,7 +148,13 @@ def _classification(embedder: Embedder, dataset: BenchmarkSet, rows: Tensor, tar
         "extra": calibration_statistics(logits=logits, labels=labels),
         "logits": logits,
         "labels": labels,
+        "empty_classes": _empty_classes(labels, logits.shape[1]),
     }
+
+
+def _empty_classes(targets: Tensor, classes: int) -> int:
+    counts = targets.sum(dim=0) if targets.ndim == 2 else torch.bincount(targets, minlength=classes)
+    return int((counts == 0).sum())
 
 
 def measure_probe(
@@ -143,8 +162,8 @@ def measure_probe(
 ) -> tuple[Outcome, Probe]:
     """Fits a linear probe to the training set (`linear_probe.probe`) and evaluates it on the test set. All processes.
 
-    The metrics are those of zero-shot classification with the prefix lp_, as in CLIP_benchmark. Returns the outcome on
-    the test set and the probe.
+    The metrics are those of zero-shot classification with the prefix lp_, as in CLIP_benchmark. The classes of the sets
+    are matched by name (`BenchmarkSet.in_order_of`). Returns the outcome on the test set and the probe.
 
     Raises:
         UserError: as `measure` and `probe`; sets without labels.
@@ -152,11 +171,13 @@ def measure_probe(
     label = TARGET_OF[train.kind]
     if label == "txt":
         raise UserError(f"{train.name} is a {train.kind} set: it has no labels to fit a probe to")
+    test = test.in_order_of(train)
     train_images, test_images = embed_images(embedder, train, label), embed_images(embedder, test, label)
     train_targets, test_targets = torch.tensor(train_images.targets[label]), torch.tensor(test_images.targets[label])
     multilabel = train_targets.ndim == 2
-    if train.classnames and not multilabel and int(test_targets.max()) >= len(train.classnames):
-        last = len(train.classnames) - 1
+    names = train.class_names or ()
+    if names and not multilabel and int(test_targets.max()) >= len(names):
+        last = len(names) - 1
         raise UserError(
             f"{test.name} has the label {int(test_targets.max())}: the {last + 1} class names of {train.name} cover "
             f"0 to {last}; add the others"
@@ -165,12 +186,13 @@ def measure_probe(
     fitted = probe(
         features=train_images.rows.to(embedder.device),
         targets=train_targets.to(embedder.device),
-        num_classes=len(train.classnames or ()) or columns,
+        num_classes=len(names) or columns,
         shots=shots,
         seed=seed,
     )
     logits = fitted.classifier.logits(test_images.rows.to(embedder.device)).cpu()
     count = {"task": "linear_probe", "images": len(test_targets), "broken": test_images.broken, "extra": {}}
+    count["empty_classes"] = _empty_classes(test_targets, logits.shape[1])
     if multilabel:
         return Outcome(**count, metrics=_prefixed(multilabel_statistics(scores=logits, targets=test_targets))), fitted
     metrics = _prefixed(classification_statistics(logits=logits, labels=test_targets))
@@ -245,6 +267,7 @@ def evaluate_probe(
         name: the set's name in the result, as the user gave it (`wds/...`).
     """
     outcome, fitted = measure_probe(subject.embedder, train, test, shots=shots, seed=seed)
+    test = test.in_order_of(train)  # the names of the probe's classes
     line = result(outcome, test, model=subject.model, pretrained=subject.pretrained, name=name, seed=seed)
     line["probe"] = {"fewshot_k": -1 if shots is None else shots, "c": fitted.c, "validation": fitted.validation}
     if teacher is not None:
@@ -318,6 +341,8 @@ def result(
     """Returns CLIP_benchmark's keys dataset, model, pretrained, task, metrics and language, and these:
 
         n, broken    numbers of evaluated images, and of images that could not be decoded
+        release      number of images in the published release of the set; None if unknown
+        empty_classes    number of classes that no evaluated image has
         extra        ece of a classification, mean_recall@1 of a retrieval
         intervals    {metric: [low, high]}, 95 %, bootstrap over images
         seed         seed of the bootstrap
@@ -336,6 +361,8 @@ def result(
         "language": "en",
         "n": outcome.images,
         "broken": outcome.broken,
+        "release": dataset.release,
+        "empty_classes": outcome.empty_classes,
         "extra": values(outcome.extra, images=outcome.images),
         "intervals": _lists(intervals(statistics, images=outcome.images, draws=draws, seed=seed)),
         "seed": seed,
@@ -353,7 +380,7 @@ def comparison(
     difference   {metric: {value, low, high, p}}: student minus teacher, paired bootstrap
     likeness     classifications: agreement@1, top5_overlap, kl, and likeness_intervals
     per_class    classifications: {class name: {student, teacher, n}}, accuracies and number of images; only classes
-                 with images
+                 with images. A name of several classes has the label behind it: "missile (label 657)"
     """
     bootstrap = {"images": student.images, "draws": draws, "seed": seed}
     own, reference = ({**outcome.metrics, **outcome.extra} for outcome in (student, teacher))
@@ -372,7 +399,7 @@ def comparison(
         likeness = likeness_statistics(student=student.logits, teacher=teacher.logits)
         compared["likeness"] = values(likeness, images=student.images)
         compared["likeness_intervals"] = _lists(intervals(likeness, **bootstrap))
-        compared["per_class"] = _per_class(student.logits, teacher.logits, student.labels, dataset.classnames or [])
+        compared["per_class"] = _per_class(student.logits, teacher.logits, student.labels, dataset.class_names or [])
     return {"teacher": compared}
 
 
@@ -390,7 +417,7 @@ def _per_class(
     accuracies = [class_accuracies(logits=logits, labels=labels).tolist() for logits in (student, teacher)]
     classes = range(student.shape[1])
     counts = torch.bincount(labels, minlength=len(classes)).tolist()
-    rows = zip(names or map(str, classes), *accuracies, counts, strict=True)
+    rows = zip(unique_names(names or list(map(str, classes))), *accuracies, counts, strict=True)
     return {name: {"student": own, "teacher": other, "n": n} for name, own, other, n in rows if n}
 
 

@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import PIL
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -26,9 +25,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from gkl_vl import disk_cache
-from gkl_vl.data.images import BrokenImage
+from gkl_vl.data.classes import keys_of, listed
+from gkl_vl.data.images import DECODE_RULES, BrokenImage
 from gkl_vl.data.prompts import TEMPLATES_FILE, Templates
 from gkl_vl.data.views import Views
+from gkl_vl.data.workers import end_with_parent, worker_batches
 from gkl_vl.distributed import rank, sum_across_processes, world_size
 from gkl_vl.errors import UserError
 from gkl_vl.evaluation.sets import BenchmarkSet
@@ -56,15 +57,20 @@ class Embedder:
     max_broken: float = 0.001
     """Share of a set's images that may fail to decode; these are excluded and counted. A larger share is an error."""
     cache: Path | None = None
-    """Folder of cached embeddings, keyed by a hash of model, preprocessing and images or texts; None = no cache."""
+    """Folder of cached embeddings; None = no cache. Keys are hashes: of `fingerprint`, and of the rules of decoding and
+    every image's bytes, in order, or of the shape and values of the tokens."""
     alone: bool = False
     """Only this one of several processes calls: it does all the work, without collectives."""
     progress: bool = False
     """Progress bars on a terminal."""
 
-    @cached_property
+    @property
     def fingerprint(self) -> bytes:
-        """Hash of everything that determines the embeddings: weights, architecture, preprocessing, device type, amp."""
+        """Hash of everything that determines the embeddings of an image or of tokens, computed at each call: weights,
+        architecture, preprocessing, versions (`models/fingerprint.py`), device type and amp.
+
+        Not the batch size, which changes the rounding alone.
+        """
         digest = hashlib.sha256(f"{torch.device(self.device).type} {self.amp}".encode())
         add_clip(digest, self.clip)
         return digest.digest()
@@ -115,7 +121,7 @@ def embed_images(embedder: Embedder, dataset: BenchmarkSet, *targets: Target) ->
         raise UserError(f"batch_size={embedder.batch_size} must be 1 or more")
     digest = None
     if embedder.cache is not None:
-        digest = hashlib.sha256(embedder.fingerprint + PIL.__version__.encode())
+        digest = hashlib.sha256(embedder.fingerprint + f"rules {DECODE_RULES}".encode())
     targets_of = []
     for record in dataset.records(*targets):
         targets_of.append(record.targets)
@@ -148,14 +154,20 @@ def _embed_batches(embedder: Embedder, dataset: BenchmarkSet, images: int) -> tu
     rows, whole = torch.zeros(images, embedder.clip.embed_dim), torch.zeros(images, dtype=torch.uint8)
     batches = _Batches(dataset, embedder.clip.image_transform(), embedder.batch_size, *embedder.part)
     # Its own generator: a DataLoader draws a seed, and evaluation must not advance training's RNG.
-    loader = DataLoader(batches, batch_size=None, num_workers=embedder.num_workers, generator=torch.Generator())
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=embedder.num_workers,
+        worker_init_fn=end_with_parent,
+        generator=torch.Generator(),
+    )
     with (
         _bar("image", embedder, total=images) as bar,
         evaluating(embedder.clip.towers),
         torch.inference_mode(),
         _precision(embedder),
     ):
-        for batch in loader:
+        for batch in worker_batches(loader):
             if isinstance(batch, UserError):
                 raise batch
             indices, pixels, count = batch
@@ -226,7 +238,8 @@ def embed_texts(embedder: Embedder, texts: Sequence[str]) -> Float[Tensor, "m d"
     tokens = torch.cat([embedder.clip.tokenize(distinct[s : s + embedder.batch_size]) for s in starts])
     path = None
     if embedder.cache is not None:
-        digest = hashlib.sha256(embedder.fingerprint + tokens.numpy().tobytes())
+        digest = hashlib.sha256(embedder.fingerprint + f"{tokens.dtype} {tuple(tokens.shape)}".encode())
+        digest.update(tokens.numpy().tobytes())
         path = embedder.cache / _file("texts", digest)
     stored = None if path is None else disk_cache.read(path)
     if path is None or not embedder.is_with_all(stored):
@@ -301,7 +314,8 @@ def zero_shot_classifier(
         w_c = z / |z|,  z = mean_t e(prompt_t(c)) / |e(prompt_t(c))|
 
     Args:
-        templates: prompts with {c} for the class name, or {class name: [prompts]} (CuPL, arXiv 2209.03320).
+        templates: prompts with {c} for the class name, or {class name: [prompts]} (CuPL, arXiv 2209.03320), matched by
+            name as in data/classes.py; classes that are not in `classnames` are ignored.
 
     Source: CLIP_benchmark 1.6.2, `metrics/zeroshot_classification.py::zero_shot_classifier`; the same as
     open_clip's `build_zero_shot_classifier`, transposed.
@@ -309,21 +323,26 @@ def zero_shot_classifier(
     Raises:
         UserError: a template without {c}, a class without prompts.
     """
-    prompts = [_prompts(name, templates) for name in classnames]
+    prompts = _prompts(classnames, templates)
     text = embed_texts(embedder, [prompt for of_class in prompts for prompt in of_class])
     means = [of_class.mean(dim=0) for of_class in text.split([len(of_class) for of_class in prompts])]
     return F.normalize(torch.stack(means), dim=-1)
 
 
-def _prompts(classname: str, templates: Templates) -> list[str]:
+def _prompts(classnames: Sequence[str], templates: Templates) -> list[list[str]]:
+    """The prompts of each class."""
     if isinstance(templates, dict):
-        if not templates.get(classname):
-            raise UserError(f"the prompts have no entry for the class {classname!r}: add one")
-        return templates[classname]
+        found = [templates[key] if key is not None else [] for key in keys_of(classnames, templates)]
+        if lacking := [name for name, prompts in zip(classnames, found, strict=True) if not prompts]:
+            raise UserError(
+                f"the prompts have no entry for the class {lacking[0]!r} ({len(lacking)} of {len(classnames)} classes; "
+                f"they have {listed(list(templates))}): add one"
+            )
+        return found
     for template in templates:
         if "{c}" not in template:
             raise UserError(f"the template {template!r} has no place for the class name: write {{c}}")
-    return [template.replace("{c}", classname) for template in templates]
+    return [[template.replace("{c}", name) for template in templates] for name in classnames]
 
 
 def class_weights(embedder: Embedder, dataset: BenchmarkSet) -> Float[Tensor, "C d"]:
@@ -341,6 +360,12 @@ def require_classes(dataset: BenchmarkSet) -> None:
     """Raises: UserError for a set without class names or templates."""
     if dataset.kind in ("retrieval", "choice"):
         raise UserError(f"{dataset.name} is a {dataset.kind} set: it has no classes; use eval/retrieval.py")
+    if not dataset.classnames and dataset.classes:
+        form = f'{{"{dataset.name}": {{"{dataset.classes[0]}": "its name", ...}}}}'
+        raise UserError(
+            f"the classes of {dataset.name} are numbers ({listed(dataset.classes)}), which no prompt can use: give "
+            f"names as --custom_classname_file, a JSON of {form}"
+        )
     if not dataset.classnames:
         raise UserError(
             f"{dataset.name} has no classnames.txt: write one name per line, by label, or give --custom_classname_file"

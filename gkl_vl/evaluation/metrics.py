@@ -257,22 +257,26 @@ def likeness_statistics(*, student: Float[Tensor, "n C"], teacher: Float[Tensor,
     """Similarity of two models' zero-shot distributions, independent of the labels:
 
         agreement@1    share of images with the same top-1 class
-        top5_overlap   share of the teacher's top-5 classes that are in the student's top 5 (min(5, C) for few classes)
+        top5_overlap   share of the teacher's top-5 classes that are in the student's top 5; nan for up to 5 classes,
+                       where it would be 1 for any two models
         kl             mean of KL(p_teacher || p_student), p = softmax of the scaled logits; in nats
 
     Args:
         student, teacher: logits, multiplied by each model's logit scale.
     """
-    k = min(5, student.shape[1])
-    shared = student.topk(k, dim=1).indices[:, :, None] == teacher.topk(k, dim=1).indices[:, None, :]
     log_student, log_teacher = (logits.double().log_softmax(dim=1) for logits in (student, teacher))
     # Where the teacher's probability is 0 (-inf from a linear probe for a class without images) the term is 0.
     kl = torch.where(log_teacher > -torch.inf, log_teacher.exp() * (log_teacher - log_student), 0.0).sum(dim=1)
     return {
         "agreement@1": _mean_of(student.argmax(dim=1) == teacher.argmax(dim=1)),
-        "top5_overlap": _mean_of(shared.any(dim=2).double().mean(dim=1)),
+        "top5_overlap": _top5_overlap(student, teacher) if student.shape[1] > 5 else _undefined,
         "kl": _mean_of(kl),
     }
+
+
+def _top5_overlap(student: Float[Tensor, "n C"], teacher: Float[Tensor, "n C"]) -> Statistic:
+    shared = student.topk(5, dim=1).indices[:, :, None] == teacher.topk(5, dim=1).indices[:, None, :]
+    return _mean_of(shared.any(dim=2).double().mean(dim=1))
 
 
 def _score_ranks(scores: Num[Tensor, "n C"], target: Int[Tensor, " n"]) -> Int[Tensor, " n"]:

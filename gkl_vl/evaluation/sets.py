@@ -14,15 +14,19 @@ image or target, or a truncated shard, is an error. Only images that do not deco
 """
 
 import difflib
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 
+from gkl_vl.data.classes import are_numbers, keys_of, match_classes, named_by_key, named_by_list, same_names
 from gkl_vl.data.files import read_json
+from gkl_vl.data.identity import add_image
+from gkl_vl.data.images import DECODE_RULES
 from gkl_vl.data.labelled import LabelledSet, open_cifar, open_labelled
 from gkl_vl.data.prompts import CIFAR_TEMPLATES, IMAGENET_TEMPLATES, TEMPLATES_FILE, Templates, is_texts, require_places
 from gkl_vl.errors import UserError, first_line
@@ -51,6 +55,12 @@ HUB_DATASET = "hf-hub:"
 Kind = Literal["classification", "multilabel", "retrieval", "choice"]
 TARGET_OF: dict[Kind, Target] = {"classification": "cls", "multilabel": "npy", "retrieval": "txt", "choice": "txt"}
 
+RELEASES = {
+    **{"imagenet1k": 50_000, "imagenetv2": 10_000, "imagenet_sketch": 50_889, "objectnet": 18_574},
+    **{"imagenet-a": 7500, "imagenet-r": 30_000, "imagenet-o": 2000, "cifar10": 10_000, "cifar100": 10_000},
+    **{"mscoco_captions": 5000, "flickr30k": 1000, "flickr8k": 1000},
+}
+"""Images of published test sets; a result on another number says so. Sets whose layout their name determines."""
 CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
 
@@ -65,6 +75,11 @@ class BenchmarkSet:
     templates: Templates | None
     """Prompts with {c} for the class name, or {class name: [prompts]} as in CuPL; None if the set has none."""
     samples: Samples
+    classes: tuple[str, ...] | None = None
+    """The classes as the data name them, by label: folders, or those of a table; they may be numbers. Sets are matched
+    by these (`in_order_of`). None = `classnames`."""
+    release: int | None = None
+    """Number of images in the published release of the set; None if unknown."""
 
     def __iter__(self) -> Iterator[tuple[Image.Image, int | list[int] | list[str]]]:
         target = TARGET_OF[self.kind]
@@ -85,6 +100,40 @@ class BenchmarkSet:
             self._check_classes(record)
             yield record
 
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """A name for each class, for tables: `classnames`, else `classes`."""
+        return self.classnames or self.classes
+
+    def in_order_of(self, other: "BenchmarkSet") -> "BenchmarkSet":
+        """This set with the labels of another: its classes are matched by name, and it may lack some.
+
+        Labels stay as they are where neither set, or only one of them, has names.
+
+        Raises: UserError for a class that the other lacks, and for several labels by image in another order.
+        """
+        own, reference = (dataset.classes or dataset.classnames for dataset in (self, other))
+        if not own or not reference or same_names(own, reference):
+            return self
+        places = match_classes(own, reference, whose=self.name, others=f"the other split ({other.name})")
+        if self.kind == "multilabel":
+            raise UserError(f"{self.name}: the classes of its rows are not those of {other.name} in their order")
+        samples = _Relabelled(self.samples, tuple(places))
+        return replace(self, samples=samples, classnames=other.classnames, classes=other.classes)
+
+    def identity(self, *targets: Target) -> str:
+        """A hash of everything that decides a result on this set: kind, class names and their order, templates, the
+        targets of all samples, and the images (`data/identity.py`), for the keys of stored results.
+
+        Raises: UserError as `records`.
+        """
+        settings = (self.kind, self.classnames, self.classes, self.templates)
+        digest = hashlib.sha256(f"{DECODE_RULES} {settings}".encode())
+        for record in self.records(*targets):
+            digest.update(repr(record.targets).encode())
+            add_image(digest, record.read)
+        return digest.hexdigest()
+
     def _check_classes(self, record: Record) -> None:
         if self.classnames is None:
             return
@@ -95,6 +144,21 @@ class BenchmarkSet:
         if "npy" in record.targets and len(record.targets["npy"]) != classes:
             numbers = len(record.targets["npy"])
             raise UserError(f"{record.where} has {numbers} numbers in its .npy member for {classes} class names")
+
+
+@dataclass(frozen=True)
+class _Relabelled:
+    """Samples with other labels."""
+
+    samples: Samples
+    labels: tuple[int, ...]
+    """The new label by the old one."""
+
+    def __call__(self, targets: Sequence[Target]) -> Iterator[Record]:
+        for record in self.samples(targets):
+            if "cls" in record.targets:
+                record = replace(record, targets=record.targets | {"cls": self.labels[record.targets["cls"]]})
+            yield record
 
 
 def load_benchmark_set(
@@ -117,14 +181,16 @@ def load_benchmark_set(
             imagenet1k, imagenetv2, imagenet_sketch, imagenet-a, imagenet-r, imagenet-o, cifar10, cifar100,
             mscoco_captions, flickr30k, flickr8k; and sugar_crepe/TASK.
         split: name of the split in the folder or on the Hub.
-        classname_file: CLIP_benchmark's JSON of {set: [class names]}, which replace the set's own.
+        classname_file: CLIP_benchmark's JSON of {set: [class names]}, which replace the set's own: `named_by_list` in
+            data/classes.py says which class gets which name. Or {set: {class: name}}, by the set's own names, its
+            folders, or WordNet ids.
         template_file: JSON of {set: [prompts with {c}]} or {set: {class: [prompts]}}; the key "imagenet1k" applies to
-            sets without a key.
+            sets without a key. Of {class: [prompts]} the set's classes are used, others ignored.
 
     Default class names: open_clip's for ImageNet's family. Class names of folders and of the Hub have "_" replaced by a
-    space. Default templates: CIFAR's 18 for CIFAR, ImageNet's 80 for all others except shards, whose folder should hold
-    them. Sets on the Hub are downloaded once into its cache and read from there without a connection
-    (HF_HUB_OFFLINE=1).
+    space; if they are numbers, the set has no names. Default templates: CIFAR's 18 for CIFAR, ImageNet's 80 for all
+    others except shards, whose folder should hold them. Sets on the Hub are downloaded once into its cache and read
+    from there without a connection (HF_HUB_OFFLINE=1).
 
     Raises:
         UserError: unknown name, no connection, no such split, a missing shard or image, malformed annotations, names
@@ -136,17 +202,19 @@ def load_benchmark_set(
     else:
         layout = _detect_layout(bare, _find_folder(bare, root, split), split)
     if layout.kind in ("retrieval", "choice"):
-        return BenchmarkSet(bare, layout.kind, None, None, layout.samples)
+        release = RELEASES.get(Path(bare).name) if split == "test" else None
+        return BenchmarkSet(bare, layout.kind, None, None, layout.samples, release=release)
     classnames = _own_classnames(bare, layout)
     if classname_file is not None:
-        classnames = _custom_classnames(name, classname_file, own=classnames)
+        classnames = _custom_classnames(name, classname_file, layout.classes or tuple(classnames or ()))
     elif classnames and all(re.fullmatch(r"n\d{8}", classname) for classname in classnames):
         raise UserError(
             f"dataset {bare!r}: its class names are WordNet ids ({classnames[0]}, ...): for ImageNet's class names "
             "call it imagenet1k, imagenet-a, ..., and give its folder as --dataset_root"
         )
     templates = _own_templates(bare, layout) if template_file is None else _custom_templates(name, template_file)
-    return BenchmarkSet(bare, layout.kind, classnames, templates, layout.samples)
+    release = RELEASES.get(Path(bare).name) if split == "test" else None
+    return BenchmarkSet(bare, layout.kind, classnames, templates, layout.samples, layout.classes, release)
 
 
 def load_benchmark_sets(
@@ -188,6 +256,8 @@ class _Layout:
     samples: Samples
     classnames: list[str] | None = None
     templates: list[str] | None = None
+    classes: tuple[str, ...] | None = None
+    """As of `BenchmarkSet`."""
 
 
 def _detect_layout(bare: str, folder: Path, split: str) -> _Layout:
@@ -211,8 +281,10 @@ def _detect_layout(bare: str, folder: Path, split: str) -> _Layout:
 
 
 def _labelled_layout(data: LabelledSet) -> _Layout:
-    names = None if data.classnames is None else [name.replace("_", " ") for name in data.classnames]
-    return _Layout("classification", LabelledSamples(data), names)
+    names = None
+    if data.classnames is not None and not are_numbers(data.classnames):
+        names = [name.replace("_", " ") for name in data.classnames]
+    return _Layout("classification", LabelledSamples(data), names, classes=data.classnames)
 
 
 def _shard_layout(bare: str, folder: Path, split: str) -> _Layout:
@@ -249,17 +321,28 @@ def _own_templates(bare: str, layout: _Layout) -> Templates | None:
     return None
 
 
-def _custom_classnames(name: str, file: str, *, own: list[str] | None) -> list[str]:
+def _custom_classnames(name: str, file: str, own: tuple[str, ...]) -> list[str]:
+    """The names of a file for the classes `own`, () if the set has no names of its own."""
     names_of = read_json(Path(file), dict)
     key = next((key for key in _keys(name) if key in names_of), None)
     if key is None:
         raise UserError(f"{file!r} has no class names for {name!r}: sets in it are {', '.join(names_of) or 'none'}")
-    names = names_of[key]
-    if not is_texts(names):
-        raise UserError(f"{file!r}: the class names of {key!r} must be a list of strings")
-    if own is not None and len(names) != len(own):
-        raise UserError(f"{file!r} has {len(names)} class names for {key!r}, which has {len(own)} classes")
-    return names
+    names: Any = names_of[key]
+    if not is_texts(list(names.values()) if isinstance(names, dict) else names):
+        raise UserError(f"{file!r}: the class names of {key!r} must be a list of strings, or {{class: name}}")
+    if isinstance(names, dict):
+        return _named_by_key(Path(name).name, own, names, where=f"{file!r}, {key!r},")
+    return named_by_list(own, names, where=repr(file), whose=repr(key)) if own else names
+
+
+def _named_by_key(short: str, own: tuple[str, ...], names: dict[str, str], *, where: str) -> list[str]:
+    if not own:  # shards without names: the labels are the classes
+        own = tuple(map(str, range(len(names))))
+    if short in IMAGENET:
+        ids = tuple(imagenet_classes(short))
+        if len(ids) == len(own) and None not in keys_of(ids, names):
+            own = ids
+    return named_by_key(own, names, where=where)
 
 
 def _custom_templates(name: str, file: str) -> Templates:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gkl_vl.atomic import replacing
 from gkl_vl.evaluation.benchmark import MEAN_RECALL, Result
 from gkl_vl.evaluation.set_collections import Entry
 from gkl_vl.report import aligned, percent
 
 LEAST_IMAGES = 10
 """Classes with fewer images are not listed as lost or gained: their accuracy is too noisy."""
+FEW_IMAGES = 30
+"""With fewer images the bootstrap's intervals are too narrow; where all images are right, or none, they are a point."""
 MAIN_METRIC: dict[str, str] = {
     "zeroshot_classification": "acc1",
     "zeroshot_retrieval": MEAN_RECALL,
@@ -40,7 +43,7 @@ def results_text(lines: Sequence[Result]) -> str:
 def _result_text(line: Result) -> str:
     teacher = line.get("teacher")
     broken = f", {line['broken']} could not be decoded" if line["broken"] else ""
-    head = [f"{line['dataset']}, {line['n']:,} images{broken}", "", "95 % interval"]
+    head = [f"{line['dataset']}, {images_text(line)} images{broken}", "", "95 % interval"]
     rows = [head + (["teacher", "kept"] if teacher else [])]
     for name, (low, high) in line["intervals"].items():
         value = value_of(line, name)
@@ -54,16 +57,37 @@ def _result_text(line: Result) -> str:
                 "" if math.isnan(kept) else percent(kept),
             ]
         rows.append(cells)
-    table = aligned(rows)
-    return table if not teacher or "likeness" not in teacher else f"{table}\n{_likeness_text(teacher)}"
+    notes = _notes(line)
+    if teacher and "likeness" in teacher:
+        notes.append(_likeness_text(teacher))
+    return "\n".join([aligned(rows), *notes])
+
+
+def images_text(line: Result) -> str:
+    """The number of evaluated images, and that of the release where they differ."""
+    release = line.get("release")
+    return f"{line['n']:,}" + (f" of the release's {release:,}" if release not in (None, line["n"]) else "")
+
+
+def _notes(line: Result) -> list[str]:
+    """What makes the numbers mean less than they say."""
+    notes = []
+    if empty := line.get("empty_classes"):
+        counted = "counts them as 0" if "mean_average_precision" in line["metrics"] else "is over the others"
+        notes.append(f"{empty} of the classes have no image: the mean over classes {counted}")
+    if line["n"] < FEW_IMAGES:
+        notes.append(f"fewer than {FEW_IMAGES} images: the intervals are too narrow")
+    return notes
 
 
 def _likeness_text(teacher: Mapping[str, Any]) -> str:
     likeness = teacher["likeness"]
+    overlap = likeness["top5_overlap"]
     name, test = next((name, test) for name, test in teacher["difference"].items() if name.endswith("acc1"))
     lines = [
         f"agreement with the teacher: top-1 {percent(likeness['agreement@1'])}, "
-        f"top-5 overlap {percent(likeness['top5_overlap'])}, KL {likeness['kl']:.3f} nats",
+        + ("" if math.isnan(overlap) else f"top-5 overlap {percent(overlap)}, ")
+        + f"KL {likeness['kl']:.3f} nats",
         f"{name} against the teacher's: {100 * test['value']:+.2f} points ({100 * test['low']:+.2f} to "
         f"{100 * test['high']:+.2f}, paired bootstrap, p {'<=' if test['p'] < 0.005 else '='} {test['p']:.3f})",
     ]
@@ -106,7 +130,7 @@ def write_csv(path: Path, lines: Iterable[Result]) -> None:
         plain["model_fullname"] = f"{line['model']} {line['pretrained']}"
         rows.append(line["metrics"] | line.get("extra", {}) | plain | {"n": line.get("n")})
     columns = dict.fromkeys(name for row in rows for name in row)
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with replacing(path) as scratch, scratch.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(columns))
         writer.writeheader()
         writer.writerows(rows)
@@ -139,7 +163,7 @@ def suite_text(lines: Sequence[Result], entries: Mapping[str, Sequence[Entry]]) 
         means.append((own, other))
         interval = line["intervals"].get(metric)
         bounds = "" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}"
-        cells = [f"{line['dataset']} {SHORT[line['task']]}", f"{line['n']:,}", metric, percent(own), bounds]
+        cells = [f"{line['dataset']} {SHORT[line['task']]}", images_text(line), metric, percent(own), bounds]
         if teacher:
             agreement = teacher.get("likeness", {}).get("agreement@1")
             cells += [percent(other), f"{100 * own / other:.0f} %" if other else ""]
@@ -154,19 +178,26 @@ def suite_text(lines: Sequence[Result], entries: Mapping[str, Sequence[Entry]]) 
 
 def tradeoff(lines: Sequence[Result], entries: Mapping[str, Sequence[Entry]]) -> list[dict[str, Any]]:
     """Points for `report.draw_tradeoff`: for each model, teachers included, the average over results that all have."""
-    by_model: dict[str, dict[tuple[str, str], Result]] = {}
+    by_model: dict[tuple[str, str], dict[tuple[str, str], Result]] = {}
     for line in lines:
         teacher = [line["teacher"] | {"pretrained": ""}] if "teacher" in line else []
         for part in (line, *teacher):
             if "cost" in part:
-                name = f"{part['model']} {part['pretrained']}".strip()
+                name = part["model"], part["pretrained"]
                 of_part = {"task": line["task"], "metrics": part["metrics"], "extra": part["extra"]}
                 by_model.setdefault(name, {})[line["dataset"], line["task"]] = of_part | {"cost": part["cost"]}
     shared = sorted(set.intersection(*map(set, by_model.values()))) if by_model else []
     points = []
-    for name, results in by_model.items():
+    for (model, pretrained), results in by_model.items():
         scores = [value_of(results[key], main_metric(results[key], entries.get(key[0], ()))) for key in shared]
         if scores:
             cost = next(iter(results.values()))["cost"]
-            points.append({"name": name, "score": 100 * sum(scores) / len(scores), "results": len(scores)} | cost)
+            points.append(
+                {
+                    "name": f"{model} {pretrained}".strip(),
+                    "score": 100 * sum(scores) / len(scores),
+                    "results": len(scores),
+                }
+                | cost
+            )
     return points

@@ -25,7 +25,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
-from gkl_vl.data.classes import are_numbers, folder_order, require_places
+from gkl_vl.data.classes import are_numbers, folder_order, match_classes
 from gkl_vl.data.files import (
     IMAGE_SUFFIXES,
     endings_text,
@@ -128,7 +128,7 @@ class LabelledSet:
             return replace(self, num_classes=num_classes, classnames=names)
         own = own or tuple(map(str, range(self.num_classes)))
         reference = tuple(reference or map(str, range(num_classes)))
-        places = torch.tensor(require_places(own, reference, whose=self.name, others=others))
+        places = torch.tensor(match_classes(own, reference, whose=self.name, others=others))
         return replace(self, labels=places[self.labels], num_classes=len(reference), classnames=reference)
 
 
@@ -181,7 +181,9 @@ def open_image_set(source: str, split: str, *, columns: tuple[str, str] | None =
         below = folder / one_split(_subfolders(folder), split=split, source=source)
         paths, others = image_paths(below)
         if not paths:
-            raise UserError(f"{str(below)!r} holds no image ({', '.join(IMAGE_SUFFIXES)}), only {endings_text(others)}")
+            raise UserError(
+                f"{str(below)!r} holds no image ({', '.join(IMAGE_SUFFIXES)}), it has {endings_text(others)}"
+            )
         _note_others(str(below), others)
         return ImageSet(name=name, size=len(paths), images=_files(str(below), paths))
     if folder.is_dir():
@@ -220,7 +222,7 @@ def class_folders(name: str, folder: str, label_of: dict[str, int], classnames: 
         if not of_class:
             raise UserError(
                 f"the class folder {os.path.join(folder, class_folder)!r} holds no image "
-                f"({', '.join(IMAGE_SUFFIXES)}), only {endings_text(others)}"
+                f"({', '.join(IMAGE_SUFFIXES)}), it has {endings_text(others)}"
             )
         paths += [f"{class_folder}/{path}" for path in of_class]
         labels += [label] * len(of_class)

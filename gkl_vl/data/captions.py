@@ -67,7 +67,8 @@ def captions_in(record: dict[str, Any], field: str) -> tuple[str, ...]:
     for text in texts:
         if isinstance(text, dict):
             raise BrokenSample(
-                f"{field!r} is a struct of {', '.join(text)}: name one, as {field}.{next(iter(text), 'x')}"
+                f"{field!r} is a struct of {', '.join(text)}: name one with --columns, as {field}."
+                f"{next(iter(text), 'x')}"
             )
         if text is not None and not isinstance(text, str):
             raise BrokenSample(f"{field!r} has {_kind(text)} where a text is expected")

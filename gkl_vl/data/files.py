@@ -57,7 +57,7 @@ def image_paths(folder: str | Path) -> tuple[list[str], dict[str, int]]:
 
 def endings_text(endings: Mapping[str, int]) -> str:
     """Endings with their number of files, the most frequent first, for messages; "nothing" without any."""
-    order = sorted(endings.items(), key=lambda item: -item[1])
+    order = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
     shown = [f"{count} {'.' + ending if ending else 'without ending'}" for ending, count in order[:5]]
     return (", ".join(shown) + (", ..." if len(order) > 5 else "")) or "nothing"
 

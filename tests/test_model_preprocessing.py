@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from gkl_vl.errors import UserError
 from gkl_vl.models import open_clip_weights
+from gkl_vl.models.classifiers import load_classifier
 from gkl_vl.models.clip import load_clip
 from gkl_vl.models.open_clip_weights import Settings, find_weights, openai_checksums, settings_of
 from gkl_vl.models.preprocessing import check_preprocess, from_image_processor, has_image_processor, to_image_processor
@@ -215,6 +216,24 @@ def test_openais_archive_is_known_by_its_checksum(tmp_path, architecture, monkey
 def test_a_malformed_preprocess_cfg_is_refused(preprocess, message):
     with pytest.raises(UserError, match=message):
         check_preprocess(preprocess, "f.json")
+
+
+# ---- classifiers by file
+
+
+def test_a_file_for_an_architecture_of_timm_whose_tags_differ_is_refused(tmp_path):
+    name = "timm:vit_small_patch16_224"
+    path = tmp_path / "w.safetensors"
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match=f"the tags of {name} differ: write {name}.TAG with the tag") as caught:
+        load_classifier(name, num_classes=1000, weights=str(path))
+    assert "mean 0.5 0.5 0.5, std 0.5 0.5 0.5 for augreg_in1k" in str(caught.value) and "dino" in str(caught.value)
+    model = load_classifier(f"{name}.dino", num_classes=10).model
+    save_file(model.state_dict(), path)
+    assert load_classifier(f"{name}.dino", num_classes=10, weights=str(path)).mean == (0.485, 0.456, 0.406)
+    resnet = load_classifier("timm:test_resnet", num_classes=3)
+    save_file(resnet.model.state_dict(), path)
+    assert load_classifier("timm:test_resnet", num_classes=3, weights=str(path)).mean == HALF  # all tags agree
 
 
 # ---- transformers' image processors

@@ -3,7 +3,6 @@
 Axis letters: n = images, C = classes, h w = pixels.
 """
 
-import json
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from gkl_vl.errors import UserError, first_line
 from gkl_vl.models.cifar_zoo import ZOO
-from gkl_vl.models.weights import fetch, load_exactly, read_state_dict
+from gkl_vl.models.weights import fetch, load_exactly, read_json, read_state_dict
 
 RGB = tuple[float, float, float]
 
@@ -119,6 +118,7 @@ def load_classifier(
     else:
         raise UserError(f"unknown prefix {prefix!r} of classifier {name!r}: write {_PREFIXES}")
     if weights not in (None, "pretrained"):
+        _check_timm_tag(name, weights)
         stored = read_state_dict(weights, allow_pickle=allow_pickle)
         if new_head:
             stored = _with_new_head(stored, model)
@@ -131,6 +131,24 @@ def _mean_std(name: str, model: Any) -> tuple[RGB, RGB]:  # Any: timm adds the a
     if name.startswith("timm:"):
         return tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
     return IMAGENET_MEAN_STD if name.startswith("torchvision:") or name.endswith("_a") else CIFAR_MEAN_STD
+
+
+def _check_timm_tag(name: str, weights: str) -> None:
+    """Refuses a file for an architecture of timm without a tag whose tags normalise in different ways."""
+    prefix, _, architecture = name.partition(":")
+    if prefix != "timm" or "." in architecture:
+        return
+    groups: dict[str, list[str]] = {}
+    for tagged in timm.list_pretrained(f"{architecture}.*"):
+        config: Any = timm.get_pretrained_cfg(tagged)
+        values = f"mean {' '.join(f'{v:.3g}' for v in config.mean)}, std {' '.join(f'{v:.3g}' for v in config.std)}"
+        groups.setdefault(values, []).append(tagged.partition(".")[2])
+    if len(groups) > 1:
+        listed = "; ".join(f"{values} for {', '.join(tags)}" for values, tags in groups.items())
+        raise UserError(
+            f"weights {weights!r} do not say how their images were normalised, and the tags of {name} differ: "
+            f"write {name}.TAG with the tag whose values apply ({listed})"
+        )
 
 
 # ---- one loader per source
@@ -185,8 +203,8 @@ def _load_folder(name: str, *, num_classes: int | None, weights: str | None, all
     files = [folder / file for file in ("model.safetensors", "pytorch_model.bin") if (folder / file).is_file()]
     if not files:
         raise UserError(f"{rest!r} holds no weights: expected model.safetensors")
+    config = read_json(folder / "config.json")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         classes = config["num_classes"] if num_classes is None else num_classes
         if config.get("library") == "gkl-vl":
             if config["architecture"].startswith(_FOLDERS):  # would recurse, perhaps without end

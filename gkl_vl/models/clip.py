@@ -37,10 +37,9 @@ from gkl_vl.models.pretrained import (
     load_image_processor,
     load_tokenizer,
     load_transformers_model,
-    read_json,
     tokenizer_for,
 )
-from gkl_vl.models.weights import fetch, refuse_pickle
+from gkl_vl.models.weights import fetch, read_json, refuse_pickle
 
 PACKAGE = Path(__file__).parents[1]
 BUNDLED_TEACHER = f"local-dir:{PACKAGE / 'assets' / 'teacher'}"

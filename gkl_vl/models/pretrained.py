@@ -6,7 +6,6 @@ asks for code of its own is refused, because a stock class in its place could co
 """
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from inspect import signature
@@ -24,7 +23,15 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from transformers.utils import logging
 
 from gkl_vl.errors import UserError, first_line
-from gkl_vl.models.weights import check_weights_file, fetch, refuse_misfits, refuse_pickle
+from gkl_vl.models.weights import (
+    check_weights_file,
+    fetch,
+    read_json,
+    read_json_or_none,
+    refuse_misfits,
+    refuse_pickle,
+    why_unreadable,
+)
 
 BUNDLED_TOKENIZER = Path(__file__).parents[1] / "assets" / "tokenizer"
 BUNDLED_TOKENIZER_NAME = "gkl-vl/clip-bpe-4096"  # BUNDLED_TOKENIZER's name in the bundled model configs
@@ -48,22 +55,6 @@ _BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, LookupEr
 _BUILD_ERRORS += (TypeError, ValueError, ZeroDivisionError)
 
 
-# ---- JSON files
-
-
-def read_json(path: Path) -> dict:
-    """Reads a JSON object. Raises: UserError for a file that is missing, malformed, or holds something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: check the path") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no JSON file ({first_line(error)}): correct it or fetch it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds {type(content).__name__}, not a JSON object: correct it or fetch it again")
-    return content
-
-
 def refuse_code(folder: Path) -> None:
     """Raises: UserError if a JSON file of the folder names Python code of its own (`auto_map`) or an adapter."""
     for path in sorted(folder.glob("*.json")):
@@ -76,14 +67,6 @@ def refuse_code(folder: Path) -> None:
             )
     if (folder / _ADAPTER).is_file():
         raise UserError(f"{folder / _ADAPTER} is an adapter of another model: merge it and save the whole model")
-
-
-def read_json_or_none(path: Path) -> Any:
-    """The content of a JSON file, whatever it is; None if it is malformed, which its own reader reports."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
-        return None
 
 
 def _names_code(content: Any) -> bool:
@@ -158,10 +141,10 @@ def load_transformers_model(folder: Path, config: Any, name: str, *, allow_pickl
             output_loading_info=True,
         )
     except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(
-            f"weights {str(files[0])!r} could not be loaded ({first_line(error).rstrip(':.')}): "
-            "the file is cut off, damaged, or holds more than tensors: download it again"
-        ) from error
+        if files[0].suffix != ".safetensors":
+            raise UserError(f"weights {str(files[0])!r} cannot be read: {why_unreadable(files[0], error)}") from error
+        cause = f"{type(error).__name__}: {first_line(error).rstrip(':.')}"
+        raise UserError(f"transformers cannot build {name!r} ({cause}): correct its config.json") from error
     finally:
         logging.set_verbosity(verbosity)
     shapes = [f"{key} has {list(ours)}, not {list(theirs)}" for key, ours, theirs in sorted(loading["mismatched_keys"])]

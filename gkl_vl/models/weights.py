@@ -1,9 +1,10 @@
-"""Weight files: downloads from the Hub, reading state dicts without running code, comparison with a model.
+"""Files of models: downloads from the Hub, JSON, state dicts read without running code and compared with a model.
 
 A pickle is read with torch's `weights_only=True`, and only on request.
 """
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -62,8 +64,29 @@ def fetch(repo: str, *, files: Sequence[str], pickles: Sequence[str], allow_pick
         ) from error
 
 
+def read_json(path: Path) -> dict:
+    """Reads a JSON object. Raises: UserError for a file that is missing, malformed, or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: check the path") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no JSON file ({first_line(error)}): correct it or fetch it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {type(content).__name__}, not a JSON object: correct it or fetch it again")
+    return content
+
+
+def read_json_or_none(path: Path) -> Any:
+    """The content of a JSON file, whatever it is; None if it is malformed, which its own reader reports."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return None
+
+
 def check_weights_file(path: Path) -> None:
-    """Raises: UserError for a file that does not exist, is empty, or is a pointer file of Git LFS."""
+    """Raises: UserError for a file that does not exist, is empty, a pointer of Git LFS, or cut-off safetensors."""
     if not path.is_file():
         raise UserError(f"weights {str(path)!r} are no file: give the path of a checkpoint, or leave them out")
     with path.open("rb") as file:
@@ -75,6 +98,12 @@ def check_weights_file(path: Path) -> None:
             f"weights {str(path)!r} are a Git LFS pointer, not the weights: run `git lfs pull` in its folder, "
             "or download the file itself"
         )
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt"):  # checks the header against the file's length
+                pass
+        except Exception as error:
+            raise UserError(f"weights {str(path)!r} cannot be read: {why_unreadable(path, error)}") from error
 
 
 def read_state_dict(path: str | Path, *, allow_pickle: bool) -> dict[str, Tensor]:
@@ -152,11 +181,11 @@ def _read(path: Path, *, allow_pickle: bool) -> Any:
         with torch.serialization.safe_globals(_PLAIN_TYPES):
             return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"weights {str(path)!r} cannot be read: {_why_unreadable(path, error)}") from error
+        raise UserError(f"weights {str(path)!r} cannot be read: {why_unreadable(path, error)}") from error
 
 
-def _why_unreadable(path: Path, error: Exception) -> str:
-    """Cause and remedy, without torch's advice to load with `weights_only=False`."""
+def why_unreadable(path: Path, error: Exception) -> str:
+    """Cause and remedy for a weights file that raised `error`, without torch's advice to run what it holds."""
     if path.suffix == ".safetensors":
         return f"the file is cut off or damaged ({first_line(error)}): download it again"
     if "TorchScript" in str(error):

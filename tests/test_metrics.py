@@ -351,7 +351,7 @@ def test_calibration_by_hand():
 def test_likeness_by_hand():
     student, teacher = torch.tensor([[2.0, 1, 0], [0, 0, 1]]), torch.tensor([[3.0, 0, 0], [1, 0, 0]])
     metrics = values(likeness_statistics(student=student, teacher=teacher), images=2)
-    assert metrics["agreement@1"] == 0.5 and metrics["top5_overlap"] == 1  # all three classes are in the top five
+    assert metrics["agreement@1"] == 0.5 and math.isnan(metrics["top5_overlap"])  # all classes are in any top five
     p, q = teacher.softmax(1), student.softmax(1)
     assert metrics["kl"] == pytest.approx((p * (p / q).log()).sum(1).mean().item(), rel=1e-5)
     impossible = torch.tensor([[1.0, 0, -torch.inf]])  # a class with probability 0

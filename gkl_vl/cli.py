@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars
 
-from gkl_vl.errors import UserError
+from gkl_vl.errors import UserError, causes, disk_is_full
 
 INTERRUPTED = 130  # a shell's exit codes for SIGINT, SIGPIPE and SIGTERM: 128 + the signal number
 BROKEN_PIPE = 141
@@ -76,8 +76,8 @@ class Bounds(NamedTuple):
 
     def __str__(self) -> str:
         limits = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
-        text = " and ".join(f"{name} {limit:g}" for name, limit in limits.items() if limit is not None)
-        return text if self.either is None else f"{text}, or {self.either:g}"
+        text = " and ".join(f"{name} {limit}" for name, limit in limits.items() if limit is not None)
+        return text if self.either is None else f"{text}, or {self.either}"
 
 
 COUNT, SIZE = Bounds(at_least=1), Bounds(at_least=0)
@@ -271,21 +271,6 @@ def error_line(error: Exception) -> str | None:
     if isinstance(error, ValueError):
         return f"{text} (--debug shows where)"
     return None
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and the chain of its causes and contexts."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def disk_is_full(error: Exception) -> bool:
-    """Recognises the errors of Python (errno), safetensors (message) and torch.save (an unexpected file position)."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    torch_save = isinstance(error, RuntimeError) and "inline_container.cc" in str(error)
-    return "No space left on device" in str(error) or (torch_save and "unexpected pos" in str(error))
 
 
 def location(error: Exception) -> str:

@@ -110,9 +110,9 @@ def test_a_list_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "picture").write_bytes(b"\x89PNG\xff")
     for name, message in (
-        ("none.txt", "none.txt' does not exist or is not text"),
+        ("none.txt", "none.txt' does not exist"),
         ("empty.txt", "names no data set"),
-        ("picture", "does not exist or is not text"),
+        ("picture", "line 1 is not UTF-8"),
     ):
         with pytest.raises(UserError, match=message):
             expand([str(tmp_path / name)])

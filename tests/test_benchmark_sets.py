@@ -412,7 +412,9 @@ def test_a_file_of_class_names_that_is_no_use_is_refused(tmp_path):
 
     assert "names.json' does not exist" in refusal()
     file.write_bytes(b"\xff{")
-    assert "names.json' is no JSON" in refusal()
+    assert "names.json' line 1 is not UTF-8 (byte 0xff)" in refusal()
+    file.write_text('{"colours": ["red"], "colours": ["blue"]}')
+    assert "names.json' is no JSON (the key 'colours' occurs twice in one object)" in refusal()
     written(file, {"colours": ["red", "green"]})
     assert "has 2 class names for 'colours', which has 3 classes" in refusal()
     written(file, {"colours": [0, 1, 2]})

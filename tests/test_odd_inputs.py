@@ -10,17 +10,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pyarrow
 import pytest
+import timm
 from pyarrow import parquet
 from small_sets import picture, write_shard
 
 from gkl_vl.data.captions import usable_captions
 from gkl_vl.data.images import BrokenSample, decode
+from gkl_vl.data.label_splits import read_labelled
 from gkl_vl.data.labelled import open_image_set, open_labelled
 from gkl_vl.data.pairs import RawPair, Source, open_images, open_source
+from gkl_vl.data.prompts import read_prompts
 from gkl_vl.errors import UserError
+from gkl_vl.evaluation.set_collections import expand
 from gkl_vl.evaluation.sets import load_benchmark_set
+from gkl_vl.evaluation.sources import captioned_files
+from gkl_vl.models import weights
+from gkl_vl.models.classifiers import load_classifier
+from gkl_vl.models.clip import load_clip
 
 RED, GREEN, BLUE = (picture(colour) for colour in ("red", "green", "blue"))
 
@@ -590,3 +599,60 @@ def test_parquet_is_read_in_place_in_equal_parts(tmp_path, parts, monkeypatch):
     assert sorted(again) == sorted(sum(shares, [])) and again != sum(shares, [])
     data = open_labelled(str(tmp_path), "train")
     assert data.labels.tolist() == [*range(7), *range(4)] and data.read(10).size == (8, 8)
+
+
+# ---- texts and downloads -----------------------------------------------------------------------------------------
+
+
+TEXT_DOORS: dict[str, Callable[[Path], object]] = {
+    "names.txt of a collection": lambda file: expand([str(file)]),
+    "prompts.txt": lambda file: read_prompts(str(file), classnames=("a", "b")),
+    "prompts.json": lambda file: read_prompts(str(file), classnames=("a", "b")),
+    "flickr8k_test_karpathy.txt": lambda file: captioned_files("flickr8k", file, "test"),
+    "classnames.txt": lambda file: load_benchmark_set(str(file.parent)),
+    "labelled.txt": lambda file: read_labelled(str(file), open_labelled(str(file.parent), "train")),
+    "t.csv": lambda file: open_source(str(file)),
+    "sizes.json": lambda file: open_source(str(file.parent / "0.tar")),
+}
+
+
+@pytest.mark.parametrize("door", TEXT_DOORS)
+def test_a_text_that_is_not_utf8_is_refused_with_its_line(tmp_path, door):
+    benchmark_shard(tmp_path, [sample(0)])
+    write_shard(tmp_path / "0.tar", [sample(0)])
+    write(tmp_path / "train" / "ant" / "a.png", RED)
+    if door == "labelled.txt":
+        (tmp_path / "test" / "0.tar").unlink()
+    file = write(tmp_path / door.split()[0], "café\n".encode("latin-1"))
+    message = refused(TEXT_DOORS[door], file)
+    assert f"{file.name}' line 1 is not UTF-8 (byte 0xe9)" in message and "iconv" in message
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_class(tmp_path):
+    benchmark_shard(tmp_path, [sample(0)])
+    write(tmp_path / "classnames.txt", "\ufeffa\nb\n\n")
+    assert load_benchmark_set(str(tmp_path)).classnames == ["a", "b"]
+    write(tmp_path / "classnames.txt", "a\n\nb\n")  # is b label 1 or 2?
+    assert "classnames.txt' line 2 is empty: remove it" in refused(load_benchmark_set, str(tmp_path))
+
+
+def test_a_full_disk_under_a_download_is_named_as_such(monkeypatch, tmp_path):
+    def full(*args, **kwargs):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise RuntimeError("An error occurred while generating the dataset") from error
+
+    monkeypatch.setattr(datasets, "load_dataset", full)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    monkeypatch.setattr(weights, "snapshot_download", full)
+    monkeypatch.setattr(timm, "create_model", full)
+    for call in (
+        lambda: open_source("org/name"),
+        lambda: open_labelled("org/name", "train"),
+        lambda: load_benchmark_set("wds/cars"),
+        lambda: load_clip("hf-hub:org/name"),
+        lambda: load_classifier("timm:resnet18.a1_in1k", num_classes=1000, weights="pretrained"),
+    ):
+        message = refused(call)
+        assert "no space left on the disk of the download cache" in message and "set HF_HOME" in message

@@ -87,7 +87,7 @@ def test_a_malformed_text_file_raises_one_line(write, tmp_path):
             read_prompts(write(content, "txt"), classnames=KNOWN)
     (tmp_path / "latin.txt").write_bytes("{c} à la carte".encode("latin-1"))
     for name, message in [
-        ("latin.txt", "is not text"),
+        ("latin.txt", "is not UTF-8"),
         ("none.txt", "none.txt' does not exist"),
         ("none.json", "none.json' does not exist"),
         ("pets.yaml", "expected a file that ends in .json or .txt"),

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int, Int64
 from torch import Tensor
 
-from gkl_vl.data.files import stable_hash
+from gkl_vl.data.files import read_text, stable_hash
 from gkl_vl.data.labelled import LabelledSet
 from gkl_vl.errors import UserError, first_line
 
@@ -133,7 +133,7 @@ def _read_npy(file: str) -> tuple[Int64[Tensor, " m"], Int64[Tensor, " m"]]:
 def _read_lines(file: str) -> tuple[Int64[Tensor, " m"], Int64[Tensor, " m"]]:
     """Indices and labels; `UNKNOWN` on lines without label."""
     rows = []
-    for number, line in enumerate(Path(file).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(read_text(file).splitlines(), 1):
         words = line.split()
         if not 1 <= len(words) <= 2 or not all(word.isdecimal() for word in words):
             raise UserError(f"--labelled {file!r} line {number} is {line.strip()!r}: expected NUMBER or NUMBER LABEL")

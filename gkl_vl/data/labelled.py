@@ -415,7 +415,7 @@ def _list_set(source: str, root: str | None) -> LabelledSet:
     if not Path(source).is_file():
         raise UserError(f"the list {source!r} does not exist")
     paths, labels = [], []
-    with open(source, encoding="utf-8", errors="surrogateescape") as file:  # as for file names
+    with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:  # as for file names
         for number, line in enumerate(file, 1):
             words = line.rsplit(maxsplit=1)
             if len(words) < 2 or not words[1].isdecimal():

@@ -14,9 +14,9 @@ from typing import Any
 from open_clip import OPENAI_IMAGENET_TEMPLATES
 
 from gkl_vl.data.classes import keys_of, spaced
-from gkl_vl.data.files import read_json
+from gkl_vl.data.files import read_json, read_text
 from gkl_vl.data.pairs import BUNDLED
-from gkl_vl.errors import UserError, first_line
+from gkl_vl.errors import UserError
 
 Templates = Sequence[str] | dict[str, list[str]]
 """Texts with {c} for the class name; or {class name: its texts}, CuPL's format."""
@@ -108,14 +108,8 @@ def _read_json_prompts(file: str) -> tuple[Any, Any]:
 
 
 def _read_lines(file: str) -> list[str]:
-    """Lines that are not empty. Raises: UserError for a file that is missing or is not UTF-8 text."""
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise UserError(f"{file!r} does not exist") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file!r} is not text ({first_line(error)}): write one template per line") from error
-    return [line.strip() for line in lines if line.strip()]
+    """Lines that are not empty. Raises: UserError as `read_text`."""
+    return [line.strip() for line in read_text(file).splitlines() if line.strip()]
 
 
 def _check_names(file: str, names: list[str], known: tuple[str, ...] | None) -> None:

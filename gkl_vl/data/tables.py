@@ -19,7 +19,7 @@ import pyarrow
 import pyarrow.parquet
 
 from gkl_vl.data.files import is_junk, one_split
-from gkl_vl.errors import UserError, first_line
+from gkl_vl.errors import UserError, first_line, refuse_full_disk
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
@@ -237,7 +237,8 @@ def hub_rows(path: str, split: str, *, subject: str, hint: str) -> HubRows:
 
     try:
         return HubRows(datasets.load_dataset(path, split=split))
-    except Exception as error:  # the client's errors for offline, unknown, private, a full disk
+    except Exception as error:  # the client's errors for offline, unknown, private: the remedy is the same
+        refuse_full_disk(error)
         raise UserError(
             f"{subject} is no file here and could not be had from the Hub ({first_line(error)}): check the name "
             f"and the connection; {hint}"

@@ -7,11 +7,10 @@ import csv
 import io
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from gkl_vl.data.captions import CaptionRule, captions_in, parsed
-from gkl_vl.data.files import IMAGE_SUFFIXES
+from gkl_vl.data.files import IMAGE_SUFFIXES, read_text
 from gkl_vl.data.images import BrokenSample
 from gkl_vl.data.tables import need_columns
 from gkl_vl.errors import UserError, first_line
@@ -37,7 +36,7 @@ def read_csv(path: str, image_column: str, caption_column: str | None, *, quoted
     Raises: UserError, with the line number, for a file that is not UTF-8, a row with more cells than the header, and a
         quote that is not closed or closes rows later.
     """
-    text = _text(path)
+    text = read_text(path)
     sure = quoted is not None
     if quoted is None:
         quoted = not path.lower().endswith(".tsv") or text.lstrip().startswith('"')
@@ -72,7 +71,7 @@ def read_jsonl(path: str, image_field: str, rule: CaptionRule | None) -> list[Ro
         rule: None = captions are not read.
     """
     rows = []
-    for number, line in enumerate(_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -84,18 +83,6 @@ def read_jsonl(path: str, image_field: str, rule: CaptionRule | None) -> list[Ro
         except BrokenSample as error:
             rows.append((f"line {number}", (), f"line {number}: {error}"))
     return rows
-
-
-def _text(path: str) -> str:
-    content = Path(path).read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path!r} line {line} is not UTF-8 (byte 0x{content[error.start]:02x}): convert the file, from Latin-1 "
-            "with `iconv -f latin1 -t utf-8 OLD > NEW`"
-        ) from error
 
 
 def _header(path: str, text: str, needed: list[str], quoted: bool) -> tuple[str, list[str]]:

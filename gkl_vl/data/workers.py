@@ -1,6 +1,7 @@
 """Data loader workers: they end with the process that started them, and their deaths are one-line errors."""
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from multiprocessing import parent_process
@@ -24,6 +25,13 @@ def end_with_parent(worker: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    sys.excepthook = _quiet_about_a_closed_connection
+
+
+def _quiet_about_a_closed_connection(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    # multiprocessing's thread that hands tensors over reports a parent that was stopped in the middle of one by this
+    if not issubclass(kind, (EOFError, ConnectionError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def worker_batches(loader: DataLoader) -> Iterator[Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gkl_vl.data.files import read_text
 from gkl_vl.errors import UserError
 
 BenchmarkTask = Literal["zeroshot_classification", "zeroshot_retrieval", "image_caption_selection"]
@@ -125,10 +126,7 @@ def expand(names: Sequence[str]) -> list[Entry]:
 
 
 def _lines(path: str) -> list[str]:
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path!r} does not exist or is not text: write one data set per line") from error
+    lines = [line.strip() for line in read_text(path).splitlines()]
     if not any(lines):
         raise UserError(f"{path!r} names no data set: write one per line")
     return [line for line in lines if line]

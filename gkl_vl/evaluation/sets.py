@@ -24,12 +24,12 @@ from typing import Any, Literal
 from PIL import Image
 
 from gkl_vl.data.classes import are_numbers, keys_of, match_classes, named_by_key, named_by_list, same_names
-from gkl_vl.data.files import read_json
+from gkl_vl.data.files import read_json, read_lines, read_text
 from gkl_vl.data.identity import add_image
 from gkl_vl.data.images import DECODE_RULES
 from gkl_vl.data.labelled import LabelledSet, open_cifar, open_labelled
 from gkl_vl.data.prompts import CIFAR_TEMPLATES, IMAGENET_TEMPLATES, TEMPLATES_FILE, Templates, is_texts, require_places
-from gkl_vl.errors import UserError, first_line
+from gkl_vl.errors import UserError, first_line, refuse_full_disk
 from gkl_vl.evaluation.set_collections import COLLECTIONS
 from gkl_vl.evaluation.sources import (
     IMAGENET,
@@ -296,8 +296,13 @@ def _shard_layout(bare: str, folder: Path, split: str) -> _Layout:
         expected = "classification, multilabel and retrieval are supported"
         raise UserError(f"{bare}: dataset_type.txt contains {dataset_type!r}: {expected}")
     samples = WebShards(bare, _shards(bare, folder, split))
-    classnames = _lines(folder / "classnames.txt")
-    return _Layout(kind, samples, classnames, _lines(folder / TEMPLATES_FILE))
+    classnames, templates = folder / "classnames.txt", folder / TEMPLATES_FILE
+    return _Layout(
+        kind,
+        samples,
+        read_lines(classnames) if classnames.is_file() else None,
+        read_lines(templates) if templates.is_file() else None,
+    )
 
 
 # ---- class names and templates -----------------------------------------------------------------------------------
@@ -404,6 +409,7 @@ def _download(bare: str, url: str, split: str) -> Path:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         reason, cause = f"the Hub has no {repo} (branch {branch}), or you have no access", error
     except Exception as error:  # unrelated types, from httpx or requests depending on the Hub library's version
+        refuse_full_disk(error)
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else first_line(error)
         reason, cause = f"{repo} is not in the Hub's local cache and cannot be fetched ({why})", error
     bundled = f"bundled are {' and '.join(BUNDLED)}; for a folder use --dataset_root"
@@ -431,10 +437,5 @@ def _shards(name: str, folder: Path, split: str) -> list[Path]:
     return shards
 
 
-def _lines(path: Path) -> list[str] | None:
-    text = _read(path)
-    return None if text is None else [line.strip() for line in text.splitlines()]
-
-
 def _read(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    return read_text(path) if path.is_file() else None

@@ -16,7 +16,7 @@ import numpy as np
 from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 
-from gkl_vl.data.files import is_junk, read_file, read_json, require_images
+from gkl_vl.data.files import is_junk, read_file, read_json, read_text, require_images
 from gkl_vl.data.images import BrokenSample, EncodedImage
 from gkl_vl.data.labelled import LabelledSet, class_folders, label_in
 from gkl_vl.data.shards import Sample, read_samples
@@ -353,7 +353,7 @@ def _captions_of_karpathy(file: Path, split: str) -> dict[str, list[str]]:
 
 def _captions_in_text(file: Path) -> dict[str, list[str]]:
     captions: dict[str, list[str]] = {}
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = read_text(file).splitlines()
     for number, line in enumerate(lines[1:], 2):
         if not line.strip():
             continue

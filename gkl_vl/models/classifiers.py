@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from gkl_vl.errors import UserError, first_line
+from gkl_vl.errors import UserError, first_line, refuse_full_disk
 from gkl_vl.models.cifar_zoo import ZOO
 from gkl_vl.models.weights import fetch, load_exactly, read_json, read_state_dict
 
@@ -174,6 +174,7 @@ def _build_timm(name: str, *, num_classes: int, pretrained: bool, new_head: bool
     try:
         return timm.create_model(name, pretrained=True, num_classes=num_classes)
     except Exception as error:  # no weights for this name, or any error of the Hub's client
+        refuse_full_disk(error)
         raise UserError(f"timm:{name} could not be loaded ({first_line(error)}): {_CONNECT}") from error
 
 
@@ -188,6 +189,7 @@ def _build_torchvision(name: str, *, num_classes: int, pretrained: bool) -> nn.M
     try:
         return torchvision.models.get_model(name, weights=weights, num_classes=num_classes)
     except (OSError, RuntimeError) as error:  # no connection, a damaged download
+        refuse_full_disk(error)
         raise UserError(
             f"the weights of torchvision:{name} could not be fetched ({first_line(error)}): {_CONNECT}"
         ) from error

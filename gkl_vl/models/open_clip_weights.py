@@ -26,10 +26,10 @@ from open_clip.model import (
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor
 
-from gkl_vl.errors import UserError, first_line
+from gkl_vl.errors import UserError, first_line, notice, refuse_full_disk
 from gkl_vl.models.preprocessing import check_preprocess, from_image_processor
 from gkl_vl.models.pretrained import load_image_processor
-from gkl_vl.models.weights import check_fit, check_weights_file, notice, read_json, read_state_dict, refuse_pickle
+from gkl_vl.models.weights import check_fit, check_weights_file, read_json, read_state_dict, refuse_pickle
 
 FOLDER_CONFIG = "open_clip_config.json"
 # In open_clip's order of preference (3.3, factory.py).
@@ -123,6 +123,7 @@ def _download(architecture: str, tag: str) -> Path:
     try:
         return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(architecture, tag)))
     except Exception as error:  # any error of the Hub's client has the same remedy
+        refuse_full_disk(error)
         raise UserError(
             f"weights {tag!r} of {architecture!r} could not be fetched ({first_line(error)}): "
             f"connect, or write {tag}=PATH with the path of the downloaded file"

@@ -5,9 +5,7 @@ A pickle is read with torch's `weights_only=True`, and only on request.
 
 import argparse
 import json
-import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gkl_vl.errors import UserError, first_line
+from gkl_vl.errors import UserError, first_line, notice, refuse_full_disk
 
 _NESTED = ("state_dict", "model", "student", "state_dict_ema", "model_ema", "ema")
 """Keys under which checkpoints store a state dict, in order of preference."""
@@ -32,12 +30,6 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _SCALAR: Any = np.float64(0).__reduce__()[0]
 _PLAIN_TYPES = [argparse.Namespace, np.dtype, *(type(np.dtype(name)) for name in ("float64", "float32", "int64"))]
 _PLAIN_TYPES += [(_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._core.multiarray.scalar")]
-
-
-def notice(line: str) -> None:
-    """Prints one line to stderr on the first process: which settings of a model were inferred."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
 
 
 def refuse_pickle(path: str | Path, *, allow_pickle: bool) -> None:
@@ -58,6 +50,7 @@ def fetch(repo: str, *, files: Sequence[str], pickles: Sequence[str], allow_pick
     try:
         return Path(snapshot_download(repo, allow_patterns=[*files, *(pickles if allow_pickle else ())]))
     except Exception as error:  # offline, unknown repository or no access: the client's message names the cause
+        refuse_full_disk(error)
         raise UserError(
             f"the Hub repository {repo!r} could not be fetched ({first_line(error)}): "
             "check the name and the connection, or download it and write local-dir:path"

@@ -36,7 +36,7 @@ from gkl_vl.robustness.masking import check_masking
 from gkl_vl.robustness.measure import USUAL_EPSILON, measure
 from gkl_vl.robustness.pgd import Norm, radius
 from gkl_vl.robustness.results import result_record, results_table
-from gkl_vl.robustness.targets import load_examples, load_target
+from gkl_vl.robustness.targets import in_model_order, load_examples, load_target
 
 TASK = "adversarial_robustness"
 TIMEOUT = timedelta(days=7)  # a process that has finished its batches may wait for the others for hours
@@ -104,7 +104,7 @@ def main(config: Config) -> None:
             allow_pickle=config.allow_pickle,
         )
     target.model.to(accelerator.device)
-    examples = load_examples(data, images=config.images, image_size=config.image_size)
+    examples = load_examples(in_model_order(data, target), images=config.images, image_size=config.image_size)
     masking, warnings = {}, []
     if config.check_masking:  # first, so that a user can stop before the long attack
         masking, warnings = check_masking(

@@ -37,7 +37,15 @@ from gkl_vl.objectives.common import EpochPrior
 from gkl_vl.protocols import Record
 from gkl_vl.robustness.autoattack import survives_pgd
 from gkl_vl.robustness.pgd import Norm, radius
-from gkl_vl.training.classifiers import GklFlags, evaluate_classifier, finish, overridden, recompute_batchnorm
+from gkl_vl.training.classifiers import (
+    GklFlags,
+    evaluate_classifier,
+    finish,
+    in_order_of,
+    in_training_order,
+    overridden,
+    recompute_batchnorm,
+)
 from gkl_vl.training.engine import FitConfig, fit, moving_average
 from gkl_vl.training.optim import sgd, warmup_cosine
 from gkl_vl.training.run import EpochIntervals, Run, RunFlags
@@ -250,6 +258,12 @@ def main(config: Config) -> None:
         weights=config.model.weights,
         allow_pickle=config.run.allow_pickle,
     )
+    if config.data.synthesized is not None and classifier.classnames not in (None, train.classnames):
+        raise UserError(
+            f"--model {preset.model} has the classes of {train.name} in an order of its own, and the labels of "
+            f"--synthesized {config.data.synthesized} count in that of the data: take another model"
+        )
+    train, test = in_order_of({"--model": classifier}, train, test)
     model = MultiBatch(classifier.on_pixels()).to(memory_format=torch.channels_last)
     batch_size = config.optimisation.batch_size
     if batch_size is None:
@@ -347,6 +361,7 @@ def find_preset(config: Config) -> tuple[Preset, AdversarialTraining]:
 def open_data(config: Config, preset: Preset) -> tuple[LabelledSet, LabelledSet]:
     """The sets for training and for evaluation."""
     train, test = (open_labelled(preset.data, split) for split in ("train", "test"))
+    test = in_training_order(test, train)
     if config.data.images is not None:
         train = balanced_subset(train, config.data.images, config.run.seed)
     return train, test

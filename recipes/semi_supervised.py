@@ -36,10 +36,17 @@ from gkl_vl.data.subsets import balanced_subset
 from gkl_vl.data.views import DiskViews, MemoryImages, MemoryViews
 from gkl_vl.errors import UserError
 from gkl_vl.losses.consistency import ClassThresholds, Consistency, Method, SemiSupervised
-from gkl_vl.models.classifiers import load_classifier
+from gkl_vl.models.classifiers import Classifier, load_classifier
 from gkl_vl.objectives.common import EpochPrior
 from gkl_vl.objectives.semi_supervised import SemiSupervisedTraining
-from gkl_vl.training.classifiers import GklFlags, evaluate_classifier, finish, overridden, require_same_classes
+from gkl_vl.training.classifiers import (
+    GklFlags,
+    evaluate_classifier,
+    finish,
+    in_order_of,
+    in_training_order,
+    overridden,
+)
 from gkl_vl.training.engine import FitConfig, fit, moving_average
 from gkl_vl.training.optim import layered_adamw, sgd, warmup_fixmatch
 from gkl_vl.training.run import Run, RunFlags, StepIntervals
@@ -235,9 +242,11 @@ def main(config: Config) -> None:
     batch_size = config.optimisation.batch_size
     if batch_size is None:
         batch_size = max(preset.batch_size // run.num_processes, 1)
+    lines = labelled_lines(data.labelled, data.train.labels)  # with the labels of the data, as they are read again
+    data = in_student_order(data, student)
     run.begin(title(config, preset, data))
     if not config.run.resume:
-        run.folder.write_text("labelled.txt", labelled_lines(data.labelled, data.train.labels))
+        run.folder.write_text("labelled.txt", lines)
     prior = EpochPrior(data.train.num_classes, settings.gkl.weight_temperature) if has_prior(settings) else None
     objective = SemiSupervisedTraining(
         student=student,
@@ -356,7 +365,7 @@ def open_data(config: Config, preset: Preset) -> Data:
     if preset.data is None:
         raise UserError(f"--preset {config.preset} has no data of its own: give --data, see recipes/README.md")
     train, test = (open_labelled(preset.data, split) for split in ("train", "test"))
-    require_same_classes(train, test)
+    test = in_training_order(test, train)
     if config.data.images is not None:
         train = balanced_subset(train, config.data.images, config.run.seed)
     if config.data.labelled is None:
@@ -373,6 +382,13 @@ def open_data(config: Config, preset: Preset) -> Data:
         more = in_memory(open_image_set(preset.data, preset.unlabelled_split), size=preset.image_size)
         pool, hidden = torch.cat([pool, more]), torch.cat([hidden, torch.full((len(more),), UNKNOWN)])
     return Data(train, labelled, pool, hidden, test)
+
+
+def in_student_order(data: Data, student: Classifier) -> Data:
+    """The data with the labels of a student that carries class names: an exported folder."""
+    train, test = in_order_of({"--model": student}, data.train, data.test)
+    hidden_labels = torch.cat([train.labels, data.hidden_labels[len(train) :]])
+    return replace(data, train=train, test=test, hidden_labels=hidden_labels)
 
 
 def has_prior(settings: SemiSupervised) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
 from importlib.metadata import version
+from inspect import unwrap
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -107,7 +108,8 @@ def architecture(model: nn.Module) -> str:
     for name, module in model.named_modules():
         settings = {key: value for key, value in vars(module).items() if key not in _OWN}
         kind = type(module)
-        lines.append(f"{name} {kind.__module__}.{kind.__qualname__} {_described(kind.forward)} {_described(settings)}")
+        forward = _described(unwrap(kind.forward))  # type checkers wrap it
+        lines.append(f"{name} {kind.__module__}.{kind.__qualname__} {forward} {_described(settings)}")
     return "\n".join(lines)
 
 
@@ -137,8 +139,8 @@ def _described(value: Any) -> str:
 def _described_function(function: Callable[..., Any]) -> str:
     plain = function.__func__ if isinstance(function, MethodType) else function
     assert isinstance(plain, FunctionType)
-    cells = [cell.cell_contents for cell in plain.__closure__ or ()]
-    held = [cell for cell in cells if not isinstance(cell, FunctionType)]  # a function may hold itself
+    # Not lists and other objects: a function may hold itself, and a hook the record of what it saw.
+    held = [cell.cell_contents for cell in plain.__closure__ or () if isinstance(cell.cell_contents, (*_PLAIN, Tensor))]
     code = _described_code(plain.__code__)
     return f"{plain.__module__}.{plain.__qualname__} {code} {_described(plain.__defaults__)} {_described(held)}"
 

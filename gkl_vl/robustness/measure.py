@@ -21,7 +21,7 @@ from tqdm import tqdm
 from gkl_vl.atomic import read_json, write_json
 from gkl_vl.distributed import rank, sum_across_processes, world_size
 from gkl_vl.errors import UserError
-from gkl_vl.models.fingerprint import add_weights
+from gkl_vl.models.fingerprint import add_weights, architecture, versions
 from gkl_vl.report import percent
 from gkl_vl.robustness.autoattack import (
     PGD_ATTACKS,
@@ -136,19 +136,26 @@ def check_attack(
 
 
 def _settings(attack: Attack, target: Target, examples: Examples, batch_size: int) -> dict[str, Any]:
-    """Everything that determines the flags, except the machine."""
+    """Everything that determines the flags, except the machine: the attack and its steps, the model's weights and
+    structure, pixels and labels in their order, the split into batches, versions, and the precision of products."""
     version = None if attack.name in PGD_ATTACKS else import_autoattack().__version__
     weights = hashlib.sha256()
     add_weights(weights, target.model)
-    data = hashlib.sha256(examples.images.numpy().tobytes())
+    structure = hashlib.sha256(architecture(target.model).encode())
+    data = hashlib.sha256(f"{tuple(examples.images.shape)} {examples.num_classes}".encode())
+    data.update(examples.images.numpy().tobytes())
     data.update(examples.labels.numpy().tobytes())  # joining the bytes first would copy every image once more
     return asdict(attack) | {
+        "settings": attack.described(),
         "architecture": target.architecture,
+        "structure_sha256": structure.hexdigest(),
         "model_sha256": weights.hexdigest(),
         "data_sha256": data.hexdigest(),
         "images": len(examples.labels),
         "batch_size": batch_size,
         "pyautoattack": version,
+        "versions": versions(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
     }
 
 

@@ -34,6 +34,8 @@ class Target:
     architecture: str
     model: nn.Module
     """Maps pixels in [0, 1] to logits; in evaluation mode, weights without gradients."""
+    classnames: tuple[str, ...] | None = None
+    """Names of the logits; None if unknown: labels of the data are then taken as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,20 @@ def load_target(
         raise UserError(f"model {name!r} has random weights: give a checkpoint as --weights, or name a run folder")
     classes = None if has_weights else num_classes
     classifier = load_classifier(name, num_classes=classes, weights=weights, allow_pickle=allow_pickle)
-    return Target(architecture=classifier.name, model=classifier.on_pixels().eval().requires_grad_(False))
+    model = classifier.on_pixels().eval().requires_grad_(False)
+    return Target(architecture=classifier.name, model=model, classnames=classifier.classnames)
+
+
+def in_model_order(data: LabelledSet, target: Target) -> LabelledSet:
+    """The set with its classes in the order of the model's logits, matched by name where the model has names.
+
+    Raises: UserError for a class that the model lacks.
+    """
+    if target.classnames is None:
+        return data
+    return data.in_order(
+        target.classnames, num_classes=len(target.classnames), others=f"the model {target.architecture}"
+    )
 
 
 def _load_robustbench(name: str, *, num_classes: int, norm: Norm) -> nn.Module:

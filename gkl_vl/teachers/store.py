@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from jaxtyping import Float, Float16, Int, Int16, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -24,15 +23,16 @@ from tqdm import tqdm
 
 from gkl_vl import disk_cache
 from gkl_vl.data.augment import apply_seeded, describe
+from gkl_vl.data.captions import usable_captions
 from gkl_vl.data.files import stable_hash
-from gkl_vl.data.images import decode
-from gkl_vl.data.pair_stream import usable_captions
+from gkl_vl.data.images import DECODE_RULES, decode
 from gkl_vl.data.pairs import RawPair
 from gkl_vl.data.views import Views
+from gkl_vl.data.workers import end_with_parent, worker_batches
 from gkl_vl.evaluation.embed import predict
 from gkl_vl.models.classifiers import Classifier
 from gkl_vl.models.clip import Clip, resize
-from gkl_vl.models.fingerprint import add_clip, add_weights
+from gkl_vl.models.fingerprint import add_clip, add_model
 from gkl_vl.teachers.online import LabelTeacher, Teacher, teacher_scales
 
 BATCH = 128
@@ -102,18 +102,21 @@ def cache_folder() -> Path:
 
 
 def _key(clip: Clip, pairs: Sequence[RawPair], num_views: int, augment: Callable[..., Tensor], size: int) -> str:
-    """Hash of everything that decides the stored tensors."""
-    digest = hashlib.sha256(f"{num_views} {size} {describe(augment)} {torchvision.__version__}".encode())
+    """Hash of everything that decides the stored tensors: number, size and augmentation of the views, the teacher
+    (`add_clip`, which has the versions) and its device type, pairs in their order, their tokens, rules of decoding."""
+    device = next(clip.towers.parameters()).device.type
+    digest = hashlib.sha256(f"{num_views} {size} {describe(augment)} {device} rules {DECODE_RULES}".encode())
     add_clip(digest, clip)
     for pair in pairs:
-        digest.update(repr((pair.key, pair.captions)).encode())
+        digest.update(repr((pair.key, pair.captions, len(pair.image))).encode())
         digest.update(pair.image)
-    digest.update(clip.tokenize(_distinct_captions(pairs)).numpy().tobytes())
+    tokens = clip.tokenize(_distinct_captions(pairs))
+    digest.update(f"{tokens.dtype} {tuple(tokens.shape)}".encode() + tokens.numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
 def _distinct_captions(pairs: Sequence[RawPair]) -> list[str]:
-    return list(dict.fromkeys(caption for pair in pairs for caption in usable_captions(pair)))
+    return list(dict.fromkeys(caption for pair in pairs for caption in usable_captions(pair.captions)))
 
 
 class _ViewSet(Dataset):
@@ -136,9 +139,12 @@ def _embed_images(
 ) -> tuple[UInt8[Tensor, "m 3 s s"], Float[Tensor, "m e"]]:
     device = next(clip.towers.parameters()).device
     generator = torch.Generator()  # a DataLoader draws a seed, which must not advance the training's generator
-    loader = DataLoader(images, batch_size=BATCH, num_workers=num_workers, generator=generator)
+    loader = DataLoader(
+        images, batch_size=BATCH, num_workers=num_workers, worker_init_fn=end_with_parent, generator=generator
+    )
     pixels, embeddings = [], []
-    for views in tqdm(loader, desc=f"teacher embeds {len(images):,} views, once", disable=not sys.stderr.isatty()):
+    bar = {"desc": f"teacher embeds {len(images):,} views, once", "total": len(loader)}
+    for views in tqdm(worker_batches(loader), **bar, disable=not sys.stderr.isatty()):
         embeddings.append(clip.towers.encode_image(clip.prepare(views.to(device))).float().cpu())
         pixels.append((resize(views, size) * 255).round().byte())
     return torch.cat(pixels), torch.cat(embeddings)
@@ -147,7 +153,7 @@ def _embed_images(
 @torch.inference_mode()
 def _embed_texts(clip: Clip, pairs: Sequence[RawPair]) -> Float[Tensor, "p c e"]:
     device = next(clip.towers.parameters()).device
-    captions = [usable_captions(pair) for pair in pairs]
+    captions = [usable_captions(pair.captions) for pair in pairs]
     distinct = _distinct_captions(pairs)
     batches = [distinct[start : start + BATCH] for start in range(0, len(distinct), BATCH)]
     embeddings = torch.cat([clip.towers.encode_text(clip.tokenize(b).to(device)).float().cpu() for b in batches])
@@ -196,13 +202,16 @@ def store_logits(
 
     Args:
         classifier: the frozen teacher, in evaluation mode, on `device`.
-        contents: identity of the set of images: a digest, or the name of the source.
+        contents: identity of the set of images, a hash (`data.identity.images_identity`).
         top_k: number of logits stored of each view; None = all.
         folder: where to store the result; None = the user's cache.
+
+    The key holds the classifier (`add_model`, which has the versions), its normalisation and device type, number and
+    settings of the views, the rules of decoding, and labels and images in their order.
     """
-    digest = hashlib.sha256(f"{classifier.model} {classifier.mean} {classifier.std} {num_views} {top_k}".encode())
-    digest.update(f"{contents} {views.description()} {torchvision.__version__}".encode() + labels.numpy().tobytes())
-    add_weights(digest, classifier.model)
+    digest = hashlib.sha256(f"{classifier.mean} {classifier.std} {num_views} {top_k} {device.type}".encode())
+    digest.update(f"rules {DECODE_RULES} {contents} {views.description()}".encode() + labels.numpy().tobytes())
+    add_model(digest, classifier.model)
     path = (folder or cache_folder()) / f"logits_{digest.hexdigest()[:32]}.safetensors"
     tensors = disk_cache.read(path)
     if tensors is None:

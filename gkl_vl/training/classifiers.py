@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from gkl_vl import report
+from gkl_vl.data.classes import match_classes, same_names
 from gkl_vl.data.labelled import LabelledSet
 from gkl_vl.data.views import PLAIN, Views
 from gkl_vl.errors import UserError
@@ -53,13 +54,34 @@ def overridden(defaults: Settings, flags: Mapping[str, Any]) -> Settings:
     return replace(defaults, **changes)
 
 
-def require_same_classes(train: LabelledSet, test: LabelledSet) -> None:
-    """Raises: UserError for an evaluation set with classes that the training set lacks."""
-    if test.num_classes > train.num_classes:
-        raise UserError(
-            f"{test.name} has {test.num_classes} classes, {train.name} only {train.num_classes}: "
-            "name sets that belong together"
-        )
+def in_training_order(test: LabelledSet, train: LabelledSet) -> LabelledSet:
+    """The evaluation set with the labels of the training set; classes are matched by name, and it may lack some.
+
+    Raises: UserError for an evaluation set with classes that the training set lacks.
+    """
+    return test.in_order(train.classnames, num_classes=train.num_classes, others=train.name)
+
+
+def in_order_of(
+    models: Mapping[str, Classifier | None], train: LabelledSet, test: LabelledSet
+) -> tuple[LabelledSet, LabelledSet]:
+    """The sets with their classes in the order of the models' logits, matched by name where a model has names.
+
+    Args:
+        models: by the flag that names them.
+
+    Raises: UserError for a model of other classes, or two models with the same classes in different orders.
+    """
+    named = [(f"{flag} {m.name}", m.classnames) for flag, m in models.items() if m is not None and m.classnames]
+    if not named:
+        return train, test
+    (first, classnames), *others = named
+    for other, names in others:
+        if not same_names(names, classnames):
+            match_classes(names, classnames, whose=other, others=first)  # names a class that one of them lacks
+            raise UserError(f"{other} has the classes of {first} in another order: take one without weights for it")
+    train, test = (data.in_order(classnames, num_classes=len(classnames), others=first) for data in (train, test))
+    return train, test
 
 
 def evaluate_classifier(
@@ -97,9 +119,11 @@ def finish(
     Args:
         teacher: its name and the model.
         made: for the card: how the student was trained.
+        data: the training set; the exported student carries its class names.
         published: "" where nothing was published.
     """
     student.model.eval()
+    student = replace(student, classnames=data.classnames)
     facts, folder = run.facts(steps=steps), run.folder.path
     card = ClassifierCard(
         student=student.name,

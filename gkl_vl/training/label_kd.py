@@ -11,6 +11,7 @@ import tyro
 
 from gkl_vl import cli
 from gkl_vl.data.augment import imagenet_augmentation, imagenet_center
+from gkl_vl.data.identity import images_identity
 from gkl_vl.data.labelled import LabelledSet, in_memory, open_labelled
 from gkl_vl.data.loaders import LabelledLoader, batches_per_epoch
 from gkl_vl.data.subsets import balanced_subset, long_tailed, shot_groups
@@ -22,7 +23,14 @@ from gkl_vl.objectives.common import EpochPrior
 from gkl_vl.objectives.labels import LabelKd
 from gkl_vl.teachers.online import LabelTeacher, online_label_teacher
 from gkl_vl.teachers.store import store_logits, stored_label_teacher
-from gkl_vl.training.classifiers import GklFlags, evaluate_classifier, finish, overridden, require_same_classes
+from gkl_vl.training.classifiers import (
+    GklFlags,
+    evaluate_classifier,
+    finish,
+    in_order_of,
+    in_training_order,
+    overridden,
+)
 from gkl_vl.training.engine import FitConfig, fit
 from gkl_vl.training.optim import multi_step, sgd, warmup_cosine
 from gkl_vl.training.run import EpochIntervals, Run, RunFlags
@@ -177,6 +185,7 @@ def train_classifier(config: LabelConfig, *, recipe: Recipe) -> None:
         weights=config.model.student_weights,
         allow_pickle=config.run.allow_pickle,
     )
+    train, test = in_order_of({"--teacher": teacher, "--student": student}, train, test)
     student.model.to(memory_format=torch.channels_last)
     batch_size, per_epoch, steps = count_steps(pair, config, len(train), run.num_processes)
     origin = "" if teacher is None else f" from {pair.teacher} by {config.method}"
@@ -290,7 +299,7 @@ def open_data(recipe: Recipe, config: LabelConfig) -> tuple[LabelledSet, Labelle
     open_split = partial(open_labelled, root=flags.root, columns=flags.columns)
     train = open_split(source, recipe.splits[0])
     test = open_split(source if flags.eval_data is None else flags.eval_data, recipe.splits[1])
-    require_same_classes(train, test)
+    test = in_training_order(test, train)
     if flags.imbalance is not None:
         train = long_tailed(train, ratio=flags.imbalance, seed=config.run.seed)
     if flags.images is not None:
@@ -350,10 +359,12 @@ def make_teacher(
 
 
 def _contents(data: LabelledSet, views: Views) -> str:
-    """Identity of the images: a hash where they are in memory, else the name of their source."""
+    """Identity of the images: a hash of the pixels where they are in memory, else of their files or contents."""
     if isinstance(views, MemoryViews):
-        return hashlib.sha256(views.images.numpy().tobytes()).hexdigest()
-    return data.name
+        digest = hashlib.sha256(f"{tuple(views.images.shape)}".encode())
+        digest.update(views.images.numpy().tobytes())
+        return digest.hexdigest()
+    return images_identity(data.images(index).read for index in range(len(data)))
 
 
 def lr_schedule(pair: Pair, steps: int) -> Callable[[int], float]:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from accelerate.utils.constants import RNG_STATE_NAME
+from accelerate.utils.other import load
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -298,6 +300,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, ema: nn.Modul
     if ema is not None and not ema_path.is_file():
         raise UserError(f"{str(checkpoint)!r} holds no moving average: resume without --ema-decay")
     try:
+        load(checkpoint / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl")  # load_state goes on without it
         accelerator.load_state(str(checkpoint))  # all ranks
         if ema is not None:
             ema.load_state_dict(load_file(ema_path, device=str(accelerator.device)))

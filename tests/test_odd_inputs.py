@@ -318,7 +318,18 @@ def test_a_split_of_a_folder_is_read_alone(tmp_path, kind):
 def test_a_folder_with_splits_and_no_train_asks_for_one(tmp_path):
     write(tmp_path / "test" / "a.png", RED)
     write(tmp_path / "val" / "a.png", RED)
-    assert f"has the splits test, val and no train: name one, as {tmp_path}:test" in refused(open_images, str(tmp_path))
+    message = f"has test, val, and which of these to train on is not clear: name one, as {tmp_path}:test"
+    assert message in refused(open_images, str(tmp_path))
+
+
+def test_a_class_may_be_named_as_a_split(tmp_path):
+    for name in ("car", "plane", "train"):
+        write(tmp_path / name / "a.png", RED)
+    source = open_images(str(tmp_path))
+    assert source.num_pairs == 3 and source.classnames == ("car", "plane", "train")
+    write(tmp_path / "test" / "a.png", RED)
+    assert "has car, plane, test, train, and which of these" in refused(open_images, str(tmp_path))
+    assert open_images(f"{tmp_path}:train").num_pairs == 1
 
 
 def test_a_file_has_no_split(tmp_path):

@@ -41,11 +41,6 @@ _FORMS: tuple[Callable[[str], str], ...] = (str, spaced, _without_case)
 """How names are compared, the strictest first."""
 
 
-def same_names(names: Sequence[str], others: Sequence[str]) -> bool:
-    """Whether both lists have the same names at the same places; repeated names are allowed."""
-    return any([form(name) for name in names] == [form(name) for name in others] for form in _FORMS)
-
-
 def keys_of(names: Sequence[str], keys: Iterable[str]) -> list[str | None]:
     """For each name the key that matches it; None if none does, or several do equally well."""
     keys = list(keys)
@@ -65,16 +60,15 @@ def keys_of(names: Sequence[str], keys: Iterable[str]) -> list[str | None]:
 def places(names: Sequence[str], reference: Sequence[str]) -> list[int] | None:
     """For each name its place in `reference`, which may have more; None if a name is missing or repeats.
 
-    Lists that are equal, with repeated names or without, match place by place.
+    Lists that repeat names but are equal match place by place.
     """
-    if same_names(names, reference):
-        return list(range(len(names)))
     for form in _FORMS:
         place = {form(name): number for number, name in enumerate(reference)}
         own = [form(name) for name in names]
         if len(place) == len(reference) and len(set(own)) == len(own) and place.keys() >= set(own):
             return [place[name] for name in own]
-    return None
+    equal = any(list(map(form, names)) == list(map(form, reference)) for form in _FORMS)
+    return list(range(len(names))) if equal else None
 
 
 def match_classes(names: Sequence[str], reference: Sequence[str], *, whose: str, others: str) -> list[int]:

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gkl_vl.errors import UserError, first_line
+from gkl_vl.errors import UserError, first_line, notice
 
 IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg", "bmp", "tif", "tiff", "ppm", "pgm", "gif")
 """File name endings of images, in lower case, for every source."""
 _JUNK = ("__MACOSX", "__pycache__", "lost+found", "$RECYCLE.BIN", "System Volume Information")
-_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing")
+_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing", "unlabeled")
+"""Usual names of splits."""
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -26,6 +27,11 @@ def is_junk(path: str) -> bool:
     Among them are .ipynb_checkpoints, .DS_Store, ._name (macOS), __MACOSX and __pycache__.
     """
     return any((part.startswith(".") and part not in (".", "..")) or part in _JUNK for part in path.split("/"))
+
+
+def subfolders(folder: str | Path) -> list[str]:
+    """Names of the folders in a folder, without what `is_junk`, sorted."""
+    return sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and not is_junk(path.name))
 
 
 def image_paths(folder: str | Path) -> tuple[list[str], dict[str, int]]:
@@ -76,15 +82,27 @@ def one_split(existing: Iterable[str], *, split: str, source: str) -> str:
 def training_split(existing: Iterable[str], *, split: str | None, source: str) -> str | None:
     """The split to train on: the one named, else "train". None = the source has no splits, so all of it.
 
-    Raises: UserError for a split that it does not have, and where it has splits, none is named, and none is "train".
+    Names are those of splits if all are usual names of splits: "train" among others is a class of vehicles.
+
+    Raises: UserError for a split that it does not have, and where none is named and either none is "train", or other
+        names stand beside those of several splits.
     """
     names = sorted(set(existing))
     if split is not None:
         return one_split(names, split=split, source=source)
     splits = [name for name in names if name in _SPLITS]
-    if not splits or "train" in splits:
-        return "train" if splits else None
-    raise UserError(f"{source!r} has the splits {', '.join(splits)} and no train: name one, as {source}:{splits[0]}")
+    if len(splits) < len(names) and len(splits) < 2:
+        return None
+    if len(splits) < len(names) or (splits and "train" not in splits):
+        raise UserError(
+            f"{source!r} has {', '.join(names)}, and which of these to train on is not clear: name one, as "
+            f"{source}:{splits[0]}"
+        )
+    if len(splits) > 1:
+        notice(
+            f"{source} has the splits {', '.join(splits)}, of which train is read; {source}:{splits[0]} names another"
+        )
+    return "train" if splits else None
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------

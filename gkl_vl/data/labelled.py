@@ -30,11 +30,11 @@ from gkl_vl.data.files import (
     IMAGE_SUFFIXES,
     endings_text,
     image_paths,
-    is_junk,
     is_local,
     one_split,
     read_file,
     require_images,
+    subfolders,
 )
 from gkl_vl.data.images import BrokenSample, EncodedImage
 from gkl_vl.data.shards import Sample, checked_shards, is_shards, list_shards, read_samples, shards_below
@@ -178,7 +178,7 @@ def open_image_set(source: str, split: str, *, columns: tuple[str, str] | None =
         files = _stl10(source, split)
         return ImageSet(name=name, size=len(files.data), images=_Pixels(name, files.data.transpose(0, 2, 3, 1)))
     if folder.is_dir() and not parquet_files(folder):
-        below = folder / one_split(_subfolders(folder), split=split, source=source)
+        below = folder / one_split(subfolders(folder), split=split, source=source)
         paths, others = image_paths(below)
         if not paths:
             raise UserError(
@@ -235,11 +235,6 @@ def _note_others(folder: str, others: Mapping[str, int]) -> None:
     """Prints how many files of a folder are not read, by ending."""
     if others:
         notice(f"{folder} has files that are no images and are not read: {endings_text(others)}")
-
-
-def _subfolders(folder: str | Path) -> list[str]:
-    """Names of the folders in a folder, without what `is_junk`, sorted."""
-    return sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and not is_junk(path.name))
 
 
 def in_memory(data: LabelledSet | ImageSet, *, size: int | None = None) -> UInt8[Tensor, "N 3 h w"]:
@@ -376,7 +371,7 @@ def _folder_set(source: str, split: str, columns: tuple[str, str] | None) -> Lab
         return _labelled_set(f"{source}:{split}", np.asarray(stl10.labels), stl10.classes, pixels)
     if files := parquet_files(folder):
         return _table_set(f"{source}:{split}", ParquetRows(files_of_split(files, folder, split, source)), columns)
-    split = one_split(_subfolders(folder), split=split, source=source)
+    split = one_split(subfolders(folder), split=split, source=source)
     if shards := shards_below(folder / split):
         return _shard_set(f"{source}:{split}", checked_shards(shards))
     return _image_folder_set(f"{source}:{split}", os.path.join(source, split))
@@ -405,7 +400,7 @@ def _stl10(source: str, split: str) -> torchvision.datasets.STL10:
 
 
 def _image_folder_set(name: str, folder: str) -> LabelledSet:
-    classes = folder_order(_subfolders(folder))
+    classes = folder_order(subfolders(folder))
     if not classes:
         raise UserError(f"{folder!r} is not an image folder: it has no folder for each class, as {folder}/CLASS/x.jpg")
     return class_folders(name, folder, {each: label for label, each in enumerate(classes)}, classes)

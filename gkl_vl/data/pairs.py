@@ -20,7 +20,7 @@ from typing import Any
 
 from gkl_vl.data.captions import CaptionRule, captions_in
 from gkl_vl.data.classes import are_numbers
-from gkl_vl.data.files import IMAGE_SUFFIXES, endings_text, image_paths, is_local, training_split
+from gkl_vl.data.files import IMAGE_SUFFIXES, endings_text, image_paths, is_local, subfolders, training_split
 from gkl_vl.data.images import BrokenSample
 from gkl_vl.data.shards import (
     Sample,
@@ -184,7 +184,6 @@ def _located(name: str) -> tuple[str, str | None]:
 
 def _open_folder(name: str, folder: Path, split: str | None, image: str | None, rule: CaptionRule | None) -> Source:
     """The shards in a folder, else its parquet (img2dataset writes both), else its images; of one split."""
-    subfolders = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
     if split is None and (shards := shards_below(folder)):
         return shard_source(name, checked_shards(shards), image, rule)
     if files := parquet_files(folder):
@@ -193,7 +192,7 @@ def _open_folder(name: str, folder: Path, split: str | None, image: str | None, 
         return _open_parquet(
             name, files if chosen is None else files_of_split(files, folder, chosen, str(folder)), image, rule
         )
-    chosen = training_split(subfolders, split=split, source=str(folder))
+    chosen = training_split(subfolders(folder), split=split, source=str(folder))
     below = folder if chosen is None else folder / chosen
     if shards := shards_below(below):
         return shard_source(name, checked_shards(shards), image, rule)

@@ -99,9 +99,8 @@ def training_split(existing: Iterable[str], *, split: str | None, source: str) -
             f"{source}:{splits[0]}"
         )
     if len(splits) > 1:
-        notice(
-            f"{source} has the splits {', '.join(splits)}, of which train is read; {source}:{splits[0]} names another"
-        )
+        others = [name for name in splits if name != "train"]
+        notice(f"{source}: of its splits train is read, not {', '.join(others)}; name another as {source}:{others[0]}")
     return "train" if splits else None
 
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from gkl_vl.data.classes import are_numbers, keys_of, match_classes, named_by_key, named_by_list, same_names
+from gkl_vl.data.classes import are_numbers, keys_of, match_classes, named_by_key, named_by_list
 from gkl_vl.data.files import read_json, read_lines, read_text
 from gkl_vl.data.identity import add_image
 from gkl_vl.data.images import DECODE_RULES
@@ -113,9 +113,11 @@ class BenchmarkSet:
         Raises: UserError for a class that the other lacks, and for several labels by image in another order.
         """
         own, reference = (dataset.classes or dataset.classnames for dataset in (self, other))
-        if not own or not reference or same_names(own, reference):
+        if not own or not reference:
             return self
         places = match_classes(own, reference, whose=self.name, others=f"the other split ({other.name})")
+        if places == list(range(len(reference))):
+            return self
         if self.kind == "multilabel":
             raise UserError(f"{self.name}: the classes of its rows are not those of {other.name} in their order")
         samples = _Relabelled(self.samples, tuple(places))

@@ -6,6 +6,7 @@ can iterate over the same set and each reads only its own images.
 
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -329,21 +330,31 @@ def _captions_of_coco(file: Path) -> dict[str, list[str]]:
         captions: dict[str, list[str]] = {path_of[image_id]: [] for image_id in sorted(path_of)}
         for annotation in content["annotations"]:
             captions[path_of[annotation["image_id"]]].append(annotation["caption"])
+        for field in ("id", "file_name"):
+            _require_each_once(file, [str(image[field]) for image in content["images"]])
     except (KeyError, TypeError, AttributeError) as error:
         raise _malformed(file, "COCO's", "images and annotations", error) from error
     return captions
 
 
+def _require_each_once(file: Path, paths: Sequence[str]) -> None:
+    """Raises: UserError for an image that is named twice: its captions would be those of two images."""
+    path, count = Counter(paths).most_common(1)[0] if paths else ("", 0)
+    if count > 1:
+        raise UserError(f"{str(file)!r} names the image {path!r} {count} times: give each image one entry")
+
+
 def _captions_of_karpathy(file: Path, split: str) -> dict[str, list[str]]:
     content = read_json(file, dict)
     captions: dict[str, list[str]] = {}
-    splits = set()
+    splits, paths = set(), []
     try:
         for image in content["images"]:
             splits.add(image["split"])
             if image["split"] == split:
-                path = str(Path(image.get("filepath", "")) / image["filename"])
-                captions[path] = [sentence["raw"] for sentence in image["sentences"]]
+                paths.append(str(Path(image.get("filepath", "")) / image["filename"]))
+                captions[paths[-1]] = [sentence["raw"] for sentence in image["sentences"]]
+        _require_each_once(file, paths)
     except (KeyError, TypeError, AttributeError) as error:
         raise _malformed(file, "Karpathy's", "images with split, filename and sentences", error) from error
     if split not in splits:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from gkl_vl import report
-from gkl_vl.data.classes import match_classes, same_names
+from gkl_vl.data.classes import match_classes
 from gkl_vl.data.labelled import LabelledSet
 from gkl_vl.data.views import PLAIN, Views
 from gkl_vl.errors import UserError
@@ -77,8 +77,7 @@ def in_order_of(
         return train, test
     (first, classnames), *others = named
     for other, names in others:
-        if not same_names(names, classnames):
-            match_classes(names, classnames, whose=other, others=first)  # names a class that one of them lacks
+        if match_classes(names, classnames, whose=other, others=first) != list(range(len(classnames))):
             raise UserError(f"{other} has the classes of {first} in another order: take one without weights for it")
     train, test = (data.in_order(classnames, num_classes=len(classnames), others=first) for data in (train, test))
     return train, test

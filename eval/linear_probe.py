@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from accelerate import Accelerator
 
 from gkl_vl.atomic import append_line
-from gkl_vl.cli import run
+from gkl_vl.cli import refuse_unused, run
 from gkl_vl.evaluation.benchmark import evaluate_probe, result_path
 from gkl_vl.evaluation.flags import EvalFlags, load_sets, load_subjects
 from gkl_vl.evaluation.tables import print_results
@@ -44,6 +44,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    refuse_unused(vars(config.evaluation), ["custom_template_file"], "has no effect on a linear probe")
     tests = load_sets(config.dataset, config.evaluation)
     trains = load_sets(config.dataset, config.evaluation, split=config.train_split)
     names = dict(model=config.model, pretrained=config.pretrained or "", task=TASK)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from accelerate import Accelerator
 
 from gkl_vl.atomic import append_line
-from gkl_vl.cli import run
+from gkl_vl.cli import refuse_unused, run
 from gkl_vl.evaluation.benchmark import evaluate_set, result_path
 from gkl_vl.evaluation.flags import EvalFlags, load_sets, load_subjects
 from gkl_vl.evaluation.sets import BUNDLED
@@ -50,6 +50,8 @@ class Config:
 
 
 def main(config: Config) -> None:
+    unused = ["custom_classname_file", "custom_template_file"]
+    refuse_unused(vars(config.evaluation), unused, "has no effect on retrieval")
     sets = load_sets(config.dataset, config.evaluation)
     names = dict(model=config.model, pretrained=config.pretrained or "")
     paths = [result_path(config.output, dataset=dataset.name, task=text_task(dataset), **names) for dataset in sets]

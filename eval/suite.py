@@ -19,6 +19,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from gkl_vl.atomic import hold_folder, release_folder
 from gkl_vl.cli import run
 from gkl_vl.evaluation.flags import EvalFlags, load_subject
 from gkl_vl.evaluation.suite import Suite, all_lines, load_entries, refuse_mixing, run_suite
@@ -51,6 +52,9 @@ def main(config: Config) -> None:
     refuse_mixing(config.output, resume=config.resume)
     sets, skipped = load_entries(config.collection, config.evaluation)
     accelerator = Accelerator()
+    if accelerator.is_main_process and not config.resume:
+        hold_folder(config.output)
+        refuse_mixing(config.output, resume=False)  # another call may have begun since the first check
     config.output.mkdir(parents=True, exist_ok=True)
     suite = Suite(
         sets=sets,
@@ -76,6 +80,7 @@ def main(config: Config) -> None:
         write_csv(config.output / "benchmark.csv", results)
         draw_tradeoff(path=config.output / "suite.png", points=tradeoff(results, entries))
         print(f"{len(results)} results in {config.output}, with benchmark.csv and suite.png")
+    release_folder(config.output)
     accelerator.end_training()
 
 

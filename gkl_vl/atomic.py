@@ -57,18 +57,27 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def replace_folder(scratch: Path, folder: Path) -> None:
-    """Renames `scratch` to `folder`. An existing folder is moved away first, and back if the second rename fails."""
-    if not folder.exists():
-        scratch.rename(folder)
+    """Renames `scratch` to `folder`. An existing folder is moved away first, and back if the second rename fails.
+
+    Of several writers at a time the last one wins.
+    """
+    while True:
+        old = _beside(folder)
+        try:
+            folder.rename(old)
+        except FileNotFoundError:
+            pass
+        try:
+            scratch.rename(folder)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another writer's folder came in between
+                shutil.rmtree(old, ignore_errors=True)
+                continue
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
         return
-    old = _beside(folder)
-    folder.rename(old)
-    try:
-        scratch.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:

@@ -103,6 +103,8 @@ def check_prior(config: Config, source: Source, images: int) -> None:
     """Raises: UserError where a run that sees so many images never uses the class prior."""
     if not config.loss.class_prior:
         return
+    if not config.loss.gkl.wmse_weight:
+        raise UserError("--class-prior weighs wMSE and has no effect with --wmse-weight 0: give --no-class-prior")
     if source.num_pairs is None:
         raise UserError(
             f"--class-prior needs the number of images in a pass, and the size of {source.name!r} is unknown: put "

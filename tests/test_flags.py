@@ -157,6 +157,13 @@ REFUSED = [
     ("semi_supervised", [*FEW_LABELS, "--layer-decay", "0.5"], "--layer-decay 0.5 has no effect with the SGD of"),
     ("semi_supervised", ["--steps", "5", "--warmup-steps", "6"], "--warmup-steps 6 is longer than the run of 5 steps"),
     ("zero_shot", ["--attack_images", "9"], "--attack-images 9 has no effect without an attack: add --attack apgd"),
+    ("clip_unlabelled", ["--class-prior", "--wmse-weight", "0"], "has no effect with --wmse-weight 0: give --no-class"),
+    ("retrieval", ["--custom_template_file", "x.json"], "--custom-template-file x.json has no effect on retrieval"),
+    (
+        "linear_probe",
+        ["--dataset", "emoji", "--custom_template_file", "x.json"],
+        "--custom-template-file x.json has no effect on a linear probe",
+    ),
     ("zero_shot", ["--attack_norm", "l2"], "--attack-norm l2 has no effect without an attack"),
     (
         "autoattack",

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +21,14 @@ from small_sets import colour_set
 from test_engine import run_fit
 from test_pairs import good, write_shard
 
-from gkl_vl.atomic import hold_folder, holder_of, release_folder
+from gkl_vl.atomic import hold_folder, holder_of, release_folder, replacing_folder
 from gkl_vl.errors import UserError
 from gkl_vl.training import run as run_module
 from gkl_vl.training.checkpoint import RunFolder, best_step, new_folder, read_loop_state
 from gkl_vl.training.engine import FitConfig
 from gkl_vl.training.run import MAY_DIFFER, Run, RunFlags, check_same_flags, is_same, resolved
 
+HOUSE = Path(__file__).parents[1]
 call = test_recipes.call  # the fixture
 
 
@@ -144,6 +146,26 @@ def test_a_folder_is_held_until_it_is_released(held, tmp_path):
     release_folder(tmp_path / "own")
     assert list((tmp_path / "own").iterdir()) == []
     assert holder_of(tmp_path / "nothing") is None and not (tmp_path / "nothing").exists()
+
+
+def test_one_of_several_suites_takes_a_folder(held, run_script, monkeypatch):
+    folder, pid = held
+    monkeypatch.chdir(folder.parent)
+    code, _, error = run_script(HOUSE / "eval" / "suite.py", "--output", "held")
+    assert code == 2 and f"'held' is in use by pid {pid} on" in error and len(error.strip().splitlines()) == 1
+
+
+def test_of_several_writers_of_one_folder_the_last_wins(tmp_path):
+    def write(number: int) -> None:
+        for _ in range(50):
+            with replacing_folder(tmp_path / "model") as scratch:
+                (scratch / "a").write_text(str(number))
+                (scratch / "b").write_text(str(number))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))  # raises what a writer raised
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "a").read_text() == (tmp_path / "model" / "b").read_text()
 
 
 def test_a_new_folder_is_never_an_old_one(tmp_path):

@@ -22,7 +22,8 @@ from torch import Tensor
 from gkl_vl.atomic import json_text, replacing_folder, write_json
 from gkl_vl.errors import UserError, first_line
 from gkl_vl.export.cards import ClassifierCard, ClipCard
-from gkl_vl.export.transformers_format import fits_transformers, write_transformers
+from gkl_vl.export.text_cleaning import save_tokenizer
+from gkl_vl.export.transformers_format import exported_tokenizer, fits_transformers, write_transformers
 from gkl_vl.models.classifiers import Classifier
 from gkl_vl.models.clip import Clip
 
@@ -58,7 +59,7 @@ def export_clip(
         save_file(tensors, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
         as_transformers = transformers and fits_transformers(clip)
         if clip.hf_tokenizer is not None:
-            clip.hf_tokenizer.save_pretrained(scratch)
+            save_tokenizer(exported_tokenizer(clip), scratch)
         if as_transformers:
             write_transformers(clip=clip, folder=scratch, tensors=tensors)
         (scratch / CONFIG_NAME).write_text(json_text(_open_clip_config(clip, card.run.repo_id), indent=2))

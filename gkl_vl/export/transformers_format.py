@@ -3,7 +3,6 @@
 Axis letters: d = embedding.
 """
 
-import copy
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -12,19 +11,20 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-from open_clip.transform import PreprocessCfg
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
+from gkl_vl.export.text_cleaning import save_tokenizer, with_cleaning
 from gkl_vl.models.clip import Clip
+from gkl_vl.models.preprocessing import has_image_processor, to_image_processor
 
 # Fields of open_clip's configs with an equivalent in transformers. All other fields must have their defaults.
 _MODEL_KEYS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale"}
 _VISION_KEYS = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout"}
 _TEXT_KEYS = {
     "context_length", "vocab_size", "hf_tokenizer_name", "width", "heads", "layers", "mlp_ratio",
-    "pad_id", "eos_id", "pool_type",
+    "pad_id", "eos_id", "pool_type", "tokenizer_kwargs",
 }  # fmt: skip
 
 # (regex, replacement) from open_clip's parameter names to transformers', applied in this order. The names outside
@@ -56,11 +56,13 @@ def fits_transformers(clip: Clip) -> bool:
     linear projections without bias, and no logit bias.
     """
     cfg = clip.model_cfg
-    if cfg is None or not set(cfg) <= _MODEL_KEYS or clip.preprocess.resize_mode == "longest":
+    if cfg is None or not set(cfg) <= _MODEL_KEYS or not has_image_processor(clip.preprocess):
         return False
     vision, text = CLIPVisionCfg(**cfg["vision_cfg"]), CLIPTextCfg(**cfg["text_cfg"])
     plain = _is_default(vision, CLIPVisionCfg(), except_for=_VISION_KEYS)
     plain = plain and _is_default(text, CLIPTextCfg(), except_for=_TEXT_KEYS)
+    # The cleaning is exported with the tokenizer; its other settings have no equivalent.
+    plain = plain and set(text.tokenizer_kwargs or {}) <= {"clean"}
     sizes = [vision.layers, vision.patch_size, vision.image_size]
     return plain and all(isinstance(size, int) for size in sizes) and _eos_id(clip, text) is not None
 
@@ -74,8 +76,8 @@ def write_transformers(*, clip: Clip, folder: Path, tensors: dict[str, Tensor]) 
     renamed = rename_tensors(tensors)
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
     _config(clip, dtype=renamed["logit_scale"].dtype).save_pretrained(folder)
-    _image_processor(clip.preprocess).save_pretrained(folder)
-    _tokenizer(clip).save_pretrained(folder)
+    to_image_processor(clip.preprocess).save_pretrained(folder)
+    save_tokenizer(exported_tokenizer(clip), folder)
 
 
 def rename_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -121,7 +123,7 @@ def _config(clip: Clip, dtype: torch.dtype) -> CLIPConfig:
     assert cfg is not None
     vision, text = CLIPVisionCfg(**cfg["vision_cfg"]), CLIPTextCfg(**cfg["text_cfg"])
     assert isinstance(vision.layers, int)
-    tokenizer = _tokenizer(clip)
+    tokenizer: Any = clip.hf_tokenizer or _clip_bpe()
     shared = {
         "projection_dim": cfg["embed_dim"],
         "hidden_act": "quick_gelu" if cfg.get("quick_gelu") else "gelu",
@@ -157,30 +159,23 @@ def _config(clip: Clip, dtype: torch.dtype) -> CLIPConfig:
     )
 
 
-def _image_processor(preprocess: PreprocessCfg) -> CLIPImageProcessor:
-    size = preprocess.size if isinstance(preprocess.size, int) else preprocess.size[0]
-    squash = preprocess.resize_mode == "squash"
-    return CLIPImageProcessor(
-        size={"height": size, "width": size} if squash else {"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        do_center_crop=not squash,
-        resample=2 if preprocess.interpolation == "bilinear" else 3,  # PIL's enum; 3 = bicubic
-        image_mean=list(preprocess.mean),
-        image_std=list(preprocess.std),
-    )
-
-
-def _tokenizer(clip: Clip) -> Any:
-    """The model's tokenizer, or CLIP's BPE as a transformers tokenizer, with the model's context length."""
+def exported_tokenizer(clip: Clip) -> Any:
+    """The model's tokenizer, or CLIP's BPE, for transformers: with open_clip's cleaning and the context length."""
     assert clip.model_cfg is not None
+    text_cfg = clip.model_cfg["text_cfg"]
+    kwargs = text_cfg.get("tokenizer_kwargs") or {}
     if clip.hf_tokenizer is not None:
-        tokenizer = copy.deepcopy(clip.hf_tokenizer)
+        tokenizer = with_cleaning(clip.hf_tokenizer, kwargs.get("clean", "whitespace"))
     else:
-        bpe = open_clip.SimpleTokenizer()
-        vocab = dict(bpe.encoder)
-        vocab["<|startoftext|>"] = vocab.pop("<start_of_text>")
-        vocab["<|endoftext|>"] = vocab.pop("<end_of_text>")
-        merges: Any = list(bpe.bpe_ranks)  # pairs, as tokenizers requires; transformers' annotation is list of str
-        tokenizer = CLIPTokenizer(vocab=vocab, merges=merges)
-    tokenizer.model_max_length = CLIPTextCfg(**clip.model_cfg["text_cfg"]).context_length
+        tokenizer = with_cleaning(_clip_bpe(), kwargs.get("clean", "lower"))
+    tokenizer.model_max_length = CLIPTextCfg(**text_cfg).context_length
     return tokenizer
+
+
+def _clip_bpe() -> CLIPTokenizer:
+    bpe = open_clip.SimpleTokenizer()
+    vocab = dict(bpe.encoder)
+    vocab["<|startoftext|>"] = vocab.pop("<start_of_text>")
+    vocab["<|endoftext|>"] = vocab.pop("<end_of_text>")
+    merges: Any = list(bpe.bpe_ranks)  # pairs, as tokenizers requires; transformers' annotation is list of str
+    return CLIPTokenizer(vocab=vocab, merges=merges)

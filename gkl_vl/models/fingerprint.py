@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from importlib.metadata import version
 from inspect import unwrap
-from types import CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -132,7 +132,7 @@ def _described(value: Any) -> str:
         return _described_function(value)
     if is_dataclass(value) and not isinstance(value, type):
         return type(value).__qualname__ + _described({field.name: vars(value)[field.name] for field in fields(value)})
-    named = value if isinstance(value, type) else type(value)
+    named = value if isinstance(value, type | BuiltinFunctionType) else type(value)
     return f"{named.__module__}.{named.__qualname__}"
 
 

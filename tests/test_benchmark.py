@@ -26,6 +26,7 @@ from gkl_vl.evaluation.benchmark import (
 )
 from gkl_vl.evaluation.embed import Embedder
 from gkl_vl.evaluation.sets import load_benchmark_set
+from gkl_vl.evaluation.tables import results_text
 from gkl_vl.models.clip import BUNDLED_TEACHER, Clip, OpenClipTowers, load_clip
 
 CLASSIFICATION, RETRIEVAL, CHOICE = "zeroshot_classification", "zeroshot_retrieval", "image_caption_selection"
@@ -130,6 +131,32 @@ def test_a_result_has_clip_benchmarks_keys_and_more(colour_blind, colours):
     json.dumps(line)
     again = result(outcome, colours, model="m", pretrained="p", draws=50, seed=4)
     assert again["intervals"]["acc1"] == [low, high] and again["dataset"] == colours.name
+
+
+def test_what_makes_a_number_mean_less_is_said(tmp_path, colour_blind):
+    root = tmp_path / "cifar10"
+    colour_set(root, ["red", "green"])
+    dataset = load_benchmark_set("cifar10", root=str(root))
+    tasks = [CLASSIFICATION, RETRIEVAL]
+    lines = evaluate(colour_blind, [dataset], tasks=tasks, recall_k=(1, 2), draws=5)
+    assert [(line["n"], line["release"]) for line in lines] == 2 * [(2, 10_000)]
+    assert [line["empty_classes"] for line in lines] == [1, 0]
+    assert math.isnan(lines[0]["metrics"]["acc5"]) and lines[0]["metrics"]["mean_per_class_recall"] == 1
+    text = results_text(lines)
+    assert text.count("cifar10, 2 of the release's 10,000 images") == 2
+    assert "1 of the classes have no image: the mean over classes is over the others" in text
+    assert "image_retrieval_recall@2, text_retrieval_recall@2 of 2 images is 1 for any model" in text
+    assert text.count("fewer than 30 images: the intervals are too narrow") == 2
+
+
+def test_classes_without_images_count_as_0_in_the_mean_average_precision(tmp_path, colour_blind):
+    samples = [(f"s{i}", {"png": picture("red"), "npy": npy([1, 0, 0])}) for i in range(30)]
+    files = dict(dataset_type=["multilabel"], classnames=list(COLOURS), zeroshot_classification_templates=["{c}"])
+    dataset = load_benchmark_set(str(write_set(tmp_path / "set", [samples], **files)))
+    (line,) = evaluate(colour_blind, [dataset], draws=5)
+    assert (line["metrics"]["mean_average_precision"], line["empty_classes"]) == (pytest.approx(1 / 3), 2)
+    text = results_text([line])
+    assert "2 of the classes have no image: the mean over classes counts them as 0" in text and "fewer" not in text
 
 
 class Seeing(ColourBlind):

@@ -3,6 +3,7 @@ error is one line and exit code 2."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,24 @@ def test_autoattack_of_a_run_writes_a_record_and_a_table(call, place):
     assert "128/255" in head and settings == "AutoAttack standard"
     assert "robust, after square        0.00 %   95 %: 0.00 % to 24.25 %" in rows
     assert rows[-1] == f"appended to results.jsonl; batches in {next(Path('runs').iterdir())}"
+
+
+def test_data_take_the_order_of_the_models_classes(call, place, tmp_path):
+    """The model's names are in an order of their own, and the data lack a class."""
+    model = place / "runs" / "a" / "model"
+    folders = ["zebra", "yak", "ant", "bee"]  # the names of class0 to class3
+    for label, name in enumerate(folders):
+        if name != "yak":
+            shutil.copytree(place / "data" / "test" / f"class{label}", tmp_path / "named" / "test" / name)
+    shutil.copytree(model, tmp_path / "run" / "model")
+    file = tmp_path / "run" / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"label_names": folders}))
+    flags = ["--model", str(tmp_path / "run"), "--data", str(tmp_path / "named"), "--attack", "pgd20"]
+    code, _, err = call(*flags)
+    assert (code, err) == (0, "") and records()[0]["clean_acc1"] > 0.85
+    shutil.copytree(tmp_path / "named" / "test" / "ant", tmp_path / "named" / "test" / "cow")
+    code, _, err = call(*flags)
+    assert code == 2 and "has the class 'cow', which the model resnet8 lacks" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("attack", ["pgd20", "pgd100", "cw"])

@@ -153,6 +153,8 @@ def test_two_processes_write_one_run(place, name):
     assert {"train/ce", "train/distillation", "train/agreement@1"} <= set(training)
     exported = load_classifier(f"local-dir:{run / 'model'}")
     assert exported.num_classes == NUM_CLASSES
+    names = {"cifar_kd": [f"class {i}" for i in range(5)], "imagenet_kd": [f"c{i}" for i in range(5)]}
+    assert exported.classnames == (tuple(names[name]) if name in names else None)  # a list has none
     assert "Load the student" in done.stdout
 
 
@@ -192,6 +194,39 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped_bit_for_bit(call, place
     memory = load_file(checkpoints[1] / "memory_0.safetensors")
     assert memory["sums"].sum() > 0 and not torch.allclose(memory["prior"], torch.full_like(memory["prior"], 0.2))
     assert lines_without_speed(place / "whole" / "results.jsonl") == records
+
+
+def test_a_test_split_that_lacks_a_class_is_scored_with_the_labels_of_training(call, place):
+    """The teacher knows all images, in an order of its own. By place, the images of c2 would be those of c1."""
+    colours = [(200, 40, 40), (40, 200, 40), (40, 40, 200), (180, 180, 40), (30, 30, 30)]
+    for split, labels in (("train", range(5)), ("test", (0, 2, 3, 4))):
+        for label in labels:
+            for number in range(2):
+                path = place / "coloured" / split / f"c{label}" / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (32, 32), colours[label]).save(path)
+    order = [3, 0, 4, 1, 2]
+    pixels = torch.tensor([colours[label] for label in order])[:, :, None, None].expand(5, 3, 32, 32) / 255
+    torch.manual_seed(0)
+    teacher = load_classifier("resnet8", num_classes=5)
+    optimizer = torch.optim.Adam(teacher.model.parameters(), lr=1e-2)
+    for _ in range(40):
+        loss = torch.nn.functional.cross_entropy(teacher.on_pixels()(pixels), torch.arange(5))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    names = [f"c{label}" for label in order]
+    config = {"library": "gkl-vl", "architecture": "resnet8", "num_classes": 5, "label_names": names}
+    (place / "taught").mkdir()
+    (place / "taught" / "config.json").write_text(json.dumps(config | {"mean": teacher.mean, "std": teacher.std}))
+    save_file(teacher.model.state_dict(), place / "taught" / "model.safetensors")
+    flags = ["--pair", "resnet56-resnet20", "--student", "resnet8", "--batch-size", "4", "--steps", "1"]
+    flags += ["--data", "coloured", "--teacher", "local-dir:taught", "--output-dir", "lacking"]
+    code, _, error = call("cifar_kd", *flags)
+    assert code == 0, error
+    records = [json.loads(line) for line in (place / "lacking" / "results.jsonl").read_text().splitlines()]
+    assert [record["acc1"] for record in records if record.get("model") == "teacher"] == [1.0]
+    assert load_classifier(f"local-dir:{place / 'lacking' / 'model'}").classnames == tuple(names)
 
 
 @pytest.mark.parametrize(

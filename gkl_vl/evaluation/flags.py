@@ -21,7 +21,7 @@ class EvalFlags:
     split: str = "test"
     """Split of the sets."""
     custom_classname_file: str | None = None
-    """JSON: {dataset: [class names]}."""
+    """JSON: {dataset: [class names]}, or {dataset: {class or folder: name}}."""
     custom_template_file: str | None = None
     """JSON: {dataset: [prompts with {c}]} or {dataset: {class: [prompts]}}."""
     batch_size: int = 64

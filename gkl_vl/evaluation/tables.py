@@ -75,6 +75,9 @@ def _notes(line: Result) -> list[str]:
     if empty := line.get("empty_classes"):
         counted = "counts them as 0" if "mean_average_precision" in line["metrics"] else "is over the others"
         notes.append(f"{empty} of the classes have no image: the mean over classes {counted}")
+    trivial = [name for name in line["metrics"] if "@" in name and int(name.partition("@")[2]) >= line["n"]]
+    if trivial:
+        notes.append(f"{', '.join(trivial)} of {line['n']} images is 1 for any model")
     if line["n"] < FEW_IMAGES:
         notes.append(f"fewer than {FEW_IMAGES} images: the intervals are too narrow")
     return notes

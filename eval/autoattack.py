@@ -28,7 +28,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from gkl_vl.atomic import append_line
 from gkl_vl.cli import run
-from gkl_vl.data.labelled import open_labelled
+from gkl_vl.data.labelled import open_labelled, refuse_unused_options
 from gkl_vl.errors import UserError
 from gkl_vl.evaluation.benchmark import result_path
 from gkl_vl.robustness.autoattack import Attack, AttackName, Version
@@ -90,6 +90,7 @@ def main(config: Config) -> None:
     epsilon = radius(USUAL_EPSILON[config.norm] if config.epsilon is None else config.epsilon, config.norm)
     if not config.check_masking and config.masking_images != Config.masking_images:
         raise UserError(f"--masking-images {config.masking_images} has no effect without --check-masking: add it")
+    refuse_unused_options([config.data], root=config.root, columns=config.columns)
     attack = Attack(name=config.attack, norm=config.norm, epsilon=epsilon, version=config.version, seed=config.seed)
     names = dict(model=config.model, pretrained=config.weights or "")
     path = result_path(config.output, dataset=config.data, task=TASK, **names)

@@ -154,6 +154,11 @@ def run(main: Callable[[ConfigT], None], config: Callable[..., ConfigT], argv: S
 
 
 def parse(config: Callable[..., ConfigT], argv: Sequence[str] | None) -> ConfigT:
+    words = sys.argv[1:] if argv is None else list(argv)
+    for flag, word in zip(["", *words], words, strict=False):
+        if not word.strip() or (word.startswith("--") and word.endswith("=")):  # an unset variable of the shell
+            flag = word.rstrip("=") if word.strip() else flag
+            exit_with(f"error: {flag} is an empty text: give a value, or leave it out", 2)
     box = io.StringIO()
     help_page = contextlib.nullcontext() if rank() == 0 else contextlib.redirect_stdout(io.StringIO())
     try:
@@ -202,15 +207,13 @@ def flat(config: Any) -> dict[str, Any]:
 
 
 def check_values(flags: Mapping[str, Any]) -> None:
-    """Raises: UserError for an empty text, a number that is not finite or out of its `BOUNDS`, and an empty list of
-    numbers. None is accepted."""
+    """Raises: UserError for a number that is not finite or out of its `BOUNDS`, and for an empty list of numbers. None
+    is accepted."""
     for name, given in flags.items():
         values, flag = given if isinstance(given, tuple) else (given,), flag_name(name)
         if not values and name in BOUNDS:
             raise UserError(f"{flag} has no value: give one, or leave it out")
         for value in values:
-            if isinstance(value, str) and not value.strip():
-                raise UserError(f"{flag} is an empty text: give a value, or leave it out")
             if isinstance(value, int | float) and not isinstance(value, bool):
                 check_number(flag, value, BOUNDS.get(name, Bounds()))
 

@@ -1,5 +1,5 @@
-"""A user error prints one line to stderr and exits with code 2, a bug keeps its traceback, Ctrl-C and `| head` end
-quietly, and a flag has two spellings and a help text."""
+"""A user error prints one line to stderr and exits with code 2, a bug keeps its traceback, Ctrl-C, SIGTERM and `| head`
+end quietly, and a flag has two spellings and a help text."""
 
 import errno
 import os
@@ -317,6 +317,35 @@ def test_a_real_sigint_ends_a_real_script_in_one_line(script):
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == "interrupted\n"
     assert process.returncode == 130
+
+
+def test_a_real_sigterm_ends_a_real_script_in_one_line(script):
+    with start(script, "--mode", "wait") as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr.read() == "terminated by SIGTERM\n"
+    assert process.returncode == 143
+
+
+def test_sigterm_cleans_up_once_and_is_what_it_was_afterwards(capfd):
+    before = signal.getsignal(signal.SIGTERM)
+    cleaned = []
+
+    def main(config: Config) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("the signal must end this")
+        finally:
+            cleaned.append(signal.getsignal(signal.SIGTERM))
+
+    assert outcome(main, [], capfd) == (143, ["terminated by SIGTERM"])
+    assert cleaned == [signal.SIG_DFL]  # a second one kills
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_value_out_of_bounds_never_reaches_the_script(capfd):
+    assert refused(["--batch-size", "0"], capfd) == "error: --batch-size 0 must be at least 1"
+    assert refused(["--train-data", ""], capfd) == "error: --train-data is an empty text: give a value, or leave it out"
 
 
 def test_a_terminal_without_utf8_gets_the_same_line(script):

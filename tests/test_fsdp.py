@@ -113,7 +113,7 @@ def train(rank, world_size, folder, sharded, steps, resume=None):
         config=FitConfig(steps=steps, **CONFIG),
         evaluate=evaluate,
         after_step=lambda: clamp_scale(clip.towers),
-        checkpoint=run.find_checkpoint(resume) if resume else None,
+        checkpoint=Path(resume) if resume else None,
     )
     scale = model.towers.model.logit_scale
     local = {name: p.to_local().numel() if sharded else p.numel() for name, p in model.named_parameters()}

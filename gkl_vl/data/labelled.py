@@ -164,6 +164,21 @@ def open_labelled(
     return _table_set(f"{source}:{split}", rows, columns)
 
 
+def refuse_unused_options(
+    sources: Sequence[str], *, root: str | None = None, columns: tuple[str, str] | None = None
+) -> None:
+    """Raises: UserError for `root` if no source is a list, and for `columns` if none is a table."""
+    lists = [source for source in sources if source.lower().endswith(".txt")]
+    if root is not None and not lists:
+        raise UserError(f"--root {root} is for lists (.txt) and has no effect on {' and '.join(sources)}: leave it out")
+    others = [source for source in sources if source not in lists and not is_shards(source)]
+    if columns is not None and not any(not Path(source).is_dir() or parquet_files(Path(source)) for source in others):
+        raise UserError(
+            f"--columns {' '.join(columns)} are of tables (parquet, the Hub) and have no effect on "
+            f"{' and '.join(sources)}: leave them out"
+        )
+
+
 def open_image_set(source: str, split: str, *, columns: tuple[str, str] | None = None) -> ImageSet:
     """Opens the images of a split without labels; labels that exist are not read. STL-10's split is "unlabeled".
 

@@ -12,7 +12,7 @@ import tyro
 from gkl_vl import cli
 from gkl_vl.data.augment import imagenet_augmentation, imagenet_center
 from gkl_vl.data.identity import images_identity
-from gkl_vl.data.labelled import LabelledSet, in_memory, open_labelled
+from gkl_vl.data.labelled import LabelledSet, in_memory, open_labelled, refuse_unused_options
 from gkl_vl.data.loaders import LabelledLoader, batches_per_epoch
 from gkl_vl.data.subsets import balanced_subset, long_tailed, shot_groups
 from gkl_vl.data.views import DiskViews, MemoryViews, Views
@@ -296,9 +296,10 @@ def open_data(recipe: Recipe, config: LabelConfig) -> tuple[LabelledSet, Labelle
         raise UserError(f"{recipe.name} has no data of its own: give --data and --eval-data")
     if flags.eval_data is None and source.endswith((".tar", ".txt")):
         raise UserError(f"--data {source} is one split: name the other with --eval-data")
+    sources = [source, source if flags.eval_data is None else flags.eval_data]
+    refuse_unused_options(list(dict.fromkeys(sources)), root=flags.root, columns=flags.columns)
     open_split = partial(open_labelled, root=flags.root, columns=flags.columns)
-    train = open_split(source, recipe.splits[0])
-    test = open_split(source if flags.eval_data is None else flags.eval_data, recipe.splits[1])
+    train, test = (open_split(*one) for one in zip(sources, recipe.splits, strict=True))
     test = in_training_order(test, train)
     if flags.imbalance is not None:
         train = long_tailed(train, ratio=flags.imbalance, seed=config.run.seed)

@@ -298,6 +298,21 @@ def test_a_run_that_goes_on_with_harmless_changes_ends_bit_for_bit_as_the_whole(
     assert measured == [2, 3, 4]
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_other_streams_of_pairs_are_refused_and_harm_nothing(place, call):
+    flags = flags_of(place, "streams")
+    flags = [*flags[: flags.index("--eval-data")], "--checkpoint-every-steps", "2"]
+    code, _, error = call(*flags)
+    assert code == 0, error
+    before = (place / "streams" / "results.jsonl").read_text()
+    checkpoint = place / "streams" / "checkpoints"
+    names = sorted(path.name for path in checkpoint.iterdir())
+    code, _, error = call(*flags, "--workers", "2", "--resume", checkpoint / names[0])
+    assert code == 2 and "--workers 2" in error and "resume with the same --workers" in error, error
+    assert (place / "streams" / "results.jsonl").read_text() == before
+    assert sorted(path.name for path in checkpoint.iterdir()) == names
+
+
 def test_each_flag_that_may_differ_says_why():
     assert all(MAY_DIFFER.values())
 

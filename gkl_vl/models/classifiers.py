@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gkl_vl.errors import UserError, first_line, refuse_full_disk
 from gkl_vl.models.cifar_zoo import ZOO
+from gkl_vl.models.preprocessing import three_numbers
 from gkl_vl.models.weights import fetch, load_exactly, read_json, read_state_dict
 
 RGB = tuple[float, float, float]
@@ -224,8 +225,8 @@ def _load_folder(name: str, *, num_classes: int | None, weights: str | None, all
     return Classifier(
         name=architecture,
         model=model,
-        mean=tuple(mean),
-        std=tuple(std),
+        mean=three_numbers(mean, f"mean in {folder / 'config.json'}", positive=False),
+        std=three_numbers(std, f"std in {folder / 'config.json'}", positive=True),
         num_classes=classes,
         classnames=_classnames(config, folder / "config.json", num_classes=classes),
     )

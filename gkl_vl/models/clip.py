@@ -263,14 +263,16 @@ def load_clip(name: str, pretrained: str | None = None, *, allow_pickle: bool = 
     Args:
         name: an open_clip name (`ViT-B-32`) or a bundled config (`ViT-T-16`, see `list_students`), `hf-hub:org/repo`
             or `local-dir:path` in open_clip's format, `transformers:org/repo` or `transformers:path` for transformers'
-            CLIPModel and SiglipModel, a run folder (its exported student), a JSON model config, or `bundled`,
-            the bundled teacher.
-        pretrained: open_clip's tag (`openai`) or the path of a checkpoint; None = random weights. Only for open_clip
-            names and model configs: all others come with weights.
+            CLIPModel and SiglipModel, a run folder (its exported student), a JSON model config, bare or with the
+            preprocessing as in open_clip_config.json, or `bundled`, the bundled teacher.
+        pretrained: open_clip's tag (`openai`), the path of a checkpoint, or TAG=PATH, a checkpoint trained as that
+            tag; None = random weights. Only for open_clip names and model configs: all others come with weights.
+            Preprocessing and QuickGELU are those of the weights, see `open_clip_weights.py`.
         allow_pickle: read weights stored as a pickle (.bin, .pt), still with `weights_only=True`.
 
     Raises:
-        UserError: unknown name or tag, folder without weights, pickled weights without `allow_pickle`.
+        UserError: unknown name or tag, folder without weights, weights that are damaged or do not fit, a file whose
+            preprocessing is not known, pickled weights without `allow_pickle`, a folder that asks to run its code.
     """
     if name == "bundled":
         return load_clip(BUNDLED_TEACHER, pretrained, allow_pickle=allow_pickle)

@@ -96,8 +96,8 @@ def find_weights(
         refuse_pickle(path, allow_pickle=allow_pickle)
         return _of_file(path, name=name, cfg=cfg, own=own, tags=settings)
     if not rest:
-        listed = ", ".join(settings) or "none"
-        raise UserError(f"unknown tag {pretrained!r} for {name!r}: take a file or one of {listed}")
+        listed = f" or one of {', '.join(settings)}" if settings else ", as this model has no tags"
+        raise UserError(f"unknown tag {pretrained!r} for {name!r}: take a file{listed}")
     if _clean(tag) not in settings:
         raise UserError(f"unknown tag {tag!r} in {pretrained!r}: {name!r} has {', '.join(settings) or 'no tags'}")
     check_weights_file(Path(rest))

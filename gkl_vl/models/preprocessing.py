@@ -41,7 +41,7 @@ def check_preprocess(cfg: Any, source: str) -> dict:
         if key in _CHOICES and value not in _CHOICES[key]:
             raise UserError(f"{place} is {value!r}: write one of {', '.join(_CHOICES[key])}")
         if key in ("mean", "std"):
-            checked[key] = _three_numbers(value, place, positive=key == "std")
+            checked[key] = three_numbers(value, place, positive=key == "std")
         elif key in ("size", "fill_color") and not _is_size(value):
             raise UserError(f"{place} is {value!r}: expected a number of pixels or levels")
     return checked
@@ -73,8 +73,8 @@ def from_image_processor(fields: dict, *, image_size: int, source: str) -> Prepr
     scale = 1.0 if abs(scale - 1) < 1e-6 else scale
     mean, std = (0.0,) * 3, (1.0,) * 3
     if fields.get("do_normalize"):
-        mean = _three_numbers(fields.get("image_mean"), f"image_mean in {source}", positive=False)
-        std = _three_numbers(fields.get("image_std"), f"image_std in {source}", positive=True)
+        mean = three_numbers(fields.get("image_mean"), f"image_mean in {source}", positive=False)
+        std = three_numbers(fields.get("image_std"), f"image_std in {source}", positive=True)
     return PreprocessCfg(
         size=image_size,
         mean=tuple(value / scale for value in mean),
@@ -133,7 +133,8 @@ def _sides(size: Any, *, square: bool) -> dict[str, Any]:
     return {key: value for key, value in dict(size or {}).items() if value is not None}
 
 
-def _three_numbers(values: Any, place: str, *, positive: bool) -> tuple[float, float, float]:
+def three_numbers(values: Any, place: str, *, positive: bool) -> tuple[float, float, float]:
+    """Mean or std of the channels, of which one number stands for three. Raises: UserError that names `place`."""
     values = (values,) * 3 if isinstance(values, int | float) and not isinstance(values, bool) else values
     numbers = values if isinstance(values, list | tuple) else []
     fine = len(numbers) == 3 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in numbers)

@@ -55,7 +55,7 @@ class ClipModels:
     teacher: str = "bundled"
     """An open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, `bundled`, or `none`."""
     teacher_pretrained: str | None = None
-    """open_clip's tag or a file of weights, for a teacher given by an open_clip name."""
+    """For a teacher given by an open_clip name: open_clip's tag, a file of weights, or TAG=FILE, a file of that tag."""
     student: str = "emoji-student"
     """As --teacher, or a shipped config: ViT-T-16, FastViT-T8, emoji-student. A plain name has random weights."""
 

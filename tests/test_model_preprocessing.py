@@ -72,7 +72,7 @@ def test_a_file_has_what_all_tags_agree_on(tmp_path, capsys, name, mean, interpo
         quick_gelu,
     )
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{path}: mean ") and line.endswith(f"(as all tags of {name})")
+    assert line.startswith(f"note: {path}: mean ") and line.endswith(f"(as all tags of {name})")
 
 
 @pytest.mark.parametrize("name", ["ViT-L-14", "ViT-B-32", "ViT-H-14", "ViT-H-14-quickgelu"])

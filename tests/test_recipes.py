@@ -230,7 +230,7 @@ def test_the_default_command_distils_the_bundled_teacher(tmp_path, monkeypatch, 
     recipe = module(RECIPE)
     few = pairs.bundled_pairs()[:32]
     monkeypatch.setattr("gkl_vl.training.clip.bundled_pairs", lambda: few)
-    monkeypatch.setattr(recipe, "open_source", lambda *args, **kwargs: pairs.memory_source("few", few))
+    monkeypatch.setattr("gkl_vl.training.clip.open_source", lambda *args, **kwargs: pairs.memory_source("few", few))
     recipe.main(recipe.Config(optimisation=ClipOptimisation(steps=2, batch_size=8), run=RunFlags(workers=0)))
     (folder,) = (tmp_path / "runs").iterdir()
     records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]

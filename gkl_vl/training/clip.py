@@ -65,11 +65,9 @@ class CaptionData:
     """Image-text pairs for training."""
 
     train_data: str | None = None
-    """Shards `a-{000..9}.tar::b.tar`, .csv, .tsv, .jsonl, .parquet, FOLDER[:SPLIT], org/name[:SPLIT] on the Hub. None =
-    the bundled emoji."""
+    """Shards `a-{000..9}.tar::b.tar`, .csv, .tsv, .jsonl, .parquet, FOLDER[:SPLIT], org/name[:SPLIT]. None = emoji."""
     columns: tuple[str, str] | None = None
-    """Image and caption column; in shards and folders, image ending, and text ending or JSON field. `a.b` = a field of
-    a struct. None = `filepath title` in CSV, `image caption` elsewhere."""
+    """Image and caption column (`a.b` = a struct's field); endings or a JSON field in shards. None = the usual ones."""
     caption_lines: bool = False
     """A text file beside an image holds one caption per line. Otherwise all of it is one caption."""
     quoted: bool | None = None

@@ -174,6 +174,10 @@ def test_a_list_of_other_names_is_taken_by_label(own, given):
     assert named_by_list(own, given, where="f", whose="s") == given
 
 
+def test_a_table_that_sorted_numbers_as_text_takes_names_by_number():
+    assert named_by_list(TEXT_ORDER, WORDS, where="f", whose="s") == [WORDS[int(number)] for number in TEXT_ORDER]
+
+
 def test_names_by_key_must_be_complete():
     line = refusal(lambda: named_by_key(["polar bear", "x"], {"polar_bear": "a"}, where="'f.json', 'pets',"))
     assert "'f.json', 'pets', has no name for the class 'x' (1 of 2 are missing" in line

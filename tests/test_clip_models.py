@@ -90,7 +90,7 @@ def test_a_json_config_is_a_model(tmp_path):
     path.write_text(json.dumps(TINY))
     clip = load_clip(str(path))
     assert clip.embed_dim == 24 and clip.model_cfg["vision_cfg"]["width"] == 32
-    with pytest.raises(UserError, match="nowhere.json does not exist"):
+    with pytest.raises(UserError, match="nowhere.json' does not exist"):
         load_clip("nowhere.json")
 
 
@@ -230,6 +230,8 @@ def siglip_folder(folder: Path) -> Path:
 def test_a_transformers_folder_embeds_as_transformers_does(tmp_path, make):
     folder = make(tmp_path / "m")
     clip = load_clip(f"transformers:{folder}")
+    sent = pickle.loads(pickle.dumps(clip.tokenize))  # to a worker process
+    assert torch.equal(sent(["a photo"]), clip.tokenize(["a photo"]))
     model = transformers.AutoModel.from_pretrained(folder).eval()
     clip.towers.eval()
     image = random_image(40, 60)

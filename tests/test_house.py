@@ -28,11 +28,11 @@ LIBRARY = HOUSE / "gkl_vl"
 
 # Who may import whom.
 
-GROUND = ("errors", "atomic", "distributed", "disk_cache", "provenance", "protocols", "report", "cli")
+GROUND = ("errors", "reading", "atomic", "distributed", "disk_cache", "provenance", "protocols", "report", "cli")
 LAYERS: dict[str, tuple[str, ...]] = {
     "gkl_vl/losses/": ("distributed",),
-    "gkl_vl/models/": ("errors", "disk_cache"),
-    "gkl_vl/data/": ("errors",),
+    "gkl_vl/models/": ("errors", "reading", "disk_cache"),
+    "gkl_vl/data/": ("errors", "reading"),
     "gkl_vl/export/": (*GROUND, "models"),
     "gkl_vl/evaluation/": (*GROUND, "models", "losses", "data"),
     "gkl_vl/robustness/": (*GROUND, "models", "losses", "data", "evaluation"),
@@ -117,7 +117,7 @@ BREACHES = [
     ("gkl_vl/losses/gkl.py", "from . import image_text"),
     ("gkl_vl/losses/tiles.py", "from gkl_vl.errors import UserError"),
     ("gkl_vl/data/pairs.py", "from gkl_vl.losses import gkl"),
-    ("gkl_vl/models/clip.py", "from gkl_vl.data.files import read_json"),
+    ("gkl_vl/models/clip.py", "from gkl_vl.data.files import read_file"),
     ("gkl_vl/evaluation/embed.py", "from gkl_vl.robustness.pgd import pgd"),
     ("gkl_vl/export/hub.py", "def f():\n    from gkl_vl.evaluation import metrics"),
     ("gkl_vl/teachers/store.py", "from gkl_vl.objectives import clip"),

@@ -104,7 +104,7 @@ def test_a_damaged_file_is_one_line(tmp_path, load, suffix, damage):
         load(tmp_path, path)
     text = one_line(caught.value)
     assert suffix in text or ".bin" in text
-    expected = {"lfs": "Git LFS pointer, not the weights: run `git lfs pull`", "empty": "are an empty file: download"}
+    expected = {"lfs": "Git LFS pointer, not the file: run `git lfs pull`", "empty": "are an empty file: download"}
     assert expected.get(damage, "download it again") in text
 
 
@@ -289,13 +289,13 @@ def test_a_wrong_config_names_its_key(tmp_path, door, section, key, value, messa
     assert str(path) in one_line(caught.value)
 
 
-@pytest.mark.parametrize("content, message", [("[1, 2]", "holds list, not a JSON object"), ("{", "is no JSON file")])
+@pytest.mark.parametrize("content, message", [("[1, 2]", "holds a list where a dict is expected"), ("{", "is no JSON")])
 @pytest.mark.parametrize("door", ["json", "local-dir", "transformers", "classifier"])
 def test_a_config_that_is_no_object_is_one_line(tmp_path, door, content, message):
     (tmp_path / "open_clip_config.json").write_text(content)
     (tmp_path / "config.json").write_text(content)
     (tmp_path / "model.safetensors").write_bytes(b"1")
-    with pytest.raises(UserError, match=f"config.json {message}") as caught:
+    with pytest.raises(UserError, match=f"config.json. {message}") as caught:
         if door == "classifier":
             load_classifier(f"local-dir:{tmp_path}")
         else:

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Int, Int64
 from torch import Tensor
 
-from gkl_vl.data.files import read_text, stable_hash
+from gkl_vl.data.files import stable_hash
 from gkl_vl.data.labelled import LabelledSet
 from gkl_vl.errors import UserError, first_line
+from gkl_vl.reading import read_text
 
 UNKNOWN = -1
 """The hidden label of an image without label."""

@@ -14,9 +14,9 @@ from typing import Any
 from open_clip import OPENAI_IMAGENET_TEMPLATES
 
 from gkl_vl.data.classes import keys_of, spaced
-from gkl_vl.data.files import read_json, read_text
 from gkl_vl.data.pairs import BUNDLED
 from gkl_vl.errors import UserError
+from gkl_vl.reading import read_json, read_text
 
 Templates = Sequence[str] | dict[str, list[str]]
 """Texts with {c} for the class name; or {class name: its texts}, CuPL's format."""

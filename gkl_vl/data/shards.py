@@ -17,9 +17,10 @@ from typing import Any
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
-from gkl_vl.data.files import IMAGE_SUFFIXES, is_junk, is_local, read_json, refuse_pointer
+from gkl_vl.data.files import IMAGE_SUFFIXES, is_junk, is_local
 from gkl_vl.data.images import BrokenSample
 from gkl_vl.errors import UserError, first_line
+from gkl_vl.reading import read_json, refuse_pointer
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 """Endings of shards, in lower case. Only those of .tar can be read by position, for labels and evaluation."""

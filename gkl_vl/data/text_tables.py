@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from gkl_vl.data.captions import CaptionRule, captions_in, parsed
-from gkl_vl.data.files import IMAGE_SUFFIXES, read_text
+from gkl_vl.data.files import IMAGE_SUFFIXES
 from gkl_vl.data.images import BrokenSample
 from gkl_vl.data.tables import need_columns
 from gkl_vl.errors import UserError, first_line
+from gkl_vl.reading import read_text
 
 DELIMITERS = ("\t", ",", ";", "|")
 ENDINGS = (".csv", ".tsv", ".jsonl")

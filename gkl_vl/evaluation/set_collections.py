@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gkl_vl.data.files import read_text
 from gkl_vl.errors import UserError
+from gkl_vl.reading import read_text
 
 BenchmarkTask = Literal["zeroshot_classification", "zeroshot_retrieval", "image_caption_selection"]
 

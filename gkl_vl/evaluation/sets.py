@@ -24,7 +24,6 @@ from typing import Any, Literal
 from PIL import Image
 
 from gkl_vl.data.classes import are_numbers, keys_of, match_classes, named_by_key, named_by_list
-from gkl_vl.data.files import read_json, read_lines, read_text
 from gkl_vl.data.identity import add_image
 from gkl_vl.data.images import DECODE_RULES
 from gkl_vl.data.labelled import LabelledSet, open_cifar, open_labelled
@@ -46,6 +45,7 @@ from gkl_vl.evaluation.sources import (
     objectnet_mappings,
     sugar_crepe,
 )
+from gkl_vl.reading import read_json, read_lines, read_text
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = ("emoji", "emoji_unseen")

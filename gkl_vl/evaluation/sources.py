@@ -17,11 +17,12 @@ import numpy as np
 from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 
-from gkl_vl.data.files import is_junk, read_file, read_json, read_text, require_images
+from gkl_vl.data.files import is_junk, read_file, require_images
 from gkl_vl.data.images import BrokenSample, EncodedImage
 from gkl_vl.data.labelled import LabelledSet, class_folders, label_in
 from gkl_vl.data.shards import Sample, read_samples
 from gkl_vl.errors import UserError, first_line
+from gkl_vl.reading import read_json, read_text
 
 Target = Literal["cls", "npy", "txt"]
 

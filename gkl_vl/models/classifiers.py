@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from gkl_vl.errors import UserError, first_line, refuse_full_disk
 from gkl_vl.models.cifar_zoo import ZOO
 from gkl_vl.models.preprocessing import three_numbers
-from gkl_vl.models.weights import fetch, load_exactly, read_json, read_state_dict
+from gkl_vl.models.weights import fetch, load_exactly, read_state_dict
+from gkl_vl.reading import read_json
 
 RGB = tuple[float, float, float]
 

@@ -39,7 +39,8 @@ from gkl_vl.models.pretrained import (
     load_transformers_model,
     tokenizer_for,
 )
-from gkl_vl.models.weights import fetch, read_json, refuse_pickle
+from gkl_vl.models.weights import fetch, refuse_pickle
+from gkl_vl.reading import read_json
 
 PACKAGE = Path(__file__).parents[1]
 BUNDLED_TEACHER = f"local-dir:{PACKAGE / 'assets' / 'teacher'}"
@@ -407,14 +408,22 @@ def _load_transformers(name: str, source: str, *, allow_pickle: bool) -> Clip:
     # CLIP was trained on text cleaned by ftfy and without HTML entities; SigLIP 1 and 2, in open_clip and in
     # big_vision's zero-shot evaluation, also without case and punctuation.
     clean = get_clean_fn("canonicalize" if config.model_type == "siglip" else "whitespace")
-    length = config.text_config.max_position_embeddings
-
-    def tokenize(texts: list[str]) -> Int[Tensor, "n length"]:
-        cleaned = [clean(text) for text in texts]
-        settings = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
-        return tokenizer(cleaned, **settings).input_ids
-
+    tokenize = _Tokenize(tokenizer, clean, config.text_config.max_position_embeddings)
     return Clip(name, TransformersTowers(model), preprocess, tokenize, tokenizer, model_cfg=None)
+
+
+@dataclass(frozen=True)
+class _Tokenize:
+    """Cleans texts, then pads or cuts their tokens to one length. A class, so that worker processes can be sent it."""
+
+    tokenizer: Any
+    clean: Callable[[str], str]
+    length: int
+
+    def __call__(self, texts: list[str]) -> Int[Tensor, "n length"]:
+        cleaned = [self.clean(text) for text in texts]
+        settings = {"padding": "max_length", "truncation": True, "max_length": self.length, "return_tensors": "pt"}
+        return self.tokenizer(cleaned, **settings).input_ids
 
 
 def _wrap_open_clip(name: str, model: nn.Module, tokenizer: Any, model_cfg: dict | None) -> Clip:

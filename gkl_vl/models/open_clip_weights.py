@@ -29,7 +29,8 @@ from torch import Tensor
 from gkl_vl.errors import UserError, first_line, notice, refuse_full_disk
 from gkl_vl.models.preprocessing import check_preprocess, from_image_processor
 from gkl_vl.models.pretrained import load_image_processor
-from gkl_vl.models.weights import check_fit, check_weights_file, read_json, read_state_dict, refuse_pickle
+from gkl_vl.models.weights import check_fit, check_weights_file, read_state_dict, refuse_pickle
+from gkl_vl.reading import read_json
 
 FOLDER_CONFIG = "open_clip_config.json"
 # In open_clip's order of preference (3.3, factory.py).

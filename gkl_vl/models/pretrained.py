@@ -26,12 +26,12 @@ from gkl_vl.errors import UserError, first_line
 from gkl_vl.models.weights import (
     check_weights_file,
     fetch,
-    read_json,
     read_json_or_none,
     refuse_misfits,
     refuse_pickle,
     why_unreadable,
 )
+from gkl_vl.reading import read_json
 
 BUNDLED_TOKENIZER = Path(__file__).parents[1] / "assets" / "tokenizer"
 BUNDLED_TOKENIZER_NAME = "gkl-vl/clip-bpe-4096"  # BUNDLED_TOKENIZER's name in the bundled model configs

@@ -1,4 +1,4 @@
-"""Files of models: downloads from the Hub, JSON, state dicts read without running code and compared with a model.
+"""Files of models: downloads from the Hub, state dicts read without running code and compared with a model.
 
 A pickle is read with torch's `weights_only=True`, and only on request.
 """
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gkl_vl.errors import UserError, first_line, notice, refuse_full_disk
+from gkl_vl.reading import refuse_pointer
 
 _NESTED = ("state_dict", "model", "student", "state_dict_ema", "model_ema", "ema")
 """Keys under which checkpoints store a state dict, in order of preference."""
@@ -25,7 +26,6 @@ _PREFIXES = ("module.", "student.")
 """Prefixes of (Distributed)DataParallel and of distillation scripts, before all names."""
 _COMPILED = "_orig_mod."
 """torch.compile's prefix, before the names of each compiled submodule."""
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Training checkpoints hold their arguments and their best metric beside the weights. All are plain data.
 _SCALAR: Any = np.float64(0).__reduce__()[0]
 _PLAIN_TYPES = [argparse.Namespace, np.dtype, *(type(np.dtype(name)) for name in ("float64", "float32", "int64"))]
@@ -57,19 +57,6 @@ def fetch(repo: str, *, files: Sequence[str], pickles: Sequence[str], allow_pick
         ) from error
 
 
-def read_json(path: Path) -> dict:
-    """Reads a JSON object. Raises: UserError for a file that is missing, malformed, or holds something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: check the path") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no JSON file ({first_line(error)}): correct it or fetch it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds {type(content).__name__}, not a JSON object: correct it or fetch it again")
-    return content
-
-
 def read_json_or_none(path: Path) -> Any:
     """The content of a JSON file, whatever it is; None if it is malformed, which its own reader reports."""
     try:
@@ -82,15 +69,9 @@ def check_weights_file(path: Path) -> None:
     """Raises: UserError for a file that does not exist, is empty, a pointer of Git LFS, or cut-off safetensors."""
     if not path.is_file():
         raise UserError(f"weights {str(path)!r} are no file: give the path of a checkpoint, or leave them out")
-    with path.open("rb") as file:
-        start = file.read(len(_LFS_POINTER))
-    if not start:
+    if not path.stat().st_size:
         raise UserError(f"weights {str(path)!r} are an empty file: download them again")
-    if start == _LFS_POINTER:
-        raise UserError(
-            f"weights {str(path)!r} are a Git LFS pointer, not the weights: run `git lfs pull` in its folder, "
-            "or download the file itself"
-        )
+    refuse_pointer(path)
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt"):  # checks the header against the file's length

@@ -17,6 +17,7 @@ from gkl_vl.export.text_cleaning import cleaning, save_tokenizer, with_cleaning
 from gkl_vl.models.clip import load_clip
 from gkl_vl.models.pretrained import BUNDLED_TOKENIZER, BUNDLED_TOKENIZER_NAME
 
+BPE = SimpleTokenizer()
 TEXTS = [
     "it’s a “cat” and a ‘dog’",
     "fish &amp; chips",
@@ -73,12 +74,12 @@ def ids(tokenizer, texts: list[str], length: int):
 @pytest.mark.parametrize("text", TEXTS)
 def test_an_exported_tokenizer_has_open_clips_ids(exported, text):
     ours = exported["bpe"](text).input_ids
-    assert ours[1:-1] == SimpleTokenizer().encode(text)
+    assert ours[1:-1] == BPE.encode(text)
     bundled = HFTokenizer(str(BUNDLED_TOKENIZER), context_length=24, trust_remote_code=False)
     assert ids(exported["bundled"], [text], 24).tolist() == bundled([text]).tolist()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(PIECES, max_size=8).map("".join))
 @pytest.mark.parametrize("clean", ["lower", "whitespace", "canonicalize"])
 def test_the_steps_are_open_clips_function(clean, text):
@@ -87,11 +88,11 @@ def test_the_steps_are_open_clips_function(clean, text):
     assert steps.normalize_str(text) == get_clean_fn(clean)(text)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(text=st.lists(PIECES, max_size=8).map("".join))
 def test_ids_of_any_text_are_equal(exported, text):
     assume(no_mojibake(text))
-    assert exported["bpe"](text).input_ids[1:-1] == SimpleTokenizer().encode(text)
+    assert exported["bpe"](text).input_ids[1:-1] == BPE.encode(text)
 
 
 def test_transformers_processor_and_open_clip_load_the_same_tokenizer(exported):

@@ -28,7 +28,8 @@ from ftfy.chardata import CONTROL_CHARS, HTML_ENTITIES, LIGATURES, WIDTH_MAP
 from tokenizers import AddedToken, Regex, normalizers
 
 _CASED, _IGNORED = r"[\p{Lu}\p{Ll}\p{Lt}]", r"[\p{M}\p{Lm}\p{Sk}\p{Cf}'.:·’]"
-_FINAL_SIGMA = f"(?<={_CASED}|{_CASED}{_IGNORED})Σ(?!{_IGNORED}*{_CASED})"  # Unicode's condition Final_Sigma
+_BEFORE = "|".join(_CASED + _IGNORED * ignored for ignored in range(6))  # a lookbehind has a bounded length
+_FINAL_SIGMA = f"(?<={_BEFORE})Σ(?!{_IGNORED}*{_CASED})"  # Unicode's condition Final_Sigma
 _GENERIC_CLASS = "PreTrainedTokenizerFast"  # transformers 4's name, which 5 understands
 _AMPERSAND = "amp|AMP|#0*38|#[xX]0*26"
 _NUMBERED = [*range(0x20, 0x7F), *range(0xA0, 0x100), *range(0x2010, 0x2045), *map(ord, entitydefs.values())]

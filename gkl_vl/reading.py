@@ -21,6 +21,8 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"{str(path)!r} does not exist") from error
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read ({error.strerror}): check the path") from error
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{str(path)!r} is UTF-16: convert it with `iconv -f utf-16 -t utf-8 OLD > NEW`")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -50,7 +52,7 @@ def read_json(path: str | Path, expected: type = dict) -> Any:
     """
     text = read_text(path)
     try:
-        content = json.loads(text, object_pairs_hook=_without_repetition)
+        content = json.loads(text, object_pairs_hook=without_repetition)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} is no JSON ({first_line(error)}): correct it or fetch it again") from error
     if not isinstance(content, expected):
@@ -58,8 +60,8 @@ def read_json(path: str | Path, expected: type = dict) -> Any:
     return content
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # json would keep the last value of a repeated key
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for `object_pairs_hook`, as json keeps the last value of a repeated key. Raises: ValueError."""
     content = dict(pairs)
     if len(content) < len(pairs):
         repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]

@@ -1,6 +1,8 @@
 """Images of every mode become the same upright 8-bit RGB pixels, in training, labels and evaluation."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -137,3 +139,53 @@ def test_other_modes_are_converted(mode):
 def test_what_is_no_image_is_a_broken_sample(image):
     with pytest.raises(BrokenSample, match="^image: "):
         decode(image)
+
+
+def tiff(pixels: np.ndarray, *, bits: int, photometric: int) -> bytes:
+    """A grey TIFF of one strip, little-endian; `pixels` as they are packed."""
+    h, w = 2, 2
+    tags = [
+        (256, w),
+        (257, h),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, 8),
+        (277, 1),
+        (278, h),
+        (279, pixels.nbytes),
+    ]
+    directory = 8 + pixels.nbytes
+    head = b"II*\0" + directory.to_bytes(4, "little") + pixels.tobytes()
+    entries = b"".join(tag.to_bytes(2, "little") + b"\4\0\1\0\0\0" + value.to_bytes(4, "little") for tag, value in tags)
+    return head + len(tags).to_bytes(2, "little") + entries + bytes(4)
+
+
+def test_a_tiff_says_what_is_white():
+    pixels = np.array([[0, 65535], [257, 514]], "<u2")
+    assert grey(tiff(pixels, bits=16, photometric=1)).tolist() == [[0, 255], [1, 2]]
+    assert grey(tiff(pixels, bits=16, photometric=0)).tolist() == [[255, 0], [254, 253]]
+
+
+def test_a_tiff_of_twelve_bits_is_refused():
+    with pytest.raises(BrokenSample, match="a TIFF of 12 bits: save it with 8 or 16 bits"):
+        decode(tiff(np.frombuffer(b"\xff\xf0\x00\xff\xf0\x00", np.uint8), bits=12, photometric=1))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_transparent_grey_of_few_bits_becomes_white(bits):
+    levels = 2**bits
+    image = b"\x89PNG\r\n\x1a\n" + b"".join(
+        chunk(kind, body)
+        for kind, body in [
+            (b"IHDR", struct.pack(">IIBBBBB", 1, 2, bits, 0, 0, 0, 0)),
+            (b"tRNS", struct.pack(">H", 1)),
+            (b"IDAT", zlib.compress(bytes([0, 1 << (8 - bits), 0, 0]))),
+            (b"IEND", b""),
+        ]
+    )
+    assert levels > 1 and grey(image).tolist() == [[255], [0]]
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")

@@ -372,7 +372,7 @@ def test_a_file_name_that_is_not_utf8_is_a_key(tmp_path):
     with open(os.fsencode(tmp_path) + b"/caf\xe9.png", "wb") as file:
         file.write(RED)
     (pair,) = all_pairs(open_images(str(tmp_path)))
-    assert pair.key == "caf\\xe9.png" and decode(pair.image).size == (8, 8)
+    assert pair.key == "caf\\udce9.png" and decode(pair.image).size == (8, 8)
 
 
 # ---- CSV, TSV, JSON lines ----------------------------------------------------------------------------------------
@@ -462,7 +462,7 @@ def test_empty_tables_and_repeated_columns_are_refused(tmp_path):
     write(tmp_path / "t.csv", "filepath,title,title\n0.jpg,a,b\n")
     assert "has the column 'title' twice: rename one" in refused(open_source, str(tmp_path / "t.csv"))
     write(tmp_path / "t.csv", "")
-    assert "has no column 'filepath'" in refused(open_source, str(tmp_path / "t.csv"))
+    assert "t.csv' is empty: write a header" in refused(open_source, str(tmp_path / "t.csv"))
 
 
 def test_json_lines_are_a_table(tmp_path):
@@ -667,3 +667,206 @@ def test_a_full_disk_under_a_download_is_named_as_such(monkeypatch, tmp_path):
     ):
         message = refused(call)
         assert "no space left on the disk of the download cache" in message and "set HF_HOME" in message
+
+
+# ---- further members of these kinds ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["{}", "{}/*/*.parquet"])
+def test_paths_in_parquet_start_at_their_own_file(tmp_path, name):
+    for folder, image in (("a", RED), ("b", GREEN)):
+        write(tmp_path / folder / "0.png", image)
+        write_table(tmp_path / folder / f"{folder}x.parquet", {"image": ["0.png"], "caption": [folder]})
+    colours = {
+        pair.captions[0]: decode(pair.image).getpixel((0, 0)) for pair in all_pairs(open_source(name.format(tmp_path)))
+    }
+    assert colours == {"a": (255, 0, 0), "b": (0, 255, 0)}
+
+
+def test_class_names_that_differ_between_parquet_files_are_refused(tmp_path):
+    for number, names in enumerate((["cat", "dog"], ["dog", "cat"])):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        table = datasets.Dataset.from_dict({"image": IMAGE, "label": [0]}, features=features)
+        table.to_parquet(tmp_path / f"test-0000{number}-of-00002.parquet")
+    assert "00000-of-00002.parquet' and '" in (message := refused(open_labelled, str(tmp_path), "test"))
+    assert "class names of" in message and "differ" in message
+
+
+@pytest.mark.parametrize("splits", [("Train", "Test"), ("train2017", "val2017"), ("train", "unlabeled")])
+def test_splits_are_known_without_case_and_numbers(tmp_path, splits, capsys):
+    for split, image in zip(splits, (RED, GREEN), strict=True):
+        write(tmp_path / split / "a.png", image)
+        write(tmp_path / split / "a.txt", split)
+    for name in (str(tmp_path), f"{tmp_path}:train", f"{tmp_path}:{splits[0]}"):
+        assert list(captions_of(open_source(name)).values()) == [[splits[0]]]
+    assert f"{splits[0]} is read, not {splits[1]}" in capsys.readouterr().err
+
+
+def test_shards_named_by_split_are_read_by_split(tmp_path):
+    for name in ("train-000", "train-001", "val-000"):
+        write_shard(tmp_path / f"{name}.tar", [(name, {"png": RED, "txt": b"x"})])
+    assert list(captions_of(open_source(str(tmp_path)))) == ["train-000", "train-001"]
+    assert list(captions_of(open_source(f"{tmp_path}:val"))) == ["val-000"]
+
+
+def test_a_table_beside_train_is_not_trained_on_silently(tmp_path):
+    for name in ("train", "holdout"):
+        write_table(tmp_path / f"{name}.parquet", {"image": IMAGE, "caption": [name]})
+    assert "has holdout, train, and which of these to train on is not clear" in refused(open_source, str(tmp_path))
+    assert list(captions_of(open_source(f"{tmp_path}:train")).values()) == [["train"]]
+
+
+def test_a_size_of_zero_is_checked(tmp_path):
+    for number in range(2):
+        write_shard(tmp_path / f"{number}.tar", [sample(number)])
+    write(tmp_path / "sizes.json", '{"0.tar": 0, "1.tar": 1}')
+    assert "sizes.json' has 0 for 0.tar, which holds pairs" in refused(open_source, str(tmp_path))
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_link_in_a_shard_is_no_silent_loss(tmp_path, read, kind):
+    shard = benchmark_shard(tmp_path, [])
+    with tarfile.open(shard, "w") as tar:
+        for name, content in (("a.png", RED), ("a.cls", b"0"), ("a.txt", b"x"), ("b.cls", b"1"), ("b.txt", b"y")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = kind, "a.png"
+        tar.addfile(link)
+    if read is read_training:
+        found = captions_of(open_source(str(shard)))
+        assert found["a"] == ["x"] and "--dereference" in found["b"]
+    else:
+        assert "'b'" in (message := refused(read, tmp_path)) and ".png is a link to another file" in message
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_joined_shards_are_refused_or_read(tmp_path, compressed):
+    for name in ("a", "b"):
+        write_shard(tmp_path / f"{name}.tar", [(name, {"png": RED, "txt": b"x"})])
+    bodies = [(tmp_path / f"{name}.tar").read_bytes() for name in ("a", "b")]
+    if compressed:
+        write(tmp_path / "c.tgz", b"".join(map(gzip.compress, bodies)))
+    else:
+        write(tmp_path / "c.tar", b"".join(bodies))
+    source = open_source(str(tmp_path / ("c.tgz" if compressed else "c.tar")))
+    assert "data behind its end-of-archive mark" in refused(all_pairs, source)
+    whole = bodies[0]  # pigz and bgzip write one file as several gzip members
+    write(tmp_path / "d.tgz", gzip.compress(whole[:700]) + gzip.compress(whole[700:]))
+    assert list(captions_of(open_source(str(tmp_path / "d.tgz")))) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'title,filepath\n"one,0.png\ntwo",1.png\nc,2.png\n',
+        'filepath,title\nim/0,"one\nim/1,two"\nim/2,three\n',
+        'filepath,title\n0.jfif,"one\n1.jfif,two"\n2.jfif,three\n',
+    ],
+)
+def test_a_quote_that_closes_a_row_later_is_refused(tmp_path, text):
+    write(tmp_path / "t.csv", text)
+    assert "line 2 has a cell of several lines that look like rows" in refused(open_source, f"{tmp_path}/t.csv")
+    assert len(captions_of(open_source(f"{tmp_path}/t.csv", quoted=True))) == 2
+
+
+def test_line_ends_of_old_macs_and_spaces_before_quotes(tmp_path):
+    write(tmp_path / "t.csv", 'filepath,title\r0.png, "a ""b"", c"\r1.png,d\r')
+    assert captions_of(open_source(f"{tmp_path}/t.csv")) == {"0.png": ['a "b", c'], "1.png": ["d"]}
+
+
+def test_utf16_and_unbalanced_braces_have_a_remedy(tmp_path):
+    write(tmp_path / "t.tsv", "filepath\ttitle\n0.png\ta\n".encode("utf-16"))
+    assert "is UTF-16: convert it with `iconv -f utf-16" in refused(open_source, f"{tmp_path}/t.tsv")
+    assert "write a-{000..999}.tar" in refused(open_source, f"{tmp_path}/a-{{000..9.tar")
+
+
+def test_a_member_name_that_is_no_text_is_a_key(tmp_path):
+    write_shard(tmp_path / "a.tar", [("caf\udce9", {"png": RED, "txt": b"x"})])
+    write(tmp_path / "t.jsonl", '{"image": "\\ud800.png", "caption": "x"}')
+    for name, key in (("a.tar", "caf\\udce9"), ("t.jsonl", "\\ud800.png")):
+        assert list(captions_of(open_source(str(tmp_path / name)))) == [key]
+
+
+@pytest.mark.parametrize("label", ["99999999999999999999", "10000000000000"])
+def test_a_label_that_is_an_id_is_refused(tmp_path, label):
+    write(tmp_path / "0.png", RED)
+    write(tmp_path / "list.txt", f"0.png {label}\n")
+    assert f"has the label {label}: labels are the numbers of the classes" in refused(
+        open_labelled, f"{tmp_path}/list.txt", "train"
+    )
+    benchmark_shard(tmp_path, [("k", {"png": RED, "cls": label.encode()})])
+    assert f"has the label {label}" in refused(read_labels, tmp_path)
+
+
+CAPTION_FILES = {
+    "coco_test_karpathy.json": {"images": [{"id": 1, "file_name": "a.jpg"}]}
+    | {"annotations": [{"image_id": 1, "caption": None}]},
+    "dataset_flickr8k.json": {"images": [{"filename": "a.jpg", "split": "test", "sentences": [{"raw": 5}]}]},
+    "add_att.json": {"0": {"filename": "a.jpg", "caption": "x", "negative_caption": None}},
+}
+
+
+@pytest.mark.parametrize("file", CAPTION_FILES)
+def test_captions_of_a_published_set_that_are_no_text_are_refused(tmp_path, file):
+    write(tmp_path / file, json.dumps(CAPTION_FILES[file]))
+    write(tmp_path / "a.jpg", RED)
+    write(tmp_path / "val2017" / "a.jpg", RED)
+    name = "sugar_crepe/add_att" if file == "add_att.json" else str(tmp_path)
+    message = refused(load_benchmark_set, name, root=str(tmp_path))
+    assert f"{file}': image 'a.jpg' has" in message and "where a text is expected" in message
+    if file == "add_att.json":
+        write(tmp_path / file, json.dumps({"0": {"filename": "a.jpg", "caption": "x", "negative_caption": " "}}))
+        assert "image 'a.jpg' has an empty caption" in refused(load_benchmark_set, name, root=str(tmp_path))
+
+
+def test_a_caption_file_without_a_header_is_refused(tmp_path):
+    write(tmp_path / "flickr8k_test_karpathy.txt", "a.jpg,one\nb.jpg,two\n")
+    assert "line 1 is 'a.jpg,one': write a header" in refused(load_benchmark_set, "flickr8k", root=str(tmp_path))
+
+
+def test_more_shards_than_counted_are_refused(tmp_path):
+    benchmark_shard(tmp_path, [sample(0)])
+    write_shard(tmp_path / "test" / "1.tar", [sample(1)])
+    assert "nshards.txt counts 1 shards, but" in refused(load_benchmark_set, str(tmp_path))
+
+
+def test_what_a_folder_holds_beside_its_classes_is_counted(tmp_path, capsys):
+    write(tmp_path / "test" / "ant" / "a.png", RED)
+    write(tmp_path / "test" / "loose.png", RED)
+    assert len(open_labelled(str(tmp_path), "test")) == 1
+    assert "images outside of its class folders, which are not read: 1, as loose.png" in capsys.readouterr().err
+    for name in ("a.png", "b.heic", "c.jfif"):
+        write(tmp_path / "pairs" / name, RED)
+        write(tmp_path / "pairs" / f"{name[0]}.txt", "x")
+    assert open_source(f"{tmp_path}/pairs").num_pairs == 1
+    assert "are not read: 1 .heic, 1 .jfif" in capsys.readouterr().err
+
+
+def test_a_caption_of_two_images_is_a_broken_pair(tmp_path):
+    for name in ("a.png", "a.jpg", "b.png"):
+        write(tmp_path / name, RED)
+    for name in ("a.txt", "b.TXT"):
+        write(tmp_path / name, "x")
+    reason = "two images with one caption: keep one"
+    assert captions_of(open_source(str(tmp_path))) == {"a.jpg": reason, "a.png": reason, "b.png": ["x"]}
+
+
+def test_columns_that_a_shard_lacks_are_named_with_those_it_has(tmp_path):
+    write_shard(tmp_path / "a.tar", [("k", {"png": RED, "txt": b"x"})])
+    assert captions_of(open_source(f"{tmp_path}/a.tar", columns=("PNG", "TXT"))) == {"k": ["x"]}
+    found = captions_of(open_source(f"{tmp_path}/a.tar", columns=("image", "caption")))
+    assert found == {"k": "no .image member, its members are .png, .txt: name one with --columns"}
+
+
+def test_a_key_that_occurs_twice_in_a_record_is_a_broken_pair(tmp_path):
+    write(tmp_path / "t.jsonl", '{"image": "a.png", "caption": "x", "caption": "y"}')
+    assert "the key 'caption' occurs twice" in captions_of(open_source(f"{tmp_path}/t.jsonl"))["line 1"]
+
+
+def test_a_parquet_column_that_occurs_twice_is_refused(tmp_path):
+    table = pyarrow.table([pyarrow.array([RED]), pyarrow.array(["x"]), pyarrow.array(["y"])], names=["image", "c", "c"])
+    parquet.write_table(table, tmp_path / "t.parquet")
+    assert "has the column 'c' twice" in refused(open_source, f"{tmp_path}/t.parquet", columns=("image", "c"))

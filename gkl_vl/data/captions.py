@@ -6,6 +6,7 @@ from typing import Any
 
 from gkl_vl.data.images import BrokenSample
 from gkl_vl.errors import first_line
+from gkl_vl.reading import without_repetition
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class CaptionRule:
 
         Raises: BrokenSample for a member that cannot be read, and a value that is neither text nor a list of texts.
         """
-        ending = "txt" if self.field is None else self.field
+        ending = "txt" if self.field is None else self.field.lower()
         if ending in members:
             return self.in_text(members[ending])
         if "json" not in members:
@@ -48,7 +49,7 @@ class CaptionRule:
 def parsed(content: bytes) -> Any:
     """The value of a JSON text. Raises: BrokenSample."""
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=without_repetition)
     except (ValueError, RecursionError) as error:
         raise BrokenSample(f"no JSON ({first_line(error)})") from error
 
@@ -65,10 +66,11 @@ def captions_in(record: dict[str, Any], field: str) -> tuple[str, ...]:
     value = record[field] if field in record else _descend(record, field.split("."))
     texts = value if isinstance(value, list) else [value]
     for text in texts:
+        if text == {}:
+            raise BrokenSample(f"{field!r} is an empty struct where a text is expected")
         if isinstance(text, dict):
             raise BrokenSample(
-                f"{field!r} is a struct of {', '.join(text)}: name one with --columns, as {field}."
-                f"{next(iter(text), 'x')}"
+                f"{field!r} is a struct of {', '.join(text)}: name one with --columns, as {field}.{next(iter(text))}"
             )
         if text is not None and not isinstance(text, str):
             raise BrokenSample(f"{field!r} has {_kind(text)} where a text is expected")

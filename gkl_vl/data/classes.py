@@ -118,10 +118,9 @@ def named_by_list(own: Sequence[str], given: Sequence[str], *, where: str, whose
         return [given[number] for number in numbers]
     if (found := places(own, given)) is not None:
         return [given[place] for place in found]
-    at = {spaced(name) for name in given}
-    moved = [
-        name for name, other in zip(own, given, strict=True) if spaced(name) in at and spaced(name) != spaced(other)
-    ]
+    at = set(map(_without_case, given))
+    pairs = [(name, _without_case(name), _without_case(other)) for name, other in zip(own, given, strict=True)]
+    moved = [name for name, form_of_own, form_of_other in pairs if form_of_own in at and form_of_own != form_of_other]
     if moved:
         raise UserError(
             f"{where} has the class {moved[0]!r} of {whose} at another place than the set, whose order is "

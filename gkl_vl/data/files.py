@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -70,35 +71,53 @@ def one_split(existing: Iterable[str], *, split: str, source: str) -> str:
     names = sorted(set(existing))
     if split not in names and split == "validation" and "val" in names:
         return "val"
+    same = [name for name in names if _as_split(name) == _as_split(split)]
+    if split not in names and len(same) == 1:
+        return same[0]
     if split not in names:
         listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         raise UserError(f"{source!r} has no split {split!r}, splits there: {listed or 'none'}")
     return split
 
 
-def training_split(existing: Iterable[str], *, split: str | None, source: str) -> str | None:
-    """The split to train on: the one named, else "train". None = the source has no splits, so all of it.
+def training_split(existing: Iterable[str], *, split: str | None, source: str, classes: bool = True) -> str | None:
+    """The split to train on: the one named, else the one of training. None = the source has no splits, so all of it.
 
-    Names are those of splits if all are usual names of splits: "train" among others is a class of vehicles.
+    Names are compared without case and numbers: COCO's is train2017.
 
-    Raises: UserError for a split that it does not have, and where none is named and either none is "train", or other
-        names stand beside those of several splits.
+    Args:
+        classes: the names may be those of classes. They are splits only if all are: "train" among others is a class of
+            vehicles.
+
+    Raises: UserError for a split that it does not have, and where none is named and it is not clear which to take.
     """
     names = sorted(set(existing))
     if split is not None:
         return one_split(names, split=split, source=source)
-    splits = [name for name in names if name in _SPLITS]
-    if len(splits) < len(names) and len(splits) < 2:
+    splits = [name for name in names if _as_split(name) in _SPLITS]
+    if not splits or (classes and len(splits) < len(names) and len(splits) < 2):
         return None
-    if len(splits) < len(names) or (splits and "train" not in splits):
+    train = [name for name in splits if _as_split(name) == "train"]
+    if len(splits) < len(names) or len(train) != 1:
         raise UserError(
             f"{source!r} has {', '.join(names)}, and which of these to train on is not clear: name one, as "
             f"{source}:{splits[0]}"
         )
     if len(splits) > 1:
-        others = [name for name in splits if name != "train"]
-        notice(f"{source}: of its splits train is read, not {', '.join(others)}; name another as {source}:{others[0]}")
-    return "train" if splits else None
+        others = [name for name in splits if name not in train]
+        notice(f"{source}: {train[0]} is read, not {', '.join(others)}; name another as {source}:{others[0]}")
+    return train[0]
+
+
+def _as_split(name: str) -> str:
+    """The name of a split without case and the numbers behind it."""
+    return re.sub(r"[-_]?\d+$", "", name).lower()
+
+
+def note_others(folder: str, others: Mapping[str, int]) -> None:
+    """Prints how many files of a folder are not read, by ending."""
+    if others:
+        notice(f"{folder} has files that are no images and are not read: {endings_text(others)}")
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------

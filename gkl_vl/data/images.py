@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from gkl_vl.errors import UserError, first_line
 
@@ -16,6 +17,9 @@ DECODE_RULES = 2
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 _SIXTEEN_BIT_AS_32 = ("PNG", "PPM")
 """Formats whose 16-bit grey images PIL may open with mode I, its 32-bit integers."""
+_PIXEL_FACTORS = {"1": 255, "L;2": 85, "L;4": 17}
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
+"""TIFF's tags; photometric interpretation 0 means that 0 is white."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -90,7 +94,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises: ValueError for 32-bit integers, and floats that are not finite or outside [0, 1].
     """
+    stored = _stored_as(image)  # known before loading only
     image.load()  # TIFF and AVIF apply the orientation themselves while loading
+    _scale_transparency(image, stored)
     upright = _TURNS.get(_orientation(image))
     rgb = _eight_bit(image) if image.mode in (*_SIXTEEN_BIT, "I", "F") else _over_white(image)
     return rgb if upright is None else rgb.transpose(upright)
@@ -101,6 +107,32 @@ def _orientation(image: Image.Image) -> int:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # EXIF data can be damaged in any way, and the pixels are whole
         return 1
+
+
+def _stored_as(image: Image.Image) -> str:
+    """How a PNG stores its pixels, in PIL's terms: "L;2", "RGB;16B", ...; "" for other formats."""
+    if image.format != "PNG" or not getattr(image, "tile", None):
+        return ""
+    return str(image.tile[0][3])  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _scale_transparency(image: Image.Image, stored: str) -> None:
+    """Scales the transparent value of a PNG as PIL scales its pixels, which PIL itself leaves out."""
+    value = image.info.get("transparency")
+    if isinstance(value, int) and stored in _PIXEL_FACTORS:
+        image.info["transparency"] = value * _PIXEL_FACTORS[stored]
+    elif isinstance(value, tuple) and stored.startswith("RGB;16"):
+        image.info["transparency"] = tuple(channel >> 8 for channel in value)
+
+
+def _full_range(image: Image.Image, pixels: np.ndarray) -> np.ndarray:
+    """16-bit pixels with white as 65535. Raises: ValueError for TIFFs of fewer bits, which PIL reads as 16."""
+    if not isinstance(image, TiffImageFile):
+        return pixels
+    bits = image.tag_v2.get(_BITS_PER_SAMPLE, (16,))
+    if bits[0] != 16:
+        raise ValueError(f"a TIFF of {bits[0]} bits: save it with 8 or 16 bits")
+    return 65535 - pixels if image.tag_v2.get(_PHOTOMETRIC) == 0 else pixels
 
 
 def _over_white(image: Image.Image) -> Image.Image:
@@ -120,6 +152,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     elif image.mode == "I" and image.format not in _SIXTEEN_BIT_AS_32:
         raise ValueError("32-bit integer pixels, whose white is unknown: save it with 8 or 16 bits")
     else:
+        pixels = _full_range(image, pixels)
         grey = np.rint(pixels / 257)
     transparent = image.info.get("transparency")
     if transparent is not None:  # a grey value of the same depth

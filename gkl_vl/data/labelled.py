@@ -11,7 +11,7 @@ Axis letters: N = images, m = images of a subset, C = classes, h, w = height and
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from gkl_vl.data.files import (
     endings_text,
     image_paths,
     is_local,
+    note_others,
     one_split,
     read_file,
     require_images,
@@ -59,6 +60,8 @@ CIFAR = {
     "cifar-100-python": torchvision.datasets.CIFAR100,
 }
 STL10 = "stl10_binary"
+LARGEST_LABEL = 10**7
+"""Larger ones are ids of something else; a count of their classes would not fit in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +202,7 @@ def open_image_set(source: str, split: str, *, columns: tuple[str, str] | None =
             raise UserError(
                 f"{str(below)!r} holds no image ({', '.join(IMAGE_SUFFIXES)}), it has {endings_text(others)}"
             )
-        _note_others(str(below), others)
+        note_others(str(below), others)
         return ImageSet(name=name, size=len(paths), images=_files(str(below), paths))
     if folder.is_dir():
         rows = ParquetRows(files_of_split(parquet_files(folder), folder, split, source))
@@ -242,14 +245,8 @@ def class_folders(name: str, folder: str, label_of: dict[str, int], classnames: 
         paths += [f"{class_folder}/{path}" for path in of_class]
         labels += [label] * len(of_class)
         skipped.update(others)
-    _note_others(folder, skipped)
+    note_others(folder, skipped)
     return _labelled_set(name, labels, classnames, _files(folder, paths))
-
-
-def _note_others(folder: str, others: Mapping[str, int]) -> None:
-    """Prints how many files of a folder are not read, by ending."""
-    if others:
-        notice(f"{folder} has files that are no images and are not read: {endings_text(others)}")
 
 
 def in_memory(data: LabelledSet | ImageSet, *, size: int | None = None) -> UInt8[Tensor, "N 3 h w"]:
@@ -308,7 +305,7 @@ class _TableImages:
 
 
 def _read_cell(rows: Rows, column: str, index: int) -> bytes:
-    image = image_of(rows.row(index)[column], rows.folder)
+    image = image_of(rows.row(index)[column], rows.folder(index))
     # A cell without an image is decoded like an empty file: a BrokenImage.
     return read_file(image) if isinstance(image, str) else (image or b"")
 
@@ -359,9 +356,11 @@ def _labelled_set(
     images: Callable[[int], EncodedImage],
 ) -> LabelledSet:
     """Checks the labels and builds the set. Without class names the number of classes is the largest label + 1."""
-    numbers = torch.from_numpy(np.array(labels, dtype=np.int64))
-    if not len(numbers):
+    if not len(labels):
         raise UserError(f"{name} holds no images")
+    if (largest := max(int(label) for label in labels)) > LARGEST_LABEL:
+        raise UserError(f"{name} has the label {largest}: labels are the numbers of the classes, from 0")
+    numbers = torch.from_numpy(np.array(labels, dtype=np.int64))
     if numbers.min() < 0:
         raise UserError(
             f"{name} has the label {int(numbers.min())}, which means unlabelled: a test split may withhold its labels, "
@@ -418,6 +417,8 @@ def _image_folder_set(name: str, folder: str) -> LabelledSet:
     classes = folder_order(subfolders(folder))
     if not classes:
         raise UserError(f"{folder!r} is not an image folder: it has no folder for each class, as {folder}/CLASS/x.jpg")
+    if loose := [path.name for path in Path(folder).iterdir() if path.suffix[1:].lower() in IMAGE_SUFFIXES]:
+        notice(f"{folder} has images outside of its class folders, which are not read: {len(loose)}, as {loose[0]}")
     return class_folders(name, folder, {each: label for label, each in enumerate(classes)}, classes)
 
 

@@ -10,6 +10,7 @@ earlier ones. A source can be pickled, for worker processes.
 
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,15 @@ from typing import Any
 
 from gkl_vl.data.captions import CaptionRule, captions_in
 from gkl_vl.data.classes import are_numbers
-from gkl_vl.data.files import IMAGE_SUFFIXES, endings_text, image_paths, is_local, subfolders, training_split
+from gkl_vl.data.files import (
+    IMAGE_SUFFIXES,
+    endings_text,
+    image_paths,
+    is_local,
+    note_others,
+    subfolders,
+    training_split,
+)
 from gkl_vl.data.images import BrokenSample
 from gkl_vl.data.shards import (
     Sample,
@@ -32,6 +41,7 @@ from gkl_vl.data.shards import (
     shards_below,
     total_size,
 )
+from gkl_vl.data.shards import split_of as shard_split
 from gkl_vl.data.tables import (
     IMAGE_COLUMNS,
     ParquetRows,
@@ -184,11 +194,13 @@ def _located(name: str) -> tuple[str, str | None]:
 
 def _open_folder(name: str, folder: Path, split: str | None, image: str | None, rule: CaptionRule | None) -> Source:
     """The shards in a folder, else its parquet (img2dataset writes both), else its images; of one split."""
-    if split is None and (shards := shards_below(folder)):
+    if shards := shards_below(folder):
+        chosen = training_split(set(map(shard_split, shards)), split=split, source=str(folder), classes=False)
+        shards = [shard for shard in shards if chosen is None or shard_split(shard) == chosen]
         return shard_source(name, checked_shards(shards), image, rule)
     if files := parquet_files(folder):
         splits = {split_of(file, folder) for file in files} - {""}
-        chosen = training_split(splits, split=split, source=str(folder))
+        chosen = training_split(splits, split=split, source=str(folder), classes=False)
         return _open_parquet(
             name, files if chosen is None else files_of_split(files, folder, chosen, str(folder)), image, rule
         )
@@ -224,7 +236,7 @@ def _pair_of_row(row: Row, folder: Path) -> RawPair:
         problem = "a row without an image path"
     if "://" in path:
         problem = "its image is a URL: fetch the images first, for example with img2dataset"
-    return RawPair(path, str(folder / path), captions, problem=problem)
+    return RawPair(_printable(path), str(folder / path), captions, problem=problem)
 
 
 # ---- in memory ---------------------------------------------------------------------------------------------------
@@ -290,7 +302,9 @@ class _TableEpoch:
                 captions = captions_in(row, self.caption)
             except BrokenSample as error:
                 problem = str(error)
-        return RawPair(f"{self.name}:{index}", image_of(row[self.image], self.rows.folder), captions, problem=problem)
+        return RawPair(
+            f"{self.name}:{index}", image_of(row[self.image], self.rows.folder(index)), captions, problem=problem
+        )
 
 
 def table_source(name: str, rows: Rows, image: str | None, rule: CaptionRule | None) -> Source:
@@ -320,6 +334,8 @@ class _FolderEpoch:
     folder: str
     images: Sequence[str]
     rule: CaptionRule | None
+    repeated: frozenset[str]
+    """Paths without ending of which there are several images, so that a caption has more than one."""
 
     def __call__(self, seed: int, number: int, part: int, parts: int) -> Iterator[RawPair]:
         order = list(range(len(self.images)))
@@ -331,6 +347,8 @@ class _FolderEpoch:
         captions, problem = (), ""
         if self.rule is not None:
             try:
+                if image.rpartition(".")[0] in self.repeated:
+                    raise BrokenSample("two images with one caption: keep one")
                 captions = self.rule.in_members(_beside(path, self.rule))
             except BrokenSample as error:
                 problem = str(error)
@@ -350,10 +368,13 @@ def folder_source(name: str, folder: Path, ending: str | None, rule: CaptionRule
             f"{str(folder)!r} holds no shard, no parquet file and no image ({ending or ', '.join(IMAGE_SUFFIXES)}), it "
             f"has {endings_text(others)}"
         )
-    epoch = _FolderEpoch(str(folder), images, rule)
+    read = {"txt", "json", "csv", "jsonl"} | ({rule.field} if rule and rule.field else set())
+    note_others(str(folder), {ending: count for ending, count in others.items() if ending not in read})
+    stems = Counter(image.rpartition(".")[0] for image in images)
+    epoch = _FolderEpoch(str(folder), images, rule, frozenset(stem for stem, count in stems.items() if count > 1))
     if rule is None:
         return Source(name, len(images), None, epoch, classnames=_class_folders(images))
-    if not any(_beside(os.path.join(folder, image), rule) for image in images[:100]):
+    if not any(_beside(os.path.join(folder, image), rule) for image in images):
         metadata = next((file for file in ("metadata.jsonl", "metadata.csv") if (folder / file).is_file()), None)
         remedy = "put the caption of x.jpg into x.txt, or train without captions by recipes/clip_unlabelled.py"
         if metadata:
@@ -367,16 +388,18 @@ def _beside(image: str, rule: CaptionRule) -> dict[str, bytes]:
     stem = image.rpartition(".")[0]
     found = {}
     for ending in dict.fromkeys(["txt" if rule.field is None else rule.field, "json"]):
-        try:
-            found[ending] = Path(f"{stem}.{ending}").read_bytes()
-        except OSError:
-            continue  # the pair then has no caption, and is counted as broken
+        for spelt in (ending, ending.upper()):
+            try:
+                found[ending.lower()] = Path(f"{stem}.{spelt}").read_bytes()
+                break
+            except OSError:
+                continue  # without any the pair has no caption, and is counted as broken
     return found
 
 
-def _printable(path: str) -> str:
-    """A file name that is not UTF-8 with its odd bytes escaped, since a key is printed and hashed as text."""
-    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
+def _printable(key: str) -> str:
+    """A name that is no Unicode text with its odd characters escaped, since a key is printed and hashed as text."""
+    return key.encode("utf-8", errors="backslashreplace").decode()
 
 
 def _class_folders(images: Sequence[str]) -> tuple[str, ...] | None:
@@ -452,7 +475,8 @@ def read_shard(url: str, image: str | None = None, rule: CaptionRule | None = No
 
     Raises: UserError for a file that cannot be read to its end.
     """
-    endings = {"txt" if rule is None or rule.field is None else rule.field, "json"} if rule else set()
+    endings = {"txt" if rule.field is None else rule.field.lower(), "json"} if rule else set()
+    image = None if image is None else image.lower()  # as read_samples gives the endings
 
     def wanted(ending: str) -> bool:
         return ending in endings or (ending in IMAGE_SUFFIXES if image is None else ending == image)
@@ -466,8 +490,8 @@ def _pair_of(sample: Sample, image: str | None, rule: CaptionRule | None) -> Raw
         content = sample.contents[sample.image(image)]
         captions = () if rule is None else rule.in_members(sample.contents)
     except BrokenSample as error:
-        return RawPair(sample.key, None, (), problem=str(error))
-    return RawPair(sample.key, content, captions)
+        return RawPair(_printable(sample.key), None, (), problem=str(error))
+    return RawPair(_printable(sample.key), content, captions)
 
 
 def _uneven(urls: Sequence[str], parts: int) -> str | None:

@@ -5,10 +5,13 @@ webdataset. The rest of the name is the member's ending, in lower case. Hidden f
 (`files.is_junk`) are skipped. A file without an ending is a sample without members.
 """
 
+import gzip
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
@@ -42,6 +45,8 @@ class Sample:
     """Content of the members that were asked for."""
     repeated: str | None = None
     """An ending that occurs twice."""
+    link: str | None = None
+    """An ending whose member is a link to another file, which a stream cannot follow."""
 
     def image(self, ending: str | None = None) -> str:
         """Ending of the sample's image: the one in `IMAGE_SUFFIXES`, or the one given.
@@ -50,11 +55,20 @@ class Sample:
         """
         if self.repeated is not None:
             raise BrokenSample(f"two .{self.repeated} members: keep one")
+        if self.link is not None:
+            raise BrokenSample(
+                f".{self.link} is a link to another file: pack the files themselves, with tar's --dereference and "
+                "--hard-dereference"
+            )
         images = [e for e in IMAGE_SUFFIXES if e in self.extents] if ending is None else [ending]
         if len(images) > 1:
             raise BrokenSample(f"two images, .{' and .'.join(images)}: keep one")
         if not images or images[0] not in self.extents:
-            raise BrokenSample(f"no {'image' if ending is None else f'.{ending} member'}, {self._members()}")
+            if ending is not None and self.extents:
+                raise BrokenSample(
+                    f"no .{ending} member, its members are .{', .'.join(self.extents)}: name one with --columns"
+                )
+            raise BrokenSample(f"no image, {self._members()}")
         return images[0]
 
     def _members(self) -> str:
@@ -78,11 +92,16 @@ def read_samples(shard: str, *, wanted: Callable[[str], bool], stream: bool = Fa
     sample: Sample | None = None
     try:
         file: Any = gopen(shard) if stream else open(shard, "rb")
-        with file, tarfile.open(fileobj=file, mode="r|*" if stream else "r:", tarinfo=_Header) as tar:
+        # gzip reads files of several members, as pigz and bgzip write them; tarfile only the first.
+        plain: Any = gzip.GzipFile(fileobj=file) if shard.lower().endswith((".gz", ".tgz")) else nullcontext(file)
+        mode = "r|*" if stream else "r:"
+        with file, plain as content, tarfile.open(fileobj=content, mode=mode, tarinfo=_Header) as tar:
             for member in tar:
                 directory, slash, name = member.name.rpartition("/")
                 stem, _, ending = name.partition(".")
-                if not member.isfile() or is_junk(member.name) or stem.startswith("__"):  # webdataset's metadata
+                if is_junk(member.name) or stem.startswith("__"):  # webdataset's metadata
+                    continue
+                if not (member.isfile() or member.islnk() or member.issym()):
                     continue
                 key, ending = directory + slash + stem, ending.lower()
                 if sample is None or key != sample.key:
@@ -90,6 +109,7 @@ def read_samples(shard: str, *, wanted: Callable[[str], bool], stream: bool = Fa
                         yield sample
                     sample = Sample(key)
                 _add(sample, ending, member, tar, wanted)
+            _require_zeros(tar)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(
             f"the shard {shard!r} ends early or is damaged ({first_line(error)}): fetch it again or leave it out"
@@ -106,10 +126,20 @@ def _add(
     if ending in sample.extents:
         sample.repeated = ending
     sample.extents[ending] = (member.offset_data, member.size)
-    if wanted(ending):
+    if not member.isfile():
+        sample.link = ending
+    elif wanted(ending):
         content = tar.extractfile(member)
         assert content is not None  # the member is a file
         sample.contents[ending] = content.read()
+
+
+def _require_zeros(tar: tarfile.TarFile) -> None:
+    """Raises: tarfile.ReadError for data behind the end-of-archive mark: another archive, which tar does not read."""
+    assert tar.fileobj is not None
+    while block := tar.fileobj.read(2**20):
+        if block.strip(tarfile.NUL):
+            raise tarfile.ReadError("data behind its end-of-archive mark, as of joined files: name them one by one")
 
 
 class _Header(tarfile.TarInfo):
@@ -140,7 +170,11 @@ def list_shards(source: str) -> list[str]:
 
     Raises: UserError for a file that does not exist, is a Git LFS pointer or has no end-of-archive mark.
     """
-    urls = [url for part in source.split("::") for pattern in expand_urls(part) for url in _matches(pattern)]
+    try:
+        patterns = [pattern for part in source.split("::") for pattern in expand_urls(part)]
+    except Exception as error:  # braceexpand's own, for braces that do not match
+        raise UserError(f"{source!r}: {first_line(error)}: write a-{{000..999}}.tar") from error
+    urls = [url for pattern in patterns for url in _matches(pattern)]
     local = [url for url in urls if is_local(url)]
     missing = [url for url in local if not Path(url).is_file()]
     if missing:
@@ -158,6 +192,11 @@ def checked_shards(urls: Sequence[str | Path]) -> list[str]:
             refuse_pointer(url)
             _require_mark(url)
     return list(map(str, urls))
+
+
+def split_of(shard: Path) -> str:
+    """What stands before the number in the name of a shard, often a split: train-000.tar."""
+    return re.split(r"[-_.]?\d|\.", shard.name, maxsplit=1)[0]
 
 
 def shards_below(folder: Path) -> list[Path]:
@@ -210,6 +249,8 @@ def shard_sizes(urls: Sequence[str]) -> list[int] | None:
             size = read_json(file, dict).get("successes") if file.is_file() else None
         if size is None:
             return None
+        if size == 0 and next(read_samples(url, wanted=lambda ending: False, stream=True), None) is not None:
+            raise UserError(f"{str(file)!r} has 0 for {shard.name}, which holds pairs: correct it")
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise UserError(f"{str(file)!r} has {json.dumps(size)} for {shard.name}: write its number of pairs")
         sizes.append(size)

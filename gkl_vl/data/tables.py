@@ -39,9 +39,8 @@ class Rows(Protocol):
         """Rows of each consecutive part that is read at once; None = rows in any order cost the same."""
         ...
 
-    @property
-    def folder(self) -> Path | None:
-        """The folder that relative paths of images start from; None = the current one."""
+    def folder(self, index: int, /) -> Path | None:
+        """The folder that a relative path of an image in this row starts from; None = the current one."""
         ...
 
     def select(self, columns: Sequence[str], /) -> "Rows":
@@ -95,9 +94,9 @@ class ParquetRows:
     def block_sizes(self) -> Sequence[int]:
         return self._sizes
 
-    @property
-    def folder(self) -> Path:
-        return self.files[0].parent
+    def folder(self, index: int) -> Path:
+        number, _ = self._groups[bisect_right(self._ends, index)]
+        return self.files[number].parent
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -156,6 +155,12 @@ def _require_equal(first: Path, expected: pyarrow.Schema, file: Path, schema: py
                 f"column {name!r} differs between parquet files: {str(first)!r} {known}, {str(file)!r} {found}: "
                 "name files of one table"
             )
+    names, other_names = (class_labels(each) for each in (expected, schema))
+    if names != other_names:
+        raise UserError(
+            f"the class names of {str(first)!r} and {str(file)!r} differ, in themselves or in their order: name files "
+            "of one table"
+        )
 
 
 def parquet_files(folder: Path) -> list[Path]:
@@ -207,8 +212,7 @@ class HubRows:
     def block_sizes(self) -> None:
         return None
 
-    @property
-    def folder(self) -> None:
+    def folder(self, index: int) -> None:
         return None
 
     def __len__(self) -> int:
@@ -256,8 +260,12 @@ def usual_column(usual: Sequence[str], existing: Sequence[str]) -> str:
 def need_columns(name: str, columns: Sequence[str], *needed: str) -> None:
     """Raises: UserError if a needed column of the table `name` is missing."""
     for column in needed:
+        if not any(columns):
+            raise UserError(f"{name!r} is empty: write a header with the column {column!r}, and rows")
         if column not in columns:
             raise UserError(f"{name!r} has no column {column!r}, only {', '.join(columns)}: name them with --columns")
+        if list(columns).count(column) > 1:
+            raise UserError(f"{name!r} has the column {column!r} twice: rename one")
 
 
 def require_image_column(name: str, schema: pyarrow.Schema, column: str) -> None:

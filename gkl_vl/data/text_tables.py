@@ -5,12 +5,13 @@ A row that does not fit the header is an error with its line number, or a broken
 
 import csv
 import io
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from gkl_vl.data.captions import CaptionRule, captions_in, parsed
-from gkl_vl.data.files import IMAGE_SUFFIXES
 from gkl_vl.data.images import BrokenSample
 from gkl_vl.data.tables import need_columns
 from gkl_vl.errors import UserError, first_line
@@ -46,7 +47,7 @@ def read_csv(path: str, image_column: str, caption_column: str | None, *, quoted
     image, caption = (header.index(column) if column else None for column in (image_column, caption_column))
     assert image is not None
     rows = []
-    for line, cells in _rows(path, text, delimiter, quoted, image):
+    for line, cells in _rows(path, text, delimiter, quoted, sure, image):
         if len(cells) > len(header):
             raise UserError(
                 f"{path!r} line {line} has {len(cells)} cells for the {len(header)} columns {', '.join(header)}: put a "
@@ -88,25 +89,31 @@ def read_jsonl(path: str, image_field: str, rule: CaptionRule | None) -> list[Ro
 
 def _header(path: str, text: str, needed: list[str], quoted: bool) -> tuple[str, list[str]]:
     """The delimiter and the names of the columns."""
-    first = text.lstrip("\r\n").split("\n", 1)[0].rstrip("\r")
+    first = re.split(r"\r\n|\r|\n", text.lstrip("\r\n"), maxsplit=1)[:1]
     headers = {}
     for delimiter in DELIMITERS:
-        cells = next(csv.reader([first], delimiter=delimiter, quoting=_quoting(quoted)), [])
+        cells = next(csv.reader(first, delimiter=delimiter, quoting=_quoting(quoted), skipinitialspace=quoted), [])
         headers[delimiter] = [cell.strip() for cell in cells]
     fitting = [delimiter for delimiter in DELIMITERS if set(needed) <= set(headers[delimiter])]
     delimiter = fitting[0] if fitting else max(DELIMITERS, key=lambda each: len(headers[each]))
     header = headers[delimiter]
     need_columns(path, header, *needed)
-    if repeated := [name for name in needed if header.count(name) > 1]:
-        raise UserError(f"{path!r} has the column {repeated[0]!r} twice: rename one")
     return delimiter, header
 
 
-def _rows(path: str, text: str, delimiter: str, quoted: bool, image: int) -> Iterator[tuple[int, list[str]]]:
+def _rows(
+    path: str, text: str, delimiter: str, quoted: bool, sure: bool, image: int
+) -> Iterator[tuple[int, list[str]]]:
     """Yields the number of a row's first line, and its cells, without the header and empty lines."""
     csv.field_size_limit(sys.maxsize)  # the default, 131,072 characters, is shorter than some captions
     # newline="": the reader decides whether a line end is in a cell
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=_quoting(quoted), strict=True)
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=delimiter,
+        quoting=_quoting(quoted),
+        skipinitialspace=quoted,
+        strict=True,
+    )
     rows: Iterator[list[str]] = iter(reader)
     first, header = 1, True
     while True:
@@ -120,10 +127,11 @@ def _rows(path: str, text: str, delimiter: str, quoted: bool, image: int) -> Ite
                 "quotes inside a cell, or give --no-quoted where quotes are letters"
             ) from error
         if cells:  # none on an empty line
-            if not header and any(_holds_rows(cell, delimiter, image) for cell in cells):
+            if not header and not sure and _holds_rows(cells, delimiter, image):
                 raise UserError(
                     f"{path!r} line {first} has a cell of several lines that look like rows, as after a quote that is "
-                    "not closed: double the quotes inside a cell, or give --no-quoted where quotes are letters"
+                    "not closed: double the quotes inside a cell, give --quoted if it is one cell, or --no-quoted "
+                    "where quotes are letters"
                 )
             if not header:
                 yield first, cells
@@ -131,13 +139,20 @@ def _rows(path: str, text: str, delimiter: str, quoted: bool, image: int) -> Ite
         first = reader.line_num + 1
 
 
-def _holds_rows(cell: str, delimiter: str, image: int) -> bool:
-    """Whether a later line of a cell looks like a row: it has a tab, or an image path in the image's place."""
-    for line in cell.splitlines()[1:]:
-        parts = line.split(delimiter)
-        path = parts[image].strip().strip('"').lower() if image < len(parts) and len(parts) > 1 else ""
-        if "\t" in line or path.endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)):
-            return True
+def _holds_rows(cells: list[str], delimiter: str, image: int) -> bool:
+    """Whether a line of a cell of several lines looks like a row.
+
+    That is, it has a tab, or in the image's place a path like that of this row: with the same ending or, where that has
+    none, without spaces.
+    """
+    own = Path(cells[image]) if image < len(cells) else Path()
+    for cell in cells:
+        lines = cell.splitlines()
+        for line in lines if len(lines) > 1 else []:
+            parts = line.split(delimiter)
+            path = parts[image].strip().strip('"') if image < len(parts) and len(parts) > 1 else ""
+            if "\t" in line or (path and Path(path).suffix == own.suffix and (own.suffix or " " not in path)):
+                return True
     return False
 
 

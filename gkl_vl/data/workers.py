@@ -40,7 +40,8 @@ def worker_batches(loader: DataLoader) -> Iterator[Any]:
         yield from loader
     except RuntimeError as error:
         text = str(error)
-        if "DataLoader worker" not in text and "shared memory" not in text:
+        died = "DataLoader worker" in text and not text.startswith("Caught ")  # that is an exception in a worker
+        if not died and "shared memory" not in text:
             raise
         raise UserError(
             f"a data worker ended ({first_line(error)}): it may have run out of memory, so lower --workers or "

@@ -436,6 +436,8 @@ def _shards(name: str, folder: Path, split: str) -> list[Path]:
     for shard in shards:
         if not shard.is_file():
             raise UserError(f"{name}: the shard {shard} is missing ({count_file} counts {len(shards)})")
+    if (following := folder / split / f"{len(shards)}.tar").is_file():
+        raise UserError(f"{name}: {count_file} counts {len(shards)} shards, but {following} exists: correct one")
     return shards
 
 

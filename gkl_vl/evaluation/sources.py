@@ -17,11 +17,11 @@ import numpy as np
 from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 
-from gkl_vl.data.files import is_junk, read_file, require_images
+from gkl_vl.data.files import read_file, require_images, subfolders
 from gkl_vl.data.images import BrokenSample, EncodedImage
 from gkl_vl.data.labelled import LabelledSet, class_folders, label_in
 from gkl_vl.data.shards import Sample, read_samples
-from gkl_vl.errors import UserError, first_line
+from gkl_vl.errors import UserError, first_line, notice
 from gkl_vl.reading import read_json, read_text
 
 Target = Literal["cls", "npy", "txt"]
@@ -221,8 +221,12 @@ def imagenet_folders(name: str, folder: Path, split: str) -> LabelledSet:
 def _class_folders(folder: Path, pattern: str) -> list[str]:
     if not folder.is_dir():
         return []
-    names = (path.name for path in folder.iterdir() if path.is_dir() and not is_junk(path.name))
-    return sorted(name for name in names if re.fullmatch(pattern, name))
+    names = subfolders(folder)
+    found = [name for name in names if re.fullmatch(pattern, name)]
+    if found and len(found) < len(names):
+        others = [name for name in names if name not in found]
+        notice(f"{folder} has folders that are no classes and are not read: {len(others)}, as {others[0]}")
+    return found
 
 
 def objectnet_mappings(folder: Path) -> Path | None:
@@ -310,10 +314,12 @@ def captioned_files(name: str, file: Path, split: str) -> CaptionedFiles:
     return _captioned(name, file, captions, subfolders)
 
 
-def _captioned(name: str, file: Path, captions: dict[str, list[str]], subfolders: Sequence[str]) -> CaptionedFiles:
+def _captioned(name: str, file: Path, captions: dict[Any, list[Any]], subfolders: Sequence[str]) -> CaptionedFiles:
     """Builds the set of {path below one of `subfolders`: captions}; `subfolders` are relative to `file`'s folder."""
     if not captions:
         raise UserError(f"{name}: {file} names no images")
+    for path, of_image in captions.items():
+        _require_texts(file, path, [path, *of_image])
     cleaned = {path: _not_empty(of_image) for path, of_image in captions.items()}
     if uncaptioned := [path for path, of_image in cleaned.items() if not of_image]:
         raise UserError(f"{name}: {file} has no caption for {len(uncaptioned)} images, the first is {uncaptioned[0]!r}")
@@ -323,12 +329,18 @@ def _captioned(name: str, file: Path, captions: dict[str, list[str]], subfolders
     return CaptionedFiles(name, folder, tuple(cleaned), tuple(cleaned.values()))
 
 
-def _captions_of_coco(file: Path) -> dict[str, list[str]]:
+def _require_texts(file: Path, image: Any, texts: Sequence[Any]) -> None:
+    """Raises: UserError for a path or caption that is no text."""
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise UserError(f"{str(file)!r}: image {image!r} has {wrong[0]!r} where a text is expected: correct it")
+
+
+def _captions_of_coco(file: Path) -> dict[Any, list[Any]]:
     """In pycocotools' order: images by id, captions in the order of the file."""
     content = read_json(file, dict)
     try:
         path_of = {image["id"]: image["file_name"] for image in content["images"]}
-        captions: dict[str, list[str]] = {path_of[image_id]: [] for image_id in sorted(path_of)}
+        captions: dict[Any, list[Any]] = {path_of[image_id]: [] for image_id in sorted(path_of)}
         for annotation in content["annotations"]:
             captions[path_of[annotation["image_id"]]].append(annotation["caption"])
         for field in ("id", "file_name"):
@@ -345,9 +357,9 @@ def _require_each_once(file: Path, paths: Sequence[str]) -> None:
         raise UserError(f"{str(file)!r} names the image {path!r} {count} times: give each image one entry")
 
 
-def _captions_of_karpathy(file: Path, split: str) -> dict[str, list[str]]:
+def _captions_of_karpathy(file: Path, split: str) -> dict[Any, list[Any]]:
     content = read_json(file, dict)
-    captions: dict[str, list[str]] = {}
+    captions: dict[Any, list[Any]] = {}
     splits, paths = set(), []
     try:
         for image in content["images"]:
@@ -359,13 +371,17 @@ def _captions_of_karpathy(file: Path, split: str) -> dict[str, list[str]]:
     except (KeyError, TypeError, AttributeError) as error:
         raise _malformed(file, "Karpathy's", "images with split, filename and sentences", error) from error
     if split not in splits:
-        raise UserError(f"{str(file)!r} has no split {split!r}, splits there: {', '.join(sorted(splits)) or 'none'}")
+        raise UserError(
+            f"{str(file)!r} has no split {split!r}, splits there: {', '.join(sorted(map(str, splits))) or 'none'}"
+        )
     return captions
 
 
 def _captions_in_text(file: Path) -> dict[str, list[str]]:
     captions: dict[str, list[str]] = {}
     lines = read_text(file).splitlines()
+    if lines and ".jpg," in lines[0]:  # the first line is skipped, as in CLIP_benchmark
+        raise UserError(f"{str(file)!r} line 1 is {lines[0]!r}: write a header before it, as image,caption")
     for number, line in enumerate(lines[1:], 2):
         if not line.strip():
             continue
@@ -392,10 +408,14 @@ def sugar_crepe(task: str, folder: Path) -> CaptionedFiles:
     content = read_json(file, dict)
     try:
         rows = [(row["filename"], [row["caption"], row["negative_caption"]]) for row in content.values()]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise _malformed(file, "SugarCrepe's", "filename, caption and negative_caption", error) from error
     if not rows:
         raise UserError(f"{name}: {file} names no images")
+    for path, texts in rows:
+        _require_texts(file, path, [path, *texts])
+        if not all(map(str.strip, texts)):
+            raise UserError(f"{str(file)!r}: image {path!r} has an empty caption: correct it")
     paths, captions = zip(*rows, strict=True)
     require_images(str(file), str(folder / "val2017"), paths)
     return CaptionedFiles(name, folder / "val2017", paths, captions)

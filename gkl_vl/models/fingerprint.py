@@ -92,6 +92,8 @@ def _checksum(tensor: Tensor) -> Tensor:
     bits = tensor.detach().contiguous().view(-1).view(torch.uint8)
     whole = len(bits) // (8 * _COLUMNS) * 8 * _COLUMNS
     rows = bits[:whole].view(torch.int64).view(-1, _COLUMNS)  # 64 bits at a time: several times faster than 32
+    # Flipped signs change single high bits, which cancel in a sum modulo 2^64: the shift spreads them to lower ones.
+    rows = rows ^ (rows >> 17)
     parts = rows.sum(dim=0), rows.sum(dim=1), bits[whole:].long()
     return torch.stack([(part * torch.arange(1, len(part) + 1, device=part.device)).sum() for part in parts])
 

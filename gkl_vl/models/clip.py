@@ -15,7 +15,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
-from open_clip.model import set_model_preprocess_cfg
+from open_clip.model import CLIPTextCfg, set_model_preprocess_cfg
 from open_clip.tokenizer import get_clean_fn
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from gkl_vl.models.preprocessing import check_preprocess, from_image_processor, 
 from gkl_vl.models.pretrained import (
     build_open_clip,
     check_model_config,
+    check_vocabulary,
     load_config,
     load_image_processor,
     load_tokenizer,
@@ -325,7 +326,7 @@ def _load_open_clip(name: str, pretrained: str | None, *, allow_pickle: bool) ->
     _set_preprocess(model, asdict(settings.preprocess) if settings else {}, source)
     if weights:
         load_weights(model, weights.path, name=name, allow_pickle=allow_pickle)
-    return _wrap_open_clip(name, model, tokenizer_for(model_cfg, folder=None, source=source), model_cfg)
+    return _wrap_open_clip(name, model, _tokenizer(model, model_cfg, None, source), model_cfg)
 
 
 def _named_config(name: str) -> tuple[dict, Settings | None, str, str]:
@@ -368,7 +369,22 @@ def _load_open_clip_folder(name: str, prefix: str, rest: str, *, allow_pickle: b
     model = build_open_clip(model_cfg, source, pretrained_text=False, allow_pickle=allow_pickle)
     _set_preprocess(model, check_preprocess(content.get("preprocess_cfg") or {}, source), source)
     load_weights(model, weights, name=name, allow_pickle=allow_pickle)
-    return _wrap_open_clip(name, model, tokenizer_for(model_cfg, folder=folder, source=source), model_cfg)
+    return _wrap_open_clip(name, model, _tokenizer(model, model_cfg, folder, source), model_cfg)
+
+
+def _tokenizer(model: Any, model_cfg: dict, folder: Path | None, source: str) -> Any:
+    """The model's tokenizer, of which every token has an embedding."""
+    tokenizer = tokenizer_for(model_cfg, folder=folder, source=source)
+    text_cfg = model_cfg["text_cfg"]
+    rows = model.text.config.vocab_size if text_cfg.get("hf_model_name") else CLIPTextCfg(**text_cfg).vocab_size
+    if isinstance(tokenizer, open_clip.tokenizer.HFTokenizer):
+        check_vocabulary(tokenizer.tokenizer, rows, source)
+    elif tokenizer.vocab_size > rows:
+        raise UserError(
+            f"text_cfg.vocab_size in {source} is {rows}, CLIP's tokenizer has {tokenizer.vocab_size} tokens: "
+            "correct it, or name the model's tokenizer as hf_tokenizer_name"
+        )
+    return tokenizer
 
 
 def _set_preprocess(model: Any, preprocess: dict, source: str) -> None:
@@ -400,6 +416,7 @@ def _load_transformers(name: str, source: str, *, allow_pickle: bool) -> Clip:
         )
     model = load_transformers_model(folder, config, name, allow_pickle=allow_pickle)
     tokenizer = load_tokenizer(folder, name)
+    check_vocabulary(tokenizer, config.text_config.vocab_size, name)
     size = config.vision_config.image_size
     if not isinstance(size, int):
         raise UserError(f"image_size in {folder / 'config.json'} is {size!r}: only square models are supported")

@@ -22,16 +22,16 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
-from gkl_vl.errors import UserError, first_line
+from gkl_vl.errors import UserError, first_line, notice
 from gkl_vl.models.weights import (
-    check_weights_file,
+    check_plain_floats,
     fetch,
     read_json_or_none,
     refuse_misfits,
     refuse_pickle,
     why_unreadable,
 )
-from gkl_vl.reading import read_json
+from gkl_vl.reading import read_json, refuse_pointer
 
 BUNDLED_TOKENIZER = Path(__file__).parents[1] / "assets" / "tokenizer"
 BUNDLED_TOKENIZER_NAME = "gkl-vl/clip-bpe-4096"  # BUNDLED_TOKENIZER's name in the bundled model configs
@@ -51,8 +51,10 @@ _TOKENIZER_VALUES: dict[str, tuple] = {
 }
 _SIMPLE_ONLY, _BOTH = {"reduction_mask"}, {"clean"}
 _TOKENIZER_MODES = (None, "", "clips")
-_BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, LookupError, OSError, RuntimeError)
-_BUILD_ERRORS += (TypeError, ValueError, ZeroDivisionError)
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+# Keys of a transformers config that would download code, convert weights, or read other files than those checked.
+_REFUSED_KEYS = ("quantization_config", "attn_implementation", "_attn_implementation", "kernel_config")
+_REFUSED_KEYS += ("transformers_weights",)
 
 
 def refuse_code(folder: Path) -> None:
@@ -70,9 +72,33 @@ def refuse_code(folder: Path) -> None:
 
 
 def _names_code(content: Any) -> bool:
-    if isinstance(content, dict):
-        return "auto_map" in content or any(_names_code(value) for value in content.values())
-    return isinstance(content, list) and any(_names_code(value) for value in content)
+    pending = [content]
+    while pending:  # without recursion, for which a file can be nested too deeply
+        item = pending.pop()
+        if isinstance(item, dict):
+            if "auto_map" in item:
+                return True
+            pending.extend(item.values())
+        elif isinstance(item, list):
+            pending.extend(item)
+    return False
+
+
+def _check_text_file(path: Path) -> None:
+    """Raises: UserError for an empty file, a Git LFS pointer, or a byte order mark, which transformers cannot read."""
+    if not path.stat().st_size:
+        raise UserError(f"{str(path)!r} is an empty file: fetch it again")
+    refuse_pointer(path)
+    with path.open("rb") as file:
+        if file.read(3) == b"\xef\xbb\xbf":
+            remedy = r"sed -i '1s/^\xEF\xBB\xBF//' FILE"
+            raise UserError(f"{str(path)!r} starts with a byte order mark: `{remedy}` removes it")
+
+
+def _check_json_files(folder: Path, *names: str) -> None:
+    for name in names:
+        if (folder / name).is_file():
+            _check_text_file(folder / name)
 
 
 # ---- transformers
@@ -86,31 +112,78 @@ def load_config(folder: Path, name: str) -> Any:
     """
     refuse_code(folder)
     content = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    for key in ("quantization_config", "attn_implementation", "_attn_implementation", "kernel_config"):
+    _check_json_files(folder, "config.json")
+    for key in _REFUSED_KEYS:
         if content.get(key) not in (None, "eager", "sdpa"):
             raise UserError(f"{key} in {folder / 'config.json'} is not supported: remove it, or take a plain model")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except _BUILD_ERRORS as error:
-        raise UserError(f"{name!r} holds no config.json of a known transformers model: {first_line(error)}") from error
+    except Exception as error:  # the checks of its fields raise classes of several packages
+        raise UserError(f"{name!r} holds no config.json of a known transformers model: {_cause(error)}") from error
 
 
 def load_tokenizer(folder: Path, name: str) -> Any:
-    """The transformers tokenizer in a folder. Raises: UserError for own code or a damaged tokenizer."""
-    refuse_code(folder)
+    """The transformers tokenizer in a folder. Raises: UserError for own code, a missing or a damaged tokenizer."""
+    _check_tokenizer_files(folder, name)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except _BUILD_ERRORS as error:
-        raise UserError(f"the tokenizer of {name!r} could not be loaded: {first_line(error)}") from error
+    except Exception as error:  # tokenizers raises plain Exception for a malformed file
+        raise UserError(f"the tokenizer of {name!r} could not be loaded: {_cause(error)}") from error
+
+
+def _check_tokenizer_files(folder: Path, source: str) -> None:
+    """Raises: UserError for a folder without a vocabulary, for which transformers would invent a tokenizer."""
+    refuse_code(folder)
+    models = sorted(folder.glob("*.model"))
+    complete = any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES)
+    if not complete and not models:
+        raise UserError(f"{folder}, the tokenizer of {source!r}, holds no tokenizer.json or vocabulary: fetch it")
+    _check_json_files(folder, *{name for names in _VOCABULARIES for name in names}, *TOKENIZER_FILES)
+    for model in models:
+        _check_text_file(model)
+
+
+def check_vocabulary(tokenizer: Any, rows: int, source: str) -> None:
+    """Compares a transformers tokenizer with a text tower.
+
+    T5's `<extra_id_0>` and further special tokens may lie beyond the embeddings, as in SigLIP: no text has them.
+
+    Args:
+        rows: token embeddings of the text tower.
+
+    Raises:
+        UserError: a token that has no embedding, no padding token.
+    """
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"the tokenizer of {source!r} has no padding token: set pad_token in its tokenizer_config.json")
+    unused = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    used = {
+        token: number
+        for token, number in tokenizer.get_vocab().items()
+        if token not in unused and not token.startswith("<extra_id_")
+    }
+    ends = (tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token, tokenizer.cls_token, tokenizer.sep_token)
+    used |= {token: tokenizer.convert_tokens_to_ids(token) for token in ends if token is not None}
+    token, highest = max(used.items(), key=lambda item: item[1])
+    if highest >= rows:
+        raise UserError(
+            f"the tokenizer of {source!r} gives ids up to {highest} ({token!r}), but the text tower has {rows} token "
+            "embeddings: take the tokenizer that it was trained with"
+        )
+
+
+def _cause(error: Exception) -> str:
+    return first_line(error).rstrip(":. ")
 
 
 def load_image_processor(folder: Path, name: str) -> dict:
     """All fields of the transformers image processor in a folder, defaults included. Raises: UserError as above."""
     refuse_code(folder)
+    _check_json_files(folder, "preprocessor_config.json", "processor_config.json")
     try:
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False).to_dict()
-    except _BUILD_ERRORS as error:
-        raise UserError(f"the image processor of {name!r} could not be loaded: {first_line(error)}") from error
+    except Exception as error:  # its fields may have any type
+        raise UserError(f"the image processor of {name!r} could not be loaded: {_cause(error)}") from error
 
 
 def load_transformers_model(folder: Path, config: Any, name: str, *, allow_pickle: bool) -> Any:
@@ -119,6 +192,16 @@ def load_transformers_model(folder: Path, config: Any, name: str, *, allow_pickl
     Raises:
         UserError: weights that are missing, damaged, pickled without `allow_pickle`, or do not fit the config.
     """
+    model, file, misfits = _read_model(folder, config, name, allow_pickle=allow_pickle)
+    hint = None
+    if any(key.startswith("visual.") for key in misfits["unexpected"]):
+        hint = "these are open_clip's tensors, write local-dir:path with their open_clip_config.json"
+    refuse_misfits(misfits, file, name, hint)
+    return model
+
+
+def _read_model(folder: Path, config: Any, name: str, *, allow_pickle: bool) -> tuple[Any, Path, dict[str, list[str]]]:
+    """The model, its (first) file, and the tensors that did not fit, as for `refuse_misfits`."""
     files = _transformers_weights(folder)
     if not files:
         if list(folder.glob("open_clip*")):
@@ -126,9 +209,9 @@ def load_transformers_model(folder: Path, config: Any, name: str, *, allow_pickl
         raise UserError(f"{name!r} holds no weights: expected model.safetensors")
     for file in files:
         refuse_pickle(file, allow_pickle=allow_pickle)
-        check_weights_file(file)
+        check_plain_floats(file, allow_pickle=allow_pickle)
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of misfits, which are refused below
+    logging.set_verbosity_error()  # its report of misfits, which are refused by the callers
     try:
         model, loading = AutoModel.from_pretrained(
             folder,
@@ -137,24 +220,27 @@ def load_transformers_model(folder: Path, config: Any, name: str, *, allow_pickl
             trust_remote_code=False,
             weights_only=True,
             use_safetensors=files[0].suffix == ".safetensors",
-            ignore_mismatched_sizes=True,  # refused below, by name
+            ignore_mismatched_sizes=True,  # refused, by name
             output_loading_info=True,
         )
     except Exception as error:  # a damaged pickle can raise anything
         if files[0].suffix != ".safetensors":
             raise UserError(f"weights {str(files[0])!r} cannot be read: {why_unreadable(files[0], error)}") from error
-        cause = f"{type(error).__name__}: {first_line(error).rstrip(':.')}"
+        cause = f"{type(error).__name__}: {_cause(error)}"
         raise UserError(f"transformers cannot build {name!r} ({cause}): correct its config.json") from error
     finally:
         logging.set_verbosity(verbosity)
     shapes = [f"{key} has {list(ours)}, not {list(theirs)}" for key, ours, theirs in sorted(loading["mismatched_keys"])]
     unexpected = [key for key in sorted(loading["unexpected_keys"]) if not key.endswith("position_ids")]
-    misfits = {"missing": sorted(loading["missing_keys"]), "unexpected": unexpected, "of another shape": shapes}
-    hint = None
-    if any(key.startswith("visual.") for key in unexpected):
-        hint = "these are open_clip's tensors, write local-dir:path with their open_clip_config.json"
-    refuse_misfits(misfits, files[0], name, hint)
-    return model
+    return (
+        model,
+        files[0],
+        {
+            "missing": sorted(loading["missing_keys"]),
+            "unexpected": unexpected,
+            "of another shape": shapes,
+        },
+    )
 
 
 def _transformers_weights(folder: Path) -> list[Path]:
@@ -167,7 +253,10 @@ def _transformers_weights(folder: Path) -> list[Path]:
             shards = read_json(index).get("weight_map")
             if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
                 raise UserError(f"{index} has no weight_map of file names: fetch it again")
-            return [folder / shard for shard in sorted(set(shards.values()))]
+            names = sorted(set(shards.values()))
+            if lost := [shard for shard in names if not (folder / shard).is_file()]:
+                raise UserError(f"{folder} lacks {lost[0]}, one of {len(names)} files of {index.name}: fetch it")
+            return [folder / shard for shard in names]
     return []
 
 
@@ -270,17 +359,41 @@ def build_open_clip(cfg: Mapping[str, Any], source: str, *, pretrained_text: boo
     custom_text = arguments.pop("custom_text", False) or bool(text_cfg.get("hf_model_name"))
     if vision_cfg.get("timm_model_name"):
         vision_cfg["timm_model_pretrained"] = False
+    folder = None
     if text_cfg.get("hf_model_name"):
         folder = _text_tower(text_cfg["hf_model_name"], source, weights=pretrained_text, allow_pickle=allow_pickle)
-        text_cfg |= {"hf_model_name": str(folder), "hf_model_pretrained": pretrained_text}
+        text_cfg |= {"hf_model_name": str(folder), "hf_model_pretrained": False}
     model_class: Any = CLIP
     if custom_text or "multimodal_cfg" in cfg:
         model_class = CoCa if "multimodal_cfg" in cfg else CustomTextCLIP
     try:
-        return model_class(**arguments)
-    except _BUILD_ERRORS as error:
-        cause = f"{type(error).__name__}: {first_line(error).rstrip(':')}"
+        model = model_class(**arguments)
+    except Exception as error:  # values that do not go together raise anything
+        cause = f"{type(error).__name__}: {_cause(error)}"
         raise UserError(f"open_clip cannot build the model of {source} ({cause}): correct its values") from error
+    if folder is not None and pretrained_text:
+        _load_text_tower(model.text.transformer, folder, allow_pickle=allow_pickle)
+    return model
+
+
+def _load_text_tower(tower: Any, folder: Path, *, allow_pickle: bool) -> None:
+    """Loads a transformers text tower's weights, as open_clip does, which would also accept others.
+
+    The heads of a language model, outside the tower, are left out with a notice.
+    """
+    config = load_config(folder, str(folder))
+    loaded, file, misfits = _read_model(folder, config, str(folder), allow_pickle=allow_pickle)
+    prefix = "encoder." if config.is_encoder_decoder else ""
+    expected = tower.state_dict()
+    parts = {name for name, _ in loaded.named_children()} | {loaded.base_model_prefix}
+    heads = [key for key in misfits["unexpected"] if key.split(".")[0] not in parts]
+    misfits["missing"] = [key for key in misfits["missing"] if key.removeprefix(prefix) in expected]
+    misfits["unexpected"] = [key for key in misfits["unexpected"] if key not in heads]
+    refuse_misfits(misfits, file, str(folder))
+    if heads:
+        notice(f"{file}: {len(heads)} tensors outside the text tower left out, such as {heads[0]}")
+    state = loaded.encoder.state_dict() if prefix else loaded.state_dict()
+    tower.load_state_dict({key: state[key] for key in expected})
 
 
 def _text_tower(name: str, source: str, *, weights: bool, allow_pickle: bool) -> Path:
@@ -294,10 +407,6 @@ def _text_tower(name: str, source: str, *, weights: bool, allow_pickle: bool) ->
             f"text_cfg.hf_model_name {name!r} in {source} is a {config.model_type!r} model: open_clip supports "
             f"{', '.join(arch_dict)}"
         )
-    if weights:
-        for file in _transformers_weights(folder) or [folder / "model.safetensors"]:
-            check_weights_file(file)
-            refuse_pickle(file, allow_pickle=allow_pickle)
     return folder
 
 
@@ -324,9 +433,9 @@ def tokenizer_for(cfg: Mapping[str, Any], *, folder: Path | None, source: str) -
         place = BUNDLED_TOKENIZER
     else:
         place = Path(name) if Path(name).is_dir() else fetch(name, files=_TEXT_FILES, pickles=(), allow_pickle=False)
-    refuse_code(place)
+    _check_tokenizer_files(place, name)
     mode = text_cfg.get("tokenizer_mode")
     try:
         return HFTokenizer(str(place), context_length=length, tokenizer_mode=mode, trust_remote_code=False, **settings)
-    except _BUILD_ERRORS as error:
-        raise UserError(f"the tokenizer of {source} could not be loaded: {first_line(error)}") from error
+    except Exception as error:  # tokenizers raises plain Exception for a malformed file
+        raise UserError(f"the tokenizer of {source} could not be loaded: {_cause(error)}") from error

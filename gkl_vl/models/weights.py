@@ -6,6 +6,7 @@ A pickle is read with torch's `weights_only=True`, and only on request.
 import argparse
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,16 @@ _COMPILED = "_orig_mod."
 """torch.compile's prefix, before the names of each compiled submodule."""
 # Training checkpoints hold their arguments and their best metric beside the weights. All are plain data.
 _SCALAR: Any = np.float64(0).__reduce__()[0]
-_PLAIN_TYPES = [argparse.Namespace, np.dtype, *(type(np.dtype(name)) for name in ("float64", "float32", "int64"))]
+_NUMBERS = ("float64", "float32", "float16", "int64", "int32", "bool")
+_PLAIN_TYPES = [argparse.Namespace, np.dtype, *(type(np.dtype(name)) for name in _NUMBERS)]
 _PLAIN_TYPES += [(_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._core.multiarray.scalar")]
 
 
 def refuse_pickle(path: str | Path, *, allow_pickle: bool) -> None:
     """Raises: UserError for a file that is neither safetensors nor npz, unless `allow_pickle`."""
     if Path(path).suffix not in (".safetensors", ".npz") and not allow_pickle:
+        if Path(path).is_file():
+            _check_ending(Path(path))
         raise UserError(f"{path} is a pickle, not safetensors: convert it, or pass --allow-pickle if you trust it")
 
 
@@ -61,7 +65,7 @@ def read_json_or_none(path: Path) -> Any:
     """The content of a JSON file, whatever it is; None if it is malformed, which its own reader reports."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -72,12 +76,23 @@ def check_weights_file(path: Path) -> None:
     if not path.stat().st_size:
         raise UserError(f"weights {str(path)!r} are an empty file: download them again")
     refuse_pointer(path)
+    _check_ending(path)
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt"):  # checks the header against the file's length
                 pass
         except Exception as error:
             raise UserError(f"weights {str(path)!r} cannot be read: {why_unreadable(path, error)}") from error
+
+
+def _check_ending(path: Path) -> None:
+    """Raises: UserError for a pickle named as safetensors and the converse: the ending decides how a file is read."""
+    with path.open("rb") as file:
+        start = file.read(16)
+    if path.suffix == ".safetensors" and start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{":
+        raise UserError(f"weights {str(path)!r} are a pickle, not safetensors: rename the file to end in .bin")
+    if path.suffix not in (".safetensors", ".npz") and start[8:9] == b"{":
+        raise UserError(f"weights {str(path)!r} are safetensors: rename the file to end in .safetensors")
 
 
 def read_state_dict(path: str | Path, *, allow_pickle: bool) -> dict[str, Tensor]:
@@ -100,7 +115,7 @@ def read_state_dict(path: str | Path, *, allow_pickle: bool) -> dict[str, Tensor
         stored = stored[found[0]]
     if not isinstance(stored, Mapping) or not stored or not all(isinstance(v, Tensor) for v in stored.values()):
         raise UserError(f"weights {str(path)!r} hold no state dict, plain or under 'model' or 'state_dict': save one")
-    return _without_prefixes({str(key): tensor for key, tensor in stored.items()})
+    return _without_prefixes({str(key): tensor for key, tensor in stored.items()}, str(path))
 
 
 def check_fit(
@@ -119,6 +134,35 @@ def check_fit(
     misfits = [k for k in state if k in stored and stored[k].shape != state[k].shape]
     shapes = [f"{k} has {list(stored[k].shape)}, not {list(state[k].shape)}" for k in misfits]
     refuse_misfits({"missing": missing, "unexpected": unexpected, "of another shape": shapes}, path, name, hint)
+    for key, tensor in stored.items():
+        _check_numbers(key, tensor, path, floating=state[key].is_floating_point())
+
+
+def check_plain_floats(path: Path, *, allow_pickle: bool) -> None:
+    """Checks a file of transformers' weights: a plain state dict of finite floats, beside position ids.
+
+    Raises:
+        UserError: as `read_state_dict`, prefixes or keys around the tensors, other numbers.
+    """
+    stored = _read(path, allow_pickle=allow_pickle)
+    if not isinstance(stored, Mapping) or not all(isinstance(tensor, Tensor) for tensor in stored.values()):
+        raise UserError(f"weights {str(path)!r} hold no plain state dict: save the state dict alone, as safetensors")
+    for prefix in (*_PREFIXES, _COMPILED):
+        if stored and all(str(key).startswith(prefix) for key in stored):
+            raise UserError(f"the tensors of {str(path)!r} have the prefix {prefix!r}: save them without it")
+    for key, tensor in stored.items():
+        _check_numbers(key, tensor, path, floating=not str(key).endswith("position_ids"))
+
+
+def _check_numbers(key: str, tensor: Tensor, path: str | Path, *, floating: bool) -> None:
+    place = f"tensor {key} of {str(path)!r}"
+    if tensor.is_quantized or tensor.layout != torch.strided:
+        raise UserError(f"{place} is quantised or sparse: save it as a dense tensor of floats")
+    if tensor.is_floating_point() != floating or tensor.is_complex() or (not floating and tensor.dtype == torch.bool):
+        expected = "floats" if floating else "integers"
+        raise UserError(f"{place} is of {tensor.dtype}, expected {expected}: take the weights before conversion")
+    if floating and not tensor.float().isfinite().all():
+        raise UserError(f"{place} has values that are not finite: take an earlier checkpoint")
 
 
 def refuse_misfits(misfits: Mapping[str, Sequence[str]], path: str | Path, name: str, hint: str | None = None) -> None:
@@ -139,7 +183,10 @@ def _first_few(items: Sequence[str]) -> str:
     return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")
 
 
-def _without_prefixes(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefixes(stored: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    plain = Counter(key.replace(_COMPILED, "") for key in stored)
+    if repeated := [key for key, count in plain.items() if count > 1]:
+        raise UserError(f"weights {path!r} hold {repeated[0]} twice, with and without {_COMPILED!r}: remove one")
     stored = {key.replace(_COMPILED, ""): tensor for key, tensor in stored.items()}
     while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in stored)), None):
         stored = {key.removeprefix(prefix): tensor for key, tensor in stored.items()}
@@ -165,5 +212,7 @@ def why_unreadable(path: Path, error: Exception) -> str:
     if "TorchScript" in str(error):
         return "a TorchScript archive is a program that runs when it is read: save its state_dict() as safetensors"
     if refused := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
+        return f"it holds {refused[1]}, which could run code: save the state dict alone, or as safetensors"
+    if refused := re.search(r"GLOBAL '?([\w.]+).* whose module", str(error)):
         return f"it holds {refused[1]}, which could run code: save the state dict alone, or as safetensors"
     return "the file is cut off, damaged or no checkpoint: download it again, or save the state dict alone"

@@ -1,0 +1,255 @@
+"""Model folders and checkpoints that are incomplete or hold other values than the model's load completely or are
+refused in one line: tokenizers, text towers, numbers, names, endings."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import test_clip_models as models
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from gkl_vl.errors import UserError
+from gkl_vl.models.clip import load_clip
+from gkl_vl.models.pretrained import BUNDLED_TOKENIZER
+from gkl_vl.models.weights import read_state_dict
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 605157884\n"
+
+
+def refused(message: str, name: str, pretrained: str | None = None) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_clip(name, pretrained, allow_pickle=True)
+    assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+
+
+def edit(path: Path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def config(folder: Path, **text_cfg) -> str:
+    """A model config with the bundled tokenizer, unless `text_cfg` names another."""
+    text = models.TINY["text_cfg"] | {"vocab_size": 4096, "hf_tokenizer_name": str(BUNDLED_TOKENIZER)} | text_cfg
+    (folder / "x.json").write_text(json.dumps(models.TINY | {"text_cfg": text}))
+    return str(folder / "x.json")
+
+
+# ---- tokenizers
+
+
+def damage_tokenizer(folder: Path, how: str) -> None:
+    file = folder / "tokenizer.json"
+    if how == "missing":
+        file.unlink()
+    elif how == "no padding":
+        edit(folder / "tokenizer_config.json", pad_token=None, tokenizer_class="PreTrainedTokenizerFast")
+    elif how == "byte order mark":
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    else:
+        file.write_bytes({"pointer": LFS, "empty": b"", "malformed": b'{"model": 3}', "deep": b"[" * 9999}[how])
+
+
+@pytest.mark.parametrize("door", ["transformers", "open_clip"])
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("missing", "holds no tokenizer.json or vocabulary: fetch it"),
+        ("pointer", "tokenizer.json' is a Git LFS pointer"),
+        ("empty", "tokenizer.json' is an empty file: fetch it again"),
+        ("byte order mark", "tokenizer.json' starts with a byte order mark: `sed"),
+        ("malformed", "the tokenizer of .* could not be loaded"),
+        ("deep", "the tokenizer of .* could not be loaded"),
+        ("no padding", "has no padding token: set pad_token in its tokenizer_config.json"),
+    ],
+)
+def test_a_tokenizer_that_is_not_whole_is_refused(tmp_path, door, how, message):
+    if door == "transformers":
+        folder = models.clip_folder(tmp_path / "m")
+        name = f"transformers:{folder}"
+    else:
+        folder = Path(shutil.copytree(BUNDLED_TOKENIZER, tmp_path / "t"))
+        name = config(tmp_path, hf_tokenizer_name=str(folder))
+    damage_tokenizer(folder, how)
+    refused(message, name)
+
+
+def test_every_token_has_an_embedding(tmp_path):
+    refused(
+        r"gives ids up to 4095 \(.*\), but the text tower has 4000 token embeddings", config(tmp_path, vocab_size=4000)
+    )
+    refused("vocab_size in .* is 4096, CLIP's tokenizer has 49408", config(tmp_path, hf_tokenizer_name=""))
+    folder = models.clip_folder(tmp_path / "m")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["aardvark"])
+    tokenizer.save_pretrained(folder)
+    refused(r"gives ids up to \d+ \('aardvark'\)", f"transformers:{folder}")
+
+
+# ---- text towers
+
+
+def text_tower(folder: Path, change) -> str:
+    torch.manual_seed(0)
+    size: Any = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    tower = transformers.RobertaConfig(vocab_size=4096, pad_token_id=1, max_position_embeddings=20, **size)
+    transformers.RobertaForMaskedLM(tower).save_pretrained(folder / "t")
+    state = load_file(folder / "t" / "model.safetensors")
+    change(state)
+    save_file(state, folder / "t" / "model.safetensors", metadata={"format": "pt"})
+    text = {"hf_model_name": str(folder / "t"), "hf_tokenizer_name": str(BUNDLED_TOKENIZER), "context_length": 8}
+    (folder / "x.json").write_text(json.dumps(models.TINY | {"text_cfg": text}))
+    return str(folder / "x.json")
+
+
+QUERY = "roberta.encoder.layer.0.attention.self.query.weight"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda state: state.pop(QUERY), "1 missing .encoder.layer.0.attention.self.query.weight"),
+        (lambda state: state.update({QUERY.replace("0", "1"): torch.ones(2)}), "1 unexpected .*layer.1"),
+        (lambda state: state.update({QUERY: torch.ones(3, 3)}), "1 of another shape .*query.weight has .3, 3."),
+        (lambda state: state.update({QUERY: torch.full((16, 16), torch.nan)}), "values that are not finite"),
+    ],
+)
+def test_a_text_tower_whose_weights_do_not_fit_is_refused(tmp_path, change, message):
+    refused(message, text_tower(tmp_path, change))
+
+
+def test_a_text_tower_loads_its_weights_without_the_head(tmp_path, capsys):
+    clip = load_clip(text_tower(tmp_path, lambda state: None))
+    stored = load_file(tmp_path / "t" / "model.safetensors")
+    loaded = clip.towers.model.text.transformer.state_dict()
+    assert torch.equal(loaded[QUERY.removeprefix("roberta.")], stored[QUERY])
+    assert "tensors outside the text tower left out, such as lm_head." in capsys.readouterr().err
+
+
+# ---- configs
+
+
+def test_other_weights_of_a_config_are_refused(tmp_path):
+    folder = models.clip_folder(tmp_path / "m")
+    torch.save({}, folder / "other.bin")
+    edit(folder / "config.json", transformers_weights="other.bin")
+    refused("transformers_weights in .*config.json is not supported: remove it", f"transformers:{folder}")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (lambda text: "\ufeff" + text, "config.json' starts with a byte order mark"),
+        (lambda text: '{"a":' * 9999, "config.json' is no JSON"),
+        (lambda text: text.replace('"hidden_size": 32', '"hidden_size": "x"'), "holds no config.json of a known"),
+    ],
+)
+def test_a_config_that_transformers_cannot_read_is_one_line(tmp_path, content, message):
+    path = models.clip_folder(tmp_path / "m") / "config.json"
+    path.write_text(content(path.read_text()))
+    refused(message, f"transformers:{path.parent}")
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = models.clip_folder(tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}})
+    )
+    refused("lacks b.safetensors, one of 2 files of model.safetensors.index.json: fetch it", f"transformers:{folder}")
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize("door", ["transformers", "local-dir"])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (lambda t: t.to(torch.int64), "is of torch.int64, expected floats: take the weights before conversion"),
+        (lambda t: t > 0, "is of torch.bool, expected floats"),
+        (lambda t: t.to(torch.complex64), "is of torch.complex64, expected floats"),
+        (lambda t: t * torch.inf, "values that are not finite: take an earlier checkpoint"),
+    ],
+)
+def test_other_numbers_are_refused(tmp_path, door, values, message):
+    folder = (models.clip_folder if door == "transformers" else models.tiny_folder)(tmp_path / "m")
+    path = folder / ("model.safetensors" if door == "transformers" else "open_clip_model.safetensors")
+    state = load_file(path)
+    key = next(key for key in state if key.endswith("bias"))
+    save_file(state | {key: values(torch.ones_like(state[key]))}, path, metadata={"format": "pt"})
+    refused(f"tensor {key} of .*{message}", f"{door}:{folder}")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of deprecated and slow tensors
+@pytest.mark.parametrize("layout", ["sparse", "quantised"])
+def test_a_sparse_or_quantised_tensor_is_refused(tmp_path, layout):
+    folder = models.tiny_folder(tmp_path / "m", weights=None)
+    state = models.open_clip.CLIP(**models.TINY).state_dict()
+    proj = state["text_projection"]
+    odd = proj.to_sparse() if layout == "sparse" else torch.quantize_per_tensor(proj, 0.1, 0, torch.qint8)
+    torch.save(state | {"text_projection": odd}, folder / "open_clip_pytorch_model.bin")
+    refused("text_projection of .* is quantised or sparse: save it as a dense", f"local-dir:{folder}")
+
+
+# ---- names and endings
+
+
+def test_two_names_that_become_one_are_refused(tmp_path):
+    save_file({"a._orig_mod.b": torch.ones(1), "a.b": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="hold a.b twice, with and without '_orig_mod.': remove one"):
+        read_state_dict(tmp_path / "w.safetensors", allow_pickle=False)
+
+
+@pytest.mark.parametrize(
+    "wrapped, message",
+    [
+        (
+            lambda state: {f"module.{key}": value for key, value in state.items()},
+            "have the prefix 'module.': save them",
+        ),
+        (lambda state: {"state_dict": state}, "hold no plain state dict: save the state dict alone"),
+    ],
+)
+def test_wrapped_weights_of_transformers_say_so(tmp_path, wrapped, message):
+    folder = models.clip_folder(tmp_path / "m")
+    torch.save(wrapped(load_file(folder / "model.safetensors")), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    refused(message, f"transformers:{folder}")
+
+
+@pytest.mark.parametrize("allow_pickle", [True, False])
+@pytest.mark.parametrize(
+    "save, name, message",
+    [
+        (torch.save, "w.safetensors", "are a pickle, not safetensors: rename the file to end in .bin"),
+        (save_file, "w.bin", "are safetensors: rename the file to end in .safetensors"),
+        (save_file, "w", "are safetensors: rename the file to end in .safetensors"),
+    ],
+)
+def test_a_wrong_ending_is_named(tmp_path, save, name, message, allow_pickle):
+    save({"a": torch.ones(3)}, tmp_path / name)
+    with pytest.raises(UserError, match=message):
+        read_state_dict(tmp_path / name, allow_pickle=allow_pickle)
+
+
+class Module:
+    def __reduce__(self):
+        import os
+
+        return os.getcwd, ()
+
+
+def test_a_blocked_module_is_one_line_without_torchs_advice(tmp_path):
+    torch.save({"a": Module()}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match="it holds posix.getcwd, which could run code: save the state dict alone"):
+        read_state_dict(tmp_path / "w.pt", allow_pickle=True)
+
+
+@pytest.mark.parametrize("number", [np.float32(1), np.float16(1), np.int64(1), np.int32(1), np.bool_(True)])
+def test_numpys_scalars_beside_weights_are_read(tmp_path, number):
+    torch.save({"best": number, "model": {"a": torch.ones(2)}}, tmp_path / "w.pt")
+    assert read_state_dict(tmp_path / "w.pt", allow_pickle=True).keys() == {"a"}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from gkl_vl.errors import UserError
 from gkl_vl.models.clip import load_clip
-from gkl_vl.models.pretrained import BUNDLED_TOKENIZER
+from gkl_vl.models.pretrained import BUNDLED_TOKENIZER, check_model_config
 from gkl_vl.models.weights import read_state_dict
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 605157884\n"
@@ -253,3 +253,78 @@ def test_a_blocked_module_is_one_line_without_torchs_advice(tmp_path):
 def test_numpys_scalars_beside_weights_are_read(tmp_path, number):
     torch.save({"best": number, "model": {"a": torch.ones(2)}}, tmp_path / "w.pt")
     assert read_state_dict(tmp_path / "w.pt", allow_pickle=True).keys() == {"a"}
+
+
+# ---- values of configs and processors
+
+
+@pytest.mark.parametrize(
+    "section, values, message",
+    [
+        (None, {"embed_dim": 0}, "embed_dim in .* is 0: expected at least 1"),
+        (None, {"init_logit_scale": float("nan")}, "init_logit_scale in .* is nan: expected a finite number"),
+        ("vision_cfg", {"image_size": -32}, "vision_cfg.image_size in .* is -32: expected at least 1"),
+        ("vision_cfg", {"layers": 0}, "vision_cfg.layers in .* is 0: expected at least 1"),
+        ("vision_cfg", {"patch_size": 64}, "vision_cfg.patch_size in .* is above image_size: correct one"),
+        ("text_cfg", {"width": 0}, "text_cfg.width in .* is 0: expected at least 1"),
+        ("text_cfg", {"mlp_ratio": float("inf")}, "text_cfg.mlp_ratio in .* is inf: expected a finite number"),
+    ],
+)
+def test_a_size_below_one_or_no_number_is_refused(tmp_path, section, values, message):
+    cfg = json.loads(json.dumps(models.TINY))
+    (cfg[section] if section else cfg).update(values)
+    (tmp_path / "x.json").write_text(json.dumps(cfg))
+    refused(message, str(tmp_path / "x.json"))
+
+
+def test_every_config_of_open_clip_passes():
+    for name in models.open_clip.list_models():
+        check_model_config(models.open_clip.get_model_config(name), name)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"image_processor_type": "LevitImageProcessor"}, "is a LevitImageProcessor"),
+        ({"resample": None}, "resample in .* is None: write 2 .bilinear. or 3 .bicubic."),
+        ({"resample": "bicubic"}, "is 'bicubic': write 2|could not be loaded"),
+        ({"resample": [3]}, "write 2|could not be loaded"),
+        ({"resample": 2.7}, "is 2.7: write 2|could not be loaded"),
+        ({"rescale_factor": 0}, "rescale_factor in .* is 0: expected a positive number"),
+        ({"rescale_factor": "1"}, "rescale_factor in .* is '1'"),
+        ({"image_mean": [0.5, float("nan"), 0.5]}, "image_mean in .*: expected three numbers"),
+        ({"image_std": [0.5, float("inf"), 0.5]}, "image_std in .*: expected three positive numbers"),
+    ],
+)
+def test_a_processor_with_other_values_is_refused(tmp_path, values, message):
+    folder = models.clip_folder(tmp_path / "m")
+    edit(folder / "preprocessor_config.json", **values)
+    refused(message, f"transformers:{folder}")
+
+
+@pytest.mark.parametrize("name", ["CLIPImageProcessorFast", "ViTImageProcessor", "SiglipImageProcessorPil"])
+def test_processors_of_the_same_steps_are_read(tmp_path, name):
+    folder = models.clip_folder(tmp_path / "m")
+    edit(folder / "preprocessor_config.json", image_processor_type=name)
+    assert load_clip(f"transformers:{folder}").image_size == 32
+
+
+@pytest.mark.parametrize("eos", [None, 7])
+def test_the_token_that_pools_a_text_is_the_tokenizers(tmp_path, eos):
+    folder = models.clip_folder(tmp_path / "m")
+    content = json.loads((folder / "config.json").read_text())
+    content["text_config"]["eos_token_id"] = eos
+    (folder / "config.json").write_text(json.dumps(content))
+    refused(f"text_config.eos_token_id in .* is {eos}, its tokenizer's is 409.: correct it", f"transformers:{folder}")
+
+
+@pytest.mark.parametrize("positions", [1, 4, 6])
+def test_position_embeddings_of_no_square_are_refused(tmp_path, positions):
+    folder = models.tiny_folder(tmp_path / "m")
+    path = folder / "open_clip_model.safetensors"
+    save_file(load_file(path) | {"visual.positional_embedding": torch.zeros(positions, 32)}, path)
+    refused(rf"1 of another shape .visual.positional_embedding has .{positions}, 32.", f"local-dir:{folder}")
+
+
+def test_a_folder_as_pretrained_says_how_to_load_it(tmp_path):
+    refused("is a folder: name the file in it, or load local-dir:", "ViT-B-32", str(tmp_path))

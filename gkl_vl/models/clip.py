@@ -417,6 +417,13 @@ def _load_transformers(name: str, source: str, *, allow_pickle: bool) -> Clip:
     model = load_transformers_model(folder, config, name, allow_pickle=allow_pickle)
     tokenizer = load_tokenizer(folder, name)
     check_vocabulary(tokenizer, config.text_config.vocab_size, name)
+    # CLIP pools a text at this token; 2 is an old config's and means the highest token id.
+    eos = config.text_config.eos_token_id
+    if config.model_type == "clip" and eos not in (2, tokenizer.eos_token_id):
+        raise UserError(
+            f"text_config.eos_token_id in {folder / 'config.json'} is {eos}, its tokenizer's is "
+            f"{tokenizer.eos_token_id}: correct it"
+        )
     size = config.vision_config.image_size
     if not isinstance(size, int):
         raise UserError(f"image_size in {folder / 'config.json'} is {size!r}: only square models are supported")

@@ -7,6 +7,7 @@ architecture where all agree. Where they disagree the tag must be given.
 """
 
 import hashlib
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -96,6 +97,8 @@ def find_weights(
         check_weights_file(path)
         refuse_pickle(path, allow_pickle=allow_pickle)
         return _of_file(path, name=name, cfg=cfg, own=own, tags=settings)
+    if Path(pretrained).is_dir():
+        raise UserError(f"pretrained {pretrained!r} is a folder: name the file in it, or load local-dir:{pretrained}")
     if not rest:
         listed = f" or one of {', '.join(settings)}" if settings else ", as this model has no tags"
         raise UserError(f"unknown tag {pretrained!r} for {name!r}: take a file{listed}")
@@ -276,9 +279,15 @@ def _resize_positions(model: Any, stored: dict[str, Tensor], state: Mapping[str,
         if key not in stored or key not in state or stored[key].ndim != 2:
             continue
         before, after = stored[key].shape, state[key].shape
+        if not stored[key].is_floating_point() or (resized is resize_pos_embed and not _is_grid(before[0] - 1)):
+            continue  # refused below
         if before[0] != after[0] and before[1] == after[1]:
             resized(stored, model)
             notice(f"{path}: {key} interpolated from {before[0]} to {after[0]} positions")
+
+
+def _is_grid(patches: int) -> bool:
+    return patches > 0 and math.isqrt(patches) ** 2 == patches
 
 
 def _hint(stored: Mapping[str, Tensor], path: Path) -> str | None:

@@ -19,6 +19,9 @@ _CHOICES |= {"resize_mode": ("shortest", "longest", "squash")}
 # Fields of an image processor that are read here, and those that change no pixel of an RGB image.
 _READ = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "size", "crop_size", "resample"}
 _READ |= {"rescale_factor", "image_mean", "image_std"}
+# Processors that do no more than these fields say; transformers 4 also had them with "Fast", 5 has them with "Pil".
+_STOCK = ("CLIP", "Siglip", "ViT", "DeiT", "Bit", "Blip", "ChineseCLIP")
+_TYPES = {None, *(f"{name}ImageProcessor{variant}" for name in _STOCK for variant in ("", "Fast", "Pil"))}
 _NEUTRAL = {"do_convert_rgb", "image_processor_type", "feature_extractor_type", "processor_class", "_processor_class"}
 _NEUTRAL |= {"data_format", "input_data_format", "return_tensors", "default_to_square", "use_fast", "device"}
 _NEUTRAL |= {"disable_grouping", "backend", "model_input_names"}
@@ -57,19 +60,26 @@ def from_image_processor(fields: dict, *, image_size: int, source: str) -> Prepr
     Raises:
         UserError: steps that open_clip's transform does not have, another size than the model's.
     """
+    if (stock := fields.get("image_processor_type")) not in _TYPES:
+        raise UserError(f"{source} is a {stock}, whose steps are not known: take one of {', '.join(_STOCK)}")
     for key, value in fields.items():
         if key not in _READ | _NEUTRAL and value not in (None, False):
             raise UserError(f"{key} {value!r} in {source} is not supported: only resize, crop, normalise")
     if fields.get("do_resize") is not True:
         raise UserError(f"{source} does not resize (do_resize {fields.get('do_resize')}): set do_resize to true")
-    resample = int(fields["resample"])
+    resample = fields.get("resample")
+    if not isinstance(resample, int) or isinstance(resample, bool):
+        raise UserError(f"resample in {source} is {resample!r}: write 2 (bilinear) or 3 (bicubic)")
     interpolation = _INTERPOLATIONS.get(resample, str(resample))
     if interpolation not in _PIL_NUMBERS:
         raise UserError(
-            f"{source} resizes with {interpolation} (resample {resample}): only bilinear (2) and bicubic (3) work"
+            f"{source} resizes with {interpolation} (resample {resample:d}): only bilinear (2) and bicubic (3) work"
         )
     # Without rescaling the normalisation is on levels from 0 to 255, here it is on [0, 1].
-    scale = 255 * float(fields["rescale_factor"]) if fields.get("do_rescale") else 255.0
+    factor = fields.get("rescale_factor") if fields.get("do_rescale") else 1
+    if not is_number(factor) or factor <= 0:
+        raise UserError(f"rescale_factor in {source} is {factor!r}: expected a positive number, such as 1/255")
+    scale = 255 * float(factor)
     scale = 1.0 if abs(scale - 1) < 1e-6 else scale
     mean, std = (0.0,) * 3, (1.0,) * 3
     if fields.get("do_normalize"):
@@ -135,13 +145,18 @@ def _sides(size: Any, *, square: bool) -> dict[str, Any]:
 
 def three_numbers(values: Any, place: str, *, positive: bool) -> tuple[float, float, float]:
     """Mean or std of the channels, of which one number stands for three. Raises: UserError that names `place`."""
-    values = (values,) * 3 if isinstance(values, int | float) and not isinstance(values, bool) else values
+    values = (values,) * 3 if is_number(values) else values
     numbers = values if isinstance(values, list | tuple) else []
-    fine = len(numbers) == 3 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in numbers)
+    fine = len(numbers) == 3 and all(is_number(v) for v in numbers)
     if not fine or (positive and min(numbers) <= 0):
         raise UserError(f"{place} is {values!r}: expected three {'positive ' if positive else ''}numbers")
     red, green, blue = (float(v) for v in numbers)
     return red, green, blue
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from JSON is a finite number, of a size that a mean or a factor can have."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 
 def _is_size(value: Any) -> bool:

@@ -19,10 +19,12 @@ from open_clip.coca_model import MultimodalCfg
 from open_clip.hf_configs import arch_dict
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from timm.layers.helpers import to_2tuple
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from gkl_vl.errors import UserError, first_line, notice
+from gkl_vl.models.preprocessing import is_number
 from gkl_vl.models.weights import (
     check_plain_floats,
     fetch,
@@ -50,6 +52,7 @@ _TOKENIZER_VALUES: dict[str, tuple] = {
     "add_eos_token": (True, False),
 }
 _SIMPLE_ONLY, _BOTH = {"reduction_mask"}, {"clean"}
+_SIZES = ("embed_dim", "image_size", "patch_size", "layers", "width", "head_width", "context_length", "vocab_size")
 _TOKENIZER_MODES = (None, "", "clips")
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 # Keys of a transformers config that would download code, convert weights, or read other files than those checked.
@@ -287,10 +290,23 @@ def check_model_config(cfg: Any, source: str) -> dict:
                 raise UserError(f"{source} has an unknown key {prefix}{key}: remove it; known are {', '.join(types)}")
             if value is not None and not _is_a(value, types[key]):  # null: not set, as in configs of open_clip
                 raise UserError(f"{prefix}{key} in {source} is {value!r}: expected {_spelt(types[key])}")
+            _check_range(key, value, f"{prefix}{key} in {source}")
     if "embed_dim" not in cfg:
         raise UserError(f"{source} has no embed_dim, the length of an embedding: add it")
+    vision = CLIPVisionCfg(**cfg["vision_cfg"])
+    if not vision.timm_model_name and isinstance(vision.layers, int):
+        if vision.patch_size > min(to_2tuple(vision.image_size)):
+            raise UserError(f"vision_cfg.patch_size in {source} is above image_size: correct one")
     _check_names(cfg, source)
     return cfg
+
+
+def _check_range(key: str, value: Any, place: str) -> None:
+    values = value if isinstance(value, list | tuple) else [value]
+    if key in _SIZES and any(number is not None and number < 1 for number in values):
+        raise UserError(f"{place} is {value!r}: expected at least 1")
+    if isinstance(value, float) and not is_number(value):
+        raise UserError(f"{place} is {value!r}: expected a finite number")
 
 
 def _check_names(cfg: dict, source: str) -> None:

@@ -115,6 +115,7 @@ def read_state_dict(path: str | Path, *, allow_pickle: bool) -> dict[str, Tensor
         stored = stored[found[0]]
     if not isinstance(stored, Mapping) or not stored or not all(isinstance(v, Tensor) for v in stored.values()):
         raise UserError(f"weights {str(path)!r} hold no state dict, plain or under 'model' or 'state_dict': save one")
+    _refuse_other_layouts(stored, path)
     return _without_prefixes({str(key): tensor for key, tensor in stored.items()}, str(path))
 
 
@@ -147,6 +148,7 @@ def check_plain_floats(path: Path, *, allow_pickle: bool) -> None:
     stored = _read(path, allow_pickle=allow_pickle)
     if not isinstance(stored, Mapping) or not all(isinstance(tensor, Tensor) for tensor in stored.values()):
         raise UserError(f"weights {str(path)!r} hold no plain state dict: save the state dict alone, as safetensors")
+    _refuse_other_layouts(stored, path)
     for prefix in (*_PREFIXES, _COMPILED):
         if stored and all(str(key).startswith(prefix) for key in stored):
             raise UserError(f"the tensors of {str(path)!r} have the prefix {prefix!r}: save them without it")
@@ -154,10 +156,16 @@ def check_plain_floats(path: Path, *, allow_pickle: bool) -> None:
         _check_numbers(key, tensor, path, floating=not str(key).endswith("position_ids"))
 
 
+def _refuse_other_layouts(stored: Mapping[str, Tensor], path: Path) -> None:
+    for key, tensor in stored.items():
+        if tensor.is_quantized or tensor.layout != torch.strided:
+            raise UserError(
+                f"tensor {key} of {str(path)!r} is quantised or sparse: save it as a dense tensor of floats"
+            )
+
+
 def _check_numbers(key: str, tensor: Tensor, path: str | Path, *, floating: bool) -> None:
     place = f"tensor {key} of {str(path)!r}"
-    if tensor.is_quantized or tensor.layout != torch.strided:
-        raise UserError(f"{place} is quantised or sparse: save it as a dense tensor of floats")
     if tensor.is_floating_point() != floating or tensor.is_complex() or (not floating and tensor.dtype == torch.bool):
         expected = "floats" if floating else "integers"
         raise UserError(f"{place} is of {tensor.dtype}, expected {expected}: take the weights before conversion")

@@ -85,7 +85,9 @@ def main(config: Config) -> None:
 
 
 def pairs(config: Config) -> list[tuple[str, str | None]]:
-    """Pairs each model with its --pretrained. Raises: ValueError for another number of them."""
+    """Pairs each model with its --pretrained. Raises: ValueError for no model, or another number of them."""
+    if not config.model:
+        raise ValueError("--model names no model: give one, or leave it out")
     if config.pretrained and len(config.pretrained) != len(config.model):
         counts = f"{len(config.pretrained)} --pretrained for {len(config.model)} --model"
         raise ValueError(f"{counts}: give one for each, `none` for a model that includes its weights")

@@ -22,11 +22,12 @@ from test_engine import run_fit
 from test_pairs import good, write_shard
 
 from gkl_vl.atomic import hold_folder, holder_of, release_folder, replacing_folder
+from gkl_vl.data.pair_stream import Position
 from gkl_vl.errors import UserError
 from gkl_vl.training import run as run_module
 from gkl_vl.training.checkpoint import RunFolder, best_step, new_folder, read_loop_state
 from gkl_vl.training.engine import FitConfig
-from gkl_vl.training.run import MAY_DIFFER, Run, RunFlags, check_same_flags, is_same, resolved
+from gkl_vl.training.run import MAY_DIFFER, Run, RunFlags, check_same_flags, input_files, is_same, resolved
 
 HOUSE = Path(__file__).parents[1]
 call = test_recipes.call  # the fixture
@@ -356,6 +357,36 @@ def test_a_change_that_matters_is_refused_by_name(name, value):
     with pytest.raises(UserError) as error:
         check_same_flags(BEFORE | {name: value, "workers": 0, "keep_checkpoints": 9}, BEFORE)
     assert f"but --{flag} {value} (was {BEFORE[name]}): use the same flags" in str(error.value)
+
+
+def test_a_file_with_other_contents_is_refused_by_its_flag(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("p.csv", "tiny.json", "w.bin"):
+        (tmp_path / name).write_text("a")
+    flags = {"train_data": "p.csv", "student": "./tiny.json", "teacher_pretrained": "tag=w.bin", "steps": 4, "lr": None}
+    before = flags | {"inputs": input_files(flags)}
+    assert sorted(before["inputs"]) == ["student", "teacher_pretrained", "train_data"]
+    check_same_flags(before | {"train_data": f"{tmp_path}/p.csv"}, before)
+    for flag, file in (("train_data", "p.csv"), ("student", "tiny.json"), ("teacher_pretrained", "w.bin")):
+        (tmp_path / file).write_text("b")  # of the same size
+        with pytest.raises(
+            UserError, match=f"but --{flag.replace('_', '-')} .*{file} has other contents than at its start"
+        ):
+            check_same_flags(flags | {"inputs": input_files(flags)}, before)
+        (tmp_path / file).write_text("a")
+
+
+@pytest.mark.parametrize("positions", [[None], [5], [{}], "x", [{"batches": 1}, {"batches": 1}]])
+@pytest.mark.parametrize("step", [2, -1, 99, True])
+def test_a_damaged_position_is_refused(tmp_path, step, positions):
+    checkpoint = tmp_path / "step_00000002"
+    checkpoint.mkdir()
+    (checkpoint / "loop.json").write_text(json.dumps({"step": step, "positions": positions}))
+    with pytest.raises(UserError, match="is damaged|was written by 2 processes"):
+        read_loop_state(checkpoint, rank=0, world_size=1)
+    for stored in ({"batches": 1}, {"batches": 1, "places": [[0, 1]]}, {"batches": 1, "places": 7}):
+        with pytest.raises(UserError, match="position .* is damaged"):
+            Position.of(stored)
 
 
 def test_a_path_is_what_it_leads_to(tmp_path, monkeypatch):

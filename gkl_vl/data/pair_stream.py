@@ -50,9 +50,15 @@ class Position:
 
     @staticmethod
     def of(stored: dict[str, Any]) -> "Position":
-        """The position that `PairLoader.position()` returned, also after a round trip through JSON."""
-        places = [Place(*counts, recent=tuple(recent)) for *counts, recent in stored["places"]]
-        return Position(stored["batches"], tuple(places))
+        """The position that `PairLoader.position()` returned, also after a round trip through JSON.
+
+        Raises: UserError for another content.
+        """
+        try:
+            places = [Place(*counts, recent=tuple(recent)) for *counts, recent in stored["places"]]
+            return Position(stored["batches"], tuple(places))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"the checkpoint's position {stored!r} is damaged: resume from another one") from error
 
 
 class PairStream(IterableDataset):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from gkl_vl.disk_cache import cache_folder
+from gkl_vl.errors import UserError
 from gkl_vl.evaluation.benchmark import Subject, refuse_random_weights
 from gkl_vl.evaluation.embed import Embedder
 from gkl_vl.evaluation.sets import BenchmarkSet, load_benchmark_sets
@@ -42,6 +43,8 @@ class EvalFlags:
 
 def load_sets(names: Sequence[str], flags: EvalFlags, *, split: str | None = None) -> list[BenchmarkSet]:
     """Loads evaluation sets with the root, split and files of `flags`; `split` overrides the split."""
+    if not names:
+        raise UserError("--dataset names no set: give one, or leave it out")
     return load_benchmark_sets(
         names,
         root=flags.dataset_root,

@@ -40,6 +40,8 @@ def load_entries(
 
     Raises: UserError if a set in `names` cannot be loaded, or if no set can.
     """
+    if not names:
+        raise UserError("--collection names no set: give one, or leave it out")
     by_name: dict[str, list[Entry]] = {}
     for entry in expand(names):
         by_name.setdefault(entry.dataset, []).append(entry)

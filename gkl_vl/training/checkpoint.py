@@ -147,6 +147,8 @@ class RunFolder:
         for number, record in enumerate(records, 1):
             if not isinstance(record.get("step"), int):
                 raise UserError(f"{str(self.results)!r}: record {number} has no number of a step: remove that line")
+            if not all(isinstance(record.get(name, ""), str) for name in ("model", "dataset")):
+                raise UserError(f"{str(self.results)!r}: record {number} has no names of a model and a set: remove it")
         return records
 
     # ---- checkpoints
@@ -281,8 +283,10 @@ def read_loop_state(checkpoint: Path, *, rank: int, world_size: int) -> tuple[in
     """
     path, remedy = checkpoint / "loop.json", "resume from another checkpoints/step_* folder"
     state = read_json(path, remedy=remedy)
-    if not (isinstance(state.get("step"), int) and isinstance(state.get("positions"), list)):
-        raise UserError(f"{str(path)!r} is damaged (no step and positions): {remedy}")
+    step, positions = state.get("step"), state.get("positions")
+    whole = isinstance(positions, list) and all(isinstance(each, dict) and "batches" in each for each in positions)
+    if not whole or type(step) is not int or checkpoint.name != f"{_PREFIX}{step:08d}":
+        raise UserError(f"{str(path)!r} is damaged (no positions, or not those of {checkpoint.name}): {remedy}")
     if len(state["positions"]) != world_size:
         raise UserError(
             f"{str(checkpoint)!r} was written by {len(state['positions'])} processes, now there are {world_size}: "

@@ -11,6 +11,7 @@ Every recipe does the same in the same order:
     run.end()
 """
 
+import hashlib
 import json
 import os
 import re
@@ -56,11 +57,14 @@ MAY_DIFFER = {
     "eval_every_steps": "evaluation draws no random numbers from training's generators",
     "eval_every_epochs": "as eval_every_steps",
     "dataset_root": "of evaluation sets only",
+    "eval_data": "evaluation draws no random numbers from training's generators",
     "robust_images": "of the evaluation under attack only",
     "workers": "batches do not depend on them; a stream of pairs, whose order does, refuses other workers itself",
 }
 """Flags that a resumed run need not share with the run that it continues -> why they cannot change the weights."""
 
+LARGEST_HASHED = 2**28
+"""Bytes of a file that a flag names (a table, a model config) up to which its contents are compared on resume."""
 Value = TypeVar("Value")
 
 
@@ -149,6 +153,7 @@ class Run:
         )
         check_all_processes_joined(self.accelerator)
         record = json.loads(json.dumps(cli.flat(config), default=str))
+        record |= {"inputs": input_files(record)}
         record |= {"mixed_precision": self.accelerator.mixed_precision, "cwd": str(Path.cwd())}
         path, self._checkpoint = self._on_main(lambda: open_folder(flags, recipe, record))  # all ranks
         self._use(path)
@@ -291,11 +296,31 @@ def check_same_flags(now: dict[str, Any], before: dict[str, Any]) -> None:
     Paths are the same if they lead to the same place from the folders in which the two commands ran.
     """
     folder = Path(before.get("cwd", "."))
-    names = [name for name in now if name not in MAY_DIFFER and name != "cwd"]
+    names = [name for name in now if name not in MAY_DIFFER and name not in ("cwd", "inputs")]
+    if replaced := [
+        name for name in now.get("inputs", {}) if now["inputs"][name] != before.get("inputs", {}).get(name)
+    ]:
+        name = replaced[0]
+        raise UserError(
+            f"--resume continues a run as it was, but --{name.replace('_', '-')} {now[name]} has other contents than "
+            "at its start: restore the file, or start a new run"
+        )
     changed = [name for name in names if not is_same(now[name], before.get(name), folder)]
     if changed:
         differences = ", ".join(f"--{name.replace('_', '-')} {now[name]} (was {before.get(name)})" for name in changed)
         raise UserError(f"--resume continues a run as it was, but {differences}: use the same flags")
+
+
+def input_files(flags: dict[str, Any]) -> dict[str, list]:
+    """Size and SHA-256 of each file that a flag names, by flag; of files above `LARGEST_HASHED` the size alone."""
+    found = {}
+    for name, value in flags.items():
+        place = resolved(value, Path.cwd()) if isinstance(value, str) and name not in MAY_DIFFER else None
+        file = Path(place.rpartition("=")[2]) if place is not None else None
+        if file is not None and file.is_file():
+            size = file.stat().st_size
+            found[name] = [size, hashlib.sha256(file.read_bytes()).hexdigest() if size <= LARGEST_HASHED else None]
+    return found
 
 
 def is_same(now: Any, before: Any, folder: Path) -> bool:

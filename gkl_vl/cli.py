@@ -187,7 +187,11 @@ def unbox(box: str) -> str:
             blocks[-1].append(text.strip())
     sentences = [" ".join(block) for block in blocks if block]
     kept = [s for s in sentences if not s.startswith(("Argument helptext", "For full helptext"))]
-    return "; ".join(kept) or one_line(plain)
+    text = re.sub(r"\[/?bold\]", "", "; ".join(kept) or one_line(plain))  # markup inside of tyro's messages
+    # of an optional value, which tyro tries as None first
+    return re.sub(
+        r"no type matching \{None\}\|\{?(.+?)\}? could be instantiated from (\[.*?\])\..*", r"expected \1, not \2", text
+    )
 
 
 def named(table: Mapping[str, Value], name: str, *, flag: str) -> Value:

@@ -356,3 +356,22 @@ def test_a_terminal_without_utf8_gets_the_same_line(script):
     assert done.stderr == (
         "error: Unrecognized options: --moed, x; Perhaps you meant: --mode STR (--help lists the flags)\n"
     )
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [(["--columns", "filepath"], "STR STR, not ['filepath']"), (["--steps", "x"], "INT, not ['x']")],
+)
+def test_a_value_of_another_kind_is_refused_without_markup(words, expected, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(Optional, words)
+    assert stop.value.code == 2
+    assert f"error: Error parsing {words[0]}: expected {expected} (--help" in capsys.readouterr().err
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optional:
+    columns: tuple[str, str] | None = None
+    """Columns."""
+    steps: int | None = None
+    """Steps."""

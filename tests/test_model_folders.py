@@ -266,6 +266,7 @@ def test_numpys_scalars_beside_weights_are_read(tmp_path, number):
         ("vision_cfg", {"image_size": -32}, "vision_cfg.image_size in .* is -32: expected at least 1"),
         ("vision_cfg", {"layers": 0}, "vision_cfg.layers in .* is 0: expected at least 1"),
         ("vision_cfg", {"patch_size": 64}, "vision_cfg.patch_size in .* is above image_size: correct one"),
+        ("vision_cfg", {"patch_size": None}, "open_clip cannot build the model of"),
         ("text_cfg", {"width": 0}, "text_cfg.width in .* is 0: expected at least 1"),
         ("text_cfg", {"mlp_ratio": float("inf")}, "text_cfg.mlp_ratio in .* is inf: expected a finite number"),
     ],

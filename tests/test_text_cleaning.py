@@ -1,6 +1,8 @@
 """An exported tokenizer gives the token ids of open_clip, which cleans texts in Python first, and a transformers
 teacher is tokenized as open_clip tokenizes the same model."""
 
+import json
+
 import ftfy
 import pytest
 import test_clip_models as models
@@ -103,6 +105,28 @@ def test_transformers_processor_and_open_clip_load_the_same_tokenizer(exported):
     assert all(got[i, : lengths[i]].tolist() == expected[i, : lengths[i]].tolist() for i in range(len(TEXTS)))
     again = load_clip(f"local-dir:{exported['folder'] / 'bundled'}")
     assert again.tokenize(TEXTS).tolist() == load_clip("emoji-student").tokenize(TEXTS).tolist()
+
+
+@pytest.mark.parametrize("name", ["bpe", "bundled"])
+@pytest.mark.parametrize("clean", ["lower", "whitespace", "canonicalize"])
+def test_every_cleaning_is_exported_or_the_format_left_out(tmp_path, name, clean):
+    """CLIP's BPE with case has no equivalent in transformers."""
+    text = models.TINY["text_cfg"] | {"tokenizer_kwargs": {"clean": clean}, "context_length": 12}
+    if name == "bundled":
+        text |= {"vocab_size": 4096, "hf_tokenizer_name": BUNDLED_TOKENIZER_NAME}
+    (tmp_path / "x.json").write_text(json.dumps(models.TINY | {"text_cfg": text}))
+    clip = load_clip(str(tmp_path / "x.json"))
+    export_clip(clip=clip, folder=tmp_path / "e", card=CARD)
+    assert (tmp_path / "e" / "model.safetensors").is_file() == ((name, clean) != ("bpe", "whitespace"))
+    if (name, clean) == ("bpe", "whitespace"):
+        return
+    texts = [*TEXTS, "Hi ! THERE!!", "!", "a_b!c", "<|endoftext|> a", "a <|startoftext|>", "x <end_of_text> y"]
+    exported = ids(transformers.AutoTokenizer.from_pretrained(tmp_path / "e"), texts, 12)
+    expected = clip.tokenize(texts)
+    assert load_clip(f"local-dir:{tmp_path / 'e'}").tokenize(texts).tolist() == expected.tolist()
+    for ours, theirs in zip(exported.tolist(), expected.tolist(), strict=True):
+        length = theirs.index(max(theirs[1:])) + 1  # CLIP's BPE is padded with 0 by open_clip
+        assert ours[:length] == theirs[:length]
 
 
 def test_an_export_of_an_export_is_cleaned_once(exported, tmp_path):

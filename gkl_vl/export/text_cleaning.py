@@ -7,7 +7,9 @@ forms, Windows-1252 controls, control characters and terminal escapes; NFC; whit
 punctuation.
 
 Not expressed, because it depends on the whole text: ftfy's repair of mojibake (`â€™`), the further names of HTML 5 and
-numbers of other characters, and ftfy's rule to leave entities for curly quotes curly in a text with a literal `<`.
+numbers of other characters, ftfy's rule to leave entities for curly quotes curly in a text with a literal `<`.
+Nor are special tokens in another case (`<|EndOfText|>`) before a tokenizer that lowers it itself, and in CLIP's BPE
+those right after punctuation (`!<end_of_text>`): they are special tokens here, and split by open_clip.
 
 The steps cost 0.4 ms a text. `tokenizer_class` must be generic: transformers rebuilds a `CLIPTokenizer` from its
 vocabulary, without these steps.
@@ -71,6 +73,9 @@ def with_cleaning(tokenizer: Any, clean: str) -> Any:
     tokens = backend.get_added_tokens_decoder().values()
     kept = [token for token in tokens if backend.normalizer.normalize_str(token.content) == token.content]
     backend.add_special_tokens([_found_after_cleaning(token) for token in kept])
+    if clean == "canonicalize" and not kept:  # punctuation is removed, so no special token is left in a text
+        tokenizer.split_special_tokens = backend.encode_special_tokens = True
+        tokenizer.init_kwargs["split_special_tokens"] = True  # which is saved
     return tokenizer
 
 

@@ -62,7 +62,10 @@ def fits_transformers(clip: Clip) -> bool:
     plain = _is_default(vision, CLIPVisionCfg(), except_for=_VISION_KEYS)
     plain = plain and _is_default(text, CLIPTextCfg(), except_for=_TEXT_KEYS)
     # The cleaning is exported with the tokenizer; its other settings have no equivalent.
-    plain = plain and set(text.tokenizer_kwargs or {}) <= {"clean"}
+    kwargs = text.tokenizer_kwargs or {}
+    plain = plain and set(kwargs) <= {"clean"}
+    # transformers' BPE of CLIP is of lower case.
+    plain = plain and not (clip.hf_tokenizer is None and kwargs.get("clean") == "whitespace")
     sizes = [vision.layers, vision.patch_size, vision.image_size]
     return plain and all(isinstance(size, int) for size in sizes) and _eos_id(clip, text) is not None
 
@@ -173,9 +176,10 @@ def exported_tokenizer(clip: Clip) -> Any:
 
 
 def _clip_bpe() -> CLIPTokenizer:
+    """CLIP's BPE with open_clip's names of the special tokens, which a text may contain, not OpenAI's."""
     bpe = open_clip.SimpleTokenizer()
-    vocab = dict(bpe.encoder)
-    vocab["<|startoftext|>"] = vocab.pop("<start_of_text>")
-    vocab["<|endoftext|>"] = vocab.pop("<end_of_text>")
+    start, end = "<start_of_text>", "<end_of_text>"
     merges: Any = list(bpe.bpe_ranks)  # pairs, as tokenizers requires; transformers' annotation is list of str
-    return CLIPTokenizer(vocab=vocab, merges=merges)
+    return CLIPTokenizer(
+        vocab=dict(bpe.encoder), merges=merges, bos_token=start, eos_token=end, pad_token=end, unk_token=end
+    )

@@ -76,7 +76,7 @@ def from_image_processor(fields: dict, *, image_size: int, source: str) -> Prepr
             f"{source} resizes with {interpolation} (resample {resample:d}): only bilinear (2) and bicubic (3) work"
         )
     # Without rescaling the normalisation is on levels from 0 to 255, here it is on [0, 1].
-    factor = fields.get("rescale_factor") if fields.get("do_rescale") else 1
+    factor: Any = fields.get("rescale_factor") if fields.get("do_rescale") else 1
     if not is_number(factor) or factor <= 0:
         raise UserError(f"rescale_factor in {source} is {factor!r}: expected a positive number, such as 1/255")
     scale = 255 * float(factor)

@@ -293,10 +293,10 @@ def check_model_config(cfg: Any, source: str) -> dict:
             _check_range(key, value, f"{prefix}{key} in {source}")
     if "embed_dim" not in cfg:
         raise UserError(f"{source} has no embed_dim, the length of an embedding: add it")
-    vision = CLIPVisionCfg(**cfg["vision_cfg"])
-    if not vision.timm_model_name and isinstance(vision.layers, int):
-        if vision.patch_size > min(to_2tuple(vision.image_size)):
-            raise UserError(f"vision_cfg.patch_size in {source} is above image_size: correct one")
+    vision: Any = CLIPVisionCfg(**cfg["vision_cfg"])
+    plain = not vision.timm_model_name and isinstance(vision.layers, int)  # the others have no patches of this size
+    if plain and vision.patch_size and vision.image_size and vision.patch_size > min(to_2tuple(vision.image_size)):
+        raise UserError(f"vision_cfg.patch_size in {source} is above image_size: correct one")
     _check_names(cfg, source)
     return cfg
 

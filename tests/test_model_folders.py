@@ -144,6 +144,10 @@ def test_other_weights_of_a_config_are_refused(tmp_path):
     [
         (lambda text: "\ufeff" + text, "config.json' starts with a byte order mark"),
         (lambda text: '{"a":' * 9999, "config.json' is no JSON"),
+        (
+            lambda text: text.replace('_attention_heads": 2', '_attention_heads": 3'),
+            "is not a multiple",
+        ),
         (lambda text: text.replace('"hidden_size": 32', '"hidden_size": "x"'), "holds no config.json of a known"),
     ],
 )
@@ -287,6 +291,7 @@ def test_every_config_of_open_clip_passes():
     "values, message",
     [
         ({"image_processor_type": "LevitImageProcessor"}, "is a LevitImageProcessor"),
+        ({"do_normalize": "false"}, "do_normalize in .* is 'false': write true or false"),
         ({"resample": None}, "resample in .* is None: write 2 .bilinear. or 3 .bicubic."),
         ({"resample": "bicubic"}, "is 'bicubic': write 2|could not be loaded"),
         ({"resample": [3]}, "write 2|could not be loaded"),
@@ -317,6 +322,12 @@ def test_the_token_that_pools_a_text_is_the_tokenizers(tmp_path, eos):
     content["text_config"]["eos_token_id"] = eos
     (folder / "config.json").write_text(json.dumps(content))
     refused(f"text_config.eos_token_id in .* is {eos}, its tokenizer's is 409.: correct it", f"transformers:{folder}")
+
+
+@pytest.mark.parametrize("eos", [None, 2, 7])
+def test_open_clips_token_that_pools_a_text_is_the_tokenizers(tmp_path, eos):
+    refused(f"text_cfg.eos_id in .* is {eos}, its tokenizer's is 4095", config(tmp_path, pool_type="eos", eos_id=eos))
+    assert load_clip(config(tmp_path, pool_type="eos", eos_id=4095)).embed_dim == 24
 
 
 @pytest.mark.parametrize("positions", [1, 4, 6])

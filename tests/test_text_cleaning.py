@@ -120,7 +120,16 @@ def test_every_cleaning_is_exported_or_the_format_left_out(tmp_path, name, clean
     assert (tmp_path / "e" / "model.safetensors").is_file() == ((name, clean) != ("bpe", "whitespace"))
     if (name, clean) == ("bpe", "whitespace"):
         return
-    texts = [*TEXTS, "Hi ! THERE!!", "!", "a_b!c", "<|endoftext|> a", "a <|startoftext|>", "x <end_of_text> y"]
+    texts = [
+        *TEXTS,
+        "Hi ! THERE!!",
+        "!",
+        "a_b!c",
+        "<|endoftext|> a",
+        "a <|startoftext|>",
+        "x <end_of_text> y",
+        "x<|endoftext|>&",
+    ]
     exported = ids(transformers.AutoTokenizer.from_pretrained(tmp_path / "e"), texts, 12)
     expected = clip.tokenize(texts)
     assert load_clip(f"local-dir:{tmp_path / 'e'}").tokenize(texts).tolist() == expected.tolist()

@@ -12,6 +12,7 @@ import open_clip
 import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import save_file
+from tokenizers import Regex, pre_tokenizers
 from torch import Tensor
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
@@ -26,6 +27,9 @@ _TEXT_KEYS = {
     "context_length", "vocab_size", "hf_tokenizer_name", "width", "heads", "layers", "mlp_ratio",
     "pad_id", "eos_id", "pool_type", "tokenizer_kwargs",
 }  # fmt: skip
+
+# open_clip's split into words, of texts in lower case and beside special tokens
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 # (regex, replacement) from open_clip's parameter names to transformers', applied in this order. The names outside
 # `visual` are the text tower's; `rename_tensors` removes the prefix `text.` of `CustomTextCLIP` first.
@@ -180,6 +184,11 @@ def _clip_bpe() -> CLIPTokenizer:
     bpe = open_clip.SimpleTokenizer()
     start, end = "<start_of_text>", "<end_of_text>"
     merges: Any = list(bpe.bpe_ranks)  # pairs, as tokenizers requires; transformers' annotation is list of str
-    return CLIPTokenizer(
+    tokenizer = CLIPTokenizer(
         vocab=dict(bpe.encoder), merges=merges, bos_token=start, eos_token=end, pad_token=end, unk_token=end
     )
+    # transformers' own split keeps OpenAI's names of the special tokens whole.
+    words = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
+    split: Any = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.backend_tokenizer.pre_tokenizer = split
+    return tokenizer

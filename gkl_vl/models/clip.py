@@ -377,7 +377,13 @@ def _tokenizer(model: Any, model_cfg: dict, folder: Path | None, source: str) ->
     tokenizer = tokenizer_for(model_cfg, folder=folder, source=source)
     text_cfg = model_cfg["text_cfg"]
     rows = model.text.config.vocab_size if text_cfg.get("hf_model_name") else CLIPTextCfg(**text_cfg).vocab_size
-    if isinstance(tokenizer, open_clip.tokenizer.HFTokenizer):
+    is_hf = isinstance(tokenizer, open_clip.tokenizer.HFTokenizer)
+    eos_id = tokenizer.tokenizer.eos_token_id if is_hf else tokenizer.eot_token_id
+    if text_cfg.get("pool_type") == "eos" and CLIPTextCfg(**text_cfg).eos_id != eos_id:
+        raise UserError(
+            f"text_cfg.eos_id in {source} is {CLIPTextCfg(**text_cfg).eos_id}, its tokenizer's is {eos_id}: correct it"
+        )
+    if is_hf:
         check_vocabulary(tokenizer.tokenizer, rows, source)
     elif tokenizer.vocab_size > rows:
         raise UserError(

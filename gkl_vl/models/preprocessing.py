@@ -63,6 +63,8 @@ def from_image_processor(fields: dict, *, image_size: int, source: str) -> Prepr
     if (stock := fields.get("image_processor_type")) not in _TYPES:
         raise UserError(f"{source} is a {stock}, whose steps are not known: take one of {', '.join(_STOCK)}")
     for key, value in fields.items():
+        if key in _READ and key.startswith("do_") and not isinstance(value, bool | None):
+            raise UserError(f"{key} in {source} is {value!r}: write true or false")
         if key not in _READ | _NEUTRAL and value not in (None, False):
             raise UserError(f"{key} {value!r} in {source} is not supported: only resize, crop, normalise")
     if fields.get("do_resize") is not True:

@@ -122,7 +122,9 @@ def load_config(folder: Path, name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the checks of its fields raise classes of several packages
-        raise UserError(f"{name!r} holds no config.json of a known transformers model: {_cause(error)}") from error
+        raise UserError(
+            f"{name!r} holds no config.json of a known transformers model: {_cause(error.__cause__ or error)}"
+        ) from error
 
 
 def load_tokenizer(folder: Path, name: str) -> Any:
@@ -175,7 +177,7 @@ def check_vocabulary(tokenizer: Any, rows: int, source: str) -> None:
         )
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: BaseException) -> str:
     return first_line(error).rstrip(":. ")
 
 

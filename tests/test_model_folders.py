@@ -189,14 +189,16 @@ def test_other_numbers_are_refused(tmp_path, door, values, message):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of deprecated and slow tensors
-@pytest.mark.parametrize("layout", ["sparse", "quantised"])
+@pytest.mark.parametrize("layout", ["sparse", "quantised", "without values"])
 def test_a_sparse_or_quantised_tensor_is_refused(tmp_path, layout):
     folder = models.tiny_folder(tmp_path / "m", weights=None)
     state = models.open_clip.CLIP(**models.TINY).state_dict()
     proj = state["text_projection"]
-    odd = proj.to_sparse() if layout == "sparse" else torch.quantize_per_tensor(proj, 0.1, 0, torch.qint8)
+    odd = proj.to_sparse() if layout == "sparse" else proj.to("meta")
+    if layout == "quantised":
+        odd = torch.quantize_per_tensor(proj, 0.1, 0, torch.qint8)
     torch.save(state | {"text_projection": odd}, folder / "open_clip_pytorch_model.bin")
-    refused("text_projection of .* is quantised or sparse: save it as a dense", f"local-dir:{folder}")
+    refused(f"text_projection of .* is .*{layout}.*: save it as a dense tensor", f"local-dir:{folder}")
 
 
 # ---- names and endings
@@ -340,3 +342,15 @@ def test_position_embeddings_of_no_square_are_refused(tmp_path, positions):
 
 def test_a_folder_as_pretrained_says_how_to_load_it(tmp_path):
     refused("is a folder: name the file in it, or load local-dir:", "ViT-B-32", str(tmp_path))
+
+
+def test_text_positions_without_rows_are_refused(tmp_path):
+    folder = models.tiny_folder(tmp_path / "m")
+    path = folder / "open_clip_model.safetensors"
+    save_file(load_file(path) | {"positional_embedding": torch.zeros(0, 16)}, path)
+    refused(r"1 of another shape .positional_embedding has .0, 16.", f"local-dir:{folder}")
+
+
+def test_a_damaged_npz_is_refused_without_numpys_advice(tmp_path):
+    (tmp_path / "w.npz").write_bytes(b"hello" * 20)
+    refused("w.npz' cannot be read: the file is cut off or damaged: download it again", "ViT-S-32", f"{tmp_path}/w.npz")

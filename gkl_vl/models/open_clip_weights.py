@@ -279,7 +279,11 @@ def _resize_positions(model: Any, stored: dict[str, Tensor], state: Mapping[str,
         if key not in stored or key not in state or stored[key].ndim != 2:
             continue
         before, after = stored[key].shape, state[key].shape
-        if not stored[key].is_floating_point() or (resized is resize_pos_embed and not _is_grid(before[0] - 1)):
+        if (
+            not stored[key].is_floating_point()
+            or not before[0]
+            or (resized is resize_pos_embed and not _is_grid(before[0] - 1))
+        ):
             continue  # refused below
         if before[0] != after[0] and before[1] == after[1]:
             resized(stored, model)

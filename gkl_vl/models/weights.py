@@ -6,6 +6,7 @@ A pickle is read with torch's `weights_only=True`, and only on request.
 import argparse
 import json
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,6 +78,8 @@ def check_weights_file(path: Path) -> None:
         raise UserError(f"weights {str(path)!r} are an empty file: download them again")
     refuse_pointer(path)
     _check_ending(path)
+    if path.suffix == ".npz" and not zipfile.is_zipfile(path):
+        raise UserError(f"weights {str(path)!r} cannot be read: the file is cut off or damaged: download it again")
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt"):  # checks the header against the file's length
@@ -158,10 +161,9 @@ def check_plain_floats(path: Path, *, allow_pickle: bool) -> None:
 
 def _refuse_other_layouts(stored: Mapping[str, Tensor], path: Path) -> None:
     for key, tensor in stored.items():
-        if tensor.is_quantized or tensor.layout != torch.strided:
-            raise UserError(
-                f"tensor {key} of {str(path)!r} is quantised or sparse: save it as a dense tensor of floats"
-            )
+        if tensor.is_quantized or tensor.layout != torch.strided or tensor.is_meta:
+            kind = "without values" if tensor.is_meta else "quantised or sparse"
+            raise UserError(f"tensor {key} of {str(path)!r} is {kind}: save it as a dense tensor of floats")
 
 
 def _check_numbers(key: str, tensor: Tensor, path: str | Path, *, floating: bool) -> None:

@@ -168,7 +168,7 @@ def _refuse_other_layouts(stored: Mapping[str, Tensor], path: Path) -> None:
 
 def _check_numbers(key: str, tensor: Tensor, path: str | Path, *, floating: bool) -> None:
     place = f"tensor {key} of {str(path)!r}"
-    if tensor.is_floating_point() != floating or tensor.is_complex() or (not floating and tensor.dtype == torch.bool):
+    if tensor.is_floating_point() != floating or tensor.is_complex():
         expected = "floats" if floating else "integers"
         raise UserError(f"{place} is of {tensor.dtype}, expected {expected}: take the weights before conversion")
     if floating and not tensor.float().isfinite().all():

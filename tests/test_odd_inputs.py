@@ -14,6 +14,7 @@ import huggingface_hub
 import pyarrow
 import pytest
 import timm
+from PIL import Image
 from pyarrow import parquet
 from small_sets import picture, write_shard
 
@@ -870,3 +871,50 @@ def test_a_parquet_column_that_occurs_twice_is_refused(tmp_path):
     table = pyarrow.table([pyarrow.array([RED]), pyarrow.array(["x"]), pyarrow.array(["y"])], names=["image", "c", "c"])
     parquet.write_table(table, tmp_path / "t.parquet")
     assert "has the column 'c' twice" in refused(open_source, f"{tmp_path}/t.parquet", columns=("image", "c"))
+
+
+# ---- images through every door -----------------------------------------------------------------------------------
+
+
+def odd_image() -> bytes:
+    """Stored lying: left half opaque blue, right half transparent black. Upright: blue on top, white below."""
+    image = Image.new("RGBA", (16, 8), (0, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif)
+    return file.getvalue()
+
+
+DOORS: dict[str, Callable[[Path], Image.Image]] = {
+    "pairs of a shard": lambda root: decode(all_pairs(open_source(f"{root}/set/test/0.tar"))[0].image),
+    "pairs of a folder": lambda root: decode(all_pairs(open_source(f"{root}/folder/test/a"))[0].image),
+    "pairs of a table": lambda root: decode(all_pairs(open_source(f"{root}/test.parquet"))[0].image),
+    "pairs of a list": lambda root: decode(all_pairs(open_source(f"{root}/t.csv"))[0].image),
+    "images": lambda root: decode(all_pairs(open_images(f"{root}/folder/test"))[0].image),
+    "labels of a shard": lambda root: open_labelled(f"{root}/set/test/0.tar", "test").read(0),
+    "labels of folders": lambda root: open_labelled(f"{root}/folder", "test").read(0),
+    "labels of a table": lambda root: open_labelled(str(root), "test").read(0),
+    "labels of a list": lambda root: open_labelled(f"{root}/l.txt", "test").read(0),
+    "images of a split": lambda root: open_image_set(f"{root}/folder", "test").read(0),
+    "evaluation of shards": lambda root: next(load_benchmark_set(f"{root}/set").records("cls")).decode(),
+    "evaluation of folders": lambda root: next(load_benchmark_set(f"{root}/folder").records("cls")).decode(),
+    "evaluation of captions": lambda root: next(load_benchmark_set("flickr8k", root=str(root)).records("txt")).decode(),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_turns_images_upright_on_white(tmp_path, door):
+    image = odd_image()
+    benchmark_shard(tmp_path / "set", [("a", {"png": image, "cls": b"0", "txt": b"x"})])
+    write(tmp_path / "folder" / "test" / "a" / "a.png", image)
+    write(tmp_path / "folder" / "test" / "a" / "a.txt", "x")
+    write(tmp_path / "t.csv", "filepath,title\nfolder/test/a/a.png,x\n")
+    write(tmp_path / "l.txt", "folder/test/a/a.png 0\n")
+    write(tmp_path / "flickr8k_test_karpathy.txt", "image,caption\na.jpg,x\n")
+    write(tmp_path / "a.jpg", image)
+    write_table(tmp_path / "test.parquet", {"image": [{"bytes": image, "path": None}], "caption": ["x"], "label": [0]})
+    upright = DOORS[door](tmp_path)
+    assert upright.size == (8, 16) and upright.mode == "RGB"
+    assert upright.getpixel((4, 2)) == (0, 0, 255) and upright.getpixel((4, 13)) == (255, 255, 255)

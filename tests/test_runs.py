@@ -22,6 +22,7 @@ from test_engine import run_fit
 from test_pairs import good, write_shard
 
 from gkl_vl.atomic import hold_folder, holder_of, release_folder, replacing_folder
+from gkl_vl.data.loaders import batches_taken
 from gkl_vl.data.pair_stream import Position
 from gkl_vl.errors import UserError
 from gkl_vl.training import run as run_module
@@ -376,14 +377,18 @@ def test_a_file_with_other_contents_is_refused_by_its_flag(tmp_path, monkeypatch
         (tmp_path / file).write_text("a")
 
 
-@pytest.mark.parametrize("positions", [[None], [5], [{}], "x", [{"batches": 1}, {"batches": 1}]])
-@pytest.mark.parametrize("step", [2, -1, 99, True])
+DAMAGED = [(2, [None]), (2, [5]), (2, "x"), (2, [{}, {}]), (-1, [{}]), (99, [{}]), (True, [{}])]
+
+
+@pytest.mark.parametrize("step, positions", DAMAGED)
 def test_a_damaged_position_is_refused(tmp_path, step, positions):
     checkpoint = tmp_path / "step_00000002"
     checkpoint.mkdir()
     (checkpoint / "loop.json").write_text(json.dumps({"step": step, "positions": positions}))
     with pytest.raises(UserError, match="is damaged|was written by 2 processes"):
         read_loop_state(checkpoint, rank=0, world_size=1)
+    with pytest.raises(UserError, match="position .* is damaged"):
+        batches_taken({})
     for stored in ({"batches": 1}, {"batches": 1, "places": [[0, 1]]}, {"batches": 1, "places": 7}):
         with pytest.raises(UserError, match="position .* is damaged"):
             Position.of(stored)

@@ -61,7 +61,7 @@ class LabelledLoader:
         self.num_original = batch_size - self.num_synthesized
         self.batches_per_epoch = batches_per_epoch(len(labels), batch_size, world_size)
         self.batches_per_pass = batches_per_epoch(len(labels), self.num_original, world_size)
-        self.taken = 0 if position is None else position["batches"]
+        self.taken = 0 if position is None else batches_taken(position)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         pending: list[tuple[int, int, Tensor]] = []  # requested: a DataLoader is ahead of the batches it yields
@@ -127,6 +127,14 @@ def batches_per_epoch(num_images: int, batch_size: int, world_size: int) -> int:
     return count
 
 
+def batches_taken(position: dict[str, Any]) -> int:
+    """The number of batches in the position of a loader. Raises: UserError for another content."""
+    taken = position.get("batches")
+    if not isinstance(taken, int):
+        raise UserError(f"the checkpoint's position {position!r} is damaged: resume from another one")
+    return taken
+
+
 class Passes:
     """Endless passes over a set of images, each a new permutation.
 
@@ -185,7 +193,7 @@ class SemiSupervisedLoader:
         self.labelled, self.labels, self.weak, self.strong = labelled, labels, weak, strong
         self.hidden_labels, self.batch_size, self.mu, self.seed = hidden_labels, batch_size, mu, seed
         self.rank, self.world_size = rank, world_size
-        self.taken = 0 if position is None else position["batches"]
+        self.taken = 0 if position is None else batches_taken(position)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         labelled = self._views(self.labelled, len(self.labels), self.batch_size, "labelled pass")

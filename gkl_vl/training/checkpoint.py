@@ -284,7 +284,7 @@ def read_loop_state(checkpoint: Path, *, rank: int, world_size: int) -> tuple[in
     path, remedy = checkpoint / "loop.json", "resume from another checkpoints/step_* folder"
     state = read_json(path, remedy=remedy)
     step, positions = state.get("step"), state.get("positions")
-    whole = isinstance(positions, list) and all(isinstance(each, dict) and "batches" in each for each in positions)
+    whole = isinstance(positions, list) and all(isinstance(each, dict) for each in positions)
     if not whole or type(step) is not int or checkpoint.name != f"{_PREFIX}{step:08d}":
         raise UserError(f"{str(path)!r} is damaged (no positions, or not those of {checkpoint.name}): {remedy}")
     if len(state["positions"]) != world_size:

@@ -50,11 +50,11 @@ def keys_of(names: Sequence[str], keys: Iterable[str]) -> list[str | None]:
         for key in keys:
             table.setdefault(form(key), []).append(key)
         tables.append((form, table))
-    found = []
+    matches = []
     for name in names:
         matching = next((table[form(name)] for form, table in tables if form(name) in table), [])
-        found.append(matching[0] if len(matching) == 1 else None)
-    return found
+        matches.append(matching[0] if len(matching) == 1 else None)
+    return matches
 
 
 def places(names: Sequence[str], reference: Sequence[str]) -> list[int] | None:
@@ -73,8 +73,8 @@ def places(names: Sequence[str], reference: Sequence[str]) -> list[int] | None:
 
 def match_classes(names: Sequence[str], reference: Sequence[str], *, whose: str, others: str) -> list[int]:
     """`places`. Raises: UserError that names the first difference; `whose` and `others` say whose names these are."""
-    if (found := places(names, reference)) is not None:
-        return found
+    if (order := places(names, reference)) is not None:
+        return order
     for owner, of_owner in ((whose, names), (others, reference)):
         if repeated := [name for name, count in Counter(map(spaced, of_owner)).items() if count > 1]:
             raise UserError(
@@ -116,8 +116,8 @@ def named_by_list(own: Sequence[str], given: Sequence[str], *, where: str, whose
                 f"classes are {listed(own)}: {form}"
             )
         return [given[number] for number in numbers]
-    if (found := places(own, given)) is not None:
-        return [given[place] for place in found]
+    if (order := places(own, given)) is not None:
+        return [given[place] for place in order]
     at = set(map(_without_case, given))
     pairs = [(name, _without_case(name), _without_case(other)) for name, other in zip(own, given, strict=True)]
     moved = [name for name, form_of_own, form_of_other in pairs if form_of_own in at and form_of_own != form_of_other]

@@ -358,9 +358,10 @@ def _labelled_set(
     """Checks the labels and builds the set. Without class names the number of classes is the largest label + 1."""
     if not len(labels):
         raise UserError(f"{name} holds no images")
-    if (largest := max(int(label) for label in labels)) > LARGEST_LABEL:
+    stored = np.asarray(labels)  # of any width: an id may not fit into 64 bits
+    if (largest := int(stored.max())) > LARGEST_LABEL:
         raise UserError(f"{name} has the label {largest}: labels are the numbers of the classes, from 0")
-    numbers = torch.from_numpy(np.array(labels, dtype=np.int64))
+    numbers = torch.from_numpy(stored.astype(np.int64))
     if numbers.min() < 0:
         raise UserError(
             f"{name} has the label {int(numbers.min())}, which means unlabelled: a test split may withhold its labels, "

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from glob import glob
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -256,9 +256,7 @@ class _MemoryEpoch:
     pairs: Sequence[RawPair]
 
     def __call__(self, seed: int, number: int, part: int, parts: int) -> Iterator[RawPair]:
-        order = list(range(len(self.pairs)))
-        random.Random(f"{seed}/{number}").shuffle(order)
-        return (self.pairs[index] for index in order[part::parts])
+        return (self.pairs[index] for index in _permutation(len(self.pairs), seed, number)[part::parts])
 
 
 def memory_source(name: str, pairs: Sequence[RawPair]) -> Source:
@@ -281,12 +279,8 @@ class _TableEpoch:
     def __call__(self, seed: int, number: int, part: int, parts: int) -> Iterator[RawPair]:
         sizes = self.rows.block_sizes
         if sizes is None:
-            order = list(range(len(self.rows)))
-            random.Random(f"{seed}/{number}").shuffle(order)
-            return map(self._pair, order[part::parts])
-        starts = [0]
-        for size in sizes:
-            starts.append(starts[-1] + size)
+            return map(self._pair, _permutation(len(self.rows), seed, number)[part::parts])
+        starts = [0, *accumulate(sizes)]
         indices = (
             starts[block] + row
             for block, start, stop in block_slices(sizes, seed, number, part, parts)
@@ -296,15 +290,11 @@ class _TableEpoch:
 
     def _pair(self, index: int) -> RawPair:
         row = self.rows.row(index)
-        captions, problem = (), ""
-        if self.caption is not None:
-            try:
-                captions = captions_in(row, self.caption)
-            except BrokenSample as error:
-                problem = str(error)
-        return RawPair(
-            f"{self.name}:{index}", image_of(row[self.image], self.rows.folder(index)), captions, problem=problem
-        )
+        key, image = f"{self.name}:{index}", image_of(row[self.image], self.rows.folder(index))
+        try:
+            return RawPair(key, image, () if self.caption is None else captions_in(row, self.caption))
+        except BrokenSample as error:
+            return RawPair(key, image, (), problem=str(error))
 
 
 def table_source(name: str, rows: Rows, image: str | None, rule: CaptionRule | None) -> Source:
@@ -338,21 +328,20 @@ class _FolderEpoch:
     """Paths without ending of which there are several images, so that a caption has more than one."""
 
     def __call__(self, seed: int, number: int, part: int, parts: int) -> Iterator[RawPair]:
-        order = list(range(len(self.images)))
-        random.Random(f"{seed}/{number}").shuffle(order)
+        order = _permutation(len(self.images), seed, number)
         return (self._pair(self.images[index]) for index in order[part::parts])
 
     def _pair(self, image: str) -> RawPair:
-        path = os.path.join(self.folder, image)
-        captions, problem = (), ""
-        if self.rule is not None:
-            try:
-                if image.rpartition(".")[0] in self.repeated:
-                    raise BrokenSample("two images with one caption: keep one")
-                captions = self.rule.in_members(_beside(path, self.rule))
-            except BrokenSample as error:
-                problem = str(error)
-        return RawPair(_printable(image), path, captions, problem=problem)
+        key, path = _printable(image), os.path.join(self.folder, image)
+        try:
+            return RawPair(key, path, () if self.rule is None else self._captions(image, path, self.rule))
+        except BrokenSample as error:
+            return RawPair(key, path, (), problem=str(error))
+
+    def _captions(self, image: str, path: str, rule: CaptionRule) -> tuple[str, ...]:
+        if image.rpartition(".")[0] in self.repeated:
+            raise BrokenSample("two images with one caption: keep one")
+        return rule.in_members(_beside(path, rule))
 
 
 def folder_source(name: str, folder: Path, ending: str | None, rule: CaptionRule | None) -> Source:
@@ -386,15 +375,15 @@ def folder_source(name: str, folder: Path, ending: str | None, rule: CaptionRule
 def _beside(image: str, rule: CaptionRule) -> dict[str, bytes]:
     """Content of the files beside an image that may hold its captions, by ending."""
     stem = image.rpartition(".")[0]
-    found = {}
+    contents = {}
     for ending in dict.fromkeys(["txt" if rule.field is None else rule.field, "json"]):
         for spelt in (ending, ending.upper()):
             try:
-                found[ending.lower()] = Path(f"{stem}.{spelt}").read_bytes()
+                contents[ending.lower()] = Path(f"{stem}.{spelt}").read_bytes()
                 break
             except OSError:
                 continue  # without any the pair has no caption, and is counted as broken
-    return found
+    return contents
 
 
 def _printable(key: str) -> str:
@@ -430,10 +419,8 @@ class _ShardEpoch:
 
     def _pairs(self, seed: int, number: int, part: int, parts: int) -> Iterator[RawPair]:
         if self.sizes is None:
-            urls = list(self.urls)
-            random.Random(f"{seed}/{number}").shuffle(urls)
-            for url in urls[part::parts]:
-                yield from read_shard(url, self.image, self.rule)
+            for shard in _permutation(len(self.urls), seed, number)[part::parts]:
+                yield from read_shard(self.urls[shard], self.image, self.rule)
             return
         for shard, start, stop in block_slices(self.sizes, seed, number, part, parts):
             yield from self._slice(shard, start, stop)
@@ -464,10 +451,11 @@ def shard_source(name: str, urls: Sequence[str], image: str | None, rule: Captio
     Raises: UserError for malformed sizes.
     """
     sizes = shard_sizes(urls)
-    epoch = _ShardEpoch(urls, sizes, image, rule)
-    if sizes is not None:
-        return Source(name, sum(sizes), None, epoch)
-    return Source(name, total_size(urls), len(urls), epoch, note=partial(_uneven, urls))
+    known = [size for size in sizes if size is not None]
+    if len(known) == len(urls):
+        return Source(name, sum(known), None, _ShardEpoch(urls, known, image, rule))
+    epoch = _ShardEpoch(urls, None, image, rule)
+    return Source(name, total_size(urls, sizes), len(urls), epoch, note=partial(_uneven, urls))
 
 
 def read_shard(url: str, image: str | None = None, rule: CaptionRule | None = None) -> Iterator[RawPair]:
@@ -510,18 +498,23 @@ def _uneven(urls: Sequence[str], parts: int) -> str | None:
 # ---- order -------------------------------------------------------------------------------------------------------
 
 
+def _permutation(count: int, seed: int, number: int) -> list[int]:
+    """The order of `count` elements in an epoch."""
+    order = list(range(count))
+    random.Random(f"{seed}/{number}").shuffle(order)
+    return order
+
+
 def block_slices(sizes: Sequence[int], seed: int, number: int, part: int, parts: int) -> Iterator[tuple[int, int, int]]:
     """Yields (block, start, stop) for one part of an epoch over blocks of known sizes.
 
     The blocks are permuted by (seed, number), and the sequence of their elements is cut into parts whose lengths differ
     by one at most: a part reads few blocks, and each block by few parts.
     """
-    order = list(range(len(sizes)))
-    random.Random(f"{seed}/{number}").shuffle(order)
     total = sum(sizes)
     first, last = part * total // parts, (part + 1) * total // parts
     position = 0
-    for block in order:
+    for block in _permutation(len(sizes), seed, number):
         start, stop = max(first - position, 0), min(last - position, sizes[block])
         if start < stop:
             yield block, start, stop

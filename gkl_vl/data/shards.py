@@ -228,45 +228,46 @@ def _require_mark(shard: str) -> None:
 # ---- sizes -------------------------------------------------------------------------------------------------------
 
 
-def shard_sizes(urls: Sequence[str]) -> list[int] | None:
-    """Pairs in each shard; None unless all are counted, in `sizes.json` beside it or img2dataset's `NAME_stats.json`.
+def shard_sizes(urls: Sequence[str]) -> list[int | None]:
+    """Pairs in each shard, from `sizes.json` beside it or img2dataset's `NAME_stats.json`; None if it is in neither.
 
     Raises: UserError for a malformed file.
     """
-    tables: dict[Path, dict[str, Any]] = {}
-    sizes = []
-    for url in urls:
-        shard = Path(url)
-        file = shard.parent / "sizes.json"
-        if not is_local(url):
-            return None
-        if file.is_file():
-            if file not in tables:
-                tables[file] = read_json(file, dict)
-            size = tables[file].get(shard.name)
-        else:
-            file = shard.with_name(f"{shard.name.partition('.')[0]}_stats.json")
-            size = read_json(file, dict).get("successes") if file.is_file() else None
-        if size is None:
-            return None
-        if size == 0 and next(read_samples(url, wanted=lambda ending: False, stream=True), None) is not None:
-            raise UserError(f"{str(file)!r} has 0 for {shard.name}, which holds pairs: correct it")
-        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-            raise UserError(f"{str(file)!r} has {json.dumps(size)} for {shard.name}: write its number of pairs")
-        sizes.append(size)
-    return sizes
+    folders = {Path(url).parent for url in urls if is_local(url)}
+    tables = {
+        folder: read_json(folder / "sizes.json") for folder in sorted(folders) if (folder / "sizes.json").is_file()
+    }
+    return [_shard_size(url, tables.get(Path(url).parent)) if is_local(url) else None for url in urls]
 
 
-def total_size(urls: Sequence[str]) -> int | None:
-    """Pairs in all shards, from `shard_sizes` or from `__len__` files, one for each folder; None if unknown.
+def _shard_size(url: str, table: dict[str, Any] | None) -> int | None:
+    """`table` = the content of sizes.json; None without one."""
+    shard = Path(url)
+    if table is not None:
+        file, size = shard.parent / "sizes.json", table.get(shard.name)
+    else:
+        file = shard.with_name(f"{shard.name.partition('.')[0]}_stats.json")
+        size = read_json(file).get("successes") if file.is_file() else None
+    if size is None:
+        return None
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        raise UserError(f"{str(file)!r} has {json.dumps(size)} for {shard.name}: write its number of pairs")
+    if size == 0 and next(read_samples(url, wanted=lambda ending: False, stream=True), None) is not None:
+        raise UserError(f"{str(file)!r} has 0 for {shard.name}, which holds pairs: correct it")
+    return size
+
+
+def total_size(urls: Sequence[str], sizes: Sequence[int | None]) -> int | None:
+    """Pairs in all shards, from their sizes or from `__len__` files, one for each folder; None if unknown.
 
     Raises: UserError for a malformed file.
     """
     total = 0
     for folder in dict.fromkeys(Path(url).parent for url in urls):
-        sizes = shard_sizes([url for url in urls if Path(url).parent == folder])
-        if sizes is not None:
-            total += sum(sizes)
+        of_folder = [size for url, size in zip(urls, sizes, strict=True) if Path(url).parent == folder]
+        known = [size for size in of_folder if size is not None]
+        if len(known) == len(of_folder):
+            total += sum(known)
             continue
         length = folder / "__len__"
         if not length.is_file():

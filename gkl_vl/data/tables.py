@@ -149,10 +149,10 @@ def _require_equal(first: Path, expected: pyarrow.Schema, file: Path, schema: py
     columns, other = ({field.name: field.type for field in each} for each in (expected, schema))
     for name in [*columns, *other]:
         if columns.get(name) != other.get(name):
-            found = "lacks it" if name not in other else f"has it as {other[name]}"
+            in_other = "lacks it" if name not in other else f"has it as {other[name]}"
             known = "lacks it" if name not in columns else f"has it as {columns[name]}"
             raise UserError(
-                f"column {name!r} differs between parquet files: {str(first)!r} {known}, {str(file)!r} {found}: "
+                f"column {name!r} differs between parquet files: {str(first)!r} {known}, {str(file)!r} {in_other}: "
                 "name files of one table"
             )
     names, other_names = (class_labels(each) for each in (expected, schema))

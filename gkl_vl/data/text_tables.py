@@ -79,7 +79,7 @@ def read_jsonl(path: str, image_field: str, rule: CaptionRule | None) -> list[Ro
         try:
             record = parsed(line.encode())
             if not isinstance(record, dict) or not isinstance(record.get(image_field), str):
-                raise BrokenSample(f"line {number} has no text {image_field!r}")
+                raise BrokenSample(f"no object with a text {image_field!r}")
             captions = () if rule is None else captions_in(record, rule.field or "caption")
             rows.append((record[image_field], captions, ""))
         except BrokenSample as error:

@@ -332,13 +332,13 @@ def zero_shot_classifier(
 def _prompts(classnames: Sequence[str], templates: Templates) -> list[list[str]]:
     """The prompts of each class."""
     if isinstance(templates, dict):
-        found = [templates[key] if key is not None else [] for key in keys_of(classnames, templates)]
-        if lacking := [name for name, prompts in zip(classnames, found, strict=True) if not prompts]:
+        of_classes = [templates[key] if key is not None else [] for key in keys_of(classnames, templates)]
+        if lacking := [name for name, prompts in zip(classnames, of_classes, strict=True) if not prompts]:
             raise UserError(
                 f"the prompts have no entry for the class {lacking[0]!r} ({len(lacking)} of {len(classnames)} classes; "
                 f"they have {listed(list(templates))}): add one"
             )
-        return found
+        return of_classes
     for template in templates:
         if "{c}" not in template:
             raise UserError(f"the template {template!r} has no place for the class name: write {{c}}")

@@ -222,11 +222,11 @@ def _class_folders(folder: Path, pattern: str) -> list[str]:
     if not folder.is_dir():
         return []
     names = subfolders(folder)
-    found = [name for name in names if re.fullmatch(pattern, name)]
-    if found and len(found) < len(names):
-        others = [name for name in names if name not in found]
+    classes = [name for name in names if re.fullmatch(pattern, name)]
+    if classes and len(classes) < len(names):
+        others = [name for name in names if name not in classes]
         notice(f"{folder} has folders that are no classes and are not read: {len(others)}, as {others[0]}")
-    return found
+    return classes
 
 
 def objectnet_mappings(folder: Path) -> Path | None:

@@ -375,14 +375,12 @@ def _load_open_clip_folder(name: str, prefix: str, rest: str, *, allow_pickle: b
 def _tokenizer(model: Any, model_cfg: dict, folder: Path | None, source: str) -> Any:
     """The model's tokenizer, of which every token has an embedding."""
     tokenizer = tokenizer_for(model_cfg, folder=folder, source=source)
-    text_cfg = model_cfg["text_cfg"]
-    rows = model.text.config.vocab_size if text_cfg.get("hf_model_name") else CLIPTextCfg(**text_cfg).vocab_size
+    text_cfg = CLIPTextCfg(**model_cfg["text_cfg"])
+    rows = model.text.config.vocab_size if text_cfg.hf_model_name else text_cfg.vocab_size
     is_hf = isinstance(tokenizer, open_clip.tokenizer.HFTokenizer)
     eos_id = tokenizer.tokenizer.eos_token_id if is_hf else tokenizer.eot_token_id
-    if text_cfg.get("pool_type") == "eos" and CLIPTextCfg(**text_cfg).eos_id != eos_id:
-        raise UserError(
-            f"text_cfg.eos_id in {source} is {CLIPTextCfg(**text_cfg).eos_id}, its tokenizer's is {eos_id}: correct it"
-        )
+    if text_cfg.pool_type == "eos" and text_cfg.eos_id != eos_id:
+        raise UserError(f"text_cfg.eos_id in {source} is {text_cfg.eos_id}, its tokenizer's is {eos_id}: correct it")
     if is_hf:
         check_vocabulary(tokenizer.tokenizer, rows, source)
     elif tokenizer.vocab_size > rows:

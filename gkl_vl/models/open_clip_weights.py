@@ -111,12 +111,12 @@ def find_weights(
 
 def _tags(architecture: str, cfg: Mapping[str, Any]) -> dict[str, Settings]:
     """Settings of all tags of an architecture. A model config with QuickGELU has it for all tags."""
-    found = {}
+    settings = {}
     for tag in open_clip.list_pretrained_tags_by_model(architecture) if architecture else []:
         values = open_clip.get_pretrained_cfg(architecture, tag)
         quick_gelu = bool(values.get("quick_gelu") or cfg.get("quick_gelu"))
-        found[tag] = settings_of(values, quick_gelu=quick_gelu)
-    return found
+        settings[tag] = settings_of(values, quick_gelu=quick_gelu)
+    return settings
 
 
 def _clean(tag: str) -> str:

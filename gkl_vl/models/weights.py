@@ -110,12 +110,12 @@ def read_state_dict(path: str | Path, *, allow_pickle: bool) -> dict[str, Tensor
     path = Path(path)
     stored: Any = _read(path, allow_pickle=allow_pickle)
     while isinstance(stored, Mapping):
-        found = [key for key in _NESTED if isinstance(stored.get(key), Mapping)]
-        if not found:
+        keys = [key for key in _NESTED if isinstance(stored.get(key), Mapping)]
+        if not keys:
             break
-        if averages := [key for key in found[1:] if "ema" in key]:
-            notice(f"weights {str(path)!r}: took {found[0]!r}; the file also holds {averages[0]!r}")
-        stored = stored[found[0]]
+        if averages := [key for key in keys[1:] if "ema" in key]:
+            notice(f"weights {str(path)!r}: took {keys[0]!r}; the file also holds {averages[0]!r}")
+        stored = stored[keys[0]]
     if not isinstance(stored, Mapping) or not stored or not all(isinstance(v, Tensor) for v in stored.values()):
         raise UserError(f"weights {str(path)!r} hold no state dict, plain or under 'model' or 'state_dict': save one")
     _refuse_other_layouts(stored, path)

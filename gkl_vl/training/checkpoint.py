@@ -171,8 +171,8 @@ class RunFolder:
 
     def saved(self) -> dict[int, Path]:
         """Step -> folder of each complete checkpoint, in the order of the steps."""
-        found = [(re.fullmatch(rf"{_PREFIX}(\d{{8,}})", path.name), path) for path in self.checkpoints.glob("*")]
-        steps = {int(match[1]): path for match, path in found if match and (path / "loop.json").is_file()}
+        names = [(re.fullmatch(rf"{_PREFIX}(\d{{8,}})", path.name), path) for path in self.checkpoints.glob("*")]
+        steps = {int(match[1]): path for match, path in names if match and (path / "loop.json").is_file()}
         return dict(sorted(steps.items()))
 
     def remove_old(self) -> None:

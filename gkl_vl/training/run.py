@@ -281,8 +281,8 @@ def default_folder(resume: str | None, recipe: str) -> Path:
         return Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     if resume != "latest":
         return Path(resume).absolute().parent.parent
-    found = {path.parents[1] for path in Path("runs").glob(f"{recipe}-*/checkpoints/step_*")}
-    folders = [folder for folder in found if RunFolder(folder, is_main=False).saved()]
+    runs = {path.parents[1] for path in Path("runs").glob(f"{recipe}-*/checkpoints/step_*")}
+    folders = [folder for folder in runs if RunFolder(folder, is_main=False).saved()]
     if not folders:
         raise UserError(
             f"--resume latest: no runs/{recipe}-* folder here has a checkpoint: name the run with --output-dir"
@@ -313,14 +313,14 @@ def check_same_flags(now: dict[str, Any], before: dict[str, Any]) -> None:
 
 def input_files(flags: dict[str, Any]) -> dict[str, list]:
     """Size and SHA-256 of each file that a flag names, by flag; of files above `LARGEST_HASHED` the size alone."""
-    found = {}
+    inputs = {}
     for name, value in flags.items():
         place = resolved(value, Path.cwd()) if isinstance(value, str) and name not in MAY_DIFFER else None
         file = Path(place.rpartition("=")[2]) if place is not None else None
         if file is not None and file.is_file():
             size = file.stat().st_size
-            found[name] = [size, hashlib.sha256(file.read_bytes()).hexdigest() if size <= LARGEST_HASHED else None]
-    return found
+            inputs[name] = [size, hashlib.sha256(file.read_bytes()).hexdigest() if size <= LARGEST_HASHED else None]
+    return inputs
 
 
 def is_same(now: Any, before: Any, folder: Path) -> bool:

@@ -15,6 +15,7 @@ import re
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -241,13 +242,22 @@ def _is_at(file: int, path: Path) -> bool:
     return path.exists() and os.path.samestat(os.fstat(file), path.stat())
 
 
+def _written_holder(file: int) -> str:
+    """What the holder of a lock wrote, for which it may need a moment after it has the lock."""
+    for _ in range(20):
+        if holder := os.pread(file, 1000, 0).decode(errors="replace").strip():
+            return holder
+        time.sleep(0.05)
+    return "another process"
+
+
 def _lock(file: int) -> str | None:
     """Locks an open file; returns the process that holds it where one does."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            return os.pread(file, 1000, 0).decode(errors="replace").strip() or "another process"
+            return _written_holder(file)
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
             raise
         print("this disk has no locks: do not start a second run in the same folder", file=sys.stderr)

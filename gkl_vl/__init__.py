@@ -1,5 +1,6 @@
 """Distil large CLIP teachers into small students with the Generalized Kullback-Leibler loss."""
 
+from gkl_vl.losses.cross_logits import cross_logits_loss as cross_logits_loss
 from gkl_vl.losses.gkl import ClassPrior as ClassPrior
 from gkl_vl.losses.gkl import GklSettings as GklSettings
 from gkl_vl.losses.gkl import dkl_loss as dkl_loss

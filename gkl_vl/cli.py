@@ -91,6 +91,7 @@ BOUNDS: dict[str, Bounds] = {
     "ema_decay": Bounds(at_least=0, below=1),
     # loss
     **dict.fromkeys(("contrastive_weight", "mimicry_weight", "soft_ce_weight", "wmse_weight", "gamma"), SIZE),
+    **dict.fromkeys(("cross_soft_ce_weight", "cross_wmse_weight", "bank_size"), SIZE),
     **dict.fromkeys(("ce_weight", "kl_weight", "unlabelled_weight", "awp_gamma"), SIZE),
     **dict.fromkeys(("temperature", "weight_temperature"), Bounds(above=0)),
     "threshold": Bounds(at_least=0, at_most=1),

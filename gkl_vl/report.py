@@ -34,6 +34,8 @@ _TERMS = {
     "soft_ce": "soft CE",
     "wmse": "wMSE",
     "mimicry": "mimicry",
+    "cross_soft_ce": "cross soft CE",
+    "cross_wmse": "cross wMSE",
     "kl": "KL",
     "ce": "labels",
     "distillation": "distillation",

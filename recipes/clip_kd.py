@@ -29,6 +29,7 @@ from gkl_vl.training.clip import (
     ClipModels,
     ClipOptimisation,
     caption_weights,
+    make_bank,
     open_captions,
     train_clip,
 )
@@ -54,9 +55,11 @@ def main(config: Config) -> None:
         config,
         recipe="clip_kd",
         data=data,
-        make_objective=lambda setup: ClipKd(student=setup.student, teacher=setup.teach, weights=weights),
+        make_objective=lambda setup: ClipKd(
+            student=setup.student, teacher=setup.teach, weights=weights, bank=make_bank(config.loss)
+        ),
         bundled_lr=6e-3,
-        mimicry=bool(weights.mimicry_weight),
+        mapped=weights.mapped,
     )
 
 

@@ -27,6 +27,7 @@ from gkl_vl.training.clip import (
     ClipModels,
     ClipOptimisation,
     caption_weights,
+    make_bank,
     open_captions,
     train_clip,
 )
@@ -66,9 +67,15 @@ def main(config: Config) -> None:
         config,
         recipe="clip_robust",
         data=data,
-        make_objective=lambda setup: ClipKd(student=setup.student, teacher=setup.teach, weights=weights, attack=attack),
+        make_objective=lambda setup: ClipKd(
+            student=setup.student,
+            teacher=setup.teach,
+            weights=weights,
+            bank=make_bank(config.loss),
+            attack=attack,
+        ),
         bundled_lr=6e-3,
-        mimicry=bool(weights.mimicry_weight),
+        mapped=weights.mapped,
         detail=f" · against {norm} {epsilon}",
         attack=f"{epsilon} in {norm}",
     )

@@ -15,7 +15,7 @@ Papers: Li et al., "PromptKD", CVPR 2024, arXiv 2403.02781 (the setting); Cui et
 (the loss and the class prior). The combination is this project's. Results: recipes/README.md.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import tyro
@@ -28,8 +28,7 @@ from gkl_vl.errors import UserError
 from gkl_vl.evaluation.embed import Embedder, zero_shot_classifier
 from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.objectives.common import EpochPrior
-from gkl_vl.objectives.zero_shot import ZeroShotKd, prompt_tokens, sorted_by_length
-from gkl_vl.teachers.online import zero_shot_teacher
+from gkl_vl.objectives.zero_shot import ZeroShotKd, mapped_sides, prompt_tokens, sorted_by_length
 from gkl_vl.training.clip import ClipData, ClipEvaluation, ClipModels, ClipOptimisation, ClipSetup, train_clip
 from gkl_vl.training.run import RunFlags
 
@@ -53,6 +52,10 @@ class Loss:
     """Settings of GKL."""
 
     gkl: Annotated[GklSettings, tyro.conf.arg(name="")] = GklSettings(wmse_weight=0.05, gamma=0.5)
+    cross_soft_ce_weight: float = 0.0
+    """Soft cross entropy of the student's images against the teacher's class embeddings, on the teacher's scale."""
+    cross_wmse_weight: float = 0.0
+    """wMSE of the same logits; gamma, the temperatures and the class prior are GKL's."""
     class_prior: bool = False
     """Weigh wMSE by the teacher's mean softmax, in the last pass, over images with the same likeliest class."""
 
@@ -74,7 +77,9 @@ def main(config: Config) -> None:
     if config.model.teacher == "none":
         raise UserError("--teacher none: without captions the teacher's logits are the only target, so name a teacher")
     if not (gkl.soft_ce_weight or gkl.wmse_weight):
-        raise UserError("every weight is 0, so there is nothing to train on: set --soft-ce-weight or --wmse-weight")
+        raise UserError(
+            "--soft-ce-weight 0 and --wmse-weight 0: no other term trains the student's text tower, so set one of them"
+        )
     if name is not None and config.data.prompts is None:
         raise UserError(f"--train-data {name} needs classes for the teacher's logits: give --prompts")
     if name is None:
@@ -87,9 +92,15 @@ def main(config: Config) -> None:
         data=ClipData(source=source, name=name),
         make_objective=lambda setup: make_objective(config, setup, prompts, source),
         bundled_lr=3e-3,
+        mapped=mapped_sides(cross_settings(config.loss)),
         detail=f" on images of {source.name}",
         check=lambda images: check_prior(config, source, images),
     )
+
+
+def cross_settings(loss: Loss) -> GklSettings:
+    """GKL of the cross logits."""
+    return replace(loss.gkl, soft_ce_weight=loss.cross_soft_ce_weight, wmse_weight=loss.cross_wmse_weight)
 
 
 def find_prompts(data: ImageData, source: Source) -> Prompts:
@@ -103,7 +114,7 @@ def check_prior(config: Config, source: Source, images: int) -> None:
     """Raises: UserError where a run that sees so many images never uses the class prior."""
     if not config.loss.class_prior:
         return
-    if not config.loss.gkl.wmse_weight:
+    if not (config.loss.gkl.wmse_weight or config.loss.cross_wmse_weight):
         raise UserError("--class-prior weighs wMSE and has no effect with --wmse-weight 0: give --no-class-prior")
     if source.num_pairs is None:
         raise UserError(
@@ -126,9 +137,11 @@ def make_objective(config: Config, setup: ClipSetup, prompts: Prompts, source: S
     prior = EpochPrior(len(prompts.classnames), config.loss.gkl.weight_temperature) if config.loss.class_prior else None
     return ZeroShotKd(
         student=setup.student,
-        teacher=zero_shot_teacher(setup.teach, classes.to(setup.device)),
+        teacher=setup.teach,
+        classes=classes.to(setup.device),
         tokens=prompt_tokens(prompts, setup.student, setup.device),
         gkl=config.loss.gkl,
+        cross=cross_settings(config.loss),
         prior=prior,
         num_images=source.num_pairs,
         seed=config.run.seed,

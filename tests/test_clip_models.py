@@ -314,9 +314,9 @@ def test_the_scale_is_clamped_between_1_and_100():
 
 def test_a_student_returns_what_the_loss_needs():
     clip = load_clip("emoji-student")
-    model = Student(clip.towers, embed_dim=clip.embed_dim, mimicry_dim=7)
+    model = Student(clip.towers, embed_dim=clip.embed_dim, teacher_dim=7, mapped=("image", "text"))
     pixels = clip.prepare(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
     output = model(pixels, clip.tokenize(["a", "b"]))
-    assert set(output) == {"image", "text", "logit_scale", "mimicry_image", "mimicry_text"}
-    assert output["mimicry_image"].shape == (2, 7)
-    assert output["mimicry_text"].norm(dim=1).tolist() == pytest.approx([1, 1], abs=1e-5)
+    assert set(output) == {"image", "text", "logit_scale", "mapped_image", "mapped_text"}
+    assert output["mapped_image"].shape == (2, 7)
+    assert output["mapped_text"].norm(dim=1).tolist() == pytest.approx([1, 1], abs=1e-5)

@@ -74,11 +74,11 @@ class Distil(Objective):
 
     def loss(self, outputs, targets):
         loss, scalars = image_text_loss(
-            **{name: tensor for name, tensor in outputs.items() if not name.startswith("mimicry_")},
+            **{name: tensor for name, tensor in outputs.items() if not name.startswith("mapped_")},
             **targets,
             teacher_logit_scale=torch.tensor(20.0),
         )
-        mimicry = {name: outputs[f"mimicry_{name}"] for name in ("image", "text")}
+        mimicry = {name: outputs[f"mapped_{name}"] for name in ("image", "text")}
         return loss + 10 * mimicry_loss(**mimicry, **targets), scalars
 
 
@@ -88,7 +88,7 @@ def train(rank, world_size, folder, sharded, steps, resume=None):
     torch.manual_seed(0)
     clip = load_clip("emoji-student")
     length, seen = clip.model_cfg["text_cfg"]["context_length"], []
-    model = Student(clip.towers, embed_dim=clip.embed_dim, mimicry_dim=24)
+    model = Student(clip.towers, embed_dim=clip.embed_dim, teacher_dim=24, mapped=("image", "text"))
 
     def make_loader(position):
         return Loader(rank, clip.image_size, length, position)

@@ -12,13 +12,16 @@ from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
 from gkl_vl.models.clip import MODEL_CONFIGS, Clip, Student, load_clip
 from gkl_vl.models.modes import freeze
 from gkl_vl.objectives.clip import ClipKd, ClipKdWeights
+from gkl_vl.teachers.bank import Bank
 from gkl_vl.teachers.online import online_teacher, teacher_scales
 
 WEIGHTS = ClipKdWeights(
     contrastive_weight=1.0,
     mimicry_weight=7.0,
     gkl=GklSettings(soft_ce_weight=2.0, wmse_weight=0.3, gamma=0.5, temperature=2.0, weight_temperature=3.0),
+    cross=GklSettings(soft_ce_weight=0.0, wmse_weight=0.0),
 )
+SIDES = ("image", "text")
 CAPTIONS = ["red car", "a very long flag", "red car"]
 
 
@@ -58,13 +61,13 @@ def batch(student, teacher) -> dict:
     }
 
 
-def model_for(student: Clip, mimicry_dim: int | None) -> Student:
+def model_for(student: Clip, teacher_dim: int) -> Student:
     torch.manual_seed(3)
-    return Student(student.towers, embed_dim=student.embed_dim, mimicry_dim=mimicry_dim).eval()
+    return Student(student.towers, embed_dim=student.embed_dim, teacher_dim=teacher_dim, mapped=SIDES).eval()
 
 
 def clip_kd(model, batch, *, student, teacher, weights):
-    objective = ClipKd(student=student, teacher=teacher, weights=weights)
+    objective = ClipKd(student=student, teacher=teacher, weights=weights, bank=Bank(0))
     return objective.loss(objective.outputs(model, batch), objective.targets(batch))
 
 
@@ -91,8 +94,8 @@ def test_the_objective_is_the_sum_of_its_terms(student, teacher, batch):
         weight_temperature=3.0,
     )
     mimicry = mimicry_loss(
-        image=output["mimicry_image"],
-        text=output["mimicry_text"],
+        image=output["mapped_image"],
+        text=output["mapped_text"],
         teacher_image=teacher_image,
         teacher_text=teacher_text,
     )
@@ -127,7 +130,7 @@ def test_a_model_with_a_bias_is_a_siglip(student_config, student, teacher, batch
         output, targets = model(trained.prepare(batch["image"]), batch["text"]), online_teacher(frozen)(batch)
         forms = {"sigmoid": trained is biased, "teacher_sigmoid": trained is biased and frozen is siglip_teacher}
         logits, _ = image_text_loss(
-            **{name: tensor for name, tensor in output.items() if not name.startswith("mimicry")},
+            **{name: tensor for name, tensor in output.items() if not name.startswith("mapped")},
             **targets,
             text_ids=batch["text_ids"],
             contrastive_weight=WEIGHTS.contrastive_weight,

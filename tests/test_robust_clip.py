@@ -32,6 +32,7 @@ from gkl_vl.objectives.clip import ClipKd, ClipKdWeights, ImageAttack, image_att
 from gkl_vl.robustness import pgd, zero_shot
 from gkl_vl.robustness.results import wilson_interval
 from gkl_vl.robustness.zero_shot import ZeroShot, _zero_shot_examples, attack_zero_shot
+from gkl_vl.teachers.bank import Bank
 from gkl_vl.training.checkpoint import RunFolder
 from gkl_vl.training.engine import FitConfig, fit
 from gkl_vl.training.optim import adamw
@@ -41,6 +42,7 @@ WEIGHTS = ClipKdWeights(
     contrastive_weight=1.0,
     mimicry_weight=7.0,
     gkl=GklSettings(soft_ce_weight=2.0, wmse_weight=0.3, gamma=0.5, temperature=2.0, weight_temperature=3.0),
+    cross=GklSettings(soft_ce_weight=0.0, wmse_weight=0.0),
 )
 ATTACK = image_attack("linf", 4 / 255)
 TEXT = {"context_length": 24, "vocab_size": 4096, "hf_tokenizer_name": "gkl-vl/clip-bpe-4096"}
@@ -69,7 +71,7 @@ def student_of(config: str, bias: float | None = None) -> Clip:
 
 def model_of(clip: Clip) -> Student:
     torch.manual_seed(1)
-    return Student(clip.towers, embed_dim=16, mimicry_dim=WIDTH)
+    return Student(clip.towers, embed_dim=16, teacher_dim=WIDTH, mapped=("image", "text"))
 
 
 def batch_of(clip: Clip, seed: int = 2) -> dict:
@@ -98,7 +100,7 @@ class Teacher:
 
 
 def objective_of(clip: Clip, attack: ImageAttack | None = ATTACK, teacher: Teacher | None = None) -> ClipKd:
-    return ClipKd(student=clip, teacher=teacher or Teacher(), weights=WEIGHTS, attack=attack)
+    return ClipKd(student=clip, teacher=teacher or Teacher(), weights=WEIGHTS, bank=Bank(0), attack=attack)
 
 
 # ---- the attack --------------------------------------------------------------------------------------------------
@@ -190,14 +192,16 @@ def test_every_setting_changes_the_attack(configs):
     wmse_alone = attacked(replace(ATTACK, soft_ce_weight=0.0, wmse_weight=1.0))
     assert not torch.equal(base, wmse_alone)
     torch.manual_seed(4)
-    without_teacher = ClipKd(student=clip, teacher=None, weights=WEIGHTS, attack=ATTACK).prepare(batch)["attacked"]
+    without_teacher = ClipKd(student=clip, teacher=None, weights=WEIGHTS, bank=Bank(0), attack=ATTACK).prepare(batch)[
+        "attacked"
+    ]
     assert not torch.equal(base, without_teacher)
 
 
 def test_without_a_teacher_the_contrastive_loss_is_maximised(configs):
     clip = student_of(configs["vit"])
     batch = batch_of(clip)
-    objective = ClipKd(student=clip, teacher=None, weights=WEIGHTS, attack=ATTACK)
+    objective = ClipKd(student=clip, teacher=None, weights=WEIGHTS, bank=Bank(0), attack=ATTACK)
     losses = []
     for pixels in (clip.scaled(batch["image"]), objective.prepare(batch)["attacked"]):
         image, text = clip.towers.encode_image(clip.normalised(pixels)), clip.towers.encode_text(batch["text"])
@@ -234,7 +238,7 @@ def test_the_student_gets_attacked_images_and_the_teacher_clean_ones(configs):
     assert len(teacher.images) == 1 and torch.equal(teacher.images[0], batch["image"])
     output, targets = model(clip.normalised(prepared["attacked"]), batch["text"]), Teacher()(batch)
     logits, _ = image_text_loss(
-        **{name: tensor for name, tensor in output.items() if not name.startswith("mimicry")},
+        **{name: tensor for name, tensor in output.items() if not name.startswith("mapped_")},
         **targets,
         text_ids=batch["text_ids"],
         contrastive_weight=1.0,
@@ -245,8 +249,8 @@ def test_the_student_gets_attacked_images_and_the_teacher_clean_ones(configs):
         weight_temperature=3.0,
     )
     mimicry = mimicry_loss(
-        image=output["mimicry_image"],
-        text=output["mimicry_text"],
+        image=output["mapped_image"],
+        text=output["mapped_text"],
         teacher_image=targets["teacher_image"],
         teacher_text=targets["teacher_text"],
     )

@@ -32,7 +32,7 @@ from gkl_vl.models.clip import Clip, Student, load_clip
 from gkl_vl.models.modes import freeze
 from gkl_vl.objectives.common import EpochPrior
 from gkl_vl.objectives.zero_shot import ZeroShotKd, prompt_tokens, sorted_by_length
-from gkl_vl.teachers.online import online_teacher, zero_shot_teacher
+from gkl_vl.teachers.online import online_teacher
 from gkl_vl.training import clip as training
 from gkl_vl.training.gradient_cache import backward_from_cache, embed_all
 
@@ -40,6 +40,8 @@ call = test_recipes.call  # the fixture
 NAMES = ("a very long name of a thing", "cat", "a dog that barks", "fish", "the smallest bird")
 PROMPTS = Prompts(classnames=NAMES, templates=("{c}", "a photo of {c}, they say", "{c}!"))
 WEIGHTS = GklSettings(soft_ce_weight=2.0, wmse_weight=0.3, gamma=0.7, temperature=2.0, weight_temperature=3.0)
+CROSS = GklSettings(soft_ce_weight=1.5, wmse_weight=0.4, gamma=0.7, temperature=2.0, weight_temperature=3.0)
+NO_CROSS = GklSettings(soft_ce_weight=0.0, wmse_weight=0.0)
 ROWS = 12
 UPDATES = 5  # of ROWS images each; a pass over the data is 2 of them
 PASS = 2 * ROWS
@@ -72,12 +74,14 @@ def class_embeddings(teacher: Clip) -> torch.Tensor:
     return zero_shot_classifier(embedder, classnames=PROMPTS.classnames, templates=PROMPTS.templates)
 
 
-def zero_shot_kd(student: Clip, teacher: Clip, *, with_prior=True, gkl=WEIGHTS, seed=0) -> ZeroShotKd:
+def zero_shot_kd(student: Clip, teacher: Clip, *, with_prior=True, gkl=WEIGHTS, cross=NO_CROSS, seed=0) -> ZeroShotKd:
     return ZeroShotKd(
         student=student,
-        teacher=zero_shot_teacher(online_teacher(teacher), class_embeddings(teacher)),
+        teacher=online_teacher(teacher),
+        classes=class_embeddings(teacher),
         tokens=prompt_tokens(PROMPTS, student, torch.device("cpu")),
         gkl=gkl,
+        cross=cross,
         prior=EpochPrior(len(NAMES), gkl.weight_temperature) if with_prior else None,
         num_images=PASS if with_prior else None,
         seed=seed,
@@ -92,18 +96,22 @@ def batches() -> list[dict]:
     return [{"image": image, "keys": [f"{i}/{k}" for k in range(ROWS)]} for i, image in enumerate(images)]
 
 
-def colour_teacher(batch: dict) -> torch.Tensor:
-    """Logits from the mean colour: a random CLIP predicts the same class for all images."""
+def colour_teacher(batch: dict) -> dict[str, torch.Tensor]:
+    """Embeddings from the mean colour, one dimension a class: a random CLIP predicts the same class for all images."""
     by_class = torch.randn(3, len(NAMES), generator=torch.Generator().manual_seed(4))
-    return 8 * (batch["image"].float().mean(dim=(2, 3)) / 128 - 1) @ by_class
+    image = (batch["image"].float().mean(dim=(2, 3)) / 128 - 1) @ by_class
+    return {"teacher_image": F.normalize(image, dim=1), "teacher_logit_scale": torch.tensor(8.0)}
 
 
 def part(batch: dict, start: int, stop: int) -> dict:
     return {name: value[start:stop] for name, value in batch.items()}
 
 
-def model_of(student: Clip) -> Student:
-    return Student(student.towers, embed_dim=student.embed_dim, mimicry_dim=None)
+def model_of(student: Clip, teacher_dim: int | None = None) -> Student:
+    """With `teacher_dim` its images have a map into the teacher's space."""
+    torch.manual_seed(5)
+    sides = () if teacher_dim is None else ("image",)
+    return Student(student.towers, embed_dim=student.embed_dim, teacher_dim=teacher_dim, mapped=sides)
 
 
 # ---- the loss ----------------------------------------------------------------------------------------------------
@@ -271,8 +279,8 @@ def updates_of(objective: ZeroShotKd, model: torch.nn.Module, shares: list[list[
 
 
 def with_colour_teacher(folder: Path) -> ZeroShotKd:
-    objective = zero_shot_kd(*models(folder))
-    objective.teacher = colour_teacher
+    objective = zero_shot_kd(*models(folder), cross=CROSS)
+    objective.teacher, objective.classes = colour_teacher, torch.eye(len(NAMES))
     return objective
 
 
@@ -284,7 +292,7 @@ def run_of(rank: int, world_size: int, folder: Path, accum_steps: int = 1) -> li
         step = rows // accum_steps
         parts.append([part(own, start, start + step) for start in range(0, rows, step)])
     objective = with_colour_teacher(folder)
-    return updates_of(objective, model_of(objective.student), parts)
+    return updates_of(objective, model_of(objective.student, len(NAMES)), parts)
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +340,7 @@ def test_several_batches_equal_one_large_one(folder, alone, accum_steps):
 def test_a_loaded_state_continues_exactly(folder, cut):
     """Within a pass and between two passes."""
     whole, resumed = (with_colour_teacher(folder) for _ in range(2))
-    model = model_of(whole.student)
+    model = model_of(whole.student, len(NAMES))
     parts = [[batch] for batch in batches()]
     updates_of(whole, model, parts[:cut])
     resumed.load_state(copy.deepcopy(whole.state()))
@@ -345,7 +353,7 @@ def test_a_loaded_state_continues_exactly(folder, cut):
 
 def test_without_a_prior_there_are_no_rows_and_no_state_of_it(folder):
     objective = zero_shot_kd(*models(folder), with_prior=False)
-    assert set(objective.targets(batches()[0])) == {"teacher"} and set(objective.state()) == {"updates", "images"}
+    assert "prior" not in objective.targets(batches()[0]) and set(objective.state()) == {"updates", "images"}
 
 
 # ---- images ------------------------------------------------------------------------------------------------------
@@ -533,7 +541,10 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped(place, call):
         (["--prompts", "{place}/strange.json"], "has the class 'bleu', which the data lacks: did you mean 'blue'?"),
         (["--prompts", "{place}/none.json"], "none.json' does not exist"),
         (["--teacher", "none"], "the teacher's logits are the only target, so name a teacher"),
-        (["--soft-ce-weight", "0", "--wmse-weight", "0"], "nothing to train on: set --soft-ce-weight or --wmse-weight"),
+        (
+            ["--soft-ce-weight", "0", "--wmse-weight", "0"],
+            "no other term trains the student's text tower, so set one of them",
+        ),
         (["--train-data", "{place}/none.tar"], "none.tar' does not exist"),
         (
             ["--train-data", "{place}/shard.tar", "--class-prior"],

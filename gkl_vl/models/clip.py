@@ -6,7 +6,7 @@ resizing.
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -221,29 +221,37 @@ class ImageTower(nn.Module):
 
 
 class Student(nn.Module):
-    """The trained module: the towers and, for feature mimicry, linear maps into the teacher's embedding space.
+    """The trained module: the towers and, where dimensions differ, linear maps into the teacher's embedding space.
 
-    The maps exist only where the dimensions differ; they are checkpointed with the model and not exported.
-    `forward` computes all outputs because DistributedDataParallel supports one forward per step.
+    The maps are checkpointed with the model and not exported. `forward` computes all outputs because
+    DistributedDataParallel supports one forward per step.
+
+    Args:
+        embed_dim: of the student.
+        teacher_dim: of the teacher.
+        mapped: the sides, "image" and "text", whose embeddings the loss compares with the teacher's.
     """
 
-    def __init__(self, towers: Towers, *, embed_dim: int, mimicry_dim: int | None):
+    def __init__(self, towers: Towers, *, embed_dim: int, teacher_dim: int | None = None, mapped: Sequence[str] = ()):
         super().__init__()
         self.towers = towers
-        width = embed_dim if mimicry_dim is None else mimicry_dim
-        self.image_map = nn.Identity() if width == embed_dim else nn.Linear(embed_dim, width, bias=False)
-        self.text_map = nn.Identity() if width == embed_dim else nn.Linear(embed_dim, width, bias=False)
+        self.mapped = tuple(mapped)
+        width = teacher_dim if teacher_dim is not None and self.mapped else embed_dim
+        needed = self.mapped if width != embed_dim else ()  # DDP waits for the gradient of every parameter
+        self.image_map = nn.Linear(embed_dim, width, bias=False) if "image" in needed else nn.Identity()
+        self.text_map = nn.Linear(embed_dim, width, bias=False) if "text" in needed else nn.Identity()
 
     def forward(self, pixels: Float[Tensor, "n 3 h w"], *tokens: Int[Tensor, "_ _"]) -> dict[str, Tensor]:
-        """Embeddings of the images and of any number of texts, in parts whose token lengths may differ."""
+        """Embeddings of the images and of any number of texts, in parts whose token lengths may differ.
+
+        "mapped_image" and "mapped_text" are those in the teacher's space, also normalised, of the sides in `mapped`.
+        """
         image, text = self.towers.encode_image(pixels), torch.cat([self.towers.encode_text(part) for part in tokens])
-        output = {
-            "image": image,
-            "text": text,
-            "logit_scale": self.towers.log_scale().exp(),
-            "mimicry_image": F.normalize(self.image_map(image), dim=-1),
-            "mimicry_text": F.normalize(self.text_map(text), dim=-1),
-        }
+        output = {"image": image, "text": text, "logit_scale": self.towers.log_scale().exp()}
+        if "image" in self.mapped:
+            output["mapped_image"] = F.normalize(self.image_map(image), dim=-1)
+        if "text" in self.mapped:
+            output["mapped_text"] = F.normalize(self.text_map(text), dim=-1)
         bias = self.towers.bias()
         return output if bias is None else output | {"logit_bias": bias}
 

@@ -1,16 +1,20 @@
 """Distillation of a CLIP on image-text logits, with or without attacks on the student's images."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from gkl_vl.losses.cross_logits import cross_logits_loss
 from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
 from gkl_vl.models.clip import Clip, ImageTower
 from gkl_vl.models.modes import evaluating
 from gkl_vl.protocols import Batch, Objective
 from gkl_vl.robustness.pgd import Norm, pgd
+from gkl_vl.teachers.bank import Bank
 from gkl_vl.teachers.online import Teacher
 
 
@@ -39,23 +43,42 @@ def image_attack(norm: Norm, epsilon: float) -> ImageAttack:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipKdWeights:
-    """Weights of the contrastive loss, of feature mimicry and of GKL."""
+    """Weights of the contrastive loss, of feature mimicry, and of GKL in the batch and on cross logits."""
 
     contrastive_weight: float
     mimicry_weight: float
     gkl: GklSettings
+    cross: GklSettings
+
+    @property
+    def any_cross(self) -> bool:
+        """Whether cross logits count."""
+        return bool(self.cross.soft_ce_weight or self.cross.wmse_weight)
+
+    @property
+    def mapped(self) -> tuple[str, ...]:
+        """For `Student`: the sides whose embeddings are compared with the teacher's."""
+        return ("image", "text") if self.mimicry_weight or self.any_cross else ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipKd(Objective):
-    """`image_text_loss` plus weighted feature mimicry; without a teacher, the contrastive loss alone."""
+    """`image_text_loss`, `cross_logits_loss` and weighted feature mimicry; without a teacher, the contrastive loss."""
 
     student: Clip
     """Prepares the images; its towers are the ones inside the model."""
     teacher: Teacher | None
     weights: ClipKdWeights
+    bank: Bank
+    """Columns of the cross logits."""
     attack: ImageAttack | None = None
     """The student sees attacked images, the teacher the clean ones."""
+
+    @contextmanager
+    def around_update(self, batches: list[Batch]) -> Iterator[None]:
+        """The update's pairs enter the bank."""
+        yield
+        self.bank.advance()
 
     def prepare(self, batch: Batch) -> Batch:
         """With an attack: adds `targets`, which the attack needs as well, and `attacked` pixels. All ranks."""
@@ -102,15 +125,39 @@ class ClipKd(Objective):
         return {"text_ids": batch["text_ids"]} | ({} if self.teacher is None else self.teacher(batch))
 
     def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the terms. A model with a bias is a SigLIP and gets the sigmoid forms."""
-        weights = self.weights
-        mimicry = {name: outputs[f"mimicry_{name}"] for name in ("image", "text")}
-        logits = {name: tensor for name, tensor in outputs.items() if not name.startswith("mimicry_")}
-        loss, scalars = _logits_loss(logits, targets, weights)
-        if self.teacher is not None and weights.mimicry_weight:
-            term = mimicry_loss(**mimicry, **{name: targets[name] for name in ("teacher_image", "teacher_text")})
-            loss, scalars = loss + weights.mimicry_weight * term, scalars | {"mimicry": term.detach()}
+        """The weighted sum of the terms. A model with a bias is a SigLIP and gets the sigmoid forms. All ranks."""
+        logits = {name: tensor for name, tensor in outputs.items() if not name.startswith("mapped_")}
+        loss, scalars = _logits_loss(logits, targets, self.weights)
+        if self.teacher is None or not self.weights.mapped:
+            return loss, scalars
+        mapped = {side: outputs[f"mapped_{side}"] for side in ("image", "text")}
+        theirs = {name: targets[name] for name in ("teacher_image", "teacher_text")}
+        if self.weights.mimicry_weight:
+            term = mimicry_loss(**mapped, **theirs)
+            loss, scalars = loss + self.weights.mimicry_weight * term, scalars | {"mimicry": term.detach()}
+        if self.weights.any_cross:
+            text_bank, image_bank = self.bank.columns(targets["teacher_text"], targets["teacher_image"])  # all ranks
+            term, cross_scalars = cross_logits_loss(
+                **mapped,
+                **theirs,
+                text_bank=text_bank,
+                image_bank=image_bank,
+                teacher_logit_scale=targets["teacher_logit_scale"],
+                teacher_logit_bias=targets.get("teacher_logit_bias"),
+                sigmoid="logit_bias" in outputs and "teacher_logit_bias" in targets,
+                **vars(self.weights.cross),
+            )
+            loss, scalars = loss + term, scalars | cross_scalars
         return loss, scalars
+
+    def state(self) -> dict[str, Tensor]:
+        """The bank's, where cross logits count."""
+        return self.bank.state() if self.weights.any_cross else {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restores what `state` returned. All ranks."""
+        if self.weights.any_cross:
+            self.bank.load_state(state)
 
 
 def _logits_loss(

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from gkl_vl.data.prompts import Prompts
 from gkl_vl.distributed import world_size
+from gkl_vl.losses.cross_logits import cross_logits_loss
 from gkl_vl.losses.gkl import GklSettings, gkl_halves
 from gkl_vl.losses.image_text import class_logits, global_value, scalars_of_all_ranks
 from gkl_vl.models.clip import Clip
 from gkl_vl.objectives.common import EpochPrior, accuracy
 from gkl_vl.protocols import Batch, Objective
-from gkl_vl.teachers.online import LabelTeacher
+from gkl_vl.teachers.online import Teacher
 
 PROMPTS_PER_CHUNK = 512
 """Prompts pass through the text tower in chunks, each trimmed to its longest: with the bundled 1,658 names 3.5 times as
@@ -27,9 +28,11 @@ class ZeroShotKd(Objective):
     """GKL between zero-shot logits of student and teacher over a list of classes, from images only.
 
         student = s e(image) @ e(prompts).T,    teacher = t e(image) @ classes.T        [n, C] each
+        cross   = t map(e(image)) @ classes.T
 
     The student's class embeddings come from its own text tower, which is trained, with one template per update; the
-    teacher's are fixed. The class prior is the teacher's mean softmax over images with the same likeliest class,
+    teacher's are fixed. In the cross logits the student's images are compared with the teacher's classes; its own text
+    tower has no part in them. The class prior is the teacher's mean softmax over images with the same likeliest class,
     collected in a pass over the data and used in the next.
 
     Source of the setting: PromptKD, Li et al., CVPR 2024, arXiv 2403.02781, which keeps the teacher's class embeddings
@@ -38,11 +41,15 @@ class ZeroShotKd(Objective):
 
     student: Clip
     """Prepares the images; its towers are the ones inside the model."""
-    teacher: LabelTeacher
-    """See `zero_shot_teacher`."""
+    teacher: Teacher
+    classes: Tensor
+    """The teacher's normalised class embeddings [C, e], see `evaluation.embed.zero_shot_classifier`."""
     tokens: list[list[Tensor]]
     """The student's tokens of the prompts, by template and chunk, see `prompt_tokens`."""
     gkl: GklSettings
+    """Of the student's own logits."""
+    cross: GklSettings
+    """Of the cross logits."""
     prior: EpochPrior | None
     num_images: int | None
     """Images in a pass over the data; needed with a prior."""
@@ -66,35 +73,52 @@ class ZeroShotKd(Objective):
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Logits. `model` is a `Student`, possibly wrapped; `batch` comes from a `PairStream`."""
         outputs = model(self.student.prepare(batch["image"]), *self.tokens[self.template()])
-        return {
-            "logits": class_logits(
-                image=outputs["image"],
-                classes=outputs["text"],
-                logit_scale=outputs["logit_scale"],
-                logit_bias=outputs.get("logit_bias"),
-            )
-        }
+        logits = class_logits(
+            image=outputs["image"],
+            classes=outputs["text"],
+            logit_scale=outputs["logit_scale"],
+            logit_bias=outputs.get("logit_bias"),
+        )
+        return {"logits": logits} | {name: outputs[name] for name in ("mapped_image",) if name in outputs}
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
-        """The teacher's logits, and the prior of each image's likeliest class. All ranks."""
-        teacher = self.teacher(batch)
+        """The teacher's embeddings and logits, and the prior of each image's likeliest class. All ranks."""
+        targets = self.teacher(batch)
+        logits = class_logits(
+            image=targets["teacher_image"],
+            classes=self.classes,
+            logit_scale=targets["teacher_logit_scale"],
+            logit_bias=targets.get("teacher_logit_bias"),
+        )
+        targets = targets | {"teacher": logits}
         if self.prior is None:
-            return {"teacher": teacher}
+            return targets
         assert self.num_images is not None  # checked by the recipe
-        best = teacher.argmax(dim=1)
+        best = logits.argmax(dim=1)
         rows = self.prior.rows(best, epoch=self._images // self.num_images)  # all ranks
-        self.prior.update(teacher, best)
-        return {"teacher": teacher, "prior": rows}
+        self.prior.update(logits, best)
+        return targets | {"prior": rows}
 
     def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of GKL's halves. Equal on all ranks."""
+        """The weighted sum of GKL's halves, on both kinds of logits. Equal on all ranks."""
         student, teacher = outputs["logits"], targets["teacher"]
         prior = targets.get("prior")
         wmse, soft_ce = gkl_halves(student=student, teacher=teacher, settings=self.gkl, class_prior=prior)
         scalars = {"soft_ce": soft_ce.detach(), "wmse": wmse.detach()}
         scalars["agreement@1"] = accuracy(student, teacher.argmax(dim=1))
-        loss = self.gkl.soft_ce_weight * soft_ce + self.gkl.wmse_weight * wmse
-        return global_value(loss), scalars_of_all_ranks(scalars)
+        loss = global_value(self.gkl.soft_ce_weight * soft_ce + self.gkl.wmse_weight * wmse)
+        scalars = scalars_of_all_ranks(scalars)
+        if not mapped_sides(self.cross):
+            return loss, scalars
+        cross, cross_scalars = cross_logits_loss(
+            image=outputs["mapped_image"],
+            teacher_image=targets["teacher_image"],
+            text_bank=self.classes,
+            teacher_logit_scale=targets["teacher_logit_scale"],
+            class_prior=prior,
+            **vars(self.cross),
+        )
+        return loss + cross, scalars | cross_scalars
 
     def state(self) -> dict[str, Tensor]:
         counts = {"updates": torch.tensor(self._updates), "images": torch.tensor(self._images)}
@@ -104,6 +128,11 @@ class ZeroShotKd(Objective):
         self._updates, self._images = int(state["updates"]), int(state["images"])
         if self.prior is not None:
             self.prior.load_state(state)
+
+
+def mapped_sides(cross: GklSettings) -> tuple[str, ...]:
+    """For `Student`: ("image",) where cross logits count, else ()."""
+    return ("image",) if cross.soft_ce_weight or cross.wmse_weight else ()
 
 
 def sorted_by_length(prompts: Prompts, clip: Clip) -> Prompts:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gkl_vl.losses.image_text import class_logits
 from gkl_vl.models.classifiers import Classifier
 from gkl_vl.models.clip import Clip
 from gkl_vl.protocols import Batch
@@ -48,22 +47,3 @@ def online_label_teacher(classifier: Classifier) -> LabelTeacher:
         return classifier.model(classifier.prepare(batch["image"])).float()
 
     return teacher
-
-
-def zero_shot_teacher(teacher: Teacher, classes: Tensor) -> LabelTeacher:
-    """A teacher's zero-shot logits over classes, from its image embeddings.
-
-    Args:
-        classes: its normalised class embeddings [C, e], see `evaluation.embed.zero_shot_classifier`.
-    """
-
-    def logits(batch: Batch) -> Tensor:
-        outputs = teacher(batch)
-        return class_logits(
-            image=outputs["teacher_image"],
-            classes=classes,
-            logit_scale=outputs["teacher_logit_scale"],
-            logit_bias=outputs.get("teacher_logit_bias"),
-        )
-
-    return logits

@@ -3,7 +3,7 @@
 A recipe opens its data, builds its objective and calls `train_clip`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from gkl_vl.models.clip import BUNDLED_TEACHER, Clip, Student, clamp_scale, load
 from gkl_vl.models.modes import freeze
 from gkl_vl.objectives.clip import ClipKdWeights
 from gkl_vl.protocols import Objective, Record
+from gkl_vl.teachers.bank import Bank
 from gkl_vl.teachers.online import Teacher, online_teacher
 from gkl_vl.teachers.store import StoredViews, store_views, stored_teacher
 from gkl_vl.training.checkpoint import RunFolder
@@ -41,6 +42,7 @@ from gkl_vl.training.run import Run, RunFlags, StepIntervals
 BUNDLED_VIEWS = 6
 BUNDLED_STEPS = 300
 BUNDLED_MIMICRY_WEIGHT, MIMICRY_WEIGHT = 10_000.0, 2000.0
+BANK_SIZE = 4096
 LR = 1e-3
 WARMUP_STEPS = 50
 SHEET_IMAGES = 12
@@ -82,6 +84,12 @@ class CaptionLoss:
     """Weight of the student's own contrastive loss."""
     mimicry_weight: float | None = None
     """Weight of the MSE between normalised embeddings. None = CLIP-KD's 2000, 10000 on bundled data."""
+    cross_soft_ce_weight: float = 0.0
+    """Soft CE of cross logits: the student's images against the teacher's texts, its texts against the images."""
+    cross_wmse_weight: float = 0.0
+    """wMSE of cross logits; gamma and the temperatures are GKL's."""
+    bank_size: int | None = None
+    """Teacher embeddings that the student is compared with: the last ones, at least the batch. None = 4096."""
     gkl: Annotated[GklSettings, tyro.conf.arg(name="")] = GklSettings(wmse_weight=0.5, gamma=0.5)
 
 
@@ -135,20 +143,36 @@ class ClipFlags(Protocol):
 
 
 def caption_weights(loss: CaptionLoss, *, teacher: str, bundled: bool) -> ClipKdWeights:
-    """The weights of a run on captions. Raises: UserError where all are 0, and for a teacher's without a teacher."""
-    mimicry_weight = loss.mimicry_weight
+    """The weights of a run on captions. Raises: UserError where all are 0, and for flags that have no effect."""
     if teacher == "none":
-        usual = vars(CaptionLoss().gkl)
-        of_a_teacher = {name: value if value != usual[name] else None for name, value in vars(loss.gkl).items()}
-        of_a_teacher["mimicry_weight"] = mimicry_weight
-        cli.refuse_unused(of_a_teacher, list(of_a_teacher), "has no effect with --teacher none")
+        given, usual = cli.flat(loss), cli.flat(CaptionLoss())
+        of_teacher = {name: None if given[name] == usual[name] else given[name] for name in given}
+        cli.refuse_unused(
+            of_teacher, [n for n in given if n != "contrastive_weight"], "has no effect with --teacher none"
+        )
+    mimicry_weight = loss.mimicry_weight
     if mimicry_weight is None:
         mimicry_weight = BUNDLED_MIMICRY_WEIGHT if bundled else MIMICRY_WEIGHT
-    of_teacher = (loss.gkl.soft_ce_weight, loss.gkl.wmse_weight, mimicry_weight)
-    if not loss.contrastive_weight and (teacher == "none" or not any(of_teacher)):
-        others = "" if teacher == "none" else ", --soft-ce-weight, --wmse-weight or --mimicry-weight"
+    weights = ClipKdWeights(
+        contrastive_weight=loss.contrastive_weight,
+        mimicry_weight=mimicry_weight,
+        gkl=loss.gkl,
+        cross=replace(loss.gkl, soft_ce_weight=loss.cross_soft_ce_weight, wmse_weight=loss.cross_wmse_weight),
+    )
+    distils = weights.any_cross or any((loss.gkl.soft_ce_weight, loss.gkl.wmse_weight, mimicry_weight))
+    if not loss.contrastive_weight and (teacher == "none" or not distils):
+        others = "" if teacher == "none" else ", --soft-ce-weight, --cross-soft-ce-weight or --mimicry-weight"
         raise UserError(f"every weight is 0, so there is nothing to train on: set --contrastive-weight{others}")
-    return ClipKdWeights(contrastive_weight=loss.contrastive_weight, mimicry_weight=mimicry_weight, gkl=loss.gkl)
+    if not weights.any_cross:
+        cli.refuse_unused(
+            vars(loss), ["bank_size"], "has no effect without --cross-soft-ce-weight or --cross-wmse-weight"
+        )
+    return weights
+
+
+def make_bank(loss: CaptionLoss) -> Bank:
+    """The columns of the cross logits."""
+    return Bank(BANK_SIZE if loss.bank_size is None else loss.bank_size)
 
 
 # ---- the run -----------------------------------------------------------------------------------------------------
@@ -200,7 +224,7 @@ def train_clip(
     data: ClipData,
     make_objective: Callable[[ClipSetup], Objective],
     bundled_lr: float = LR,
-    mimicry: bool = False,
+    mapped: Sequence[str] = (),
     detail: str = "",
     attack: str | None = None,
     check: Callable[[int], None] = lambda images: None,
@@ -210,7 +234,7 @@ def train_clip(
     Args:
         recipe: run folders are runs/RECIPE-TIME.
         bundled_lr: default of --lr on bundled data.
-        mimicry: the student has a map into the teacher's embedding space.
+        mapped: for `Student`: the sides whose embeddings the objective compares with the teacher's.
         detail: part of the run's title, behind the teacher.
         attack: for the card: radius and norm of attacks in training. FSDP is then refused.
         check: called before the run folder is made with the number of images that the run will see.
@@ -229,8 +253,9 @@ def train_clip(
     run.begin(f"{config.model.student}{origin}{detail} · {steps:,} steps of {images_per_step:,}")
     augment = augmentation(student, teacher, bundled=data.bundled)
     stored = store_bundled_views(run, teacher, student, augment) if data.bundled and teacher is not None else None
-    mimicry_dim = teacher.embed_dim if teacher is not None and mimicry else None
-    model = Student(student.towers, embed_dim=student.embed_dim, mimicry_dim=mimicry_dim)
+    teacher_dim = None if teacher is None else teacher.embed_dim
+    sides = () if teacher is None else mapped
+    model = Student(student.towers, embed_dim=student.embed_dim, teacher_dim=teacher_dim, mapped=sides)
     run.seed_ranks()
     lr = config.optimisation.lr
     if lr is None:

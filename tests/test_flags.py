@@ -99,6 +99,8 @@ REFUSED = [
     ("clip_kd", ["--mimicry-weight", "-2"], "--mimicry-weight -2.0 must be at least 0"),
     ("clip_kd", ["--contrastive-weight", "-1"], "--contrastive-weight -1.0 must be at least 0"),
     ("clip_kd", ["--gamma", "-1"], "--gamma -1.0 must be at least 0"),
+    ("clip_kd", ["--cross-wmse-weight", "-1"], "--cross-wmse-weight -1.0 must be at least 0"),
+    ("clip_kd", ["--bank-size", "-1"], "--bank-size -1 must be at least 0"),
     ("clip_kd", ["--temperature", "0"], "--temperature 0.0 must be above 0"),
     ("clip_kd", ["--workers", "-1"], "--workers -1 must be at least 0"),
     ("clip_kd", ["--keep-checkpoints", "-1"], "--keep-checkpoints -1 must be at least 0"),
@@ -133,6 +135,13 @@ REFUSED = [
     # flags that would have no effect
     ("clip_kd", [*NO_TEACHER, "--mimicry-weight", "5"], "--mimicry-weight 5.0 has no effect with --teacher none"),
     ("clip_kd", [*NO_TEACHER, "--gamma", "0.25"], "--gamma 0.25 has no effect with --teacher none"),
+    ("clip_kd", [*NO_TEACHER, "--bank-size", "9"], "--bank-size 9 has no effect with --teacher none"),
+    ("clip_kd", [*NO_TEACHER, "--cross-soft-ce-weight", "9"], "--cross-soft-ce-weight 9.0 has no effect with"),
+    (
+        "clip_kd",
+        ["--cross-soft-ce-weight", "0", "--cross-wmse-weight", "0", "--bank-size", "9"],
+        "--bank-size 9 has no effect without --cross-soft-ce-weight or --cross-wmse-weight: leave it out",
+    ),
     ("clip_kd", [*NO_TEACHER, "--teacher-pretrained", "openai"], "--teacher-pretrained openai has no effect with"),
     ("clip_kd", [*CLIP, "--teacher-pretrained", "openai"], "which carries its own weights: leave it out"),
     ("clip_kd", [*NO_TEACHER, "--columns", "a", "b"], "has no effect without --train-data: leave it out"),

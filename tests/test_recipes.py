@@ -105,6 +105,7 @@ def run(place) -> Path:
     """Two steps with every term on, by two processes."""
     flags = ["--teacher", f"local-dir:{place}/teacher", "--train-data", place / "pairs.tar", "--steps", "2"]
     flags += ["--batch_size", "4", "--mimicry_weight", "10", "--gamma", "0.5", "--workers", "0", "--output-dir", "run"]
+    flags += ["--wmse-weight", "0.5", "--cross-soft-ce-weight", "2", "--cross-wmse-weight", "6", "--bank-size", "12"]
     flags += ["--train-data", f"{place}/pairs.tar::{place}/pairs.tar"]
     colour_set(place / "sets" / "colours", ["red", "green", "blue", "red"])
     captions = colour_set(place / "sets" / "vtab-captions", ["red", "green", "blue", "red"])
@@ -124,6 +125,7 @@ def test_two_processes_write_one_run(run):
     (record,) = [record for record in records if "model" not in record]
     assert record["step"] == 2
     terms = {"loss", "contrastive", "soft_ce", "wmse", "mimicry", "agreement@1", "grad_norm", "lr", "skipped"}
+    terms |= {"cross_soft_ce", "cross_wmse"}
     assert {f"train/{name}" for name in terms} <= set(record)
     loop = json.loads((run / "checkpoints" / "step_00000002" / "loop.json").read_text())
     assert len(loop["positions"]) == 2

@@ -1,4 +1,4 @@
-"""The study of recipes/README.md: which terms of the CLIP distillation help, on equal seeds.
+"""The study of recipes/README.md: which terms in the batch help the CLIP distillation, on equal seeds.
 
     python benchmarks/studies/clip.py
 
@@ -11,26 +11,27 @@ that what it picks is judged on runs that had no part in the picking.
 
 from study import Arm, Arms, Study, make_parser
 
+IN_BATCH = ["--wmse-weight", "0.5", "--cross-soft-ce-weight", "0", "--cross-wmse-weight", "0"]
 NO_MIMICRY = ["--mimicry-weight", "0"]
-NO_WMSE = ["--wmse-weight", "0"]
-NO_GKL = ["--soft-ce-weight", "0", "--wmse-weight", "0"]
+NO_WMSE = [*IN_BATCH, "--wmse-weight", "0"]
+NO_GKL = [*NO_WMSE, "--soft-ce-weight", "0"]
 # name: (flags, the arm to compare it with: the one that has a term less)
 ARMS: Arms = {
     "contrastive": Arm([*NO_GKL, *NO_MIMICRY], None),
     "+ soft CE": Arm([*NO_WMSE, *NO_MIMICRY], "contrastive"),
-    "+ GKL": Arm(NO_MIMICRY, "+ soft CE"),
+    "+ GKL": Arm([*IN_BATCH, *NO_MIMICRY], "+ soft CE"),
     "+ mimicry": Arm(NO_GKL, "contrastive"),
     "+ mimicry + soft CE": Arm(NO_WMSE, "+ mimicry"),
-    "+ mimicry + GKL": Arm([], "+ mimicry + soft CE"),
+    "+ mimicry + GKL": Arm(IN_BATCH, "+ mimicry + soft CE"),
 }
 DEFAULT = "+ mimicry + GKL"
 SEARCH: Arms = {
-    DEFAULT: Arm([], None),
-    "wMSE 2, gamma 1": Arm(["--wmse-weight", "2", "--gamma", "1"], DEFAULT),
-    "wMSE .05, gamma 0": Arm(["--wmse-weight", "0.05", "--gamma", "0"], DEFAULT),
-    "wMSE .2, gamma 0": Arm(["--wmse-weight", "0.2", "--gamma", "0"], DEFAULT),
+    DEFAULT: Arm(IN_BATCH, None),
+    "wMSE 2, gamma 1": Arm([*IN_BATCH, "--wmse-weight", "2", "--gamma", "1"], DEFAULT),
+    "wMSE .05, gamma 0": Arm([*IN_BATCH, "--wmse-weight", "0.05", "--gamma", "0"], DEFAULT),
+    "wMSE .2, gamma 0": Arm([*IN_BATCH, "--wmse-weight", "0.2", "--gamma", "0"], DEFAULT),
     "no contrastive, wMSE .05, gamma 0": Arm(
-        ["--contrastive-weight", "0", "--wmse-weight", "0.05", "--gamma", "0"],
+        [*IN_BATCH, "--contrastive-weight", "0", "--wmse-weight", "0.05", "--gamma", "0"],
         "wMSE .05, gamma 0",
     ),
 }

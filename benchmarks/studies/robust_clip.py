@@ -23,6 +23,7 @@ from gkl_vl.robustness.pgd import radius
 from gkl_vl.robustness.zero_shot import attack_zero_shot
 
 PLAIN = "plain"
+IN_BATCH = ["--wmse-weight", "0.5", "--cross-soft-ce-weight", "0", "--cross-wmse-weight", "0"]
 
 
 def main() -> None:
@@ -32,9 +33,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500, help="of `emoji`, evenly spaced, that are attacked")
     parser.add_argument("--steps", type=int, default=300, help="updates of every run")
     options = parser.parse_args()
-    arms: Arms = {PLAIN: Arm([], None)}
+    arms: Arms = {PLAIN: Arm(IN_BATCH, None)}
     for epsilon in options.train_epsilon:
-        arms[f"linf {epsilon}"] = Arm(["--norm", "linf", "--epsilon", epsilon], PLAIN, recipe="clip_robust")
+        arms[f"linf {epsilon}"] = Arm([*IN_BATCH, "--norm", "linf", "--epsilon", epsilon], PLAIN, recipe="clip_robust")
     study = Study(
         recipe="clip_kd",
         arms=arms,

@@ -24,7 +24,7 @@ class Arm:
     other: str | None
     """The arm that it is compared with."""
     recipe: str | None = None
-    """Another recipe than the study's."""
+    """Another script than the study's."""
 
 
 Arms = dict[str, Arm]
@@ -35,7 +35,7 @@ class Study:
     """Every arm on every seed."""
 
     recipe: str
-    """Name of the script in recipes/."""
+    """Name of the script, in recipes/ or beside this file."""
     arms: Arms
     flags: list[str]
     """Flags of all arms."""
@@ -61,21 +61,34 @@ class Study:
     def _run_once(self, run: tuple[str, int]) -> dict[str, float]:
         arm, seed = run
         folder = self.folder_of(arm, seed)
-        if not (folder / "report.png").is_file():
+        if (results := self._results(folder)) is None:
             shutil.rmtree(folder, ignore_errors=True)  # left by a run that was stopped
             flags = [*self.flags, "--seed", str(seed), "--output-dir", str(folder), *self.arms[arm].flags]
-            recipe = RECIPES / f"{self.arms[arm].recipe or self.recipe}.py"
+            name = f"{self.arms[arm].recipe or self.recipe}.py"
+            script = next(path for path in (RECIPES / name, Path(__file__).with_name(name)) if path.is_file())
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            done = subprocess.run([sys.executable, recipe, *flags], env=environment, capture_output=True, text=True)
+            done = subprocess.run([sys.executable, script, *flags], env=environment, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{arm}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
+            results = self._results(folder)
+            if results is None:
+                raise SystemExit(f"{arm}, seed {seed}: {folder} lacks one of {', '.join(self.columns)}")
             print(f"{arm}, seed {seed}: done", file=sys.stderr)
+        return results
+
+    def _results(self, folder: Path) -> dict[str, float] | None:
+        """Percent by column of a finished run; None where there is none."""
+        if not (folder / "report.png").is_file():
+            return None
         records = RunFolder(folder, is_main=False).records()
         student = [record for record in records if record.get("model") == "student"]
-        return {
-            heading: 100 * [r for r in student if dataset in (None, r["dataset"])][-1][key]
-            for heading, (dataset, key) in self.columns.items()
-        }
+        by_heading: dict[str, float] = {}
+        for heading, (dataset, key) in self.columns.items():
+            values = [r[key] for r in student if dataset in (None, r["dataset"]) and key in r]
+            if not values:
+                return None
+            by_heading[heading] = 100 * values[-1]
+        return by_heading
 
     def table(self, results: dict[tuple[str, int], dict[str, float]]) -> str:
         """Markdown: a row per arm. Mean and standard deviation over seeds; paired differences with standard error."""
@@ -85,6 +98,7 @@ class Study:
         lines.append("|---" * (len(headings) + 2) + "|")
         for arm, other in ((name, arm.other) for name, arm in self.arms.items()):
             cells = [spread([results[arm, seed][heading] for seed in self.seeds]) for heading in headings]
+            other = other if other in self.arms else None
             differences = [results[arm, s][headline] - results[other, s][headline] for s in self.seeds if other]
             lines.append(f"| {arm} | {' | '.join(cells)} | {paired(differences, other) if other else ''} |")
         return "\n".join(lines)

@@ -94,8 +94,8 @@ def cross_logits_loss(
             temperature <= 0.
         RuntimeError: a second derivative, of a form other than wMSE alone at gamma 0.
 
-    Source: GKL as in `gkl_loss`; its cross form is this project's (docs/cross_logits.md). Soft CE on cross logits, with
-    the batch as columns, is close to CLIP-KD's "ICL" (Yang et al., CVPR 2024), whose target is the pairing.
+    Source: GKL as in `gkl_loss`; its cross form is this project's (docs/cross_logits.md). KL on cross logits: DIME-FM
+    (Sun et al., ICCV 2023, arXiv 2303.18232); with the pairing as target: CLIP-KD's "ICL" (Yang et al., CVPR 2024).
     """
     for name, value in (("temperature", temperature), ("weight_temperature", weight_temperature)):
         check_positive(name, value)

@@ -373,7 +373,7 @@ def test_two_processes_equal_one_on_the_joined_data(method, term):
     for result in run_ranks(of_rank, 2, settings, given):
         assert_close(result[0], losses, rtol=1e-5, atol=1e-6)
         assert_close(result[1], scalars, rtol=1e-5, atol=1e-6)
-        # five updates at rate 0.5 from sums in another order; gradients that are not averaged change the weights by over 0.7
+        # Five updates at rate 0.5 from sums in another order. Gradients that are not averaged give 0.7 and more.
         assert_close(result[2], weights, rtol=1e-5, atol=1e-5)
         for name in ("last_pseudo_label", "prior"):
             if name in state:

@@ -10,7 +10,8 @@ Axis letters: n = rows, K = columns, e = the teacher's embedding, c = clusters.
 """
 
 import zlib
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkl_vl import cli
-from gkl_vl.data.augment import mild_drawing_augmentation
 from gkl_vl.data.pairs import bundled_pairs
 from gkl_vl.data.prompts import bundled_prompts
 from gkl_vl.evaluation.embed import Embedder, embed_images, zero_shot_classifier
@@ -27,16 +27,18 @@ from gkl_vl.models.clip import load_clip
 from gkl_vl.models.modes import freeze
 from gkl_vl.objectives.clip import ClipKd
 from gkl_vl.protocols import Batch, Objective
-from gkl_vl.teachers.store import StoredViews, store_views
+from gkl_vl.teachers.bank import Bank
+from gkl_vl.teachers.store import StoredViews
 from gkl_vl.training.checkpoint import RunFolder
 from gkl_vl.training.clip import (
-    BUNDLED_VIEWS,
     CaptionData,
     CaptionLoss,
     ClipEvaluation,
     ClipModels,
     ClipOptimisation,
     ClipSetup,
+    augmentation,
+    bundled_views,
     caption_weights,
     make_bank,
     open_captions,
@@ -68,7 +70,7 @@ class CrossTerms:
     """wMSE's weight is the mean teacher softmax over so many clusters of captions; 0 = the row's own softmax."""
     bank: BankKind = "names"
     sample_size: int = 4096
-    """Of the queue, and of the sample of the store."""
+    """Of the queue, as --bank-size, and of the sample of the store."""
     text_share: float = 0.5
     """Share of the direction texts against images."""
 
@@ -91,12 +93,13 @@ class CrossStudy(Objective):
 
     base: ClipKd
     terms: CrossTerms
-    text_bank: Tensor
-    image_bank: Tensor
-    """Columns [K, e] next to the batch's own; empty for the batch alone."""
+    banks: tuple[Tensor, Tensor] | Bank
+    """Text and image columns [K, e], fixed or of the last pairs."""
     priors: tuple[Tensor, Tensor, Tensor] | None = None
     """Cluster centres [c, e], and the mean teacher softmax [c, K] of each for images and for texts."""
-    last: dict[str, Tensor] = field(default_factory=dict)
+
+    def around_update(self, batches: list[Batch]) -> AbstractContextManager[None]:
+        return self.base.around_update(batches)
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return self.base.outputs(model, batch)
@@ -106,22 +109,15 @@ class CrossStudy(Objective):
 
     def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         loss, scalars = self.base.loss(outputs, targets)
-        extra = {}
-        for name, bank, share in (
-            ("image", self.text_bank, 1 - self.terms.text_share),
-            ("text", self.image_bank, self.terms.text_share),
-        ):
-            other = "text" if name == "image" else "image"
+        banks, extra = self.banks, {}
+        if isinstance(banks, Bank):
+            queue, banks = banks, banks.columns(targets["teacher_text"], targets["teacher_image"])
+            queue.advance()
+        shares = (1 - self.terms.text_share, self.terms.text_share)
+        for name, columns, share in zip(("image", "text"), banks, shares, strict=True):
             student, teacher = outputs[f"mapped_{name}"].float(), targets[f"teacher_{name}"]
-            columns = bank
-            if self.terms.bank in ("batch", "queue"):
-                columns = torch.cat([targets[f"teacher_{other}"], bank])
             for term, value in self.direction(student, teacher, columns, targets, name).items():
                 extra[term] = extra.get(term, 0.0) + share * value
-        if self.terms.bank == "queue":
-            size = self.terms.sample_size
-            self.text_bank = torch.cat([targets["teacher_text"], self.text_bank])[:size]
-            self.image_bank = torch.cat([targets["teacher_image"], self.image_bank])[:size]
         total = loss + sum(getattr(self.terms, term) * value for term, value in extra.items())
         return total, scalars | {f"x_{term}": value.detach() for term, value in extra.items()}
 
@@ -164,13 +160,10 @@ def pearson(x: Tensor, y: Tensor) -> Tensor:
 
 
 def make_banks(terms: CrossTerms, stored: StoredViews) -> tuple[Tensor, Tensor]:
-    """Text and image columns [K, e] from the stored embeddings of the teacher."""
+    """Fixed text and image columns [K, e] from the stored embeddings of the teacher."""
     pairs = bundled_pairs()
     names = [pair.captions[0] for pair in pairs]
     distinct = sorted(set(names))
-    empty = stored.text.new_zeros(0, stored.text.shape[-1])
-    if terms.bank in ("batch", "queue"):
-        return empty, empty
     by_text = {c: stored.text[p, i] for p, pair in enumerate(pairs) for i, c in enumerate(pair.captions)}
     images = stored.image.flatten(0, 1)
     if terms.bank == "store":
@@ -214,21 +207,18 @@ def make_priors(terms: CrossTerms, stored: StoredViews, banks: tuple[Tensor, Ten
 
 def make_objective(config: Config, setup: ClipSetup, weights: Any) -> CrossStudy:
     assert setup.teacher is not None
-    stored = store_views(
-        clip=setup.teacher,
-        pairs=bundled_pairs(),
-        num_views=BUNDLED_VIEWS,
-        augment=mild_drawing_augmentation(max(setup.student.image_size, setup.teacher.image_size)),
-        size=setup.student.image_size,
-        num_workers=0,
-    )
-    text_bank, image_bank = make_banks(config.cross, stored)
-    priors = None
-    if config.cross.prior:
-        scale = setup.teacher.towers.log_scale().exp().detach()
-        priors = make_priors(config.cross, stored, (text_bank, image_bank), scale)
+    augment = augmentation(setup.student, setup.teacher, bundled=True)
+    stored = bundled_views(setup.teacher, setup.student, augment)
+    terms, priors = config.cross, None
+    if terms.bank in ("batch", "queue"):
+        banks = Bank(terms.sample_size if terms.bank == "queue" else 0)
+    else:
+        banks = make_banks(terms, stored)
+        if terms.prior:
+            scale = setup.teacher.towers.log_scale().exp().detach()
+            priors = make_priors(terms, stored, banks, scale)
     base = ClipKd(student=setup.student, teacher=setup.teach, weights=weights, bank=make_bank(config.loss))
-    return CrossStudy(base=base, terms=config.cross, text_bank=text_bank, image_bank=image_bank, priors=priors)
+    return CrossStudy(base=base, terms=terms, banks=banks, priors=priors)
 
 
 # ---- what the recipe does not log ---------------------------------------------------------------------------------

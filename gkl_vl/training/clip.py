@@ -159,11 +159,11 @@ def caption_weights(loss: CaptionLoss, *, teacher: str, bundled: bool) -> ClipKd
         gkl=loss.gkl,
         cross=replace(loss.gkl, soft_ce_weight=loss.cross_soft_ce_weight, wmse_weight=loss.cross_wmse_weight),
     )
-    distils = weights.any_cross or any((loss.gkl.soft_ce_weight, loss.gkl.wmse_weight, mimicry_weight))
+    distils = weights.cross.counts or weights.gkl.counts or mimicry_weight
     if not loss.contrastive_weight and (teacher == "none" or not distils):
         others = "" if teacher == "none" else ", --soft-ce-weight, --cross-soft-ce-weight or --mimicry-weight"
         raise UserError(f"every weight is 0, so there is nothing to train on: set --contrastive-weight{others}")
-    if not weights.any_cross:
+    if not weights.cross.counts:
         cli.refuse_unused(
             vars(loss), ["bank_size"], "has no effect without --cross-soft-ce-weight or --cross-wmse-weight"
         )
@@ -358,14 +358,19 @@ def augmentation(student: Clip, teacher: Clip | None, *, bundled: bool) -> Calla
 def store_bundled_views(run: Run, teacher: Clip, student: Clip, augment: Callable) -> StoredViews:
     """Views of the bundled drawings with the teacher's embeddings, from disk after the first run."""
     with run.accelerator.main_process_first():  # the others find the file
-        return store_views(
-            clip=teacher,
-            pairs=bundled_pairs(),
-            num_views=BUNDLED_VIEWS,
-            augment=augment,
-            size=student.image_size,
-            num_workers=run.flags.workers,
-        )
+        return bundled_views(teacher, student, augment, num_workers=run.flags.workers)
+
+
+def bundled_views(teacher: Clip, student: Clip, augment: Callable, *, num_workers: int = 0) -> StoredViews:
+    """`store_bundled_views` on one process."""
+    return store_views(
+        clip=teacher,
+        pairs=bundled_pairs(),
+        num_views=BUNDLED_VIEWS,
+        augment=augment,
+        size=student.image_size,
+        num_workers=num_workers,
+    )
 
 
 def make_teacher(teacher: Clip | None, stored: StoredViews | None, device: torch.device) -> Teacher | None:

@@ -15,10 +15,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from loss_scale import peak_bytes
 from torch import Tensor
 
 from gkl_vl.losses.cross_logits import CHUNK_ENTRIES, cross_logits_loss
@@ -59,11 +59,6 @@ def fastest(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, flo
             if number:
                 seconds[name] = min(seconds[name], time.perf_counter() - started)
     return seconds
-
-
-def peak_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status[status.index("VmHWM:") :].split()[1])
 
 
 def loss(n: int, k: int, d: int, repeats: int) -> None:

@@ -28,7 +28,7 @@ from gkl_vl.errors import UserError
 from gkl_vl.evaluation.embed import Embedder, zero_shot_classifier
 from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.objectives.common import EpochPrior
-from gkl_vl.objectives.zero_shot import ZeroShotKd, mapped_sides, prompt_tokens, sorted_by_length
+from gkl_vl.objectives.zero_shot import ZeroShotKd, prompt_tokens, sorted_by_length
 from gkl_vl.training.clip import ClipData, ClipEvaluation, ClipModels, ClipOptimisation, ClipSetup, train_clip
 from gkl_vl.training.run import RunFlags
 
@@ -76,7 +76,7 @@ def main(config: Config) -> None:
     gkl, name = config.loss.gkl, config.data.train_data
     if config.model.teacher == "none":
         raise UserError("--teacher none: without captions the teacher's logits are the only target, so name a teacher")
-    if not (gkl.soft_ce_weight or gkl.wmse_weight):
+    if not gkl.counts:
         raise UserError(
             "--soft-ce-weight 0 and --wmse-weight 0: no other term trains the student's text tower, so set one of them"
         )
@@ -92,7 +92,7 @@ def main(config: Config) -> None:
         data=ClipData(source=source, name=name),
         make_objective=lambda setup: make_objective(config, setup, prompts, source),
         bundled_lr=3e-3,
-        mapped=mapped_sides(cross_settings(config.loss)),
+        mapped=("image",) if cross_settings(config.loss).counts else (),
         detail=f" on images of {source.name}",
         check=lambda images: check_prior(config, source, images),
     )

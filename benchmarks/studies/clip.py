@@ -9,9 +9,8 @@ error. `--search` compares other weights and gammas with the recipe's own; give 
 that what it picks is judged on runs that had no part in the picking.
 """
 
-from study import Arm, Arms, Study, make_parser
+from study import EMOJI_COLUMNS, IN_BATCH, Arm, Arms, Study, make_parser
 
-IN_BATCH = ["--wmse-weight", "0.5", "--cross-soft-ce-weight", "0", "--cross-wmse-weight", "0"]
 NO_MIMICRY = ["--mimicry-weight", "0"]
 NO_WMSE = [*IN_BATCH, "--wmse-weight", "0"]
 NO_GKL = [*NO_WMSE, "--soft-ce-weight", "0"]
@@ -35,11 +34,6 @@ SEARCH: Arms = {
         "wMSE .05, gamma 0",
     ),
 }
-COLUMNS: dict[str, tuple[str | None, str]] = {
-    "emoji acc1": ("emoji", "acc1"),
-    "emoji acc5": ("emoji", "acc5"),
-    "emoji_unseen acc1": ("emoji_unseen", "acc1"),
-}
 
 
 def main() -> None:
@@ -52,7 +46,7 @@ def main() -> None:
         arms=SEARCH if options.search else ARMS,
         flags=["--steps", str(options.steps), "--workers", "0", "--eval-every-steps", "0"]
         + ["--checkpoint-every-steps", "0"],
-        columns=COLUMNS,
+        columns=EMOJI_COLUMNS,
         seeds=options.seeds,
         jobs=options.jobs,
         folder=options.output_dir / str(options.steps),

@@ -28,7 +28,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from gkl_vl.data.augment import mild_drawing_augmentation
 from gkl_vl.data.captions import usable_captions
 from gkl_vl.data.files import stable_hash
 from gkl_vl.data.pairs import bundled_pairs
@@ -36,8 +35,8 @@ from gkl_vl.losses.cross_logits import cross_logits_loss
 from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
 from gkl_vl.models.clip import Clip, load_clip
 from gkl_vl.models.modes import freeze
-from gkl_vl.teachers.store import store_views, stored_teacher
-from gkl_vl.training.clip import BUNDLED_VIEWS
+from gkl_vl.teachers.store import stored_teacher
+from gkl_vl.training.clip import BUNDLED_VIEWS, augmentation, bundled_views
 
 SEEDS, BATCHES, ROWS = range(5), 4, 256
 NOISES, DRAWN = (0.5, 1.0, 2.0), "noise 1"
@@ -121,15 +120,7 @@ def make_students(seed: int, trained: dict[str, Clip]) -> dict[str, Callable[[Ba
 def measure(trained: dict[str, Clip]) -> Results:
     """All terms on all students and seeds."""
     teacher, student, pairs = freeze(load_clip("bundled")), load_clip("emoji-student"), bundled_pairs()
-    size = max(student.image_size, teacher.image_size)
-    stored = store_views(
-        clip=teacher,
-        pairs=pairs,
-        num_views=BUNDLED_VIEWS,
-        augment=mild_drawing_augmentation(size),
-        size=student.image_size,
-        num_workers=0,
-    )
+    stored = bundled_views(teacher, student, augmentation(student, teacher, bundled=True))
     teach, captions = stored_teacher(teacher, stored, torch.device("cpu")), [usable_captions(p.captions) for p in pairs]
 
     def batches(seed: int) -> Iterator[tuple[Batch, Embeddings]]:

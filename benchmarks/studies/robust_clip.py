@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from study import Arm, Arms, Study, make_parser
+from study import IN_BATCH, Arm, Arms, Study, make_parser
 
 from gkl_vl.atomic import write_json
 from gkl_vl.evaluation.embed import Embedder
@@ -23,7 +23,6 @@ from gkl_vl.robustness.pgd import radius
 from gkl_vl.robustness.zero_shot import attack_zero_shot
 
 PLAIN = "plain"
-IN_BATCH = ["--wmse-weight", "0.5", "--cross-soft-ce-weight", "0", "--cross-wmse-weight", "0"]
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ Markdown table: mean and standard deviation over seeds, and the paired differenc
 seed = same initial weights, same batches) with its standard error.
 """
 
-from study import Arm, Arms, Study, make_parser
+from study import EMOJI_COLUMNS, Arm, Arms, Study, make_parser
 
 SOFT_CE = "soft CE alone"
 # name: (flags, the arm to compare it with)
@@ -18,11 +18,6 @@ ARMS: Arms = {
     "wMSE .05, class prior": Arm(["--wmse-weight", "0.05", "--class-prior"], "wMSE .05"),
     "wMSE .5": Arm(["--wmse-weight", "0.5"], SOFT_CE),
     "wMSE .5, class prior": Arm(["--wmse-weight", "0.5", "--class-prior"], "wMSE .5"),
-}
-COLUMNS: dict[str, tuple[str | None, str]] = {
-    "emoji acc1": ("emoji", "acc1"),
-    "emoji acc5": ("emoji", "acc5"),
-    "emoji_unseen acc1": ("emoji_unseen", "acc1"),
 }
 
 
@@ -35,7 +30,7 @@ def main() -> None:
         arms=ARMS,
         flags=["--steps", str(options.steps), "--workers", "0"]
         + ["--eval-every-steps", "0", "--checkpoint-every-steps", "0"],
-        columns=COLUMNS,
+        columns=EMOJI_COLUMNS,
         seeds=options.seeds,
         jobs=options.jobs,
         folder=options.output_dir / str(options.steps),

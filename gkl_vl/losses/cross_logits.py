@@ -101,11 +101,7 @@ def cross_logits_loss(
         check_positive(name, value)
     check_gamma(gamma)
     directions = [(image, teacher_image, text_bank, class_prior)]
-    texts_side = {"text": text, "teacher_text": teacher_text, "image_bank": image_bank}
-    missing = [name for name, tensor in texts_side.items() if tensor is None]
-    if len(missing) not in (0, len(texts_side)):
-        raise ValueError(f"text, teacher_text and image_bank go together, and {', '.join(missing)} is missing")
-    if not missing:
+    if _has_texts(text=text, teacher_text=teacher_text, image_bank=image_bank):
         directions.append((text, teacher_text, image_bank, None))
     for name, direction in zip(("image", "text"), directions, strict=False):
         _check_direction(name, *direction)
@@ -137,6 +133,13 @@ class _Form:
     bias: Float[Tensor, ""] | None
 
 
+def _has_texts(**side: Tensor | None) -> bool:
+    missing = [name for name, tensor in side.items() if tensor is None]
+    if len(missing) not in (0, len(side)):
+        raise ValueError(f"text, teacher_text and image_bank go together, and {', '.join(missing)} is missing")
+    return not missing
+
+
 def _check_direction(name: str, rows: Tensor, teacher: Tensor, bank: Tensor, prior: Tensor | None) -> None:
     other = "text" if name == "image" else "image"
     if rows.ndim != 2 or rows.numel() == 0:
@@ -164,7 +167,7 @@ def _one_direction(
     settings = form.settings
     blockwise = form if settings.gamma else replace(form, settings=replace(settings, wmse_weight=0.0))
     share, soft_ce, wmse = rows.new_zeros(()), rows.new_zeros(()), rows.new_zeros(())
-    if blockwise.settings.soft_ce_weight or blockwise.settings.wmse_weight:
+    if blockwise.settings.counts:
         share, soft_ce, wmse = _InBlocks.apply(rows, teacher, bank, prior, blockwise)
     if settings.wmse_weight and not settings.gamma:
         wmse = _uniform_wmse(form, rows, teacher, bank)

@@ -46,6 +46,11 @@ class GklSettings:
     weight_temperature: float = 1.0
     """Temperature of the softmax for the wMSE's weights or for the class prior."""
 
+    @property
+    def counts(self) -> bool:
+        """Whether one of the halves has a weight."""
+        return bool(self.soft_ce_weight or self.wmse_weight)
+
 
 # The public losses check shapes with messages of their own. `no_type_check` exempts them from the test suite's shape
 # checker, which would raise first; the functions that they call are checked.

@@ -51,14 +51,9 @@ class ClipKdWeights:
     cross: GklSettings
 
     @property
-    def any_cross(self) -> bool:
-        """Whether cross logits count."""
-        return bool(self.cross.soft_ce_weight or self.cross.wmse_weight)
-
-    @property
     def mapped(self) -> tuple[str, ...]:
         """For `Student`: the sides whose embeddings are compared with the teacher's."""
-        return ("image", "text") if self.mimicry_weight or self.any_cross else ()
+        return ("image", "text") if self.mimicry_weight or self.cross.counts else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +130,7 @@ class ClipKd(Objective):
         if self.weights.mimicry_weight:
             term = mimicry_loss(**mapped, **theirs)
             loss, scalars = loss + self.weights.mimicry_weight * term, scalars | {"mimicry": term.detach()}
-        if self.weights.any_cross:
+        if self.weights.cross.counts:
             text_bank, image_bank = self.bank.columns(targets["teacher_text"], targets["teacher_image"])  # all ranks
             term, cross_scalars = cross_logits_loss(
                 **mapped,
@@ -152,11 +147,11 @@ class ClipKd(Objective):
 
     def state(self) -> dict[str, Tensor]:
         """The bank's, where cross logits count."""
-        return self.bank.state() if self.weights.any_cross else {}
+        return self.bank.state() if self.weights.cross.counts else {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restores what `state` returned. All ranks."""
-        if self.weights.any_cross:
+        if self.weights.cross.counts:
             self.bank.load_state(state)
 
 

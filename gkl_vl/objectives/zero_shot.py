@@ -108,7 +108,7 @@ class ZeroShotKd(Objective):
         scalars["agreement@1"] = accuracy(student, teacher.argmax(dim=1))
         loss = global_value(self.gkl.soft_ce_weight * soft_ce + self.gkl.wmse_weight * wmse)
         scalars = scalars_of_all_ranks(scalars)
-        if not mapped_sides(self.cross):
+        if not self.cross.counts:
             return loss, scalars
         cross, cross_scalars = cross_logits_loss(
             image=outputs["mapped_image"],
@@ -128,11 +128,6 @@ class ZeroShotKd(Objective):
         self._updates, self._images = int(state["updates"]), int(state["images"])
         if self.prior is not None:
             self.prior.load_state(state)
-
-
-def mapped_sides(cross: GklSettings) -> tuple[str, ...]:
-    """For `Student`: ("image",) where cross logits count, else ()."""
-    return ("image",) if cross.soft_ce_weight or cross.wmse_weight else ()
 
 
 def sorted_by_length(prompts: Prompts, clip: Clip) -> Prompts:

@@ -86,7 +86,7 @@ BOUNDS: dict[str, Bounds] = {
     **dict.fromkeys(("steps", "epochs", "batch_size", "accum_steps"), COUNT),
     **dict.fromkeys(("warmup", "warmup_steps", "warmup_epochs", "mu"), SIZE),
     # optimizer
-    **dict.fromkeys(("lr", "wd"), SIZE),
+    **dict.fromkeys(("lr", "text_lr", "wd"), SIZE),
     "layer_decay": Bounds(above=0, at_most=1),
     "ema_decay": Bounds(at_least=0, below=1),
     # loss
@@ -96,7 +96,7 @@ BOUNDS: dict[str, Bounds] = {
     **dict.fromkeys(("temperature", "weight_temperature"), Bounds(above=0)),
     "threshold": Bounds(at_least=0, at_most=1),
     # data
-    **dict.fromkeys(("images", "image_size", "num_labels", "stored_top_k"), COUNT),
+    **dict.fromkeys(("images", "image_size", "num_labels", "stored_top_k", "captions_per_image"), COUNT),
     "stored_views": SIZE,
     "imbalance": COUNT,
     "fraction": Bounds(at_least=0, at_most=1),

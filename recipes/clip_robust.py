@@ -74,7 +74,7 @@ def main(config: Config) -> None:
             bank=make_bank(config.loss),
             attack=attack,
         ),
-        bundled_lr=6e-3,
+        bundled_rates=(6e-3, 6e-3),
         mapped=weights.mapped,
         detail=f" · against {norm} {epsilon}",
         attack=f"{epsilon} in {norm}",

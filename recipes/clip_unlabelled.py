@@ -28,7 +28,7 @@ from gkl_vl.errors import UserError
 from gkl_vl.evaluation.embed import Embedder, zero_shot_classifier
 from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.objectives.common import EpochPrior
-from gkl_vl.objectives.zero_shot import ZeroShotKd, prompt_tokens, sorted_by_length
+from gkl_vl.objectives.zero_shot import ZeroShotKd, prompt_tokens
 from gkl_vl.training.clip import ClipData, ClipEvaluation, ClipModels, ClipOptimisation, ClipSetup, train_clip
 from gkl_vl.training.run import RunFlags
 
@@ -91,7 +91,7 @@ def main(config: Config) -> None:
         recipe="clip_unlabelled",
         data=ClipData(source=source, name=name),
         make_objective=lambda setup: make_objective(config, setup, prompts, source),
-        bundled_lr=3e-3,
+        bundled_rates=(3e-3, 3e-3),
         mapped=("image",) if cross_settings(config.loss).counts else (),
         detail=f" on images of {source.name}",
         check=lambda images: check_prior(config, source, images),
@@ -131,7 +131,6 @@ def check_prior(config: Config, source: Source, images: int) -> None:
 def make_objective(config: Config, setup: ClipSetup, prompts: Prompts, source: Source) -> ZeroShotKd:
     """The objective with the teacher's class embeddings, which all ranks compute together."""
     assert setup.teacher is not None and setup.teach is not None  # main refuses --teacher none
-    prompts = sorted_by_length(prompts, setup.student)
     embedder = Embedder(clip=setup.teacher, device=setup.device, batch_size=256, cache=cache_folder("embeddings"))
     classes = zero_shot_classifier(embedder, classnames=prompts.classnames, templates=prompts.templates)
     prior = EpochPrior(len(prompts.classnames), config.loss.gkl.weight_temperature) if config.loss.class_prior else None

@@ -110,6 +110,42 @@ def test_a_folder_keeps_its_weights_and_its_preprocessing(tmp_path):
         assert torch.equal(clip.towers.encode_text(tokens), reference.encode_text(tokens, normalize=True))
 
 
+@pytest.mark.parametrize("texts", [1, 3, 4, 11])
+def test_texts_by_length_have_the_embeddings_and_the_gradient_of_whole_ones(texts):
+    torch.manual_seed(0)
+    clip = load_clip("emoji-student")
+    words = [2, 9, 4, 1, 12, 1, 7, 3, 3, 40, 5]
+    tokens, seen = clip.tokenize(["cat " * count for count in words[:texts]]), []
+    clip.towers.model.ln_final.register_forward_hook(lambda module, args, output: seen.append(output.shape[:2]))
+    results = []
+    for encode in (clip.towers.encode_text, clip.towers.encode_text_by_length):
+        clip.towers.zero_grad()
+        text = encode(tokens)
+        (text * torch.linspace(-1, 1, text.shape[1])).square().sum().backward()
+        named = clip.towers.named_parameters()
+        results.append((text.detach(), {name: p.grad.clone() for name, p in named if p.grad is not None}))
+    (want, gradients), (got, others) = results
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == others.keys() and any("positional" in name for name in gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-6)
+    lengths = {1: [(1, 4)], 3: [(1, 4), (1, 6), (1, 11)], 4: [(1, 3), (1, 4), (1, 6), (1, 11)]}
+    lengths[11] = [(3, 4), (3, 6), (3, 11), (2, 24)]  # the last text is longer than the context
+    assert seen == [(texts, 24), *lengths[texts]]
+
+
+def test_texts_of_a_tower_with_other_attention_or_pooling_are_not_shortened():
+    towers = (clip := load_clip("emoji-student")).towers
+    tokens, seen = clip.tokenize(["cat", "a cat", "cat cat cat cat"]), []
+    towers.model.ln_final.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    towers.model.text_pool_type = "last"
+    towers.encode_text_by_length(tokens)
+    towers.model.text_pool_type = "argmax"
+    towers.model.attn_mask = None
+    towers.encode_text_by_length(tokens)
+    assert seen == [24, 24]
+
+
 @pytest.mark.parametrize("side", [32, 50, 96])
 def test_prepare_is_the_evaluation_transform_of_a_square_image(tmp_path, side):
     clip = load_clip(f"local-dir:{tiny_folder(tmp_path / 'm')}")

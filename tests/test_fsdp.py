@@ -22,7 +22,7 @@ from gkl_vl.models.clip import Student, clamp_scale, load_clip
 from gkl_vl.protocols import Objective
 from gkl_vl.training.checkpoint import RunFolder
 from gkl_vl.training.engine import FitConfig, fit, moving_average
-from gkl_vl.training.optim import adamw, warmup_cosine
+from gkl_vl.training.optim import adamw, clip_adamw, warmup_cosine
 
 FSDP_CONFIG = Path(__file__).parents[1] / "accelerate_configs" / "fsdp.yaml"
 CONFIG = {"accum_steps": 2, "eval_every_steps": 1, "checkpoint_every_steps": 1}
@@ -108,7 +108,7 @@ def train(rank, world_size, folder, sharded, steps, resume=None):
         objective=Distil(),
         make_loader=make_loader,
         run=run,
-        make_optimizer=partial(adamw, lr=1e-3, wd=0.1),
+        make_optimizer=partial(clip_adamw, lr=1e-3, text_lr=5e-4, wd=0.1),
         learning_rate=partial(warmup_cosine, lr=1e-3, steps=steps, warmup_steps=0),
         config=FitConfig(steps=steps, **CONFIG),
         evaluate=evaluate,

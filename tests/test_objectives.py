@@ -5,8 +5,10 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from open_clip.transform import PreprocessCfg
 
+from gkl_vl.losses.cross_logits import cross_logits_loss
 from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
 from gkl_vl.models.clip import MODEL_CONFIGS, Clip, Student, load_clip
@@ -14,6 +16,7 @@ from gkl_vl.models.modes import freeze
 from gkl_vl.objectives.clip import ClipKd, ClipKdWeights
 from gkl_vl.teachers.bank import Bank
 from gkl_vl.teachers.online import online_teacher, teacher_scales
+from gkl_vl.training.gradient_cache import backward_from_cache, embed_all
 
 WEIGHTS = ClipKdWeights(
     contrastive_weight=1.0,
@@ -101,7 +104,7 @@ def test_the_objective_is_the_sum_of_its_terms(student, teacher, batch):
     )
     assert loss.item() == pytest.approx((logits + 7 * mimicry).item(), rel=1e-6)
     assert scalars["mimicry"].item() == pytest.approx(mimicry.item(), rel=1e-6)
-    assert {k: v.item() for k, v in terms.items()}.items() <= {k: v.item() for k, v in scalars.items()}.items()
+    assert {k: scalars[k].item() for k in terms} == pytest.approx({k: v.item() for k, v in terms.items()}, rel=1e-5)
 
 
 def test_the_teacher_has_no_gradient_and_a_step_does_not_change_it(student, teacher, batch):
@@ -141,6 +144,72 @@ def test_a_model_with_a_bias_is_a_siglip(student_config, student, teacher, batch
         loss.backward()
         if trained is biased:
             assert biased.towers.model.logit_bias.grad.abs() > 1e-3
+
+
+@pytest.fixture
+def captions(student, teacher, batch) -> dict:
+    """The batch with two captions for each image."""
+    others = ["dog", "a house with a red roof", "two dogs"]
+    text, teacher_text = (clip.tokenize([*CAPTIONS, *others]).view(2, 3, -1) for clip in (student, teacher))
+    ids = torch.tensor([[5, 7], [6, 8], [5, 9]])
+    return batch | {"text": text.transpose(0, 1), "teacher_text": teacher_text.transpose(0, 1), "text_ids": ids}
+
+
+def one_caption(captions: dict, number: int) -> dict:
+    return captions | {name: captions[name][:, number] for name in ("text", "teacher_text", "text_ids")}
+
+
+def test_the_loss_of_several_captions_is_their_mean(student, teacher, captions):
+    teach = online_teacher(teacher)
+    model = model_for(student, teacher.embed_dim)
+    both, scalars = clip_kd(model, captions, student=student, teacher=teach, weights=WEIGHTS)
+    each = [clip_kd(model, one_caption(captions, k), student=student, teacher=teach, weights=WEIGHTS) for k in range(2)]
+    assert both.item() == pytest.approx(sum(loss.item() for loss, _ in each) / 2, rel=1e-5)
+    for name in scalars:
+        assert scalars[name].item() == pytest.approx(sum(s[name].item() for _, s in each) / 2, rel=1e-5)
+    assert each[0][0].item() != pytest.approx(each[1][0].item(), rel=1e-3)
+
+
+def test_cross_logits_of_several_captions_have_the_first_ones_as_columns(student, teacher, captions):
+    """All captions are rows. Without a teacher there is the contrastive loss alone."""
+    weights = dataclasses.replace(WEIGHTS, cross=GklSettings(soft_ce_weight=2.0, wmse_weight=0.5, gamma=0.5))
+    model, targets = model_for(student, teacher.embed_dim), online_teacher(teacher)(captions)
+    _, scalars = clip_kd(model, captions, student=student, teacher=online_teacher(teacher), weights=weights)
+    outputs = model(student.prepare(captions["image"]), captions["text"])
+    _, want = cross_logits_loss(
+        image=outputs["mapped_image"],
+        text=torch.cat([outputs["mapped_text"][:, k] for k in range(2)]),
+        teacher_image=targets["teacher_image"],
+        teacher_text=torch.cat([targets["teacher_text"][:, k] for k in range(2)]),
+        text_bank=targets["teacher_text"][:, 0],
+        image_bank=targets["teacher_image"],
+        teacher_logit_scale=targets["teacher_logit_scale"],
+        **vars(weights.cross),
+    )
+    for name in ("cross_soft_ce", "cross_wmse"):
+        assert scalars[name].item() == pytest.approx(want[name].item(), rel=1e-5)
+    contrastive, alone = clip_kd(model, captions, student=student, teacher=None, weights=weights)
+    each = [clip_kd(model, one_caption(captions, k), student=student, teacher=None, weights=weights)[0] for k in (0, 1)]
+    assert contrastive.item() == pytest.approx((each[0] + each[1]).item() / 2, rel=1e-5) and "soft_ce" not in alone
+
+
+@pytest.mark.parametrize("sizes", [[2, 1], [1, 1, 1]])
+def test_several_captions_in_micro_batches(student, teacher, captions, sizes):
+    weights = dataclasses.replace(WEIGHTS, cross=GklSettings(soft_ce_weight=2.0, wmse_weight=0.5, gamma=0.5))
+    captions |= {"keys": ["a", "b", "c"]}
+    gradients = []
+    for parts in ([3], sizes):
+        starts = [sum(parts[:k]) for k in range(len(parts))]
+        batches = [{k: v[a : a + n] for k, v in captions.items()} for a, n in zip(starts, parts, strict=True)]
+        model, accelerator = model_for(student, teacher.embed_dim), Accelerator(cpu=True)
+        model.zero_grad()
+        objective = ClipKd(student=student, teacher=online_teacher(teacher), weights=weights, bank=Bank(0))
+        cached = embed_all(accelerator, model, objective, batches)
+        objective.loss(cached.outputs, cached.targets)[0].backward()
+        backward_from_cache(accelerator, model, objective, batches, cached)
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, want in gradients[0].items():
+        assert torch.allclose(gradients[1][name], want, rtol=1e-3, atol=1e-5 * want.abs().max().item()), name
 
 
 def test_without_a_teacher_the_loss_is_the_contrastive_one(student, batch):

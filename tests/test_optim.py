@@ -5,9 +5,20 @@ from functools import partial
 
 import pytest
 import torch
+from small_models import tiny_clip
+from transformers import CLIPConfig, CLIPModel
 
 from gkl_vl.models.classifiers import load_classifier
-from gkl_vl.training.optim import layered_adamw, multi_step, parameter_groups, sgd, warmup_cosine, warmup_fixmatch
+from gkl_vl.models.clip import Student, TransformersTowers
+from gkl_vl.training.optim import (
+    clip_adamw,
+    layered_adamw,
+    multi_step,
+    parameter_groups,
+    sgd,
+    warmup_cosine,
+    warmup_fixmatch,
+)
 
 
 def test_the_schedule_warms_up_and_falls_to_zero():
@@ -23,10 +34,38 @@ def test_biases_norms_and_the_scale_do_not_decay():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
     model.scale = torch.nn.Parameter(torch.tensor(1.0))
     model[2].weight.requires_grad_(False)
-    decayed, plain = parameter_groups(model, 0.3)
+    decayed, plain = parameter_groups(model.parameters(), 0.3)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     assert [p.shape for p in decayed["params"]] == [(4, 3)]
     assert sorted(p.ndim for p in plain["params"]) == [0, 1, 1, 1, 1]
+
+
+def test_each_tower_has_its_rate(tmp_path):
+    clip = tiny_clip(tmp_path)
+    student = Student(clip.towers, embed_dim=12, teacher_dim=20, mapped=("image", "text"))
+    names = {parameter: name for name, parameter in student.named_parameters()}
+    for lr, text_lr in ((0.4, 0.1), (0.1, 0.4), (0.0, 0.4), (0.0, 0.0)):
+        optimizer = clip_adamw(student, lr=lr, text_lr=text_lr, wd=0.3)
+        rates = {names[p]: g["lr"] * g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(rates) == len(names)
+        of_image = {name for name in names.values() if "visual" in name or "image_map" in name or "logit" in name}
+        assert {name for name, rate in rates.items() if rate == pytest.approx(lr)} >= of_image
+        of_text = rates.keys() - of_image
+        assert {"towers.model.token_embedding.weight", "towers.model.text_projection", "text_map.weight"} <= of_text
+        assert all(rates[name] == pytest.approx(text_lr) for name in of_text)
+        decays = {names[p] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+        assert decays == {name for name, parameter in student.named_parameters() if parameter.ndim >= 2}
+
+
+def test_transformers_towers_have_their_sides():
+    config = CLIPConfig(
+        text_config={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
+        vision_config={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
+        projection_dim=8,
+    )
+    towers = TransformersTowers(CLIPModel(config))
+    image, text = set(towers.image_parameters()), set(towers.text_parameters())
+    assert not image & text and {*towers.parameters()} - image - text == {towers.model.logit_scale}
 
 
 def test_sgd_decays_everything_that_is_trained():

@@ -59,7 +59,9 @@ def lengths(texts: list[str]) -> torch.Tensor:
     return torch.tensor([[ord(c) for c in text.ljust(14)[:14]] for text in texts])
 
 
-def stream(source, *, rank=0, world_size=1, num_workers=0, start=None, seed=0, batch_size=4, stored_views=None):
+def stream(
+    source, *, rank=0, world_size=1, num_workers=0, start=None, seed=0, batch_size=4, stored_views=None, captions=1
+):
     return PairStream(
         source,
         augment=light_augmentation(8),
@@ -69,6 +71,7 @@ def stream(source, *, rank=0, world_size=1, num_workers=0, start=None, seed=0, b
         rank=rank,
         world_size=world_size,
         num_workers=num_workers,
+        captions_per_image=captions,
         stored_views=stored_views,
         start=start,
     )
@@ -361,6 +364,28 @@ def test_stored_views_are_chosen_by_epoch_and_row():
         captions = ["".join(map(chr, row)).strip() for row in batch["text"].tolist()]
         names = ("caption", "other")
         assert captions == [f"{names[c]} {row}" for row, c in batch["caption_rows"].tolist()]
+
+
+def test_captions_of_an_image_differ_where_it_has_enough():
+    pairs = [RawPair(f"p{i}", picture(i), tuple(f"{i} {c}" for c in range(i + 1)), i) for i in range(6)]
+    views = torch.zeros(6, 1, 3, 8, 8, dtype=torch.uint8)
+    first = take(PairLoader(stream(memory_source("toy", pairs), batch_size=6, stored_views=views)), 1)[0]
+    drawn = set()
+    for batch in take(PairLoader(stream(memory_source("toy", pairs), batch_size=6, stored_views=views, captions=3)), 9):
+        assert batch["text"].shape == (6, 3, 14) and batch["text_ids"].shape == (6, 3)
+        assert batch["caption_rows"].shape == (6, 3, 2)
+        for key, tokens, ids, rows in zip(
+            *(batch[k] for k in ("keys", "text", "text_ids", "caption_rows")), strict=True
+        ):
+            pair = int(key[1:])
+            texts = ["".join(map(chr, row)).strip() for row in tokens.tolist()]
+            assert texts == [f"{row} {caption}" for row, caption in rows.tolist()] and texts[0].startswith(f"{pair} ")
+            assert ids.tolist() == [stable_hash(text) for text in texts]
+            assert len(set(texts)) == min(pair + 1, 3)
+            drawn.add((pair, rows[0, 1].item()))
+    assert len(drawn) > 15  # of 21
+    alone = take(PairLoader(stream(memory_source("toy", pairs), batch_size=6, stored_views=views, captions=3)), 1)[0]
+    assert torch.equal(alone["text"][:, 0], first["text"]), "the first caption is the one of a single caption"
 
 
 # ---- augmentation and the bundled set

@@ -14,6 +14,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from small_sets import colour_set
 from test_pairs import good, write_shard
 
@@ -196,7 +197,7 @@ def test_flags_come_in_groups_and_each_is_explained_in_a_line(recipe):
     config = vars(module(recipe)).get("Config", LabelConfig)
     assert set(GROUPS) <= {field.name for field in fields(config)}
     flags = flags_of_groups(config)
-    assert len({name for name, _ in flags}) == len(flags) <= 42
+    assert len({name for name, _ in flags}) == len(flags) <= 44
     assert [name for name, text in flags if not text or "\n" in text] == []
 
 
@@ -243,11 +244,17 @@ def test_the_default_command_distils_the_bundled_teacher(tmp_path, monkeypatch, 
 
 
 def test_a_rate_of_0_is_0_and_not_the_default(place, call):
+    """A rate of 0 for one tower freezes it and not the other."""
     flags = ["--teacher", "none", "--train-data", f"{place}/pairs.tar", "--steps", "1", "--batch-size", "4"]
     code, _, error = call(*flags, "--workers", "0", "--lr", "0", "--output-dir", "run")
     assert code == 0, error
     record = json.loads(Path("run/results.jsonl").read_text().splitlines()[0])
     assert record["train/lr"] == 0 and json.loads(Path("run/config.json").read_text())["lr"] == 0
+    code, _, error = call(*flags, "--workers", "0", "--text-lr", "0", "--output-dir", "frozen")
+    assert code == 0, error
+    weights = [load_file(f"{name}/model/open_clip_model.safetensors") for name in ("run", "frozen")]
+    changed = {key for key, value in weights[0].items() if value.ndim >= 2 and not value.equal(weights[1][key])}
+    assert changed == {key for key, value in weights[0].items() if value.ndim >= 2 and key.startswith("visual.")}
 
 
 def test_another_number_of_processes_cannot_resume(run, place, call):

@@ -27,7 +27,7 @@ from gkl_vl.evaluation.embed import Embedder
 from gkl_vl.evaluation.sets import load_benchmark_set
 from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
-from gkl_vl.models.clip import Clip, OpenClipTowers, Student, load_clip, resize
+from gkl_vl.models.clip import TEXT_PARTS, Clip, OpenClipTowers, Student, load_clip, resize
 from gkl_vl.objectives.clip import ClipKd, ClipKdWeights, ImageAttack, image_attack
 from gkl_vl.robustness import pgd, zero_shot
 from gkl_vl.robustness.results import wilson_interval
@@ -220,7 +220,7 @@ def test_the_attack_does_not_change_the_student(configs):
         part.register_forward_hook(lambda module, *_: seen.append(module.training))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     objective_of(clip).prepare(batch_of(clip))
-    assert seen == [False] * 4  # the captions once, the images in three steps
+    assert seen == [False] * (TEXT_PARTS + 3)  # the captions once, in parts, and the images in three steps
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert any("running_mean" in name for name in before)

@@ -31,7 +31,7 @@ from gkl_vl.losses.image_text import class_logits
 from gkl_vl.models.clip import Clip, Student, load_clip
 from gkl_vl.models.modes import freeze
 from gkl_vl.objectives.common import EpochPrior
-from gkl_vl.objectives.zero_shot import ZeroShotKd, prompt_tokens, sorted_by_length
+from gkl_vl.objectives.zero_shot import ZeroShotKd, prompt_tokens
 from gkl_vl.teachers.online import online_teacher
 from gkl_vl.training import clip as training
 from gkl_vl.training.gradient_cache import backward_from_cache, embed_all
@@ -199,41 +199,6 @@ def test_both_towers_of_the_student_have_a_gradient_and_the_teacher_none(folder)
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk_size", [1, 2, 512])
-def test_trimmed_prompts_have_the_embeddings_and_the_gradient_of_whole_ones(folder, monkeypatch, chunk_size):
-    monkeypatch.setattr("gkl_vl.objectives.zero_shot.PROMPTS_PER_CHUNK", chunk_size)
-    student, _ = models(folder)
-    towers = student.towers
-    prompts = sorted_by_length(PROMPTS, student)
-    assert sorted(prompts.classnames) == sorted(NAMES) and prompts.classnames[-1] == NAMES[0]
-    for template, parts in enumerate(prompt_tokens(prompts, student, torch.device("cpu"))):
-        whole = student.tokenize(prompts.of_template(template))
-        assert max(part.shape[1] for part in parts) < whole.shape[1] == 24
-        results = []
-        for tokens in ([whole], parts):
-            towers.zero_grad()
-            text = torch.cat([towers.encode_text(chunk) for chunk in tokens])
-            (text * torch.linspace(-1, 1, text.shape[1])).square().sum().backward()
-            named = towers.named_parameters()
-            results.append((text.detach(), {name: p.grad.clone() for name, p in named if p.grad is not None}))
-        (want, gradients), (got, others) = results
-        assert_close(got, want, rtol=1e-5, atol=1e-6)
-        assert gradients.keys() == others.keys() and any("positional" in name for name in gradients)
-        for name, gradient in gradients.items():
-            assert_close(others[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: name + text)
-
-
-def test_prompts_of_a_text_tower_with_other_attention_or_pooling_are_not_trimmed(folder):
-    student, _ = models(folder)
-    tokens = student.tokenize(PROMPTS.of_template(0))
-    assert student.towers.trimmed(tokens).shape[1] < 24
-    student.towers.model.text_pool_type = "last"
-    assert student.towers.trimmed(tokens) is tokens
-    student.towers.model.text_pool_type = "argmax"
-    student.towers.model.attn_mask = None
-    assert student.towers.trimmed(tokens) is tokens
 
 
 def test_an_update_has_one_template_drawn_from_seed_and_number(folder):

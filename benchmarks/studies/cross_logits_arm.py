@@ -111,11 +111,14 @@ class CrossStudy(Objective):
         loss, scalars = self.base.loss(outputs, targets)
         banks, extra = self.banks, {}
         if isinstance(banks, Bank):
-            queue, banks = banks, banks.columns(targets["teacher_text"], targets["teacher_image"])
+            queue, banks = banks, banks.columns(first_caption(targets["teacher_text"]), targets["teacher_image"])
             queue.advance()
         shares = (1 - self.terms.text_share, self.terms.text_share)
         for name, columns, share in zip(("image", "text"), banks, shares, strict=True):
-            student, teacher = outputs[f"mapped_{name}"].float(), targets[f"teacher_{name}"]
+            student, teacher = (
+                outputs[f"mapped_{name}"].float().flatten(0, -2),
+                targets[f"teacher_{name}"].flatten(0, -2),
+            )
             for term, value in self.direction(student, teacher, columns, targets, name).items():
                 extra[term] = extra.get(term, 0.0) + share * value
         total = loss + sum(getattr(self.terms, term) * value for term, value in extra.items())
@@ -135,7 +138,9 @@ class CrossStudy(Objective):
             weight = (terms.cross_gamma * t).softmax(1)
             if self.priors is not None:
                 centres, of_images, of_texts = self.priors
-                cluster = (targets["teacher_text"] @ centres.T).argmax(1)
+                texts = targets["teacher_text"]
+                texts = first_caption(texts) if name == "image" else texts.flatten(0, -2)
+                cluster = (texts @ centres.T).argmax(1)
                 base = (of_images if name == "image" else of_texts)[cluster]
                 weight = base**terms.cross_gamma
                 weight = weight / weight.sum(1, keepdim=True)
@@ -149,6 +154,11 @@ class CrossStudy(Objective):
             p, q = t.softmax(1), s.softmax(1)
             values["correlation"] = 2 - pearson(p, q).mean() - pearson(p.T, q.T).mean()
         return values
+
+
+def first_caption(texts: Tensor) -> Tensor:
+    """[n, e] of embeddings of one caption per image, or of several, [n, c, e]."""
+    return texts if texts.ndim == 2 else texts[:, 0]
 
 
 def pearson(x: Tensor, y: Tensor) -> Tensor:
@@ -261,7 +271,7 @@ def main(config: Config) -> None:
         recipe="cross_logits",
         data=data,
         make_objective=lambda setup: make_objective(config, setup, weights),
-        bundled_lr=6e-3,
+        bundled_rates=(1e-2, 3e-3),
         mapped=("image", "text"),
     )
     folder = config.run.output_dir

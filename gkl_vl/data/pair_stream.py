@@ -64,11 +64,12 @@ class Position:
 class PairStream(IterableDataset):
     """Endless batches of one rank as dicts: {"image": uint8 [n, 3, r, r], "keys", "text", "text_ids", ...}.
 
-    `tokenizers` maps keys of the batch to tokenizers: {"text": student's, "teacher_text": teacher's}. Batches of a
-    source without captions have only images and keys.
+    `tokenizers` maps keys of the batch to tokenizers: {"text": student's, "teacher_text": teacher's}. Tokens are int
+    [n, length] and `text_ids` [n], or [n, c, length] and [n, c] with c = `captions_per_image` > 1: different captions
+    where the pair has as many, else some twice. Batches of a source without captions have only images and keys.
     With `stored_views`, uint8 [pairs, views, 3, r, r], an image is one of its stored views, a different one each epoch,
     instead of a new augmentation; a batch then also has `view_rows` and `caption_rows` = (row in the set, number of the
-    view or caption), the indices of stored teacher embeddings.
+    view or caption), [n, 2] or [n, c, 2], the indices of stored teacher embeddings.
     """
 
     def __init__(
@@ -82,12 +83,14 @@ class PairStream(IterableDataset):
         rank: int,
         world_size: int,
         num_workers: int,
+        captions_per_image: int = 1,
         stored_views: torch.Tensor | None = None,
         start: Position | None = None,
     ):
         self.source, self.augment, self.tokenizers = source, augment, tokenizers
         self.batch_size, self.seed, self.stored_views = batch_size, seed, stored_views
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
+        self.captions_per_image = captions_per_image
         parts = max(num_workers, 1)
         self.start = start or Position(0, (Place(),) * parts)
         if len(self.start.places) != parts:
@@ -148,8 +151,9 @@ class PairStream(IterableDataset):
             raise BrokenSample(pair.problem)
         if self.source.captioned:
             captions = usable_captions(pair.captions)
-            caption = rng.randrange(len(captions))
-            sample |= {"caption": captions[caption], "caption_row": (pair.row, caption)}
+            drawn = rng.sample(range(len(captions)), min(self.captions_per_image, len(captions)))
+            drawn = [drawn[i % len(drawn)] for i in range(self.captions_per_image)]
+            sample |= {"captions": [captions[i] for i in drawn], "caption_rows": [(pair.row, i) for i in drawn]}
         if self.stored_views is None:
             view, image = 0, apply_seeded(self.augment, decode(pair.image), rng.getrandbits(63))
         else:
@@ -166,11 +170,14 @@ class PairStream(IterableDataset):
             batch["view_rows"] = torch.tensor([sample["view_row"] for sample in samples])
         if not self.source.captioned:
             return batch
-        captions = [sample["caption"] for sample in samples]
-        batch["text_ids"] = torch.tensor([stable_hash(caption) for caption in captions])
+        captions = [caption for sample in samples for caption in sample["captions"]]
+        of_texts = {name: tokenize(captions) for name, tokenize in self.tokenizers.items()}
+        of_texts["text_ids"] = torch.tensor([stable_hash(caption) for caption in captions])
         if self.stored_views is not None:
-            batch["caption_rows"] = torch.tensor([sample["caption_row"] for sample in samples])
-        return batch | {name: tokenize(captions) for name, tokenize in self.tokenizers.items()}
+            of_texts["caption_rows"] = torch.tensor([row for sample in samples for row in sample["caption_rows"]])
+        if self.captions_per_image > 1:
+            of_texts = {name: rows.unflatten(0, (len(samples), -1)) for name, rows in of_texts.items()}
+        return batch | of_texts
 
 
 class _Broken:

@@ -159,13 +159,13 @@ def image_text_loss(
 def mimicry_loss(
     *,
     image: Float[Tensor, "n e"],
-    text: Float[Tensor, "n e"],
+    text: Float[Tensor, "m e"],
     teacher_image: Float[Tensor, "n e"],
-    teacher_text: Float[Tensor, "n e"],
+    teacher_text: Float[Tensor, "m e"],
 ) -> Float[Tensor, ""]:
     """Feature mimicry: mean squared error of the normalised embeddings, images and texts added.
 
-        mean_ik (image_ik - teacher_image_ik)^2 + mean_ik (text_ik - teacher_text_ik)^2
+        mean_ik (image_ik - teacher_image_ik)^2 + mean_jk (text_jk - teacher_text_jk)^2
 
     The means run over rows and dimensions, so that published weights (2000 in CLIP-KD) keep their meaning; `image` and
     `text` are the student's embeddings after the map into the teacher's space. Equal on all ranks.

@@ -46,6 +46,8 @@ from gkl_vl.reading import read_json
 PACKAGE = Path(__file__).parents[1]
 BUNDLED_TEACHER = f"local-dir:{PACKAGE / 'assets' / 'teacher'}"
 MODEL_CONFIGS = PACKAGE / "model_configs"
+TEXT_PARTS = 4
+"""Parts of a batch's texts by length. More parts cut more padding and are smaller: 8 gained little over 4."""
 
 _HUB_FILES = {
     "files": ("*.json", "*.txt", "*.model", "*.safetensors"),
@@ -64,9 +66,25 @@ class OpenClipTowers(nn.Module):
         return self.model.encode_image(pixels, normalize=True)
 
     def encode_text(self, tokens: Int[Tensor, "n length"]) -> Float[Tensor, "n d"]:
-        """Takes tokens of full context length or from `trimmed`."""
-        if not self._ends_early() or tokens.shape[1] == self.model.context_length:
-            return self.model.encode_text(tokens, normalize=True)
+        return self.model.encode_text(tokens, normalize=True)
+
+    def encode_text_by_length(self, tokens: Int[Tensor, "*n length"]) -> Float[Tensor, "*n d"]:
+        """`encode_text` in `TEXT_PARTS` parts of similar lengths, each cut behind its last end-of-text token.
+
+        CLIP's text tower has causal attention and pools the end-of-text token, so that the padding behind it changes no
+        embedding. For other towers this is `encode_text`.
+        """
+        shape, tokens = tokens.shape[:-1], tokens.flatten(0, -2)
+        if not self._ends_early():
+            return self.encode_text(tokens).unflatten(0, shape)
+        ends, order = tokens.argmax(dim=1).sort(stable=True)
+        num_parts = min(TEXT_PARTS, len(tokens))  # equal on all ranks, as FSDP needs
+        longest = torch.stack([part[-1] for part in ends.tensor_split(num_parts)]).tolist()
+        parts = zip(order.tensor_split(num_parts), longest, strict=True)
+        rows = torch.cat([self._encode_shortened(tokens[part, : end + 1]) for part, end in parts])
+        return rows[order.argsort()].unflatten(0, shape)
+
+    def _encode_shortened(self, tokens: Int[Tensor, "n length"]) -> Float[Tensor, "n d"]:
         # as open_clip 3.3.0's `CLIP.encode_text`, which needs the whole context
         model, length = self.model, tokens.shape[1]
         dtype = model.transformer.get_cast_dtype()
@@ -75,14 +93,6 @@ class OpenClipTowers(nn.Module):
         x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]
         projection = model.text_projection
         return F.normalize(projection(x) if isinstance(projection, nn.Linear) else x @ projection, dim=-1)
-
-    def trimmed(self, tokens: Int[Tensor, "n length"]) -> Int[Tensor, "n shorter"]:
-        """Cuts the tokens behind the last end-of-text token of all rows, where that changes no embedding.
-
-        That holds for CLIP's text tower, which has causal attention and pools the end-of-text token. For other towers
-        the tokens are returned unchanged.
-        """
-        return tokens[:, : int(tokens.argmax(dim=1).max()) + 1] if self._ends_early() else tokens
 
     def _ends_early(self) -> bool:
         model = self.model
@@ -100,6 +110,11 @@ class OpenClipTowers(nn.Module):
     def image_parameters(self) -> Iterator[nn.Parameter]:
         return self.model.visual.parameters()
 
+    def text_parameters(self) -> Iterator[nn.Parameter]:
+        for name, parameter in self.model.named_parameters():
+            if not name.startswith(("visual.", "logit_")):
+                yield parameter
+
 
 class TransformersTowers(nn.Module):
     """The towers of a transformers `CLIPModel` or `SiglipModel`; embeddings are L2-normalised."""
@@ -114,9 +129,9 @@ class TransformersTowers(nn.Module):
     def encode_text(self, tokens: Int[Tensor, "n length"]) -> Float[Tensor, "n d"]:
         return F.normalize(self.model.get_text_features(input_ids=tokens).pooler_output, dim=-1)
 
-    def trimmed(self, tokens: Int[Tensor, "n length"]) -> Int[Tensor, "n length"]:
-        """Returns the tokens unchanged."""
-        return tokens
+    def encode_text_by_length(self, tokens: Int[Tensor, "*n length"]) -> Float[Tensor, "*n d"]:
+        """`encode_text`."""
+        return self.encode_text(tokens.flatten(0, -2)).unflatten(0, tokens.shape[:-1])
 
     def log_scale(self) -> Float[Tensor, ""]:
         """Logarithm of the logit scale, a parameter; SigLIP stores it with shape [1]."""
@@ -129,6 +144,11 @@ class TransformersTowers(nn.Module):
     def image_parameters(self) -> Iterator[nn.Parameter]:
         for name, parameter in self.model.named_parameters():
             if name.startswith(("vision_model.", "visual_projection.")):
+                yield parameter
+
+    def text_parameters(self) -> Iterator[nn.Parameter]:
+        for name, parameter in self.model.named_parameters():
+            if name.startswith(("text_model.", "text_projection.")):
                 yield parameter
 
 
@@ -241,12 +261,12 @@ class Student(nn.Module):
         self.image_map = nn.Linear(embed_dim, width, bias=False) if "image" in needed else nn.Identity()
         self.text_map = nn.Linear(embed_dim, width, bias=False) if "text" in needed else nn.Identity()
 
-    def forward(self, pixels: Float[Tensor, "n 3 h w"], *tokens: Int[Tensor, "_ _"]) -> dict[str, Tensor]:
-        """Embeddings of the images and of any number of texts, in parts whose token lengths may differ.
+    def forward(self, pixels: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "*m length"]) -> dict[str, Tensor]:
+        """Embeddings [n, d] of the images and [*m, d] of any number of texts.
 
         "mapped_image" and "mapped_text" are those in the teacher's space, also normalised, of the sides in `mapped`.
         """
-        image, text = self.towers.encode_image(pixels), torch.cat([self.towers.encode_text(part) for part in tokens])
+        image, text = self.towers.encode_image(pixels), self.towers.encode_text_by_length(tokens)
         output = {"image": image, "text": text, "logit_scale": self.towers.log_scale().exp()}
         if "image" in self.mapped:
             output["mapped_image"] = F.normalize(self.image_map(image), dim=-1)

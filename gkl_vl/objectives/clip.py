@@ -85,7 +85,7 @@ class ClipKd(Objective):
     def _attacked(self, attack: ImageAttack, batch: Batch, targets: dict[str, Tensor]) -> Tensor:
         towers = self.student.towers  # not the model, which DistributedDataParallel may have wrapped
         with evaluating(towers), torch.no_grad():
-            outputs = {"text": towers.encode_text(batch["text"]), "logit_scale": towers.log_scale().exp()}
+            outputs = {"text": towers.encode_text_by_length(batch["text"]), "logit_scale": towers.log_scale().exp()}
             bias = towers.bias()
             outputs |= {} if bias is None else {"logit_bias": bias.detach()}
         weights = replace(
@@ -125,13 +125,14 @@ class ClipKd(Objective):
         loss, scalars = _logits_loss(logits, targets, self.weights)
         if self.teacher is None or not self.weights.mapped:
             return loss, scalars
-        mapped = {side: outputs[f"mapped_{side}"] for side in ("image", "text")}
-        theirs = {name: targets[name] for name in ("teacher_image", "teacher_text")}
+        mapped = {side: outputs[f"mapped_{side}"].flatten(0, -2) for side in ("image", "text")}
+        theirs = {name: targets[name].flatten(0, -2) for name in ("teacher_image", "teacher_text")}
         if self.weights.mimicry_weight:
             term = mimicry_loss(**mapped, **theirs)
             loss, scalars = loss + self.weights.mimicry_weight * term, scalars | {"mimicry": term.detach()}
         if self.weights.cross.counts:
-            text_bank, image_bank = self.bank.columns(targets["teacher_text"], targets["teacher_image"])  # all ranks
+            _, first = next(_by_caption(outputs, targets))
+            text_bank, image_bank = self.bank.columns(first["teacher_text"], targets["teacher_image"])  # all ranks
             term, cross_scalars = cross_logits_loss(
                 **mapped,
                 **theirs,
@@ -158,12 +159,30 @@ class ClipKd(Objective):
 def _logits_loss(
     outputs: dict[str, Tensor], targets: dict[str, Tensor], weights: ClipKdWeights
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    """`image_text_loss`, with several captions per image the mean over them."""
     sigmoid = "logit_bias" in outputs
-    return image_text_loss(
-        **outputs,
-        **targets,
-        **vars(weights.gkl),
-        contrastive_weight=weights.contrastive_weight,
-        sigmoid=sigmoid,
-        teacher_sigmoid=sigmoid and "teacher_logit_bias" in targets,
-    )
+    losses, scalars = [], []
+    for paired_outputs, paired_targets in _by_caption(outputs, targets):
+        loss, terms = image_text_loss(
+            **paired_outputs,
+            **paired_targets,
+            **vars(weights.gkl),
+            contrastive_weight=weights.contrastive_weight,
+            sigmoid=sigmoid,
+            teacher_sigmoid=sigmoid and "teacher_logit_bias" in targets,
+        )
+        losses.append(loss)
+        scalars.append(terms)
+    return torch.stack(losses).mean(), {name: torch.stack([of[name] for of in scalars]).mean() for name in scalars[0]}
+
+
+def _by_caption(
+    outputs: dict[str, Tensor], targets: dict[str, Tensor]
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Outputs and targets of the images with the first caption of each, with the second, and so on."""
+    if outputs["text"].ndim == 2:
+        yield outputs, targets
+        return
+    for number, text in enumerate(outputs["text"].unbind(1)):
+        of_texts = {name: targets[name][:, number] for name in ("text_ids", "teacher_text") if name in targets}
+        yield outputs | {"text": text}, targets | of_texts

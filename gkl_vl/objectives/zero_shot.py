@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,6 @@ from gkl_vl.models.clip import Clip
 from gkl_vl.objectives.common import EpochPrior, accuracy
 from gkl_vl.protocols import Batch, Objective
 from gkl_vl.teachers.online import Teacher
-
-PROMPTS_PER_CHUNK = 512
-"""Prompts pass through the text tower in chunks, each trimmed to its longest: with the bundled 1,658 names 3.5 times as
-fast as at the tower's full context length (two CPU cores, forward and backward)."""
 
 
 @dataclass(kw_only=True)
@@ -44,8 +40,8 @@ class ZeroShotKd(Objective):
     teacher: Teacher
     classes: Tensor
     """The teacher's normalised class embeddings [C, e], see `evaluation.embed.zero_shot_classifier`."""
-    tokens: list[list[Tensor]]
-    """The student's tokens of the prompts, by template and chunk, see `prompt_tokens`."""
+    tokens: list[Tensor]
+    """The student's tokens of the prompts, by template, see `prompt_tokens`."""
     gkl: GklSettings
     """Of the student's own logits."""
     cross: GklSettings
@@ -72,7 +68,7 @@ class ZeroShotKd(Objective):
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Logits. `model` is a `Student`, possibly wrapped; `batch` comes from a `PairStream`."""
-        outputs = model(self.student.prepare(batch["image"]), *self.tokens[self.template()])
+        outputs = model(self.student.prepare(batch["image"]), self.tokens[self.template()])
         logits = class_logits(
             image=outputs["image"],
             classes=outputs["text"],
@@ -130,13 +126,6 @@ class ZeroShotKd(Objective):
             self.prior.load_state(state)
 
 
-def sorted_by_length(prompts: Prompts, clip: Clip) -> Prompts:
-    """The prompts with classes sorted by number of tokens, so that chunks trim well; no loss depends on the order."""
-    ends = clip.tokenize(prompts.of_template(0)).argmax(dim=1)
-    return replace(prompts, classnames=tuple(prompts.classnames[c] for c in ends.argsort(stable=True).tolist()))
-
-
-def prompt_tokens(prompts: Prompts, clip: Clip, device: torch.device) -> list[list[Tensor]]:
-    """Tokens of all classes by template, in chunks for `Student.forward`."""
-    by_template = [clip.tokenize(prompts.of_template(number)) for number in range(len(prompts.templates))]
-    return [[clip.towers.trimmed(part).to(device) for part in t.split(PROMPTS_PER_CHUNK)] for t in by_template]
+def prompt_tokens(prompts: Prompts, clip: Clip, device: torch.device) -> list[Tensor]:
+    """Tokens of all classes by template."""
+    return [clip.tokenize(prompts.of_template(number)).to(device) for number in range(len(prompts.templates))]

@@ -21,7 +21,7 @@ def online_teacher(clip: Clip) -> Teacher:
     def teacher(batch: Batch) -> dict[str, Tensor]:
         outputs = {"teacher_image": clip.towers.encode_image(clip.prepare(batch["image"])).float()}
         if "teacher_text" in batch:
-            outputs["teacher_text"] = clip.towers.encode_text(batch["teacher_text"]).float()
+            outputs["teacher_text"] = clip.towers.encode_text_by_length(batch["teacher_text"]).float()
         return outputs | teacher_scales(clip)
 
     return teacher

@@ -56,7 +56,7 @@ def stored_teacher(clip: Clip, stored: StoredViews, device: torch.device) -> Tea
         outputs = {"teacher_image": image[views[:, 0], views[:, 1]]} | scales
         if "caption_rows" in batch:
             captions = batch["caption_rows"]
-            outputs["teacher_text"] = text[captions[:, 0], captions[:, 1]]
+            outputs["teacher_text"] = text[captions[..., 0], captions[..., 1]]
         return outputs
 
     return teacher

@@ -35,12 +35,13 @@ from gkl_vl.teachers.online import Teacher, online_teacher
 from gkl_vl.teachers.store import StoredViews, store_views, stored_teacher
 from gkl_vl.training.checkpoint import RunFolder
 from gkl_vl.training.engine import FitConfig, fit, moving_average
-from gkl_vl.training.optim import adamw, warmup_cosine
+from gkl_vl.training.optim import clip_adamw, warmup_cosine
 from gkl_vl.training.run import Run, RunFlags, StepIntervals
 
 # The bundled set is small: a fixed number of views lets the teacher embed each once (teachers/store.py).
 BUNDLED_VIEWS = 6
 BUNDLED_STEPS = 300
+BUNDLED_CAPTIONS = 2
 BUNDLED_MIMICRY_WEIGHT, MIMICRY_WEIGHT = 10_000.0, 2000.0
 BANK_SIZE = 4096
 LR = 1e-3
@@ -74,6 +75,8 @@ class CaptionData:
     """A text file beside an image holds one caption per line. Otherwise all of it is one caption."""
     quoted: bool | None = None
     """CSV, TSV: cells may be in double quotes. None = yes for .csv, no for .tsv: a quote is a letter there."""
+    captions_per_image: int | None = None
+    """Captions drawn for an image in a step; the loss is their mean. None = 1; bundled data with a teacher: 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +110,8 @@ class ClipOptimisation:
     """Batches per update: exactly the loss of the joined batch, in the memory of one."""
     lr: float | None = None
     """Peak learning rate: linear warm-up, then cosine to 0. None = 1e-3; bundled data has its own."""
+    text_lr: float | None = None
+    """Peak learning rate of the text tower. None = that of --lr; bundled data has its own."""
     wd: float = 0.2
     """Weight decay; none on biases, norms and the logit scale."""
     warmup: int | None = None
@@ -187,6 +192,7 @@ class ClipData:
     """As the user named it; None = the bundled emoji."""
     flag: str = "--train-data"
     """The flag that names it, for messages."""
+    captions_per_image: int | None = None
 
     @property
     def bundled(self) -> bool:
@@ -203,7 +209,7 @@ def open_captions(flags: CaptionData) -> ClipData:
     source = open_source(
         flags.train_data, columns=flags.columns, caption_lines=flags.caption_lines, quoted=flags.quoted
     )
-    return ClipData(source=source, name=flags.train_data)
+    return ClipData(source=source, name=flags.train_data, captions_per_image=flags.captions_per_image)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +229,7 @@ def train_clip(
     recipe: str,
     data: ClipData,
     make_objective: Callable[[ClipSetup], Objective],
-    bundled_lr: float = LR,
+    bundled_rates: tuple[float, float] = (LR, LR),
     mapped: Sequence[str] = (),
     detail: str = "",
     attack: str | None = None,
@@ -233,7 +239,7 @@ def train_clip(
 
     Args:
         recipe: run folders are runs/RECIPE-TIME.
-        bundled_lr: default of --lr on bundled data.
+        bundled_rates: defaults of --lr and --text-lr on bundled data.
         mapped: for `Student`: the sides whose embeddings the objective compares with the teacher's.
         detail: part of the run's title, behind the teacher.
         attack: for the card: radius and norm of attacks in training. FSDP is then refused.
@@ -257,16 +263,16 @@ def train_clip(
     sides = () if teacher is None else mapped
     model = Student(student.towers, embed_dim=student.embed_dim, teacher_dim=teacher_dim, mapped=sides)
     run.seed_ranks()
-    lr = config.optimisation.lr
-    if lr is None:
-        lr = bundled_lr if stored is not None else LR
+    rates = peak_rates(config.optimisation, bundled_rates if stored is not None else (LR, LR))
     teach = make_teacher(teacher, stored, run.device)
     exported = fit(
         accelerator=run.accelerator,
         model=model,
         objective=make_objective(ClipSetup(student=student, teacher=teacher, teach=teach, device=run.device)),
-        make_optimizer=partial(adamw, lr=lr, wd=config.optimisation.wd),
-        learning_rate=partial(warmup_cosine, lr=lr, steps=steps, warmup_steps=count_warmup(config.optimisation, steps)),
+        make_optimizer=partial(clip_adamw, lr=rates[0], text_lr=rates[1], wd=config.optimisation.wd),
+        learning_rate=partial(
+            warmup_cosine, lr=max(rates), steps=steps, warmup_steps=count_warmup(config.optimisation, steps)
+        ),
         make_loader=partial(make_loader, config, run, data, augment, student, teacher, stored),
         run=run.folder,
         config=FitConfig(
@@ -347,6 +353,14 @@ def count_warmup(optimisation: ClipOptimisation, steps: int) -> int:
     return optimisation.warmup
 
 
+def peak_rates(optimisation: ClipOptimisation, usual: tuple[float, float]) -> tuple[float, float]:
+    """Peak learning rates of the image and the text tower; a --lr without --text-lr is for both."""
+    lr, text_lr = optimisation.lr, optimisation.text_lr
+    if lr is None:
+        return usual[0], usual[1] if text_lr is None else text_lr
+    return lr, lr if text_lr is None else text_lr
+
+
 def augmentation(student: Clip, teacher: Clip | None, *, bundled: bool) -> Callable[..., torch.Tensor]:
     """One view for both models, at the larger of their sizes."""
     size = max(clip.image_size for clip in (student, teacher) if clip is not None)
@@ -394,6 +408,9 @@ def make_loader(
     tokenizers = {"text": student.tokenize}
     if teacher is not None and stored is None:
         tokenizers["teacher_text"] = teacher.tokenize
+    captions = data.captions_per_image
+    if captions is None:
+        captions = 1 if stored is None else BUNDLED_CAPTIONS
     stream = PairStream(
         data.source,
         augment=augment,
@@ -403,6 +420,7 @@ def make_loader(
         rank=run.accelerator.process_index,
         world_size=run.num_processes,
         num_workers=run.flags.workers,
+        captions_per_image=captions,
         stored_views=None if stored is None else stored.pixels,
         start=None if position is None else Position.of(position),
     )

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules for `engine.fit`."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,12 +9,33 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay  # pyright: ignore[reportPrivateImportUsage] # it is documented
 from torch import nn
 
+from gkl_vl.models.clip import Student
 
-def adamw(
-    model: nn.Module, *, lr: float, wd: float, beta1: float = 0.9, beta2: float = 0.98, eps: float = 1e-6
-) -> torch.optim.AdamW:
+
+def adamw(model: nn.Module, *, lr: float, wd: float) -> torch.optim.AdamW:
     """AdamW as in open_clip: parameters with two or more axes decay; biases, norms and the logit scale do not."""
-    return torch.optim.AdamW(parameter_groups(model, wd), lr=lr, betas=(beta1, beta2), eps=eps)
+    return _open_clip_adamw(parameter_groups(model.parameters(), wd), lr)
+
+
+def clip_adamw(student: Student, *, lr: float, text_lr: float, wd: float) -> torch.optim.AdamW:
+    """`adamw` with a rate for the text tower; the image tower and the logit scale have `lr`.
+
+    `lr_scale` of each group is relative to the larger rate, which `engine.fit` needs as its learning rate.
+    """
+    peak = max(lr, text_lr)
+    of_text = [*student.towers.text_parameters(), *student.text_map.parameters()]
+    members = set(of_text)
+    others = [p for p in student.parameters() if p not in members]
+    groups = [
+        group | {"lr_scale": rate / peak if peak else 1.0}
+        for parameters, rate in ((others, lr), (of_text, text_lr))
+        for group in parameter_groups(parameters, wd)
+    ]
+    return _open_clip_adamw(groups, peak)
+
+
+def _open_clip_adamw(groups: list[dict[str, Any]], lr: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6)
 
 
 def layered_adamw(model: nn.Module, *, lr: float, wd: float, layer_decay: float) -> torch.optim.AdamW:
@@ -38,13 +60,13 @@ def sgd(
 ) -> torch.optim.SGD:
     """SGD. With `norms_decay` all parameters decay, as in the distillation literature; else as in `adamw`."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = trainable if norms_decay else parameter_groups(model, wd)
+    groups = trainable if norms_decay else parameter_groups(trainable, wd)
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=wd, nesterov=nesterov)
 
 
-def parameter_groups(model: nn.Module, wd: float) -> list[dict[str, Any]]:
+def parameter_groups(parameters: Iterable[nn.Parameter], wd: float) -> list[dict[str, Any]]:
     """Two groups: parameters with two or more axes, and the others (biases, norms, the scale), which do not decay."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in parameters if p.requires_grad]
     return [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": wd},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},

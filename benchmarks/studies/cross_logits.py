@@ -1,7 +1,8 @@
 """The study of recipes/README.md: GKL on cross logits, on equal seeds.
 
     python benchmarks/studies/cross_logits.py                        # the table: seeds 0 to 4
-    python benchmarks/studies/cross_logits.py --search               # what the settings were chosen by: seeds 20 to 22
+    python benchmarks/studies/cross_logits.py --rivals               # other terms of equal weight, and other banks
+    python benchmarks/studies/cross_logits.py --search --seeds 20 21 # what the settings were chosen by
     python benchmarks/studies/cross_logits.py --steps 1200           # four times as long
 
 Every arm is `cross_logits_arm.py`, which is `recipes/clip_kd.py` on the bundled default with further terms. Settings
@@ -11,47 +12,57 @@ done already are not run again.
 
 from study import Arm, Arms, Study, make_parser
 
+MIMICRY = ["--mimicry-weight", "10000"]
 NO_MIMICRY = ["--mimicry-weight", "0"]
-
-
-def cross(*, soft_ce: float = 2, wmse: float = 0, bank_size: int = 4096) -> list[str]:
-    """The recipe's own terms on cross logits, with its queue as bank."""
-    flags = ["--wmse-weight", "0", "--cross-soft-ce-weight", str(soft_ce), "--cross-wmse-weight", str(wmse)]
-    return [*flags, "--bank-size", str(bank_size)]
-
-
 NO_CROSS = ["--wmse-weight", "0", "--cross-soft-ce-weight", "0", "--cross-wmse-weight", "0"]
-SOFT_CE, GKL = [*NO_CROSS, "--cross-soft-ce", "2"], [*NO_CROSS, "--cross-soft-ce", "2", "--cross-wmse", "6"]
-BASE, CROSS_SOFT_CE, CROSS_GKL = "mimicry + soft CE", "+ cross soft CE", "+ cross GKL"
-# name: (flags, the arm to compare it with)
+
+
+def cross(*, soft_ce: float = 2, wmse: float = 6, bank_size: int | None = None) -> list[str]:
+    """The recipe's own terms on cross logits, with its queue as bank and no mimicry."""
+    flags = ["--wmse-weight", "0", "--cross-soft-ce-weight", str(soft_ce), "--cross-wmse-weight", str(wmse)]
+    return [*flags, *NO_MIMICRY, *([] if bank_size is None else ["--bank-size", str(bank_size)])]
+
+
+def dense(bank: str, *terms: str, wmse: float = 6) -> list[str]:
+    """Cross soft CE 2 and further terms in this study's own, dense form."""
+    weights = ["--cross-soft-ce", "2", "--cross-wmse", str(wmse)]
+    return [*NO_CROSS, *NO_MIMICRY, *weights, "--bank", bank, *terms]
+
+
+BASE, CROSS_SOFT_CE, CROSS_GKL = "mimicry + soft CE", "cross soft CE", "cross GKL"
+# name: (flags, the arms to compare it with). All have the contrastive loss and, but for the first, in-batch soft CE.
 ARMS: Arms = {
-    "mimicry": Arm([*NO_CROSS, "--soft-ce-weight", "0"], None),
-    BASE: Arm(NO_CROSS, "mimicry"),
-    "+ GKL in the batch": Arm([*NO_CROSS, "--wmse-weight", "0.5"], BASE),
-    CROSS_SOFT_CE: Arm(cross(), BASE),
-    CROSS_GKL: Arm(cross(wmse=6), CROSS_SOFT_CE),
-    "cross soft CE, no mimicry": Arm([*cross(), *NO_MIMICRY], None),
-    "cross GKL, no mimicry": Arm([*cross(wmse=6), *NO_MIMICRY], "cross soft CE, no mimicry"),
-    "+ cross soft CE 4": Arm(cross(soft_ce=4), BASE),
-    "+ cross soft CE 8": Arm(cross(soft_ce=8), BASE),
-    "+ cross soft CE at T 1 and 2": Arm([*SOFT_CE, "--soft-ce-at-2", "24", "--bank", "queue"], CROSS_SOFT_CE),
-    "+ distances of pairs": Arm([*NO_CROSS, "--relational", "20"], BASE),
-    "+ cross DIST": Arm([*NO_CROSS, "--correlation", "2", "--bank", "queue"], BASE),
-    "+ cross GKL, concepts of one half": Arm([*GKL, "--bank", "half"], BASE),
-    "+ cross GKL, captions without a name": Arm([*GKL, "--bank", "keywords"], BASE),
+    "mimicry": Arm([*NO_CROSS, *MIMICRY, "--soft-ce-weight", "0"], None),
+    BASE: Arm([*NO_CROSS, *MIMICRY], "mimicry"),
+    "mimicry + GKL in the batch": Arm([*NO_CROSS, *MIMICRY, "--wmse-weight", "0.5"], BASE),
+    "mimicry + cross soft CE": Arm([*cross(wmse=0), *MIMICRY], BASE),
+    "mimicry + cross GKL": Arm([*cross(), *MIMICRY], ("mimicry + cross soft CE", BASE)),
+    CROSS_SOFT_CE: Arm(cross(wmse=0), None),
+    CROSS_GKL: Arm(cross(), (CROSS_SOFT_CE, BASE)),
+}
+RIVALS: Arms = {
+    CROSS_GKL: Arm(cross(), None),
+    "cross soft CE at T 1 and 2": Arm(dense("queue", "--soft-ce-at-2", "24", wmse=0), CROSS_GKL),
+    "cross soft CE 8": Arm(cross(soft_ce=8, wmse=0), CROSS_GKL),
+    "cross soft CE 4": Arm(cross(soft_ce=4, wmse=0), CROSS_GKL),
+    "cross soft CE + distances of pairs": Arm(dense("queue", "--relational", "20", wmse=0), CROSS_GKL),
+    "cross soft CE + DIST": Arm(dense("queue", "--correlation", "2", wmse=0), CROSS_GKL),
+    "cross GKL, concepts of one half": Arm(dense("half"), CROSS_GKL),
+    "cross GKL, captions without a name": Arm(dense("keywords"), CROSS_GKL),
 }
 SEARCH: Arms = {
-    BASE: Arm(NO_CROSS, None),
-    CROSS_GKL: Arm(cross(wmse=6), BASE),
-    "mean of each name as bank": Arm([*GKL, "--bank", "names"], BASE),
-    "sample of the store as bank": Arm([*GKL, "--bank", "store"], BASE),
-    "the batch alone": Arm(cross(wmse=6, bank_size=0), BASE),
-    "bank of 1,024": Arm(cross(wmse=6, bank_size=1024), BASE),
-    "ratio of sums": Arm([*GKL, "--bank", "queue", "--ratio"], BASE),
-    "gamma 0": Arm([*GKL, "--bank", "queue", "--cross-gamma", "0"], BASE),
-    "gamma 0.35": Arm([*GKL, "--bank", "queue", "--cross-gamma", "0.35"], BASE),
-    "gamma 1": Arm([*GKL, "--bank", "queue", "--cross-gamma", "1"], BASE),
-    "prior of 200 clusters of captions": Arm([*GKL, "--bank", "names", "--prior", "200"], BASE),
+    CROSS_GKL: Arm(cross(), None),
+    "wMSE 12": Arm(cross(wmse=12), CROSS_GKL),
+    "the batch alone": Arm(cross(bank_size=0), CROSS_GKL),
+    "bank of 1,024": Arm(cross(bank_size=1024), CROSS_GKL),
+    "bank of 4,096": Arm(cross(bank_size=4096), CROSS_GKL),
+    "mean of each name as bank": Arm(dense("names"), CROSS_GKL),
+    "sample of the store as bank": Arm(dense("store"), CROSS_GKL),
+    "ratio of sums": Arm(dense("queue", "--ratio"), CROSS_GKL),
+    "gamma 0": Arm(dense("queue", "--cross-gamma", "0"), CROSS_GKL),
+    "gamma 0.35": Arm(dense("queue", "--cross-gamma", "0.35"), CROSS_GKL),
+    "gamma 1": Arm(dense("queue", "--cross-gamma", "1"), CROSS_GKL),
+    "prior of 200 clusters of captions": Arm(dense("names", "--prior", "200"), "mean of each name as bank"),
 }
 COLUMNS: dict[str, tuple[str | None, str]] = {
     "emoji acc1": ("emoji", "acc1"),
@@ -69,10 +80,11 @@ def main() -> None:
     parser = make_parser(__doc__, seeds=[0, 1, 2, 3, 4], folder="runs/study_cross_logits")
     parser.add_argument("--steps", type=int, default=300, help="updates of every run")
     parser.add_argument("--student", default="emoji-student", help="another student, for a shorter search")
+    parser.add_argument("--rivals", action="store_true", help="the arms of the rivals")
     parser.add_argument("--search", action="store_true", help="the arms of the search")
     parser.add_argument("--arms", nargs="+", help="only these")
     options = parser.parse_args()
-    arms = SEARCH if options.search else ARMS
+    arms = SEARCH if options.search else RIVALS if options.rivals else ARMS
     study = Study(
         recipe="cross_logits_arm",
         arms={name: arm for name, arm in arms.items() if options.arms is None or name in options.arms},

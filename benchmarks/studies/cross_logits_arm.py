@@ -31,6 +31,7 @@ from gkl_vl.teachers.bank import Bank
 from gkl_vl.teachers.store import StoredViews
 from gkl_vl.training.checkpoint import RunFolder
 from gkl_vl.training.clip import (
+    BANK_SIZE,
     CaptionData,
     CaptionLoss,
     ClipEvaluation,
@@ -69,7 +70,7 @@ class CrossTerms:
     prior: int = 0
     """wMSE's weight is the mean teacher softmax over so many clusters of captions; 0 = the row's own softmax."""
     bank: BankKind = "names"
-    sample_size: int = 4096
+    sample_size: int = BANK_SIZE
     """Of the queue, as --bank-size, and of the sample of the store."""
     text_share: float = 0.5
     """Share of the direction texts against images."""

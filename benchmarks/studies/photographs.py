@@ -27,20 +27,22 @@ def weights(*, soft_ce: float = 1, wmse: float = 0, cross_soft_ce: float = 0, cr
     return [*flags, "--cross-soft-ce-weight", str(cross_soft_ce), "--cross-wmse-weight", str(cross_wmse)]
 
 
-PRIOR = ["--class-prior"]
-MIMICRY, SOFT_CE = "mimicry + soft CE", "soft CE"
+PRIOR, NO_MIMICRY = ["--class-prior"], ["--mimicry-weight", "0"]
+MIMICRY, SOFT_CE, CROSS_SOFT_CE = "mimicry + soft CE", "soft CE", "soft CE + cross soft CE"
 # name: (flags, the arm to compare it with: the one that has a term less)
 CAPTIONS: Arms = {
     MIMICRY: Arm(weights(), None),
     "mimicry + soft CE + cross soft CE": Arm(weights(cross_soft_ce=2), MIMICRY),
     "mimicry + soft CE + cross GKL": Arm(weights(cross_soft_ce=2, cross_wmse=6), "mimicry + soft CE + cross soft CE"),
+    CROSS_SOFT_CE: Arm([*weights(cross_soft_ce=2), *NO_MIMICRY], None),
+    "soft CE + cross GKL": Arm([*weights(cross_soft_ce=2, cross_wmse=6), *NO_MIMICRY], (CROSS_SOFT_CE, MIMICRY)),
 }
 IMAGES: Arms = {
     SOFT_CE: Arm(weights(), None),
     "GKL": Arm(weights(wmse=0.05), SOFT_CE),
     "GKL, class prior": Arm([*weights(wmse=0.05), *PRIOR], "GKL"),
-    "soft CE + cross soft CE": Arm(weights(cross_soft_ce=1), SOFT_CE),
-    "soft CE + cross GKL": Arm(weights(cross_soft_ce=1, cross_wmse=3), "soft CE + cross soft CE"),
+    CROSS_SOFT_CE: Arm(weights(cross_soft_ce=1), SOFT_CE),
+    "soft CE + cross GKL": Arm(weights(cross_soft_ce=1, cross_wmse=3), CROSS_SOFT_CE),
     "soft CE + cross GKL, class prior": Arm([*weights(cross_soft_ce=1, cross_wmse=3), *PRIOR], "soft CE + cross GKL"),
 }
 SEARCH: Arms = {
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--cifar", type=Path, required=True, help="folder of the parquet files of CIFAR-10")
     parser.add_argument("--steps", type=int, default=300, help="updates of every student")
     parser.add_argument("--search", action="store_true", help="the arms of the search over rates and weights instead")
+    parser.add_argument("--only", choices=["captions", "images"], help="one of the two kinds of students")
     options = parser.parse_args()
     data: Path = options.output_dir / "data"
     write_files(options.cifar, data)
@@ -74,8 +77,9 @@ def main() -> None:
     print(f"teacher: {', '.join(f'{heading} {percent:.2f}' for heading, percent in accuracy.items())}\n")
     common += ["--teacher", f"local-dir:{teacher.folder_of('teacher', 0) / 'model'}", "--steps", str(options.steps)]
     common += ["--student", str(data / STUDENT_CONFIG), "--train-data", str(data / STUDENT_DATA), *STUDENT_FLAGS]
-    studies = [("clip_unlabelled", SEARCH if options.search else IMAGES, ["--prompts", str(data / TEMPLATES)])]
-    studies += [] if options.search else [("clip_kd", CAPTIONS, [])]
+    images = ("clip_unlabelled", SEARCH if options.search else IMAGES, ["--prompts", str(data / TEMPLATES)])
+    studies: list[tuple[str, Arms, list[str]]] = [] if options.only == "captions" else [images]
+    studies += [] if options.search or options.only == "images" else [("clip_kd", CAPTIONS, [])]
     for recipe, arms, flags in studies:
         study = Study(
             recipe=recipe,
@@ -84,7 +88,7 @@ def main() -> None:
             columns=COLUMNS,
             seeds=options.seeds,
             jobs=options.jobs,
-            folder=options.output_dir / str(options.steps) / ("search" if options.search else "study"),
+            folder=options.output_dir / str(options.steps) / ("search" if options.search else recipe),
         )
         print(f"{study.table(study.run())}\n")
 

@@ -29,8 +29,8 @@ class Arm:
     """One row of a study's table."""
 
     flags: list[str]
-    other: str | None
-    """The arm that it is compared with."""
+    other: str | tuple[str, ...] | None
+    """The arm that it is compared with, or several."""
     recipe: str | None = None
     """Another script than the study's."""
 
@@ -104,11 +104,16 @@ class Study:
         headline = headings[0]
         lines = [f"| arm | {' | '.join(headings)} | {headline}, paired difference |"]
         lines.append("|---" * (len(headings) + 2) + "|")
-        for arm, other in ((name, arm.other) for name, arm in self.arms.items()):
-            cells = [spread([results[arm, seed][heading] for seed in self.seeds]) for heading in headings]
-            other = other if other in self.arms else None
-            differences = [results[arm, s][headline] - results[other, s][headline] for s in self.seeds if other]
-            lines.append(f"| {arm} | {' | '.join(cells)} | {paired(differences, other) if other else ''} |")
+        for name, arm in self.arms.items():
+            cells = [spread([results[name, seed][heading] for seed in self.seeds]) for heading in headings]
+            others = (arm.other,) if isinstance(arm.other, str) else (arm.other if arm.other is not None else ())
+            by_other = {
+                other: [results[name, seed][headline] - results[other, seed][headline] for seed in self.seeds]
+                for other in others
+                if other in self.arms
+            }
+            cells.append("; ".join(paired(differences, other) for other, differences in by_other.items()))
+            lines.append(f"| {name} | {' | '.join(cells)} |")
         return "\n".join(lines)
 
 

@@ -42,8 +42,8 @@ from gkl_vl.training.run import Run, RunFlags, StepIntervals
 BUNDLED_VIEWS = 6
 BUNDLED_STEPS = 300
 BUNDLED_CAPTIONS = 2
-BUNDLED_MIMICRY_WEIGHT, MIMICRY_WEIGHT = 10_000.0, 2000.0
-BANK_SIZE = 4096
+BUNDLED_MIMICRY_WEIGHT, MIMICRY_WEIGHT = 0.0, 2000.0
+BANK_SIZE = 2048
 LR = 1e-3
 WARMUP_STEPS = 50
 SHEET_IMAGES = 12
@@ -86,14 +86,14 @@ class CaptionLoss:
     contrastive_weight: float = 1.0
     """Weight of the student's own contrastive loss."""
     mimicry_weight: float | None = None
-    """Weight of the MSE between normalised embeddings. None = CLIP-KD's 2000, 10000 on bundled data."""
-    cross_soft_ce_weight: float = 0.0
+    """Weight of the MSE between normalised embeddings. None = CLIP-KD's 2000, 0 on bundled data."""
+    cross_soft_ce_weight: float = 2.0
     """Soft CE of cross logits: the student's images against the teacher's texts, its texts against the images."""
-    cross_wmse_weight: float = 0.0
+    cross_wmse_weight: float = 6.0
     """wMSE of cross logits; gamma and the temperatures are GKL's."""
     bank_size: int | None = None
-    """Teacher embeddings that the student is compared with: the last ones, at least the batch. None = 4096."""
-    gkl: Annotated[GklSettings, tyro.conf.arg(name="")] = GklSettings(wmse_weight=0.5, gamma=0.5)
+    """Teacher embeddings that the student is compared with: the last ones, at least the batch. None = 2048."""
+    gkl: Annotated[GklSettings, tyro.conf.arg(name="")] = GklSettings(wmse_weight=0.0, gamma=0.5)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ def main(config: Config) -> None:
         make_objective=lambda setup: ClipKd(
             student=setup.student, teacher=setup.teach, weights=weights, bank=make_bank(config.loss)
         ),
-        bundled_rates=(1e-2, 3e-3),
+        bundled_rates=(1.4e-2, 3e-3),
         mapped=weights.mapped,
     )
 

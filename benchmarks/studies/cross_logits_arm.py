@@ -272,7 +272,7 @@ def main(config: Config) -> None:
         recipe="cross_logits",
         data=data,
         make_objective=lambda setup: make_objective(config, setup, weights),
-        bundled_rates=(1e-2, 3e-3),
+        bundled_rates=(1.4e-2, 3e-3),
         mapped=("image", "text"),
     )
     folder = config.run.output_dir

@@ -42,7 +42,9 @@ from gkl_vl.training.run import Run, RunFlags, StepIntervals
 BUNDLED_VIEWS = 6
 BUNDLED_STEPS = 300
 BUNDLED_CAPTIONS = 2
-BUNDLED_MIMICRY_WEIGHT, MIMICRY_WEIGHT = 0.0, 2000.0
+BUNDLED_LOSS = {"mimicry_weight": 0.0, "cross_soft_ce_weight": 2.0, "cross_wmse_weight": 6.0}
+LOSS = {"mimicry_weight": 2000.0, "cross_soft_ce_weight": 0.0, "cross_wmse_weight": 0.0}
+"""Defaults of the terms against the teacher's embeddings: the best of recipes/README.md for each kind of data."""
 BANK_SIZE = 2048
 LR = 1e-3
 WARMUP_STEPS = 50
@@ -86,11 +88,11 @@ class CaptionLoss:
     contrastive_weight: float = 1.0
     """Weight of the student's own contrastive loss."""
     mimicry_weight: float | None = None
-    """Weight of the MSE between normalised embeddings. None = CLIP-KD's 2000, 0 on bundled data."""
-    cross_soft_ce_weight: float = 2.0
-    """Soft CE of cross logits: the student's images against the teacher's texts, its texts against the images."""
-    cross_wmse_weight: float = 6.0
-    """wMSE of cross logits; gamma and the temperatures are GKL's."""
+    """Weight of the MSE between normalised embeddings. None = CLIP-KD's 2000; 0 on bundled data."""
+    cross_soft_ce_weight: float | None = None
+    """Soft CE of the student's images against the teacher's texts and the reverse. None = 0; 2 on bundled data."""
+    cross_wmse_weight: float | None = None
+    """wMSE of these cross logits; gamma and the temperatures are GKL's. None = 0; 6 on bundled data."""
     bank_size: int | None = None
     """Teacher embeddings that the student is compared with: the last ones, at least the batch. None = 2048."""
     gkl: Annotated[GklSettings, tyro.conf.arg(name="")] = GklSettings(wmse_weight=0.0, gamma=0.5)
@@ -155,16 +157,17 @@ def caption_weights(loss: CaptionLoss, *, teacher: str, bundled: bool) -> ClipKd
         cli.refuse_unused(
             of_teacher, [n for n in given if n != "contrastive_weight"], "has no effect with --teacher none"
         )
-    mimicry_weight = loss.mimicry_weight
-    if mimicry_weight is None:
-        mimicry_weight = BUNDLED_MIMICRY_WEIGHT if bundled else MIMICRY_WEIGHT
+    defaults = BUNDLED_LOSS if bundled and teacher != "none" else LOSS
+    chosen = {
+        name: default if getattr(loss, name) is None else getattr(loss, name) for name, default in defaults.items()
+    }
     weights = ClipKdWeights(
         contrastive_weight=loss.contrastive_weight,
-        mimicry_weight=mimicry_weight,
+        mimicry_weight=chosen["mimicry_weight"],
         gkl=loss.gkl,
-        cross=replace(loss.gkl, soft_ce_weight=loss.cross_soft_ce_weight, wmse_weight=loss.cross_wmse_weight),
+        cross=replace(loss.gkl, soft_ce_weight=chosen["cross_soft_ce_weight"], wmse_weight=chosen["cross_wmse_weight"]),
     )
-    distils = weights.cross.counts or weights.gkl.counts or mimicry_weight
+    distils = weights.cross.counts or weights.gkl.counts or weights.mimicry_weight
     if not loss.contrastive_weight and (teacher == "none" or not distils):
         others = "" if teacher == "none" else ", --soft-ce-weight, --cross-soft-ce-weight or --mimicry-weight"
         raise UserError(f"every weight is 0, so there is nothing to train on: set --contrastive-weight{others}")

@@ -15,7 +15,7 @@ from gkl_vl.training.checkpoint import RunFolder
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 IN_BATCH = ["--wmse-weight", "0.5", "--cross-soft-ce-weight", "0", "--cross-wmse-weight", "0"]
-IN_BATCH += ["--captions-per-image", "1", "--lr", "6e-3"]
+IN_BATCH += ["--mimicry-weight", "10000", "--captions-per-image", "1", "--lr", "6e-3"]
 """Terms and settings of the CLIP recipes that the studies of the batch's own logits were run with."""
 EMOJI_COLUMNS: dict[str, tuple[str | None, str]] = {
     "emoji acc1": ("emoji", "acc1"),

@@ -47,7 +47,8 @@ PACKAGE = Path(__file__).parents[1]
 BUNDLED_TEACHER = f"local-dir:{PACKAGE / 'assets' / 'teacher'}"
 MODEL_CONFIGS = PACKAGE / "model_configs"
 TEXT_PARTS = 4
-"""Parts of a batch's texts by length. More parts cut more padding and are smaller: 8 gained little over 4."""
+"""Parts of a batch's texts by length. On bundled captions 2, 4 and 8 parts take 0.66, 0.52 and 0.46 of the time of one
+(512 texts, forward and backward on a CPU); smaller parts use a GPU less well."""
 
 _HUB_FILES = {
     "files": ("*.json", "*.txt", "*.model", "*.safetensors"),

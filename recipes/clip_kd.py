@@ -49,7 +49,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    data = open_captions(config.data)
+    data = open_captions(config.data, teacher=config.model.teacher)
     weights = caption_weights(config.loss, teacher=config.model.teacher, bundled=data.bundled)
     train_clip(
         config,

@@ -61,7 +61,7 @@ def main(config: Config) -> None:
     norm = config.attack.norm
     epsilon = USUAL_CLIP_EPSILON[norm] if config.attack.epsilon is None else config.attack.epsilon
     attack = image_attack(norm, radius(epsilon, norm))
-    data = open_captions(config.data)
+    data = open_captions(config.data, teacher=config.model.teacher)
     weights = caption_weights(config.loss, teacher=config.model.teacher, bundled=data.bundled)
     train_clip(
         config,

@@ -256,7 +256,7 @@ def test_a_bank_that_was_saved_goes_on_exactly():
 # ---- several processes and micro-batches -------------------------------------------------------------------------
 
 WEIGHTS = ClipKdWeights(
-    contrastive_weight=0.0,
+    contrastive_weight=0.5,
     mimicry_weight=0.0,
     gkl=GklSettings(soft_ce_weight=0.0, wmse_weight=0.0),
     cross=GklSettings(**SETTINGS),
@@ -273,7 +273,7 @@ class Towers(torch.nn.Module):
         self.image, self.text = torch.nn.Linear(6, E), torch.nn.Linear(4, E)
 
     def forward(self, pixels, tokens):
-        image, text = F.normalize(self.image(pixels), dim=1), F.normalize(self.text(tokens), dim=1)
+        image, text = F.normalize(self.image(pixels), dim=-1), F.normalize(self.text(tokens), dim=-1)
         scale = torch.tensor(9.0)
         return {"image": image, "text": text, "logit_scale": scale, "mapped_image": image, "mapped_text": text}
 
@@ -294,13 +294,14 @@ def kd_with(bank):
 
 
 def make_batches():
+    """Two captions per image."""
     draw = torch.Generator().manual_seed(1)
-    widths = {"pixels": 6, "tokens": 4, "teacher_image": E, "teacher_text": E}
+    shapes = {"pixels": (6,), "tokens": (2, 4), "teacher_image": (E,), "teacher_text": (2, E)}
     made = []
     for _ in range(UPDATES):
-        of = {name: torch.randn(ROWS, width, generator=draw) for name, width in widths.items()}
-        of |= {name: F.normalize(of[name], dim=1) for name in ("teacher_image", "teacher_text")}
-        made.append(of | {"text_ids": torch.arange(ROWS), "keys": list(range(ROWS))})
+        of = {name: torch.randn(ROWS, *shape, generator=draw) for name, shape in shapes.items()}
+        of |= {name: F.normalize(of[name], dim=-1) for name in ("teacher_image", "teacher_text")}
+        made.append(of | {"text_ids": torch.arange(2 * ROWS).view(ROWS, 2), "keys": list(range(ROWS))})
     return made
 
 
@@ -377,7 +378,7 @@ def columns_of_a_rank(rank, world_size):
     loss, scalars = cross_logits_loss(
         image=image,
         teacher_image=own["teacher_image"],
-        text_bank=gather_rows(own["teacher_text"]),
+        text_bank=gather_rows(own["teacher_text"][:, 0]),
         teacher_logit_scale=torch.tensor(11.0),
         **SETTINGS,
     )
@@ -391,7 +392,7 @@ def test_every_rank_has_the_global_value_and_world_size_times_its_rows_gradient(
     loss, scalars = cross_logits_loss(
         image=image,
         teacher_image=whole["teacher_image"],
-        text_bank=whole["teacher_text"],
+        text_bank=whole["teacher_text"][:, 0],
         teacher_logit_scale=torch.tensor(11.0),
         **SETTINGS,
     )

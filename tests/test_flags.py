@@ -101,6 +101,8 @@ REFUSED = [
     ("clip_kd", ["--gamma", "-1"], "--gamma -1.0 must be at least 0"),
     ("clip_kd", ["--cross-wmse-weight", "-1"], "--cross-wmse-weight -1.0 must be at least 0"),
     ("clip_kd", ["--bank-size", "-1"], "--bank-size -1 must be at least 0"),
+    ("clip_kd", ["--text-lr", "-1"], "--text-lr -1.0 must be at least 0"),
+    ("clip_kd", ["--captions-per-image", "0"], "--captions-per-image 0 must be at least 1"),
     ("clip_kd", ["--temperature", "0"], "--temperature 0.0 must be above 0"),
     ("clip_kd", ["--workers", "-1"], "--workers -1 must be at least 0"),
     ("clip_kd", ["--keep-checkpoints", "-1"], "--keep-checkpoints -1 must be at least 0"),

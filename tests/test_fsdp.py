@@ -108,7 +108,7 @@ def train(rank, world_size, folder, sharded, steps, resume=None):
         objective=Distil(),
         make_loader=make_loader,
         run=run,
-        make_optimizer=partial(clip_adamw, lr=1e-3, text_lr=5e-4, wd=0.1),
+        make_optimizer=partial(clip_adamw, of_text=model.text_parameters(), lr=1e-3, text_lr=5e-4, wd=0.1),
         learning_rate=partial(warmup_cosine, lr=1e-3, steps=steps, warmup_steps=0),
         config=FitConfig(steps=steps, **CONFIG),
         evaluate=evaluate,

@@ -150,7 +150,8 @@ def test_a_model_with_a_bias_is_a_siglip(student_config, student, teacher, batch
 def captions(student, teacher, batch) -> dict:
     """The batch with two captions for each image."""
     others = ["dog", "a house with a red roof", "two dogs"]
-    text, teacher_text = (clip.tokenize([*CAPTIONS, *others]).view(2, 3, -1) for clip in (student, teacher))
+    text = student.tokenize([*CAPTIONS, *others]).view(2, 3, -1)
+    teacher_text = teacher.tokenize([f"drawing of a {caption}" for caption in (*CAPTIONS, *others)]).view(2, 3, -1)
     ids = torch.tensor([[5, 7], [6, 8], [5, 9]])
     return batch | {"text": text.transpose(0, 1), "teacher_text": teacher_text.transpose(0, 1), "text_ids": ids}
 

@@ -45,7 +45,7 @@ def test_each_tower_has_its_rate(tmp_path):
     student = Student(clip.towers, embed_dim=12, teacher_dim=20, mapped=("image", "text"))
     names = {parameter: name for name, parameter in student.named_parameters()}
     for lr, text_lr in ((0.4, 0.1), (0.1, 0.4), (0.0, 0.4), (0.0, 0.0)):
-        optimizer = clip_adamw(student, lr=lr, text_lr=text_lr, wd=0.3)
+        optimizer = clip_adamw(student, of_text=student.text_parameters(), lr=lr, text_lr=text_lr, wd=0.3)
         rates = {names[p]: g["lr"] * g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
         assert sum(len(group["params"]) for group in optimizer.param_groups) == len(rates) == len(names)
         of_image = {name for name in names.values() if "visual" in name or "image_map" in name or "logit" in name}

@@ -24,8 +24,8 @@ from gkl_vl.errors import UserError
 from gkl_vl.evaluation.benchmark import evaluate
 from gkl_vl.export.cards import ClipCard, RunFacts
 from gkl_vl.export.hub import export_clip
-from gkl_vl.models.clip import load_clip
-from gkl_vl.training.clip import ClipOptimisation
+from gkl_vl.models.clip import Student, load_clip
+from gkl_vl.training.clip import ClipOptimisation, peak_rates
 from gkl_vl.training.label_kd import LabelConfig, find_pair
 from gkl_vl.training.run import RunFlags, default_folder
 
@@ -107,6 +107,7 @@ def run(place) -> Path:
     flags = ["--teacher", f"local-dir:{place}/teacher", "--train-data", place / "pairs.tar", "--steps", "2"]
     flags += ["--batch_size", "4", "--mimicry_weight", "10", "--gamma", "0.5", "--workers", "0", "--output-dir", "run"]
     flags += ["--wmse-weight", "0.5", "--cross-soft-ce-weight", "2", "--cross-wmse-weight", "6", "--bank-size", "12"]
+    flags += ["--captions-per-image", "2", "--text-lr", "5e-4"]
     flags += ["--train-data", f"{place}/pairs.tar::{place}/pairs.tar"]
     colour_set(place / "sets" / "colours", ["red", "green", "blue", "red"])
     captions = colour_set(place / "sets" / "vtab-captions", ["red", "green", "blue", "red"])
@@ -234,13 +235,26 @@ def test_the_default_command_distils_the_bundled_teacher(tmp_path, monkeypatch, 
     few = pairs.bundled_pairs()[:32]
     monkeypatch.setattr("gkl_vl.training.clip.bundled_pairs", lambda: few)
     monkeypatch.setattr("gkl_vl.training.clip.open_source", lambda *args, **kwargs: pairs.memory_source("few", few))
+    texts, forward = [], Student.forward
+    monkeypatch.setattr(
+        Student, "forward", lambda self, image, text: (texts.append(text), forward(self, image, text))[1]
+    )
     recipe.main(recipe.Config(optimisation=ClipOptimisation(steps=2, batch_size=8), run=RunFlags(workers=0)))
     (folder,) = (tmp_path / "runs").iterdir()
     records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    assert "train/cross_wmse" in records[0] and records[0]["train/agreement@1"] <= 1
+    assert "train/cross_wmse" in records[0] and not {"train/mimicry", "train/wmse"} & records[0].keys()
+    assert records[-1]["step"] == 2 and [seen.shape[1] for seen in texts] == [2, 2]
     evaluated = {(record["model"], record["dataset"]) for record in records if "model" in record}
     assert evaluated == {(m, d) for m in ("student", "teacher") for d in ("emoji", "emoji_unseen")}
     assert "teacher" in capsys.readouterr().out and (folder / "report.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "lr, text_lr, rates",
+    [(None, None, (3, 2)), (None, 0, (3, 0)), (5, None, (5, 5)), (5, 7, (5, 7)), (0, None, (0, 0))],
+)
+def test_a_rate_is_for_both_towers_unless_the_texts_have_their_own(lr, text_lr, rates):
+    assert peak_rates(ClipOptimisation(lr=lr, text_lr=text_lr), (3, 2)) == rates
 
 
 def test_a_rate_of_0_is_0_and_not_the_default(place, call):

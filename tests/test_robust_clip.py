@@ -361,7 +361,7 @@ def test_processes_with_different_data_give_the_joined_batch(configs, monkeypatc
 place = test_recipes.place  # the fixtures
 call = test_recipes.call
 RECIPE = "clip_robust"
-FLAGS = ["--batch-size", "4", "--workers", "0", "--norm"]
+FLAGS = ["--batch-size", "4", "--workers", "0", "--captions-per-image", "2", "--norm"]
 
 
 def flags_of(place: Path, configs: dict[str, str], *more: str) -> list[str]:

@@ -2,10 +2,10 @@
 
     python benchmarks/studies/clip.py
 
-Every arm is `recipes/clip_kd.py` on the bundled default with other weights; runs that are done already are not run
+Every arm is `recipes/clip_kd.py` on the bundled data with other weights; runs that are done already are not run
 again, so the study can be stopped and taken up. It prints a Markdown table: mean and standard deviation over seeds, and
 the paired difference to the arm that has a term less (same seed = same initial weights, same batches) with its standard
-error. `--search` compares other weights and gammas with the recipe's own; give it other seeds than the study, so
+error. `--search` compares other weights and gammas with `+ mimicry + GKL`; give it other seeds than the study, so
 that what it picks is judged on runs that had no part in the picking.
 """
 

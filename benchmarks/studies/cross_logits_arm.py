@@ -265,7 +265,7 @@ def measure(folder: Any) -> dict[str, float]:
 
 
 def main(config: Config) -> None:
-    data = open_captions(CaptionData())
+    data = open_captions(CaptionData(), teacher=config.model.teacher)
     weights = caption_weights(config.loss, teacher=config.model.teacher, bundled=True)
     train_clip(
         config,

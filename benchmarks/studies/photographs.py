@@ -7,8 +7,9 @@ brightness and layout (`photographs_data.py`), and a CLIP is trained on all 50,0
 teacher. Its students see 20,000 of them, with captions in `recipes/clip_kd.py`, and alone, against the ten class names,
 in `recipes/clip_unlabelled.py`: 2,000 images a class, which is what the class prior is for. Teacher and runs that are
 done already are not run again. Prints a Markdown table for each kind of students: zero-shot accuracy on the 10,000 test
-images with CLIP's 18 prompts, mean and standard deviation over seeds, and the paired difference to the arm that has a
-term less with its standard error. `--search` compares other weights on images alone; give it seeds of its own.
+images with CLIP's 18 prompts, mean and standard deviation over seeds, and the paired difference to the arms that have
+a term less or another in its place, with its standard error. `--search` compares other weights on images alone; give it
+seeds of its own.
 """
 
 from pathlib import Path
@@ -29,7 +30,7 @@ def weights(*, soft_ce: float = 1, wmse: float = 0, cross_soft_ce: float = 0, cr
 
 PRIOR, NO_MIMICRY = ["--class-prior"], ["--mimicry-weight", "0"]
 MIMICRY, SOFT_CE, CROSS_SOFT_CE = "mimicry + soft CE", "soft CE", "soft CE + cross soft CE"
-# name: (flags, the arm to compare it with: the one that has a term less)
+# name: (flags, the arms to compare it with)
 CAPTIONS: Arms = {
     MIMICRY: Arm(weights(), None),
     "mimicry + soft CE + cross soft CE": Arm(weights(cross_soft_ce=2), MIMICRY),

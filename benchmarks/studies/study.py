@@ -7,6 +7,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,8 @@ class Study:
 
     def folder_of(self, arm: str, seed: int) -> Path:
         """The run folder of an arm and a seed."""
-        return self.folder / str(seed) / "".join(c if c.isalnum() else "_" for c in arm)
+        flags = zlib.crc32(" ".join(self.flags + self.arms[arm].flags).encode())  # an arm with other flags runs again
+        return self.folder / str(seed) / f"{''.join(c if c.isalnum() else '_' for c in arm)}_{flags:08x}"
 
     def _run_once(self, run: tuple[str, int]) -> dict[str, float]:
         arm, seed = run

@@ -7,7 +7,7 @@ decoding the earlier ones. The loader shards by rank and worker itself: do not h
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
-from itertools import count, islice
+from itertools import count, cycle, islice
 from typing import Any
 
 import torch
@@ -146,20 +146,25 @@ class PairStream(IterableDataset):
 
     def _sample(self, pair: RawPair, epoch: int) -> dict[str, Any]:
         rng = random.Random(f"{self.seed}/{epoch}/{pair.key}")
-        sample: dict[str, Any] = {"key": pair.key}
         if pair.problem:
             raise BrokenSample(pair.problem)
-        if self.source.captioned:
-            captions = usable_captions(pair.captions)
-            drawn = rng.sample(range(len(captions)), min(self.captions_per_image, len(captions)))
-            drawn = [drawn[i % len(drawn)] for i in range(self.captions_per_image)]
-            sample |= {"captions": [captions[i] for i in drawn], "caption_rows": [(pair.row, i) for i in drawn]}
+        captions = usable_captions(pair.captions) if self.source.captioned else ()
+        # The number of captions changes neither the first one nor the view.
+        drawn = [rng.randrange(len(captions))] if captions else []
         if self.stored_views is None:
             view, image = 0, apply_seeded(self.augment, decode(pair.image), rng.getrandbits(63))
         else:
             view = epoch % self.stored_views.shape[1]
             image = self.stored_views[pair.row, view]
-        return sample | {"image": image, "view_row": (pair.row, view)}
+        others = [i for i in range(len(captions)) if i not in drawn]
+        drawn = list(islice(cycle(drawn + rng.sample(others, len(others))), self.captions_per_image))
+        return {
+            "key": pair.key,
+            "image": image,
+            "view_row": (pair.row, view),
+            "captions": [captions[i] for i in drawn],
+            "caption_rows": [(pair.row, i) for i in drawn],
+        }
 
     def _collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = {

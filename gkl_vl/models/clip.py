@@ -19,6 +19,7 @@ from open_clip.model import CLIPTextCfg, set_model_preprocess_cfg
 from open_clip.tokenizer import get_clean_fn
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gkl_vl.errors import UserError
 from gkl_vl.models.open_clip_weights import (
@@ -79,7 +80,8 @@ class OpenClipTowers(nn.Module):
         if not self._ends_early():
             return self.encode_text(tokens).unflatten(0, shape)
         ends, order = tokens.argmax(dim=1).sort(stable=True)
-        num_parts = min(TEXT_PARTS, len(tokens))  # equal on all ranks, as FSDP needs
+        # Sharded blocks are gathered for every part.
+        num_parts = 1 if isinstance(self.model.logit_scale, DTensor) else min(TEXT_PARTS, len(tokens))
         longest = torch.stack([part[-1] for part in ends.tensor_split(num_parts)]).tolist()
         parts = zip(order.tensor_split(num_parts), longest, strict=True)
         rows = torch.cat([self._encode_shortened(tokens[part, : end + 1]) for part, end in parts])
@@ -262,12 +264,17 @@ class Student(nn.Module):
         self.image_map = nn.Linear(embed_dim, width, bias=False) if "image" in needed else nn.Identity()
         self.text_map = nn.Linear(embed_dim, width, bias=False) if "text" in needed else nn.Identity()
 
+    def text_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the text tower and of its map."""
+        return [*self.towers.text_parameters(), *self.text_map.parameters()]
+
     def forward(self, pixels: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "*m length"]) -> dict[str, Tensor]:
         """Embeddings [n, d] of the images and [*m, d] of any number of texts.
 
         "mapped_image" and "mapped_text" are those in the teacher's space, also normalised, of the sides in `mapped`.
         """
-        image, text = self.towers.encode_image(pixels), self.towers.encode_text_by_length(tokens)
+        text = self.towers.encode_text_by_length(tokens)  # first: it waits for the device, which has nothing to do yet
+        image = self.towers.encode_image(pixels)
         output = {"image": image, "text": text, "logit_scale": self.towers.log_scale().exp()}
         if "image" in self.mapped:
             output["mapped_image"] = F.normalize(self.image_map(image), dim=-1)

@@ -113,7 +113,7 @@ class ClipOptimisation:
     lr: float | None = None
     """Peak learning rate: linear warm-up, then cosine to 0. None = 1e-3; bundled data has its own."""
     text_lr: float | None = None
-    """Peak learning rate of the text tower. None = that of --lr; bundled data has its own."""
+    """Peak learning rate of the text tower. None = --lr; bundled data without --lr has its own."""
     wd: float = 0.2
     """Weight decay; none on biases, norms and the logit scale."""
     warmup: int | None = None
@@ -195,7 +195,7 @@ class ClipData:
     """As the user named it; None = the bundled emoji."""
     flag: str = "--train-data"
     """The flag that names it, for messages."""
-    captions_per_image: int | None = None
+    captions_per_image: int = 1
 
     @property
     def bundled(self) -> bool:
@@ -203,8 +203,11 @@ class ClipData:
         return self.name is None
 
 
-def open_captions(flags: CaptionData) -> ClipData:
-    """The pairs of the flags. Raises: UserError as `open_source`, and for flags that the bundled data do not use."""
+def open_captions(flags: CaptionData, *, teacher: str) -> ClipData:
+    """The pairs of the flags, for a run with this --teacher.
+
+    Raises: UserError as `open_source`, and for flags that the bundled data do not use.
+    """
     if flags.train_data is None:
         cli.refuse_unused(vars(flags), ["columns", "quoted"], "has no effect without --train-data")
         if flags.caption_lines:
@@ -212,7 +215,10 @@ def open_captions(flags: CaptionData) -> ClipData:
     source = open_source(
         flags.train_data, columns=flags.columns, caption_lines=flags.caption_lines, quoted=flags.quoted
     )
-    return ClipData(source=source, name=flags.train_data, captions_per_image=flags.captions_per_image)
+    captions = flags.captions_per_image
+    if captions is None:
+        captions = BUNDLED_CAPTIONS if flags.train_data is None and teacher != "none" else 1
+    return ClipData(source=source, name=flags.train_data, captions_per_image=captions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +278,9 @@ def train_clip(
         accelerator=run.accelerator,
         model=model,
         objective=make_objective(ClipSetup(student=student, teacher=teacher, teach=teach, device=run.device)),
-        make_optimizer=partial(clip_adamw, lr=rates[0], text_lr=rates[1], wd=config.optimisation.wd),
+        make_optimizer=partial(
+            clip_adamw, of_text=model.text_parameters(), lr=rates[0], text_lr=rates[1], wd=config.optimisation.wd
+        ),
         learning_rate=partial(
             warmup_cosine, lr=max(rates), steps=steps, warmup_steps=count_warmup(config.optimisation, steps)
         ),
@@ -411,9 +419,6 @@ def make_loader(
     tokenizers = {"text": student.tokenize}
     if teacher is not None and stored is None:
         tokenizers["teacher_text"] = teacher.tokenize
-    captions = data.captions_per_image
-    if captions is None:
-        captions = 1 if stored is None else BUNDLED_CAPTIONS
     stream = PairStream(
         data.source,
         augment=augment,
@@ -423,7 +428,7 @@ def make_loader(
         rank=run.accelerator.process_index,
         world_size=run.num_processes,
         num_workers=run.flags.workers,
-        captions_per_image=captions,
+        captions_per_image=data.captions_per_image,
         stored_views=None if stored is None else stored.pixels,
         start=None if position is None else Position.of(position),
     )

@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules for `engine.fit`."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,23 +9,25 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay  # pyright: ignore[reportPrivateImportUsage] # it is documented
 from torch import nn
 
-from gkl_vl.models.clip import Student
-
 
 def adamw(model: nn.Module, *, lr: float, wd: float) -> torch.optim.AdamW:
     """AdamW as in open_clip: parameters with two or more axes decay; biases, norms and the logit scale do not."""
     return _open_clip_adamw(parameter_groups(model.parameters(), wd), lr)
 
 
-def clip_adamw(student: Student, *, lr: float, text_lr: float, wd: float) -> torch.optim.AdamW:
+def clip_adamw(
+    model: nn.Module, *, of_text: Sequence[nn.Parameter], lr: float, text_lr: float, wd: float
+) -> torch.optim.AdamW:
     """`adamw` with a rate for the text tower; the image tower and the logit scale have `lr`.
 
     `lr_scale` of each group is relative to the larger rate, which `engine.fit` needs as its learning rate.
+
+    Args:
+        of_text: the text tower's part of the model, see `Student.text_parameters`.
     """
     peak = max(lr, text_lr)
-    of_text = [*student.towers.text_parameters(), *student.text_map.parameters()]
     members = set(of_text)
-    others = [p for p in student.parameters() if p not in members]
+    others = [p for p in model.parameters() if p not in members]
     groups = [
         group | {"lr_scale": rate / peak if peak else 1.0}
         for parameters, rate in ((others, lr), (of_text, text_lr))

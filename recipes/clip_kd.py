@@ -11,6 +11,10 @@ days on 8 A100, an estimate):
         --teacher ViT-L-14 --teacher-pretrained laion400m_e32 --student ViT-T-16 \
         --train-data '/data/cc12m-{0000..2175}.tar' --epochs 32 --batch-size 512 --precision bf16
 
+Terms: the contrastive loss, soft CE on the student's image-text logits and, on bundled data, GKL between the student's
+images and the teacher's texts and the reverse; elsewhere feature mimicry in its place, until `--cross-soft-ce-weight 2
+--cross-wmse-weight 6 --mimicry-weight 0` are given: on photographs mimicry was better.
+
 `--teacher none` trains with the contrastive loss alone; that is how the bundled teacher was made. Images without
 captions: recipes/clip_unlabelled.py. Students that resist attacks: recipes/clip_robust.py.
 

@@ -19,7 +19,6 @@ from open_clip.model import CLIPTextCfg, set_model_preprocess_cfg
 from open_clip.tokenizer import get_clean_fn
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from gkl_vl.errors import UserError
 from gkl_vl.models.open_clip_weights import (
@@ -80,8 +79,7 @@ class OpenClipTowers(nn.Module):
         if not self._ends_early():
             return self.encode_text(tokens).unflatten(0, shape)
         ends, order = tokens.argmax(dim=1).sort(stable=True)
-        # Sharded blocks are gathered for every part.
-        num_parts = 1 if isinstance(self.model.logit_scale, DTensor) else min(TEXT_PARTS, len(tokens))
+        num_parts = min(TEXT_PARTS, len(tokens))  # equal on all ranks: FSDP gathers its shards for every part
         longest = torch.stack([part[-1] for part in ends.tensor_split(num_parts)]).tolist()
         parts = zip(order.tensor_split(num_parts), longest, strict=True)
         rows = torch.cat([self._encode_shortened(tokens[part, : end + 1]) for part, end in parts])

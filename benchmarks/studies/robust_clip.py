@@ -2,10 +2,10 @@
 
     python benchmarks/studies/robust_clip.py
 
-Arms on the bundled default: `recipes/clip_kd.py`, and `recipes/clip_robust.py` at each --train-epsilon. Each
-student is then attacked by `eval/zero_shot.py`'s APGD on the same images of `emoji`. Runs and attacks that are done
-are not done again. Prints a Markdown table: mean and standard deviation over seeds, paired differences of the clean
-accuracy with standard error.
+Arms on the bundled data: `recipes/clip_kd.py`, and `recipes/clip_robust.py` at each --train-epsilon, as it is and with
+the terms of the batch and mimicry in place of cross logits. Each student is then attacked by `eval/zero_shot.py`'s APGD
+on the same images of `emoji`. Runs and attacks that are done are not done again. Prints a Markdown table: mean and
+standard deviation over seeds, paired differences of the clean accuracy with standard error.
 """
 
 import json
@@ -32,9 +32,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500, help="of `emoji`, evenly spaced, that are attacked")
     parser.add_argument("--steps", type=int, default=300, help="updates of every run")
     options = parser.parse_args()
-    arms: Arms = {PLAIN: Arm(IN_BATCH, None)}
+    arms: Arms = {PLAIN: Arm([], None)}
     for epsilon in options.train_epsilon:
-        arms[f"linf {epsilon}"] = Arm([*IN_BATCH, "--norm", "linf", "--epsilon", epsilon], PLAIN, recipe="clip_robust")
+        attack = ["--norm", "linf", "--epsilon", epsilon]
+        arms[f"linf {epsilon}"] = Arm(attack, PLAIN, recipe="clip_robust")
+        arms[f"linf {epsilon}, mimicry"] = Arm([*IN_BATCH, *attack], f"linf {epsilon}", recipe="clip_robust")
     study = Study(
         recipe="clip_kd",
         arms=arms,

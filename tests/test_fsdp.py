@@ -126,7 +126,11 @@ def test_shards_train_like_the_whole_model_and_resume(tmp_path):
     sharded = run_ranks(train, 2, str(tmp_path / "sharded"), True, 3)
     for of_whole, of_shards in zip(whole[0][0], sharded[0][0], strict=True):
         for name, tensor in of_whole[0].items():
-            torch.testing.assert_close(of_shards[0][name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+            # A softmax does not depend on the keys' bias: its gradient is rounding, which Adam divides by its own size.
+            atol = 1e-5 if name.endswith("in_proj_bias") else 1e-6
+            torch.testing.assert_close(
+                of_shards[0][name], tensor, rtol=1e-5, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+            )
         for ours, theirs in zip(of_shards[1:3], of_whole[1:3], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert len(sharded[0][0]) == 3 and sharded[0][0][0][3] != sharded[0][0][2][3]  # the scale is trained

@@ -9,7 +9,7 @@ error. `--search` compares other weights and gammas with `+ mimicry + GKL`; give
 that what it picks is judged on runs that had no part in the picking.
 """
 
-from study import EMOJI_COLUMNS, IN_BATCH, Arm, Arms, Study, make_parser
+from study import IN_BATCH, Arm, Arms, make_clip_parser, make_clip_study
 
 NO_MIMICRY = ["--mimicry-weight", "0"]
 NO_WMSE = [*IN_BATCH, "--wmse-weight", "0"]
@@ -37,20 +37,10 @@ SEARCH: Arms = {
 
 
 def main() -> None:
-    parser = make_parser(__doc__, seeds=[0, 1, 2, 3, 4], folder="runs/study_clip")
-    parser.add_argument("--steps", type=int, default=300, help="updates of every run")
+    parser = make_clip_parser(__doc__, seeds=[0, 1, 2, 3, 4], folder="runs/study_clip")
     parser.add_argument("--search", action="store_true", help="the arms of the search over weights and gamma instead")
     options = parser.parse_args()
-    study = Study(
-        recipe="clip_kd",
-        arms=SEARCH if options.search else ARMS,
-        flags=["--steps", str(options.steps), "--workers", "0", "--eval-every-steps", "0"]
-        + ["--checkpoint-every-steps", "0"],
-        columns=EMOJI_COLUMNS,
-        seeds=options.seeds,
-        jobs=options.jobs,
-        folder=options.output_dir / str(options.steps),
-    )
+    study = make_clip_study(options, recipe="clip_kd", arms=SEARCH if options.search else ARMS)
     print(study.table(study.run()))
 
 

@@ -47,7 +47,7 @@ from gkl_vl.training.clip import (
 )
 from gkl_vl.training.run import RunFlags
 
-BankKind = Literal["batch", "queue", "store", "names", "half", "keywords"]
+BankKind = Literal["queue", "store", "names", "half", "keywords"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +70,7 @@ class CrossTerms:
     prior: int = 0
     """wMSE's weight is the mean teacher softmax over so many clusters of captions; 0 = the row's own softmax."""
     bank: BankKind = "names"
-    sample_size: int = BANK_SIZE
-    """Of the queue, as --bank-size, and of the sample of the store."""
-    text_share: float = 0.5
-    """Share of the direction texts against images."""
+    """The queue and the sample of the store have the recipe's size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,14 +111,13 @@ class CrossStudy(Objective):
         if isinstance(banks, Bank):
             queue, banks = banks, banks.columns(first_caption(targets["teacher_text"]), targets["teacher_image"])
             queue.advance()
-        shares = (1 - self.terms.text_share, self.terms.text_share)
-        for name, columns, share in zip(("image", "text"), banks, shares, strict=True):
+        for name, columns in zip(("image", "text"), banks, strict=True):
             student, teacher = (
                 outputs[f"mapped_{name}"].float().flatten(0, -2),
                 targets[f"teacher_{name}"].flatten(0, -2),
             )
             for term, value in self.direction(student, teacher, columns, targets, name).items():
-                extra[term] = extra.get(term, 0.0) + share * value
+                extra[term] = extra.get(term, 0.0) + value / 2
         total = loss + sum(getattr(self.terms, term) * value for term, value in extra.items())
         return total, scalars | {f"x_{term}": value.detach() for term, value in extra.items()}
 
@@ -180,7 +176,7 @@ def make_banks(terms: CrossTerms, stored: StoredViews) -> tuple[Tensor, Tensor]:
     if terms.bank == "store":
         draw = torch.Generator().manual_seed(0)
         texts = torch.stack(list(by_text.values()))
-        texts, images = (x[torch.randperm(len(x), generator=draw)[: terms.sample_size]] for x in (texts, images))
+        texts, images = (x[torch.randperm(len(x), generator=draw)[:BANK_SIZE]] for x in (texts, images))
         return texts, images
     if terms.bank == "keywords":
         known = {*distinct, *(f"an emoji of {name}" for name in distinct)}
@@ -221,8 +217,8 @@ def make_objective(config: Config, setup: ClipSetup, weights: Any) -> CrossStudy
     augment = augmentation(setup.student, setup.teacher, bundled=True)
     stored = bundled_views(setup.teacher, setup.student, augment)
     terms, priors = config.cross, None
-    if terms.bank in ("batch", "queue"):
-        banks = Bank(terms.sample_size if terms.bank == "queue" else 0)
+    if terms.bank == "queue":
+        banks = Bank(BANK_SIZE)
     else:
         banks = make_banks(terms, stored)
         if terms.prior:

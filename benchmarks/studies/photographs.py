@@ -15,7 +15,7 @@ seeds of its own.
 from pathlib import Path
 
 from photographs_data import STUDENT_CONFIG, STUDENT_DATA, TEACHER_CONFIG, TEACHER_DATA, TEMPLATES, write_files
-from study import Arm, Arms, Study, make_parser
+from study import ONLY_AT_THE_END, Arm, Arms, Study, make_clip_parser
 
 TEACHER_FLAGS = ["--teacher", "none", "--steps", "2400", "--lr", "8e-3", "--warmup", "100", "--precision", "bf16"]
 STUDENT_FLAGS = ["--lr", "6e-3"]
@@ -55,16 +55,14 @@ SEARCH: Arms = {
 
 
 def main() -> None:
-    parser = make_parser(__doc__, seeds=[0, 1, 2], folder="runs/study_photographs")
+    parser = make_clip_parser(__doc__, seeds=[0, 1, 2], folder="runs/study_photographs")
     parser.add_argument("--cifar", type=Path, required=True, help="folder of the parquet files of CIFAR-10")
-    parser.add_argument("--steps", type=int, default=300, help="updates of every student")
     parser.add_argument("--search", action="store_true", help="the arms of the search over rates and weights instead")
     parser.add_argument("--only", choices=["captions", "images"], help="one of the two kinds of students")
     options = parser.parse_args()
     data: Path = options.output_dir / "data"
     write_files(options.cifar, data)
-    common = ["--eval-data", "cifar10", "--dataset-root", str(options.cifar), "--eval-every-steps", "0"]
-    common += ["--checkpoint-every-steps", "0", "--workers", "0"]
+    common = ["--eval-data", "cifar10", "--dataset-root", str(options.cifar), "--workers", "0", *ONLY_AT_THE_END]
     teacher = Study(
         recipe="clip_kd",
         arms={"teacher": Arm(TEACHER_FLAGS, None)},

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from study import IN_BATCH, Arm, Arms, Study, make_parser
+from study import IN_BATCH, Arm, Arms, make_clip_parser, make_clip_study
 
 from gkl_vl.atomic import write_json
 from gkl_vl.evaluation.embed import Embedder
@@ -26,26 +26,21 @@ PLAIN = "plain"
 
 
 def main() -> None:
-    parser = make_parser(__doc__, seeds=[0, 1], folder="runs/study_robust_clip")
+    parser = make_clip_parser(__doc__, seeds=[0, 1], folder="runs/study_robust_clip")
     parser.add_argument("--train-epsilon", nargs="+", default=["4/255"], help="of the robust arms' attacks")
     parser.add_argument("--epsilon", nargs="+", default=["2/255", "4/255", "8/255"], help="of the attacks in the table")
     parser.add_argument("--images", type=int, default=500, help="of `emoji`, evenly spaced, that are attacked")
-    parser.add_argument("--steps", type=int, default=300, help="updates of every run")
     options = parser.parse_args()
     arms: Arms = {PLAIN: Arm([], None)}
     for epsilon in options.train_epsilon:
         attack = ["--norm", "linf", "--epsilon", epsilon]
         arms[f"linf {epsilon}"] = Arm(attack, PLAIN, recipe="clip_robust")
         arms[f"linf {epsilon}, mimicry"] = Arm([*IN_BATCH, *attack], f"linf {epsilon}", recipe="clip_robust")
-    study = Study(
+    study = make_clip_study(
+        options,
         recipe="clip_kd",
         arms=arms,
-        flags=["--steps", str(options.steps), "--workers", "0", "--eval-every-steps", "0"]
-        + ["--checkpoint-every-steps", "0"],
         columns={"emoji acc1": ("emoji", "acc1"), "emoji_unseen acc1": ("emoji_unseen", "acc1")},
-        seeds=options.seeds,
-        jobs=options.jobs,
-        folder=options.output_dir / str(options.steps),
     )
     results = study.run()
     torch.set_num_threads(1)

@@ -10,7 +10,7 @@ labels, a table of accuracy and one of the pseudo-labels in the last quarter of 
 from pathlib import Path
 from statistics import fmean
 
-from study import Arm, Arms, Study, make_parser, spread
+from study import ONLY_AT_THE_END, Arm, Arms, Study, make_parser, spread
 
 from gkl_vl.report import draw_pseudo_labels, pseudo_labels
 from gkl_vl.training.checkpoint import RunFolder
@@ -62,7 +62,7 @@ def main() -> None:
         flags = ["--preset", "cifar10-250", "--num-labels", str(num_labels), "--data", options.data]
         flags += ["--model", options.model, "--images", str(options.images), "--steps", str(steps)]
         flags += ["--batch-size", str(options.batch_size), "--lr", options.lr]
-        flags += ["--ema-decay", "0.99", "--workers", "0", "--eval-every-steps", "0", "--checkpoint-every-steps", "0"]
+        flags += ["--ema-decay", "0.99", "--workers", "0", *ONLY_AT_THE_END]
         setting = f"{options.images}-{steps}-{options.batch_size}-{options.mu}-{options.lr}"
         study = Study(
             recipe="semi_supervised",

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 IN_BATCH = ["--wmse-weight", "0.5", "--cross-soft-ce-weight", "0", "--cross-wmse-weight", "0"]
 IN_BATCH += ["--mimicry-weight", "10000", "--captions-per-image", "1", "--lr", "6e-3"]
 """Terms and settings of the CLIP recipes that the studies of the batch's own logits were run with."""
+ONLY_AT_THE_END = ["--eval-every-steps", "0", "--checkpoint-every-steps", "0"]
+"""No evaluation and no checkpoint before the last step."""
 EMOJI_COLUMNS: dict[str, tuple[str | None, str]] = {
     "emoji acc1": ("emoji", "acc1"),
     "emoji acc5": ("emoji", "acc5"),
@@ -34,6 +37,13 @@ class Arm:
     """The arm that it is compared with, or several."""
     recipe: str | None = None
     """Another script than the study's."""
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """`other`, as a tuple."""
+        if self.other is None:
+            return ()
+        return (self.other,) if isinstance(self.other, str) else self.other
 
 
 Arms = dict[str, Arm]
@@ -108,13 +118,12 @@ class Study:
         lines.append("|---" * (len(headings) + 2) + "|")
         for name, arm in self.arms.items():
             cells = [spread([results[name, seed][heading] for seed in self.seeds]) for heading in headings]
-            others = (arm.other,) if isinstance(arm.other, str) else (arm.other if arm.other is not None else ())
-            by_other = {
-                other: [results[name, seed][headline] - results[other, seed][headline] for seed in self.seeds]
-                for other in others
+            comparisons = [
+                paired([results[name, s][headline] - results[other, s][headline] for s in self.seeds], other)
+                for other in arm.others
                 if other in self.arms
-            }
-            cells.append("; ".join(paired(differences, other) for other, differences in by_other.items()))
+            ]
+            cells.append("; ".join(comparisons))
             lines.append(f"| {name} | {' | '.join(cells)} |")
         return "\n".join(lines)
 
@@ -126,6 +135,33 @@ def make_parser(description: str | None, *, seeds: list[int], folder: str) -> ar
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--output-dir", type=Path, default=Path(folder))
     return parser
+
+
+def make_clip_parser(description: str | None, *, seeds: list[int], folder: str) -> argparse.ArgumentParser:
+    """The flags of every study, and --steps of the CLIP recipes."""
+    parser = make_parser(description, seeds=seeds, folder=folder)
+    parser.add_argument("--steps", type=int, default=300, help="updates of every run")
+    return parser
+
+
+def make_clip_study(
+    options: argparse.Namespace,
+    *,
+    recipe: str,
+    arms: Arms,
+    columns: dict[str, tuple[str | None, str]] = EMOJI_COLUMNS,
+    flags: Sequence[str] = (),
+) -> Study:
+    """A study on the bundled data from the options of `make_clip_parser`. `flags`: further ones of all arms."""
+    return Study(
+        recipe=recipe,
+        arms=arms,
+        flags=["--steps", str(options.steps), "--workers", "0", *ONLY_AT_THE_END, *flags],
+        columns=columns,
+        seeds=options.seeds,
+        jobs=options.jobs,
+        folder=options.output_dir / str(options.steps),
+    )
 
 
 def paired(differences: list[float], other: str) -> str:

@@ -8,7 +8,7 @@ Markdown table: mean and standard deviation over seeds, and the paired differenc
 seed = same initial weights, same batches) with its standard error.
 """
 
-from study import EMOJI_COLUMNS, Arm, Arms, Study, make_parser
+from study import Arm, Arms, make_clip_parser, make_clip_study
 
 SOFT_CE = "soft CE alone"
 # name: (flags, the arm to compare it with)
@@ -22,19 +22,9 @@ ARMS: Arms = {
 
 
 def main() -> None:
-    parser = make_parser(__doc__, seeds=[0, 1], folder="runs/study_unlabelled_clip")
-    parser.add_argument("--steps", type=int, default=300, help="updates of every run")
+    parser = make_clip_parser(__doc__, seeds=[0, 1], folder="runs/study_unlabelled_clip")
     options = parser.parse_args()
-    study = Study(
-        recipe="clip_unlabelled",
-        arms=ARMS,
-        flags=["--steps", str(options.steps), "--workers", "0"]
-        + ["--eval-every-steps", "0", "--checkpoint-every-steps", "0"],
-        columns=EMOJI_COLUMNS,
-        seeds=options.seeds,
-        jobs=options.jobs,
-        folder=options.output_dir / str(options.steps),
-    )
+    study = make_clip_study(options, recipe="clip_unlabelled", arms=ARMS)
     print(study.table(study.run()))
 
 

@@ -157,7 +157,8 @@ class PairStream(IterableDataset):
             view = epoch % self.stored_views.shape[1]
             image = self.stored_views[pair.row, view]
         others = [i for i in range(len(captions)) if i not in drawn]
-        drawn = list(islice(cycle(drawn + rng.sample(others, len(others))), self.captions_per_image))
+        drawn += rng.sample(others, min(self.captions_per_image - 1, len(others)))
+        drawn = list(islice(cycle(drawn), self.captions_per_image))
         return {
             "key": pair.key,
             "image": image,

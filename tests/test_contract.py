@@ -167,7 +167,15 @@ def test_auto_is_dense_for_small_batches_and_tiled_for_large_ones(monkeypatch):
     image = F.normalize(torch.randn(513, 3))
     for rows in (512, 513):
         image_text_loss(image=image[:rows], text=image[:rows], logit_scale=torch.tensor(9.0))
-    assert tile_sizes == [image_text.TILE]
+    assert tile_sizes == [image_text.CPU_TILE]
+
+
+def test_auto_takes_larger_batches_dense_and_larger_tiles_on_a_gpu():
+    sizes = [
+        image_text._tile_size("auto", rows=rows, ring=ring, device=torch.device("cuda"))
+        for rows, ring in ((2048, False), (2049, False), (8, True))
+    ]
+    assert sizes == [None, image_text.GPU_TILE, image_text.GPU_TILE]
 
 
 def test_a_tile_size_below_1_and_a_second_derivative_are_refused():

@@ -72,6 +72,12 @@ class CrossTerms:
     bank: BankKind = "names"
     """The queue and the sample of the store have the recipe's size."""
 
+    @property
+    def active(self) -> bool:
+        """Whether any term of this study has a weight."""
+        weights = (self.cross_soft_ce, self.cross_wmse, self.soft_ce_at_2, self.relational, self.correlation)
+        return any(weights)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -107,6 +113,8 @@ class CrossStudy(Objective):
 
     def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         loss, scalars = self.base.loss(outputs, targets)
+        if not self.terms.active:
+            return loss, scalars
         banks, extra = self.banks, {}
         if isinstance(banks, Bank):
             queue, banks = banks, banks.columns(first_caption(targets["teacher_text"]), targets["teacher_image"])
@@ -222,8 +230,9 @@ def make_objective(config: Config, setup: ClipSetup, weights: Any) -> CrossStudy
     else:
         banks = make_banks(terms, stored)
         if terms.prior:
-            scale = setup.teacher.towers.log_scale().exp().detach()
-            priors = make_priors(terms, stored, banks, scale)
+            scale = setup.teacher.towers.log_scale().exp().detach().cpu()
+            priors = tuple(x.to(setup.device) for x in make_priors(terms, stored, banks, scale))
+        banks = tuple(x.to(setup.device) for x in banks)
     base = ClipKd(student=setup.student, teacher=setup.teach, weights=weights, bank=make_bank(config.loss))
     return CrossStudy(base=base, terms=terms, banks=banks, priors=priors)
 

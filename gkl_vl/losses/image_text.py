@@ -30,10 +30,15 @@ from gkl_vl.losses.gkl import (
 from gkl_vl.losses.tiles import Terms, TiledLoss, sigmoid_contrastive, sigmoid_cross_entropy
 
 Scalars = dict[str, Tensor]
-TILE = 512
-DENSE_ENTRIES = TILE * TILE
-"""Largest [n, N] for the dense form: a single tile needs the same memory. Beyond, tiles are faster (0.8 of the time
-from n = 512 on) and smaller (half the memory there, 1/14 at 2,048), measured by `benchmarks/loss_scale.py --edge`."""
+CPU_TILE = 512
+"""Side of a tile on a CPU: its logits stay in the cache. An [n, N] up to a single tile, which needs the same memory, is
+dense. Beyond, tiles are faster (0.8 of the time from n = 512 on) and smaller (half the memory there, 1/14 at 2,048),
+measured by `benchmarks/loss_scale.py --edge`."""
+GPU_TILE = 4096
+"""Side of a tile on a GPU, which small tiles leave idle: with tiles of 512 the loss took 16 times the dense form's time
+at n = 4,096 on an H100."""
+GPU_DENSE_ENTRIES = 2048**2
+"""Largest [n, N] for the dense form on a GPU. Beyond, tiles need less memory and about the same time."""
 
 
 # The public losses check shapes with messages of their own; the test suite's shape checker would raise first.
@@ -142,7 +147,7 @@ def image_text_loss(
         )
     if text_ids is None:
         text_ids = torch.arange(rank() * len(image), (rank() + 1) * len(image), device=image.device)
-    size = _tile_size(tile_size, rows=len(image), ring=ring)
+    size = _tile_size(tile_size, rows=len(image), ring=ring, device=image.device)
     with torch.autocast(image.device.type, enabled=False):  # else products would be in half precision
         if size is None:
             share, scalars = _dense_loss(student, teacher, text_ids, terms)
@@ -245,9 +250,11 @@ class _Side:
         return self.scale * self.image @ all_texts.T, self.scale * self.text @ all_images.T
 
 
-def _tile_size(requested: int | Literal["auto"] | None, *, rows: int, ring: bool) -> int | None:
+def _tile_size(requested: int | Literal["auto"] | None, *, rows: int, ring: bool, device: torch.device) -> int | None:
     if requested == "auto":
-        return TILE if ring or rows * rows * world_size() > DENSE_ENTRIES else None
+        on_cpu = device.type == "cpu"
+        tile, dense_entries = (CPU_TILE, CPU_TILE**2) if on_cpu else (GPU_TILE, GPU_DENSE_ENTRIES)
+        return tile if ring or rows * rows * world_size() > dense_entries else None
     if requested is None and ring:
         raise ValueError("ring=True needs tiles: tile_size must not be None")
     if requested is not None and requested < 1:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from gkl_vl.data import pairs
+from gkl_vl.data import pair_stream, pairs
 from gkl_vl.data.augment import apply_seeded, drawing_augmentation, light_augmentation
 from gkl_vl.data.captions import CaptionRule, usable_captions
 from gkl_vl.data.files import stable_hash
@@ -341,6 +341,16 @@ def test_another_seed_is_another_stream():
     a, b, c = (take(PairLoader(stream(source, seed=seed)), 2) for seed in (0, 0, 1))
     assert all(same(x, y) for x, y in zip(a, b, strict=True))
     assert not same(a[0], c[0])
+
+
+def test_a_caption_that_was_tokenised_already_is_not_again_and_has_the_same_tokens(monkeypatch):
+    monkeypatch.setattr(pair_stream, "CACHED_CAPTIONS", 5)
+    tokenised = []
+    tokenize = pair_stream._CachedTokens(lambda captions: tokenised.append(captions) or lengths(captions))
+    for batch in (["a", "b", "a"], ["b", "c"], ["d", "e", "f"], ["a", "f"], ["1", "2", "3", "4", "5", "6", "7"]):
+        assert torch.equal(tokenize(batch), lengths(batch))
+    # The third batch would make six rows: the earlier ones are dropped.
+    assert tokenised == [["a", "b"], ["c"], ["d", "e", "f"], ["a"], ["1", "2", "3", "4", "5", "6", "7"]]
 
 
 def test_text_ids_are_equal_where_captions_are():

@@ -123,7 +123,7 @@ def value_and_gradients(
     return loss.detach(), *torch.autograd.grad(loss, trained)
 
 
-def edge(sizes: list[int], repeats: int, device: str) -> None:
+def edge(sizes: list[int], device: str, repeats: int) -> None:
     """Batch sizes at which tiles become faster or smaller than the dense form."""
     for n in sizes:
         tiled, dense = (measured(form, n, device, repeats) for form in ("tiled", "dense"))

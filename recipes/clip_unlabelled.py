@@ -21,8 +21,9 @@ from typing import Annotated
 import tyro
 
 from gkl_vl import cli
-from gkl_vl.data.pairs import Source, open_images
+from gkl_vl.data.pairs import open_images
 from gkl_vl.data.prompts import Prompts, bundled_prompts, read_prompts
+from gkl_vl.data.sources import Source
 from gkl_vl.disk_cache import cache_folder
 from gkl_vl.errors import UserError
 from gkl_vl.evaluation.embed import Embedder, zero_shot_classifier

@@ -20,7 +20,7 @@ from gkl_vl.data import identity
 from gkl_vl.data.augment import light_augmentation
 from gkl_vl.data.identity import file_state, images_identity
 from gkl_vl.data.labelled import open_labelled, pixel_image
-from gkl_vl.data.pairs import RawPair
+from gkl_vl.data.sources import RawPair
 from gkl_vl.data.views import DiskViews, MemoryViews
 from gkl_vl.evaluation import embed, sets, suite
 from gkl_vl.evaluation.benchmark import Subject

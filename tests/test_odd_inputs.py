@@ -22,8 +22,9 @@ from gkl_vl.data.captions import usable_captions
 from gkl_vl.data.images import BrokenSample, decode
 from gkl_vl.data.label_splits import read_labelled
 from gkl_vl.data.labelled import open_image_set, open_labelled
-from gkl_vl.data.pairs import RawPair, Source, open_images, open_source
+from gkl_vl.data.pairs import open_images, open_source
 from gkl_vl.data.prompts import read_prompts
+from gkl_vl.data.sources import RawPair, Source
 from gkl_vl.errors import UserError
 from gkl_vl.evaluation.set_collections import expand
 from gkl_vl.evaluation.sets import load_benchmark_set

@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from gkl_vl.data import pair_stream, pairs
+from gkl_vl.data import pair_stream, sources
 from gkl_vl.data.augment import apply_seeded, drawing_augmentation, light_augmentation
 from gkl_vl.data.captions import CaptionRule, usable_captions
 from gkl_vl.data.files import stable_hash
 from gkl_vl.data.images import decode
 from gkl_vl.data.pair_stream import PairLoader, PairStream, Place, Position
-from gkl_vl.data.pairs import RawPair, Source, bundled_pairs, memory_source, open_source, read_shard
+from gkl_vl.data.pairs import bundled_pairs, open_source
+from gkl_vl.data.sources import RawPair, Source, memory_source, read_shard
 from gkl_vl.errors import UserError
 
 
@@ -51,7 +52,7 @@ def write_shards(folder: Path, num_shards: int, each: int) -> str:
 
 
 def toy_pairs(num: int) -> list[RawPair]:
-    return [RawPair(f"p{i}", picture(i), (f"caption {i}", f"other {i}"), i) for i in range(num)]
+    return [RawPair(f"p{i}", picture(i), (f"caption {i}", f"other {i}")) for i in range(num)]
 
 
 def lengths(texts: list[str]) -> torch.Tensor:
@@ -108,7 +109,7 @@ def test_the_parts_of_an_epoch_have_every_pair_once(tmp_path, kind, parts):
 
 
 def test_a_buffer_smaller_than_the_shard_still_yields_all_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(pairs, "SHUFFLE_BUFFER", 5)
+    monkeypatch.setattr(sources, "SHUFFLE_BUFFER", 5)
     source = open_source(write_shards(tmp_path, 1, 23))
     keys = [pair.key for pair in source.epoch(0, 0, 0, 1)]
     assert sorted(keys) == [f"k{i:03d}" for i in range(23)] and keys != sorted(keys)
@@ -225,6 +226,34 @@ def test_a_source_that_does_not_exist_raises_one_line(tmp_path):
         open_source(str(tmp_path))
 
 
+@pytest.mark.parametrize("kind", ["shards", "sized shards", "parquet", "folder", "memory"])
+def test_the_blocks_hold_every_pair_once_in_order_with_its_place(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(sources, "BLOCK_ROWS", 5)
+    if "shards" in kind:
+        urls = write_shards(tmp_path, 3, 5)
+        if kind == "sized shards":
+            (tmp_path / "sizes.json").write_text(json.dumps({f"{shard:03d}.tar": 5 for shard in range(3)}))
+        source, names = open_source(urls), [f"{tmp_path}/{shard:03d}.tar" for shard in range(3)]
+    else:
+        names = ["row 0", "row 5", "row 10"]
+        if kind == "memory":
+            source = memory_source("toy", toy_pairs(13))
+        elif kind == "folder":
+            for key, members in map(good, range(13)):
+                for ending, content in members.items():
+                    (tmp_path / f"{key}.{ending}").write_bytes(content)
+            source = open_source(str(tmp_path))
+        else:
+            table = {"image": [picture(i) for i in range(13)], "caption": [f"caption {i}" for i in range(13)]}
+            datasets.Dataset.from_dict(table).to_parquet(tmp_path / "x.parquet", batch_size=4)
+            source = open_source(str(tmp_path / "x.parquet"))
+    assert list(source.pairs.blocks) == names
+    stored = {(pair.block, pair.row): pair for block in range(3) for pair in source.pairs.read(block)}
+    assert list(stored) == [divmod(index, 5) for index in range(source.num_pairs or 15)]
+    of_epoch = {(pair.block, pair.row): pair for part in range(2) for pair in source.epoch(0, 1, part, 2)}
+    assert of_epoch == stored and list(of_epoch) != list(stored)
+
+
 # ---- broken pairs
 
 
@@ -235,7 +264,7 @@ def with_broken(num: int, every: int) -> list[RawPair]:
     for count, index in enumerate(range(0, num, every)):
         pair = rows[index]
         change = {"image": pair.image, "captions": pair.captions} | ways[count % 3]
-        rows[index] = RawPair(pair.key, change["image"], change["captions"], pair.row)
+        rows[index] = RawPair(pair.key, change["image"], change["captions"])
     return rows
 
 
@@ -289,11 +318,12 @@ def test_a_resumed_stream_yields_the_same_batches(num_workers, stops):
 def test_a_resumed_stream_reads_no_earlier_epoch():
     pairs, read = toy_pairs(8), []
 
-    def epoch(seed, number, part, parts):
-        read.append(number)
-        return iter(pairs)
+    class Counted(sources.IndexedPairs):
+        def epoch(self, seed, number, part, parts):
+            read.append(number)
+            return super().epoch(seed, number, part, parts)
 
-    source = Source("toy", len(pairs), None, epoch)
+    source = Source("toy", len(pairs), None, Counted(memory_source("toy", pairs).pairs.rows))
     first = PairLoader(stream(source))
     batches = take(first, 5)  # of four: the fifth ends in the third epoch
     start = Position.of(first.position())
@@ -377,7 +407,7 @@ def test_stored_views_are_chosen_by_epoch_and_row():
 
 
 def test_captions_of_an_image_differ_where_it_has_enough():
-    pairs = [RawPair(f"p{i}", picture(i), tuple(f"{i} {c}" for c in range(i + 1)), i) for i in range(6)]
+    pairs = [RawPair(f"p{i}", picture(i), tuple(f"{i} {c}" for c in range(i + 1))) for i in range(6)]
     views = torch.zeros(6, 1, 3, 8, 8, dtype=torch.uint8)
     first = take(PairLoader(stream(memory_source("toy", pairs), batch_size=6, stored_views=views)), 1)[0]
     drawn = set()
@@ -425,8 +455,7 @@ def test_the_light_augmentation_keeps_nine_tenths():
     assert isinstance(crop, v2.RandomResizedCrop) and tuple(crop.scale) == (0.9, 1.0)
 
 
-def test_the_bundled_pairs_have_their_rows():
+def test_the_bundled_pairs_are_of_two_styles():
     bundled = bundled_pairs()
-    assert [pair.row for pair in bundled] == list(range(len(bundled)))
     assert {pair.key.split("-")[0] for pair in bundled} == {"noto", "twemoji"}
     assert open_source(None).num_pairs == len(bundled)

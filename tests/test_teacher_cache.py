@@ -12,7 +12,8 @@ from torchvision.transforms import v2
 from gkl_vl import disk_cache
 from gkl_vl.data.augment import drawing_augmentation
 from gkl_vl.data.pair_stream import PairLoader, PairStream
-from gkl_vl.data.pairs import RawPair, bundled_pairs, memory_source
+from gkl_vl.data.pairs import bundled_pairs
+from gkl_vl.data.sources import RawPair, memory_source
 from gkl_vl.models.clip import Clip, load_clip
 from gkl_vl.models.modes import freeze
 from gkl_vl.teachers import store as teacher_store

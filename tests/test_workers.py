@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from gkl_vl.data.augment import light_augmentation
 from gkl_vl.data.pair_stream import PairLoader, PairStream, Position
-from gkl_vl.data.pairs import RawPair, Source, memory_source, open_images, open_source
+from gkl_vl.data.pairs import open_images, open_source
+from gkl_vl.data.sources import RawPair, Source, memory_source
 from gkl_vl.data.workers import end_with_parent, worker_batches
 from gkl_vl.errors import UserError
 
@@ -100,11 +101,11 @@ def test_a_source_is_the_same_after_pickling(tmp_path, kind, monkeypatch):
 
 @dataclass(frozen=True)
 class Busy:
-    """An epoch that writes its process id and never yields a pair."""
+    """Pairs whose epoch writes the process id and never yields one."""
 
     file: Path
 
-    def __call__(self, seed: int, number: int, part: int, parts: int) -> Iterator[RawPair]:
+    def epoch(self, seed: int, number: int, part: int, parts: int) -> Iterator[RawPair]:
         self.file.with_suffix(".new").write_text(str(os.getpid()))
         self.file.with_suffix(".new").rename(self.file)
         while True:

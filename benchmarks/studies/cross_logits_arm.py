@@ -228,11 +228,12 @@ def make_objective(config: Config, setup: ClipSetup, weights: Any) -> CrossStudy
     if terms.bank == "queue":
         banks = Bank(BANK_SIZE)
     else:
-        banks = make_banks(terms, stored)
+        texts, images = make_banks(terms, stored)
         if terms.prior:
             scale = setup.teacher.towers.log_scale().exp().detach().cpu()
-            priors = tuple(x.to(setup.device) for x in make_priors(terms, stored, banks, scale))
-        banks = tuple(x.to(setup.device) for x in banks)
+            centres, *means = make_priors(terms, stored, (texts, images), scale)
+            priors = centres.to(setup.device), means[0].to(setup.device), means[1].to(setup.device)
+        banks = texts.to(setup.device), images.to(setup.device)
     base = ClipKd(student=setup.student, teacher=setup.teach, weights=weights, bank=make_bank(config.loss))
     return CrossStudy(base=base, terms=terms, banks=banks, priors=priors)
 

@@ -18,7 +18,7 @@ from gkl_vl.data.augment import apply_seeded
 from gkl_vl.data.captions import usable_captions
 from gkl_vl.data.files import stable_hash
 from gkl_vl.data.images import BrokenSample, decode
-from gkl_vl.data.pairs import RawPair, Source
+from gkl_vl.data.sources import RawPair, Source
 from gkl_vl.data.workers import end_with_parent, worker_batches
 from gkl_vl.errors import UserError, notice
 

@@ -26,7 +26,7 @@ from gkl_vl.data.augment import apply_seeded, describe
 from gkl_vl.data.captions import usable_captions
 from gkl_vl.data.files import stable_hash
 from gkl_vl.data.images import DECODE_RULES, decode
-from gkl_vl.data.pairs import RawPair
+from gkl_vl.data.sources import RawPair
 from gkl_vl.data.views import Views
 from gkl_vl.data.workers import end_with_parent, worker_batches
 from gkl_vl.evaluation.embed import predict

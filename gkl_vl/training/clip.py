@@ -16,7 +16,8 @@ from torch import nn
 from gkl_vl import cli, report
 from gkl_vl.data.augment import drawing_augmentation, light_augmentation, mild_drawing_augmentation
 from gkl_vl.data.pair_stream import PairLoader, PairStream, Position
-from gkl_vl.data.pairs import Source, bundled_pairs, open_source
+from gkl_vl.data.pairs import bundled_pairs, open_source
+from gkl_vl.data.sources import Source
 from gkl_vl.disk_cache import cache_folder
 from gkl_vl.errors import UserError
 from gkl_vl.evaluation.benchmark import TASK_OF, measure, metrics_of

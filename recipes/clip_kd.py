@@ -53,8 +53,8 @@ class Config:
 
 
 def main(config: Config) -> None:
-    data = open_captions(config.data, teacher=config.model.teacher)
-    weights = caption_weights(config.loss, teacher=config.model.teacher, bundled=data.bundled)
+    data = open_captions(config.data, distils=config.model.distils)
+    weights = caption_weights(config.loss, distils=config.model.distils, bundled=data.bundled)
     train_clip(
         config,
         recipe="clip_kd",

@@ -61,8 +61,8 @@ def main(config: Config) -> None:
     norm = config.attack.norm
     epsilon = USUAL_CLIP_EPSILON[norm] if config.attack.epsilon is None else config.attack.epsilon
     attack = image_attack(norm, radius(epsilon, norm))
-    data = open_captions(config.data, teacher=config.model.teacher)
-    weights = caption_weights(config.loss, teacher=config.model.teacher, bundled=data.bundled)
+    data = open_captions(config.data, distils=config.model.distils)
+    weights = caption_weights(config.loss, distils=config.model.distils, bundled=data.bundled)
     train_clip(
         config,
         recipe="clip_robust",

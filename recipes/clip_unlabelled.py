@@ -75,6 +75,8 @@ class Config:
 
 def main(config: Config) -> None:
     gkl, name = config.loss.gkl, config.data.train_data
+    if config.model.teacher_store is not None:
+        raise UserError("--teacher-store has no embeddings of class prompts, which this recipe needs: name --teacher")
     if config.model.teacher == "none":
         raise UserError("--teacher none: without captions the teacher's logits are the only target, so name a teacher")
     if not gkl.counts:

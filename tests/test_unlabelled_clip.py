@@ -34,6 +34,7 @@ from gkl_vl.objectives.common import EpochPrior
 from gkl_vl.objectives.zero_shot import ZeroShotKd, prompt_tokens
 from gkl_vl.teachers.online import online_teacher
 from gkl_vl.training import clip as training
+from gkl_vl.training import clip_teacher
 from gkl_vl.training.gradient_cache import backward_from_cache, embed_all
 
 call = test_recipes.call  # the fixture
@@ -440,9 +441,9 @@ def test_the_bundled_drawings_are_embedded_once_and_their_captions_left_alone(pl
     monkeypatch.chdir(tmp_path)
     recipe = test_recipes.module(test_recipes.HOUSE / "recipes" / f"{RECIPE}.py")
     few = pairs.bundled_pairs()[:32]
-    monkeypatch.setattr(training, "bundled_pairs", lambda: few)
+    monkeypatch.setattr(clip_teacher, "bundled_pairs", lambda: few)
     monkeypatch.setattr(pairs, "bundled_pairs", lambda: few)
-    monkeypatch.setattr(training, "online_teacher", None)  # not needed
+    monkeypatch.setattr(clip_teacher, "online_teacher", None)  # not needed
     Path("three.json").write_text(json.dumps({"classnames": ["pizza", "dog", "tiger"], "templates": ["{c}", "a {c}"]}))
     colour_set(tmp_path / "colours", list(COLOURS))
     recipe.main(

@@ -35,16 +35,14 @@ from gkl_vl.training.clip import (
     CaptionData,
     CaptionLoss,
     ClipEvaluation,
-    ClipModels,
     ClipOptimisation,
     ClipSetup,
-    augmentation,
-    bundled_views,
     caption_weights,
     make_bank,
     open_captions,
     train_clip,
 )
+from gkl_vl.training.clip_teacher import ClipModels, augmentation, bundled_views
 from gkl_vl.training.run import RunFlags
 
 BankKind = Literal["queue", "store", "names", "half", "keywords"]
@@ -222,7 +220,7 @@ def make_priors(terms: CrossTerms, stored: StoredViews, banks: tuple[Tensor, Ten
 
 def make_objective(config: Config, setup: ClipSetup, weights: Any) -> CrossStudy:
     assert setup.teacher is not None
-    augment = augmentation(setup.student, setup.teacher, bundled=True)
+    augment = augmentation(bundled=True, distils=True)(max(setup.student.image_size, setup.teacher.image_size))
     stored = bundled_views(setup.teacher, setup.student, augment)
     terms, priors = config.cross, None
     if terms.bank == "queue":
@@ -271,8 +269,8 @@ def measure(folder: Any) -> dict[str, float]:
 
 
 def main(config: Config) -> None:
-    data = open_captions(CaptionData(), teacher=config.model.teacher)
-    weights = caption_weights(config.loss, teacher=config.model.teacher, bundled=True)
+    data = open_captions(CaptionData(), distils=config.model.distils)
+    weights = caption_weights(config.loss, distils=config.model.distils, bundled=True)
     train_clip(
         config,
         recipe="cross_logits",

@@ -36,7 +36,7 @@ from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
 from gkl_vl.models.clip import Clip, load_clip
 from gkl_vl.models.modes import freeze
 from gkl_vl.teachers.store import stored_teacher
-from gkl_vl.training.clip import BUNDLED_VIEWS, augmentation, bundled_views
+from gkl_vl.training.clip_teacher import BUNDLED_VIEWS, augmentation, bundled_views
 
 SEEDS, BATCHES, ROWS = range(5), 4, 256
 NOISES, DRAWN = (0.5, 1.0, 2.0), "noise 1"
@@ -120,7 +120,9 @@ def make_students(seed: int, trained: dict[str, Clip]) -> dict[str, Callable[[Ba
 def measure(trained: dict[str, Clip]) -> Results:
     """All terms on all students and seeds."""
     teacher, student, pairs = freeze(load_clip("bundled")), load_clip("emoji-student"), bundled_pairs()
-    stored = bundled_views(teacher, student, augmentation(student, teacher, bundled=True))
+    stored = bundled_views(
+        teacher, student, augmentation(bundled=True, distils=True)(max(student.image_size, teacher.image_size))
+    )
     teach, captions = stored_teacher(teacher, stored, torch.device("cpu")), [usable_captions(p.captions) for p in pairs]
 
     def batches(seed: int) -> Iterator[tuple[Batch, Embeddings]]:

@@ -1,17 +1,27 @@
 """Augmentations: functions of a PIL image that return a uint8 tensor [3, h, w]; and crops of a batch of tensors.
 
+Those of CLIP draw the same numbers at every size of the view, so that a view whose teacher embedding is stored can be
+drawn again at the student's size (`view_seed`, `draws`).
+
 Axis letters: n = images of a batch, h w = pixels.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
+
+from gkl_vl.data.files import stable_hash
+
+Augmentation = Callable[[int], Callable[[Image.Image], Tensor]]
+"""Side of the view -> function of a PIL image, as `light_augmentation`."""
+DESCRIBED_SIZE, DRAWN_SIZE, DRAWN_VIEWS = 64, 16, 3
 
 _USB_GREY = (125, 123, 114)
 """Fill colour of USB's Cutout."""
@@ -67,7 +77,7 @@ def _drawing_views(
             v2.RandomApply([v2.ColorJitter(*colour)], p=colour_p),
             v2.RandomGrayscale(grey_p),
             v2.PILToTensor(),
-            v2.RandomErasing(p=erase_p, scale=(0.02, 0.2), value=255),
+            Erasing(erase_p, scale=(0.02, 0.2), ratio=(0.3, 3.3), value=255),
         ]
     )
 
@@ -133,6 +143,62 @@ class Cutout(nn.Module):
         square = image[:, max(top, 0) : top + self.size, max(left, 0) : left + self.size]
         square[:] = torch.tensor(self.fill, dtype=torch.uint8)[:, None, None]
         return image
+
+
+class Erasing(nn.Module):
+    """Fills a rectangle with one value, with probability p: its share of the area and its aspect ratio are drawn.
+
+    RandomErasing's distribution, with all draws relative to the side of the view: the same rectangle at every size.
+
+    Args:
+        scale, ratio: bounds of the share of the area and of height / width, the latter uniform in its logarithm.
+
+    Source: Zhong et al., AAAI 2020, arXiv 1708.04896.
+    """
+
+    def __init__(self, p: float, *, scale: tuple[float, float], ratio: tuple[float, float], value: int):
+        super().__init__()
+        self.p, self.scale, self.ratio, self.value = p, scale, ratio, value
+
+    def forward(self, image: UInt8[Tensor, "3 h w"]) -> UInt8[Tensor, "3 h w"]:
+        if torch.rand(()) >= self.p:
+            return image
+        for _ in range(10):
+            area, log_ratio, top, left = torch.rand(4, dtype=torch.float64).tolist()
+            area = self.scale[0] + area * (self.scale[1] - self.scale[0])
+            ratio = self.ratio[0] * (self.ratio[1] / self.ratio[0]) ** log_ratio
+            height, width = (area * ratio) ** 0.5, (area / ratio) ** 0.5
+            if height < 1 and width < 1:
+                return self._filled(image, top * (1 - height), left * (1 - width), height, width)
+        return image
+
+    def _filled(self, image: Tensor, top: float, left: float, height: float, width: float) -> Tensor:
+        _, h, w = image.shape
+        image = image.clone()
+        image[:, round(top * h) : round((top + height) * h), round(left * w) : round((left + width) * w)] = self.value
+        return image
+
+
+# ---- seeded views ------------------------------------------------------------------------------------------------
+
+
+def view_seed(key: str, view: int) -> int:
+    """Seed of a numbered view of the image with this key, for `apply_seeded`; the same in every run."""
+    return stable_hash(f"view {view} of {key}")
+
+
+def settings_of(augmentation: Augmentation) -> str:
+    """All settings of an augmentation, at one size."""
+    return describe(augmentation(DESCRIBED_SIZE))
+
+
+def draws(augmentation: Augmentation) -> list[str]:
+    """Small views of a test picture, as hexadecimal bytes: they change where the same seeds give other views."""
+    y, x = np.mgrid[:48, :60]
+    picture = Image.fromarray(np.stack([4 * x, 5 * y, 255 * ((x // 6 + y // 6) % 2)], axis=2).astype(np.uint8))
+    augment = augmentation(DRAWN_SIZE)
+    views = [apply_seeded(augment, picture, view_seed("draws", view)) for view in range(DRAWN_VIEWS)]
+    return [view.numpy().tobytes().hex() for view in views]
 
 
 def apply_seeded(augment: Callable[[Image.Image], torch.Tensor], image: Image.Image, seed: int) -> torch.Tensor:

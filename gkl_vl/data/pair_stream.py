@@ -5,16 +5,16 @@ decoding the earlier ones. The loader shards by rank and worker itself: do not h
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from itertools import count, cycle, islice
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from gkl_vl.data.augment import apply_seeded
+from gkl_vl.data.augment import apply_seeded, view_seed
 from gkl_vl.data.captions import usable_captions
 from gkl_vl.data.files import stable_hash
 from gkl_vl.data.images import BrokenSample, decode
@@ -63,6 +63,23 @@ class Position:
             raise UserError(f"the checkpoint's position {stored!r} is damaged: resume from another one") from error
 
 
+@runtime_checkable
+class StoredOutputs(Protocol):
+    """A teacher's outputs for numbered views of every pair of a source; picklable."""
+
+    @property
+    def views(self) -> int:
+        """Views of each image."""
+        ...
+
+    def of_pair(self, pair: RawPair, view: int, captions: Sequence[int], /) -> dict[str, torch.Tensor]:
+        """Outputs for a view, and for usable captions by number: tensors to be stacked in a batch.
+
+        Raises: BrokenSample for a pair without outputs.
+        """
+        ...
+
+
 class PairStream(IterableDataset):
     """Endless batches of one rank as dicts: {"image": uint8 [n, 3, r, r], "keys", "text", "text_ids", ...}.
 
@@ -72,6 +89,8 @@ class PairStream(IterableDataset):
     With `stored_views`, uint8 [pairs, views, 3, r, r], an image is one of its stored views, a different one each epoch,
     instead of a new augmentation; a batch then also has `view_rows` and `caption_rows` = (row in the set, number of the
     view or caption), [n, 2] or [n, c, 2], the indices of stored teacher embeddings.
+    With `stored`, an image is one of its numbered views, a different one each epoch, drawn again at this size, and a
+    batch has the teacher's outputs.
     """
 
     def __init__(
@@ -87,11 +106,12 @@ class PairStream(IterableDataset):
         num_workers: int,
         captions_per_image: int = 1,
         stored_views: torch.Tensor | None = None,
+        stored: StoredOutputs | None = None,
         start: Position | None = None,
     ):
         self.source, self.augment = source, augment
         self.tokenizers = {name: _CachedTokens(tokenize) for name, tokenize in tokenizers.items()}
-        self.batch_size, self.seed, self.stored_views = batch_size, seed, stored_views
+        self.batch_size, self.seed, self.stored_views, self.stored = batch_size, seed, stored_views, stored
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
         self.captions_per_image = captions_per_image
         parts = max(num_workers, 1)
@@ -154,11 +174,14 @@ class PairStream(IterableDataset):
         captions = usable_captions(pair.captions) if self.source.captioned else ()
         # The number of captions changes neither the first one nor the view.
         drawn = [rng.randrange(len(captions))] if captions else []
-        if self.stored_views is None:
-            view, image = 0, apply_seeded(self.augment, decode(pair.image), rng.getrandbits(63))
-        else:
+        if self.stored is not None:
+            view = epoch % self.stored.views
+            image = apply_seeded(self.augment, decode(pair.image), view_seed(pair.key, view))
+        elif self.stored_views is not None:
             view = epoch % self.stored_views.shape[1]
             image = self.stored_views[pair.row, view]
+        else:
+            view, image = 0, apply_seeded(self.augment, decode(pair.image), rng.getrandbits(63))
         others = [i for i in range(len(captions)) if i not in drawn]
         drawn += rng.sample(others, min(self.captions_per_image - 1, len(others)))
         drawn = list(islice(cycle(drawn), self.captions_per_image))
@@ -168,6 +191,7 @@ class PairStream(IterableDataset):
             "view_row": (pair.row, view),
             "captions": [captions[i] for i in drawn],
             "caption_rows": [(pair.row, i) for i in drawn],
+            "outputs": {} if self.stored is None else self.stored.of_pair(pair, view, drawn),
         }
 
     def _collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -177,8 +201,12 @@ class PairStream(IterableDataset):
         }
         if self.stored_views is not None:
             batch["view_rows"] = torch.tensor([sample["view_row"] for sample in samples])
+        for name in samples[0]["outputs"]:
+            batch[name] = torch.stack([sample["outputs"][name] for sample in samples])
         if not self.source.captioned:
             return batch
+        if self.captions_per_image == 1 and "teacher_text" in batch:
+            batch["teacher_text"] = batch["teacher_text"].squeeze(1)
         captions = [caption for sample in samples for caption in sample["captions"]]
         of_texts = {name: tokenize(captions) for name, tokenize in self.tokenizers.items()}
         of_texts["text_ids"] = torch.tensor([stable_hash(caption) for caption in captions])

@@ -14,9 +14,8 @@ import tyro
 from torch import nn
 
 from gkl_vl import cli, report
-from gkl_vl.data.augment import drawing_augmentation, light_augmentation, mild_drawing_augmentation
 from gkl_vl.data.pair_stream import PairLoader, PairStream, Position
-from gkl_vl.data.pairs import bundled_pairs, open_source
+from gkl_vl.data.pairs import open_source
 from gkl_vl.data.sources import Source
 from gkl_vl.disk_cache import cache_folder
 from gkl_vl.errors import UserError
@@ -28,19 +27,24 @@ from gkl_vl.export import hub
 from gkl_vl.export.cards import ClipCard
 from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.models.clip import BUNDLED_TEACHER, Clip, Student, clamp_scale, load_clip
-from gkl_vl.models.modes import freeze
 from gkl_vl.objectives.clip import ClipKdWeights
 from gkl_vl.protocols import Objective, Record
 from gkl_vl.teachers.bank import Bank
-from gkl_vl.teachers.online import Teacher, online_teacher
-from gkl_vl.teachers.store import StoredViews, store_views, stored_teacher
+from gkl_vl.teachers.online import Teacher
+from gkl_vl.teachers.store import StoredViews
 from gkl_vl.training.checkpoint import RunFolder
+from gkl_vl.training.clip_teacher import (
+    ClipModels,
+    RunTeacher,
+    make_teacher,
+    open_teacher,
+    store_bundled_views,
+    views_at,
+)
 from gkl_vl.training.engine import FitConfig, fit, moving_average
 from gkl_vl.training.optim import clip_adamw, warmup_cosine
 from gkl_vl.training.run import Run, RunFlags, StepIntervals
 
-# The bundled set is small: a fixed number of views lets the teacher embed each once (teachers/store.py).
-BUNDLED_VIEWS = 6
 BUNDLED_STEPS = 300
 BUNDLED_CAPTIONS = 2
 BUNDLED_LOSS = {"mimicry_weight": 0.0, "cross_soft_ce_weight": 2.0, "cross_wmse_weight": 6.0}
@@ -55,20 +59,8 @@ SHEET_IMAGES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipModels:
-    """Teacher and student."""
-
-    teacher: str = "bundled"
-    """An open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, `bundled`, or `none`."""
-    teacher_pretrained: str | None = None
-    """For a teacher given by an open_clip name: open_clip's tag, a file of weights, or TAG=FILE, a file of that tag."""
-    student: str = "emoji-student"
-    """As --teacher, or a shipped config: ViT-T-16, FastViT-T8, emoji-student. A plain name has random weights."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptionData:
-    """Image-text pairs for training."""
+class PairData:
+    """Image-text pairs."""
 
     train_data: str | None = None
     """Shards `a-{000..9}.tar::b.tar`, .csv, .tsv, .jsonl, .parquet, FOLDER[:SPLIT], org/name[:SPLIT]. None = emoji."""
@@ -78,6 +70,13 @@ class CaptionData:
     """A text file beside an image holds one caption per line. Otherwise all of it is one caption."""
     quoted: bool | None = None
     """CSV, TSV: cells may be in double quotes. None = yes for .csv, no for .tsv: a quote is a letter there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionData:
+    """Image-text pairs for training."""
+
+    pairs: Annotated[PairData, tyro.conf.arg(name="")] = PairData()
     captions_per_image: int | None = None
     """Captions drawn for an image in a step; the loss is their mean. None = 1; bundled data with a teacher: 2."""
 
@@ -150,15 +149,15 @@ class ClipFlags(Protocol):
     def evaluation(self) -> ClipEvaluation: ...
 
 
-def caption_weights(loss: CaptionLoss, *, teacher: str, bundled: bool) -> ClipKdWeights:
+def caption_weights(loss: CaptionLoss, *, distils: bool, bundled: bool) -> ClipKdWeights:
     """The weights of a run on captions. Raises: UserError where all are 0, and for flags that have no effect."""
-    if teacher == "none":
+    if not distils:
         given, usual = cli.flat(loss), cli.flat(CaptionLoss())
         of_teacher = {name: None if given[name] == usual[name] else given[name] for name in given}
         cli.refuse_unused(
             of_teacher, [n for n in given if n != "contrastive_weight"], "has no effect with --teacher none"
         )
-    defaults = BUNDLED_LOSS if bundled and teacher != "none" else LOSS
+    defaults = BUNDLED_LOSS if bundled and distils else LOSS
     chosen = {
         name: default if getattr(loss, name) is None else getattr(loss, name) for name, default in defaults.items()
     }
@@ -168,9 +167,9 @@ def caption_weights(loss: CaptionLoss, *, teacher: str, bundled: bool) -> ClipKd
         gkl=loss.gkl,
         cross=replace(loss.gkl, soft_ce_weight=chosen["cross_soft_ce_weight"], wmse_weight=chosen["cross_wmse_weight"]),
     )
-    distils = weights.cross.counts or weights.gkl.counts or weights.mimicry_weight
-    if not loss.contrastive_weight and (teacher == "none" or not distils):
-        others = "" if teacher == "none" else ", --soft-ce-weight, --cross-soft-ce-weight or --mimicry-weight"
+    compared = weights.cross.counts or weights.gkl.counts or weights.mimicry_weight
+    if not loss.contrastive_weight and not (distils and compared):
+        others = "" if not distils else ", --soft-ce-weight, --cross-soft-ce-weight or --mimicry-weight"
         raise UserError(f"every weight is 0, so there is nothing to train on: set --contrastive-weight{others}")
     if not weights.cross.counts:
         cli.refuse_unused(
@@ -204,22 +203,21 @@ class ClipData:
         return self.name is None
 
 
-def open_captions(flags: CaptionData, *, teacher: str) -> ClipData:
-    """The pairs of the flags, for a run with this --teacher.
-
-    Raises: UserError as `open_source`, and for flags that the bundled data do not use.
-    """
+def open_pairs(flags: PairData) -> Source:
+    """The pairs of the flags. Raises: UserError as `open_source`, and for flags that the bundled data do not use."""
     if flags.train_data is None:
         cli.refuse_unused(vars(flags), ["columns", "quoted"], "has no effect without --train-data")
         if flags.caption_lines:
             raise UserError("--caption-lines has no effect without --train-data: leave it out")
-    source = open_source(
-        flags.train_data, columns=flags.columns, caption_lines=flags.caption_lines, quoted=flags.quoted
-    )
-    captions = flags.captions_per_image
+    return open_source(flags.train_data, columns=flags.columns, caption_lines=flags.caption_lines, quoted=flags.quoted)
+
+
+def open_captions(flags: CaptionData, *, distils: bool) -> ClipData:
+    """The pairs of the flags, for a run with or without a teacher. Raises: UserError as `open_pairs`."""
+    source, name, captions = open_pairs(flags.pairs), flags.pairs.train_data, flags.captions_per_image
     if captions is None:
-        captions = BUNDLED_CAPTIONS if flags.train_data is None and teacher != "none" else 1
-    return ClipData(source=source, name=flags.train_data, captions_per_image=captions)
+        captions = BUNDLED_CAPTIONS if name is None and distils else 1
+    return ClipData(source=source, name=name, captions_per_image=captions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +226,7 @@ class ClipSetup:
 
     student: Clip
     teacher: Clip | None
+    """None without a teacher, and where it is stored."""
     teach: Teacher | None
     """Embeddings of the teacher for a batch, online or stored; None without a teacher."""
     device: torch.device
@@ -258,34 +257,35 @@ def train_clip(
     run = Run(config, recipe=recipe)
     if attack is not None:
         run.refuse_shards("attacks")
-    teacher = load_teacher(config, run.device)
+    teacher = open_teacher(
+        config.model, data.source, bundled=data.bundled, device=run.device, allow_pickle=config.run.allow_pickle
+    )
     student = load_student(config)
     sets = evaluation_sets(config.evaluation, bundled=data.bundled)
     steps = count_steps(config.optimisation, data, run.num_processes)
     count_warmup(config.optimisation, steps)  # raises before there is a run folder
     images_per_step = config.optimisation.batch_size * config.optimisation.accum_steps
     check(steps * images_per_step * run.num_processes)
-    origin = "" if teacher is None else f" distilled from {config.model.teacher}"
+    origin = "" if teacher.name is None else f" distilled from {teacher.name}"
     run.begin(f"{config.model.student}{origin}{detail} · {steps:,} steps of {images_per_step:,}")
-    augment = augmentation(student, teacher, bundled=data.bundled)
-    stored = store_bundled_views(run, teacher, student, augment) if data.bundled and teacher is not None else None
-    teacher_dim = None if teacher is None else teacher.embed_dim
-    sides = () if teacher is None else mapped
-    model = Student(student.towers, embed_dim=student.embed_dim, teacher_dim=teacher_dim, mapped=sides)
+    augment = views_at(student, teacher, bundled=data.bundled)
+    views = store_bundled_views(run, teacher.clip, student, augment) if data.bundled and teacher.clip else None
+    sides = () if teacher.name is None else mapped
+    model = Student(student.towers, embed_dim=student.embed_dim, teacher_dim=teacher.embed_dim, mapped=sides)
     run.seed_ranks()
-    rates = peak_rates(config.optimisation, bundled_rates if stored is not None else (LR, LR))
-    teach = make_teacher(teacher, stored, run.device)
+    rates = peak_rates(config.optimisation, bundled_rates if data.bundled and teacher.name else (LR, LR))
+    teach = make_teacher(teacher, views, run.device)
     exported = fit(
         accelerator=run.accelerator,
         model=model,
-        objective=make_objective(ClipSetup(student=student, teacher=teacher, teach=teach, device=run.device)),
+        objective=make_objective(ClipSetup(student=student, teacher=teacher.clip, teach=teach, device=run.device)),
         make_optimizer=partial(
             clip_adamw, of_text=model.text_parameters(), lr=rates[0], text_lr=rates[1], wd=config.optimisation.wd
         ),
         learning_rate=partial(
             warmup_cosine, lr=max(rates), steps=steps, warmup_steps=count_warmup(config.optimisation, steps)
         ),
-        make_loader=partial(make_loader, config, run, data, augment, student, teacher, stored),
+        make_loader=partial(make_loader, config, run, data, augment, student, teacher, views),
         run=run.folder,
         config=FitConfig(
             steps=steps,
@@ -298,25 +298,14 @@ def train_clip(
         average=moving_average(model, config.optimisation.ema_decay),
         checkpoint=run.checkpoint(),
     )
-    if teacher is not None:
-        log_teacher(run.folder, steps, evaluate(teacher, "teacher", sets, run.device, cache_folder("embeddings")))
+    if teacher.clip is not None:
+        log_teacher(run.folder, steps, evaluate(teacher.clip, "teacher", sets, run.device, cache_folder("embeddings")))
     if run.accelerator.is_main_process:
         finish(config, run, data, replace(student, towers=exported.towers), teacher, steps, attack)
     run.end()
 
 
 # ---- before the first step ---------------------------------------------------------------------------------------
-
-
-def load_teacher(config: ClipFlags, device: torch.device) -> Clip | None:
-    """The frozen teacher on its device, not wrapped by Accelerate."""
-    if config.model.teacher == "none":
-        cli.refuse_unused(vars(config.model), ["teacher_pretrained"], "has no effect with --teacher none")
-        return None
-    allow_pickle = config.run.allow_pickle
-    teacher = freeze(load_clip(config.model.teacher, config.model.teacher_pretrained, allow_pickle=allow_pickle))
-    teacher.towers.to(device).to(memory_format=torch.channels_last)
-    return teacher
 
 
 def load_student(config: ClipFlags) -> Clip:
@@ -373,53 +362,20 @@ def peak_rates(optimisation: ClipOptimisation, usual: tuple[float, float]) -> tu
     return lr, lr if text_lr is None else text_lr
 
 
-def augmentation(student: Clip, teacher: Clip | None, *, bundled: bool) -> Callable[..., torch.Tensor]:
-    """One view for both models, at the larger of their sizes."""
-    size = max(clip.image_size for clip in (student, teacher) if clip is not None)
-    if not bundled:
-        return light_augmentation(size)
-    return drawing_augmentation(size) if teacher is None else mild_drawing_augmentation(size)
-
-
-def store_bundled_views(run: Run, teacher: Clip, student: Clip, augment: Callable) -> StoredViews:
-    """Views of the bundled drawings with the teacher's embeddings, from disk after the first run."""
-    with run.accelerator.main_process_first():  # the others find the file
-        return bundled_views(teacher, student, augment, num_workers=run.flags.workers)
-
-
-def bundled_views(teacher: Clip, student: Clip, augment: Callable, *, num_workers: int = 0) -> StoredViews:
-    """`store_bundled_views` on one process."""
-    return store_views(
-        clip=teacher,
-        pairs=bundled_pairs(),
-        num_views=BUNDLED_VIEWS,
-        augment=augment,
-        size=student.image_size,
-        num_workers=num_workers,
-    )
-
-
-def make_teacher(teacher: Clip | None, stored: StoredViews | None, device: torch.device) -> Teacher | None:
-    """The teacher's embeddings of a batch: stored ones for the bundled set, otherwise computed."""
-    if teacher is None:
-        return None
-    return online_teacher(teacher) if stored is None else stored_teacher(teacher, stored, device)
-
-
 def make_loader(
     config: ClipFlags,
     run: Run,
     data: ClipData,
     augment: Callable,
     student: Clip,
-    teacher: Clip | None,
-    stored: StoredViews | None,
+    teacher: RunTeacher,
+    views: StoredViews | None,
     position: dict[str, Any] | None,
 ) -> PairLoader:
     """Batches of this rank from a position. An online teacher gets the captions in its own tokens."""
     tokenizers = {"text": student.tokenize}
-    if teacher is not None and stored is None:
-        tokenizers["teacher_text"] = teacher.tokenize
+    if teacher.clip is not None and views is None:
+        tokenizers["teacher_text"] = teacher.clip.tokenize
     stream = PairStream(
         data.source,
         augment=augment,
@@ -430,7 +386,8 @@ def make_loader(
         world_size=run.num_processes,
         num_workers=run.flags.workers,
         captions_per_image=data.captions_per_image,
-        stored_views=None if stored is None else stored.pixels,
+        stored_views=None if views is None else views.pixels,
+        stored=teacher.store,
         start=None if position is None else Position.of(position),
     )
     return PairLoader(stream, pin_memory=run.device.type == "cuda")
@@ -467,14 +424,14 @@ def log_teacher(folder: RunFolder, step: int, records: Iterator[Record]) -> None
 
 
 def finish(
-    config: ClipFlags, run: Run, data: ClipData, student: Clip, teacher: Clip | None, steps: int, attack: str | None
+    config: ClipFlags, run: Run, data: ClipData, student: Clip, teacher: RunTeacher, steps: int, attack: str | None
 ) -> None:
     """Exports the student, draws the report, prints the table. Main process."""
     student.towers.eval()
     facts, folder = run.facts(steps=steps), run.folder.path
     card = ClipCard(
         student=config.model.student,
-        teacher=None if teacher is None else config.model.teacher,
+        teacher=teacher.name,
         license="mit" if data.bundled else "other",  # of other data the licence is not known
         datasets=["bundled emoji (Noto, Twemoji)" if data.name is None else data.name],
         run=facts,
@@ -483,7 +440,7 @@ def finish(
     hub.export_clip(clip=student, folder=folder / "model", card=card)
     sheet = draw_sheet(student, run.device) if data.bundled else []
     report.draw_report(path=folder / "report.png", records=run.folder.records(), sheet=sheet, title=run.title)
-    rows = [table_row("teacher", teacher, facts.metrics, run.device)] if teacher else []
+    rows = [] if teacher.clip is None else [table_row("teacher", teacher.clip, facts.metrics, run.device)]
     print(report.results_table([*rows, table_row("student", student, facts.metrics, run.device)]))
     print(f"\nLoad the student:\n\n    import open_clip\n    model, _, preprocess = "
           f'open_clip.create_model_and_transforms("local-dir:{folder / "model"}")\n')  # fmt: skip

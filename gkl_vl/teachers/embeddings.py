@@ -1,0 +1,253 @@
+"""Stored teacher embeddings of a training set of any size: a folder that `recipes/store_teacher.py` writes.
+
+    manifest.json           teachers, views, data: `Manifest`
+    00000.safetensors       the embeddings of block 0 of the source: a shard, or 10,000 rows
+    00001.safetensors ...
+
+A file has, for its p pairs with c captions in all, and for teacher t:
+
+    image.t       [p, v, e]     of view v of each image        float16, or int8 with image_scale.t [p, v]
+    text.t        [c, e]        of the captions of pair 0, of pair 1, ...        or int8 with text_scale.t [c]
+    captions      [p + 1]       first row of each pair in text.t
+    digest        [p]           hash of key and captions; BROKEN where the pair could not be read
+
+No augmentation parameters are stored: view v of a pair is a function of its key and v (`data.augment.view_seed`), so
+that training draws it again, at the student's own size.
+Axis letters: p = pairs of a block, v = views of each, c = captions of the block, e = the teacher's embedding.
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int8
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gkl_vl import disk_cache
+from gkl_vl.data.augment import Augmentation, draws, settings_of
+from gkl_vl.data.captions import usable_captions
+from gkl_vl.data.files import stable_hash
+from gkl_vl.data.images import DECODE_RULES, BrokenSample
+from gkl_vl.data.sources import RawPair, Source
+from gkl_vl.errors import UserError
+from gkl_vl.protocols import Batch
+from gkl_vl.reading import read_json
+from gkl_vl.teachers.online import Teacher
+
+FORMAT = 1
+"""Version of the folder: raise it when what is stored changes its meaning."""
+MANIFEST = "manifest.json"
+BROKEN = -1
+OPEN_FILES = 256
+"""Files of a store that a process keeps open; their pages are mapped, not read."""
+DRAW_TOLERANCE = 3
+"""Grey levels by which two builds of one augmentation may differ; another draw differs by far more."""
+StoreDtype = Literal["float16", "int8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTeacher:
+    """What training needs to know of a teacher."""
+
+    name: str
+    """As it was named to `load_clip`."""
+    digest: str
+    """Hash of weights, architecture and preprocessing."""
+    embed_dim: int
+    logit_scale: float
+    """Factor of the cosine similarities, already exponentiated."""
+    logit_bias: float | None
+    """Of a SigLIP."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a store holds."""
+
+    format: int
+    teachers: list[StoredTeacher]
+    views: int
+    dtype: StoreDtype
+    captioned: bool
+    blocks: list[str]
+    """Name of each block of the source, without its folder."""
+    augmentation: str
+    """All settings of the augmentation, without the size of the view."""
+    draws: list[str]
+    """Views of a test picture, by which another draw of the same settings is noticed."""
+    decode_rules: int
+    pairs: int = 0
+    """Pairs in all blocks, broken ones included; 0 in a store that is not finished."""
+    broken: int = 0
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises: UserError for a folder that is no finished store, or of another format."""
+    if not (folder / MANIFEST).is_file():
+        state = "is not finished" if any(folder.glob("*.safetensors")) else "is no store"
+        raise UserError(f"--teacher-store {folder} {state}: it has no {MANIFEST}; run recipes/store_teacher.py on it")
+    content = read_json(folder / MANIFEST)
+    names = {field.name for field in fields(Manifest)}
+    if content.get("format") != FORMAT or set(content) != names:
+        raise UserError(
+            f"{folder / MANIFEST} has format {content.get('format')!r}, this version reads {FORMAT}: build the store "
+            "again"
+        )
+    return Manifest(**content | {"teachers": [StoredTeacher(**teacher) for teacher in content["teachers"]]})
+
+
+def block_names(source: Source) -> list[str]:
+    """The source's blocks as a manifest names them: shards may move to another folder."""
+    return [PurePosixPath(name).name for name in source.pairs.blocks]
+
+
+def block_file(folder: Path, block: int) -> Path:
+    """The file of a block."""
+    return folder / f"{block:05d}.safetensors"
+
+
+def pair_digest(key: str, captions: Sequence[str]) -> int:
+    """Hash of a pair's key and usable captions; never BROKEN."""
+    return stable_hash(json.dumps([key, *captions]))
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------------
+
+
+def packed(name: str, rows: Float[Tensor, "*rows e"], dtype: StoreDtype) -> dict[str, Tensor]:
+    """Embeddings as they are stored. int8: x = q * scale with scale = max |x| / 127 of the row."""
+    if dtype == "float16":
+        return {name: rows.half()}
+    scale = (rows.abs().amax(dim=-1, keepdim=True) / 127).clamp_min(2**-24).half()
+    quantised: Int8[Tensor, "*rows e"] = (rows / scale).round().clamp(-127, 127).to(torch.int8)
+    stem, _, teacher = name.partition(".")
+    return {name: quantised, f"{stem}_scale.{teacher}": scale.squeeze(-1)}
+
+
+def unpacked(rows: Tensor, scale: Tensor | None) -> Float[Tensor, "*rows e"]:
+    """Embeddings in float32, L2-normalised again."""
+    rows = rows.float() if scale is None else rows.float() * scale.float()[..., None]
+    return torch.nn.functional.normalize(rows, dim=-1)
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+class StoredEmbeddings:
+    """The embeddings of a source's pairs, read row by row from a store. Picklable, for worker processes."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.manifest = folder, read_manifest(folder)
+        self._files: OrderedDict[int, Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_files": OrderedDict()}
+
+    @property
+    def views(self) -> int:
+        """Views of each image."""
+        return self.manifest.views
+
+    def check(self, source: Source, augmentation: Augmentation) -> None:
+        """Raises: UserError that names the difference, for a source or views other than those that were stored."""
+        manifest, store = self.manifest, f"--teacher-store {self.folder}"
+        if manifest.captioned != source.captioned:
+            holds = "captions as well" if manifest.captioned else "images alone"
+            raise UserError(f"{store} was built on {holds}: build one for this recipe")
+        names = block_names(source)
+        if names != manifest.blocks:
+            number = next((i for i, (a, b) in enumerate(zip(names, manifest.blocks, strict=False)) if a != b), None)
+            differs = (
+                f"it has {len(manifest.blocks)} blocks, the data have {len(names)}"
+                if number is None
+                else f"its block {number} is {manifest.blocks[number]!r}, that of the data {names[number]!r}"
+            )
+            raise UserError(f"{store} was built on other data than {source.name!r}: {differs}")
+        if manifest.augmentation != settings_of(augmentation):
+            raise UserError(
+                f"{store} was built with another augmentation, {manifest.augmentation}; training has "
+                f"{settings_of(augmentation)}: build it again"
+            )
+        if manifest.decode_rules != DECODE_RULES or not _same_draws(manifest.draws, draws(augmentation)):
+            raise UserError(
+                f"{store} was built by a version that draws other views from the same seeds: install the versions of "
+                "torch, torchvision and gkl_vl that built it, or build it again"
+            )
+        missing = [block for block in range(len(names)) if not block_file(self.folder, block).is_file()]
+        if missing:
+            raise UserError(
+                f"{store} lacks {len(missing)} of its {len(names)} files, the first is "
+                f"{block_file(self.folder, missing[0]).name}: copy them, or run recipes/store_teacher.py on it again"
+            )
+
+    def of_pair(self, pair: RawPair, view: int, captions: Sequence[int]) -> dict[str, Tensor]:
+        """{"teacher_image": [e], "teacher_text": [len(captions), e]} of a view and of usable captions by number.
+
+        Raises: BrokenSample for a pair that was broken when it was stored; UserError for another pair in its place, and
+            for a damaged file.
+        """
+        file, row = self._file(pair.block), pair.row
+        known = file.get_slice("digest").get_shape()[0]
+        digest = int(file.get_slice("digest")[row : row + 1]) if row < known else None
+        if digest == BROKEN:
+            raise BrokenSample("the teacher's embeddings are missing: it was broken when they were stored")
+        texts = usable_captions(pair.captions) if self.manifest.captioned else []
+        if digest != pair_digest(pair.key, texts):
+            raise UserError(
+                f"--teacher-store {self.folder} has another pair or other captions in the place of {pair.key!r}, row "
+                f"{row} of {self.manifest.blocks[pair.block]!r}: it was built on other data; build it again"
+            )
+        outputs = {"teacher_image": self._rows(file, "image.0", slice(row, row + 1), slice(view, view + 1)).flatten()}
+        if captions:
+            first, last = file.get_slice("captions")[row : row + 2].tolist()
+            outputs["teacher_text"] = self._rows(file, "text.0", slice(first, last))[list(captions)]
+        return outputs
+
+    def _rows(self, file: Any, name: str, *index: slice) -> Tensor:
+        stem, _, teacher = name.partition(".")
+        scale = None if self.manifest.dtype == "float16" else file.get_slice(f"{stem}_scale.{teacher}")[index]
+        return unpacked(file.get_slice(name)[index], scale)
+
+    def _file(self, block: int) -> Any:
+        """The open file of a block, whose checksum is compared when it is opened."""
+        if block in self._files:
+            self._files.move_to_end(block)
+            return self._files[block]
+        path = block_file(self.folder, block)
+        if disk_cache.read(path) is None:
+            raise UserError(
+                f"{path} is missing or damaged: copy it again, or remove it and run recipes/store_teacher.py again"
+            )
+        try:
+            self._files[block] = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error}): copy it again") from error
+        while len(self._files) > OPEN_FILES:
+            self._files.popitem(last=False)
+        return self._files[block]
+
+
+def stored_embeddings_teacher(stored: StoredEmbeddings, device: torch.device) -> Teacher:
+    """A teacher whose embeddings came with the batch."""
+    known = stored.manifest.teachers[0]
+    scales = {"teacher_logit_scale": torch.tensor(known.logit_scale, device=device)}
+    if known.logit_bias is not None:
+        scales["teacher_logit_bias"] = torch.tensor(known.logit_bias, device=device)
+
+    def teacher(batch: Batch) -> dict[str, Tensor]:
+        return {name: batch[name] for name in ("teacher_image", "teacher_text") if name in batch} | scales
+
+    return teacher
+
+
+def _same_draws(stored: list[str], now: list[str]) -> bool:
+    if list(map(len, stored)) != list(map(len, now)):
+        return False
+    a, b = (np.frombuffer(bytes.fromhex("".join(views)), np.uint8).astype(int) for views in (stored, now))
+    return bool(np.abs(a - b).max() <= DRAW_TOLERANCE)

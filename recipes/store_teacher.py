@@ -1,0 +1,163 @@
+"""Store a CLIP teacher's embeddings of a training set once, for any number of students.
+
+    accelerate launch recipes/store_teacher.py --out emoji-store
+    accelerate launch recipes/clip_kd.py --teacher-store emoji-store
+
+stores the bundled teacher's embeddings of six views of each bundled drawing; a minute on two CPU cores. With your own
+teacher and data, in every format that clip_kd.py reads, on any number of processes:
+
+    accelerate launch recipes/store_teacher.py --teacher ViT-L-14 --teacher-pretrained laion400m_e32 \
+        --train-data '/data/cc12m-{0000..2175}.tar' --views 5 --precision bf16 --out /data/cc12m-vit-l-14
+
+A run with --teacher-store never loads the teacher. It draws the stored views again from the images, so it needs the
+data too, in the same shards; pairs, captions and augmentation are compared with those of the store. A build that was
+stopped goes on where it stopped. The format: gkl_vl/teachers/embeddings.py.
+
+Source: Vasu et al., "MobileCLIP", CVPR 2024, arXiv 2311.17049 (dataset reinforcement), which stores the parameters of
+each augmentation; here a view is a function of the pair's key and the view's number.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+
+from gkl_vl import cli
+from gkl_vl.atomic import hold_folder, leftovers, release_folder
+from gkl_vl.data.pairs import open_images
+from gkl_vl.data.sources import Source
+from gkl_vl.errors import UserError
+from gkl_vl.models.clip import load_clip
+from gkl_vl.models.modes import freeze
+from gkl_vl.teachers.embed_pairs import build_blocks, describe_store, finish_store, missing_blocks
+from gkl_vl.teachers.embeddings import MANIFEST, Manifest, StoreDtype
+from gkl_vl.training.clip import PairData, open_pairs
+from gkl_vl.training.clip_teacher import BUNDLED_VIEWS, augmentation
+from gkl_vl.training.engine import check_all_processes_joined
+from gkl_vl.training.run import ACCELERATE_PRECISION
+
+OWN_FILES = (MANIFEST, ".lock")
+"""Files of a store beside the embeddings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """What is stored, and where."""
+
+    out: Path = Path("teacher-store")
+    """Folder of the store. One that holds part of the same store is completed."""
+    views: int = BUNDLED_VIEWS
+    """Augmented views of each image; a run takes them in turn, one an epoch."""
+    dtype: StoreDtype = "float16"
+    """int8 takes half the space: a scale for each embedding, and a cosine of at least 0.9999 with float16's."""
+    images_only: bool = False
+    """Store no captions' embeddings, for data without captions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherModel:
+    """The teacher."""
+
+    teacher: str = "bundled"
+    """An open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, or `bundled`."""
+    teacher_pretrained: str | None = None
+    """For a teacher given by an open_clip name: open_clip's tag, a file of weights, or TAG=FILE, a file of that tag."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """How it is computed."""
+
+    precision: Literal["fp32", "fp16", "bf16"] | None = None
+    """Of the teacher's forward pass. None = as set by `accelerate launch` or `accelerate config`."""
+    workers: int = 2
+    """Processes that read, decode and augment, for each embedding process."""
+    allow_pickle: bool = False
+    """Read weights stored as pickles (.pth, .pt, .bin), with weights_only=True."""
+    debug: bool = False
+    """Print the traceback of an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Store a CLIP teacher's embeddings of a training set."""
+
+    store: Store = Store()
+    model: TeacherModel = TeacherModel()
+    data: PairData = PairData()
+    run: Processes = Processes()
+
+
+def main(config: Config) -> None:
+    accelerator = Accelerator(mixed_precision=ACCELERATE_PRECISION[config.run.precision])
+    check_all_processes_joined(accelerator)
+    source = open_data(config)
+    models = config.model
+    teacher = freeze(load_clip(models.teacher, models.teacher_pretrained, allow_pickle=config.run.allow_pickle))
+    teacher.towers.to(accelerator.device).to(memory_format=torch.channels_last)
+    augment = augmentation(bundled=config.data.train_data is None, distils=True)
+    folder = config.store.out
+    manifest = describe_store([teacher], source, augment, views=config.store.views, dtype=config.store.dtype)
+    missing = missing_blocks(folder, manifest)
+    if accelerator.is_main_process:
+        take(folder)
+    accelerator.wait_for_everyone()
+    started = time.monotonic()
+    build_blocks(
+        folder,
+        manifest,
+        missing[accelerator.process_index :: accelerator.num_processes],
+        [teacher],
+        source,
+        augment,
+        num_workers=config.run.workers,
+        autocast=lambda: accelerator.autocast(),
+        quiet=not accelerator.is_local_main_process,
+    )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        print(summary(folder, finish_store(folder, manifest), source, time.monotonic() - started))
+        release_folder(folder)
+    accelerator.end_training()
+
+
+def open_data(config: Config) -> Source:
+    """The pairs, or with --images-only the images. Raises: UserError for flags without effect."""
+    if not config.store.images_only:
+        return open_pairs(config.data)
+    data = config.data
+    if data.caption_lines:
+        raise UserError("--caption-lines has no effect with --images-only: leave it out")
+    return open_images(data.train_data, column=data.columns[0] if data.columns else None, quoted=data.quoted)
+
+
+def take(folder: Path) -> None:
+    """Takes the folder for this process and removes what killed builders left there.
+
+    Raises: UserError where another process builds there, and for a folder with other content.
+    """
+    hold_folder(folder)
+    for path in leftovers(folder):
+        path.unlink()
+    others = [path.name for path in folder.iterdir() if path.suffix != ".safetensors" and path.name not in OWN_FILES]
+    if others:
+        release_folder(folder)
+        raise UserError(f"--out {folder} holds {others[0]!r}, which is not of a store: name another folder")
+
+
+def summary(folder: Path, manifest: Manifest, source: Source, seconds: float) -> str:
+    """What was stored, and how to use it."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    broken = f", {manifest.broken:,} of them broken" if manifest.broken else ""
+    return (
+        f"{folder}: {manifest.teachers[0].name} on {manifest.pairs:,} {source.things}{broken} · {manifest.views} views "
+        f"· {manifest.dtype} · {size / 2**20:,.1f} MiB, {size / manifest.pairs:,.0f} bytes each · {seconds:,.0f} s\n"
+        f"Train on it with --teacher-store {folder}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

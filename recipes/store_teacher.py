@@ -3,8 +3,8 @@
     accelerate launch recipes/store_teacher.py --out emoji-store
     accelerate launch recipes/clip_kd.py --teacher-store emoji-store
 
-stores the bundled teacher's embeddings of six views of each bundled drawing; a minute on two CPU cores. With your own
-teacher and data, in every format that clip_kd.py reads, on any number of processes:
+stores the bundled teacher's embeddings of six views of each bundled drawing; two minutes on two CPU cores. With your
+own teacher and data, in every format that clip_kd.py reads, on any number of processes:
 
     accelerate launch recipes/store_teacher.py --teacher ViT-L-14 --teacher-pretrained laion400m_e32 \
         --train-data '/data/cc12m-{0000..2175}.tar' --views 5 --precision bf16 --out /data/cc12m-vit-l-14
@@ -17,17 +17,19 @@ Source: Vasu et al., "MobileCLIP", CVPR 2024, arXiv 2311.17049 (dataset reinforc
 each augmentation; here a view is a function of the pair's key and the view's number.
 """
 
+import re
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from gkl_vl import cli
 from gkl_vl.atomic import hold_folder, leftovers, release_folder
-from gkl_vl.data.pairs import open_images
 from gkl_vl.data.sources import Source
 from gkl_vl.errors import UserError
 from gkl_vl.models.clip import load_clip
@@ -37,10 +39,10 @@ from gkl_vl.teachers.embeddings import MANIFEST, Manifest, StoreDtype
 from gkl_vl.training.clip import PairData, open_pairs
 from gkl_vl.training.clip_teacher import BUNDLED_VIEWS, augmentation
 from gkl_vl.training.engine import check_all_processes_joined
-from gkl_vl.training.run import ACCELERATE_PRECISION
+from gkl_vl.training.run import ACCELERATE_PRECISION, on_main
 
-OWN_FILES = (MANIFEST, ".lock")
-"""Files of a store beside the embeddings."""
+OWN_FILES = re.compile(r"manifest\.json|\.lock|\d{5,}\.safetensors")
+TIMEOUT = timedelta(days=7)  # a process that has built its blocks may wait for the others for hours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +54,7 @@ class Store:
     views: int = BUNDLED_VIEWS
     """Augmented views of each image; a run takes them in turn, one an epoch."""
     dtype: StoreDtype = "float16"
-    """int8 takes half the space: a scale for each embedding, and a cosine of at least 0.9999 with float16's."""
-    images_only: bool = False
-    """Store no captions' embeddings, for data without captions."""
+    """int8, with a scale for each embedding, takes half the space; docs/teachers.md has its error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,19 +92,26 @@ class Config:
 
 
 def main(config: Config) -> None:
-    accelerator = Accelerator(mixed_precision=ACCELERATE_PRECISION[config.run.precision])
+    accelerator = Accelerator(
+        mixed_precision=ACCELERATE_PRECISION[config.run.precision],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+    )
     check_all_processes_joined(accelerator)
-    source = open_data(config)
-    models = config.model
+    folder, models = config.store.out, config.model
+    on_main(accelerator, lambda: take(folder))  # all ranks
+    source = open_pairs(config.data)
     teacher = freeze(load_clip(models.teacher, models.teacher_pretrained, allow_pickle=config.run.allow_pickle))
     teacher.towers.to(accelerator.device).to(memory_format=torch.channels_last)
     augment = augmentation(bundled=config.data.train_data is None, distils=True)
-    folder = config.store.out
-    manifest = describe_store([teacher], source, augment, views=config.store.views, dtype=config.store.dtype)
-    missing = missing_blocks(folder, manifest)
-    if accelerator.is_main_process:
-        take(folder)
-    accelerator.wait_for_everyone()
+    manifest = describe_store(
+        [teacher],
+        source,
+        augment,
+        views=config.store.views,
+        dtype=config.store.dtype,
+        precision=accelerator.mixed_precision,
+    )
+    missing = on_main(accelerator, lambda: unfinished(folder, manifest))  # all ranks
     started = time.monotonic()
     build_blocks(
         folder,
@@ -124,28 +131,28 @@ def main(config: Config) -> None:
     accelerator.end_training()
 
 
-def open_data(config: Config) -> Source:
-    """The pairs, or with --images-only the images. Raises: UserError for flags without effect."""
-    if not config.store.images_only:
-        return open_pairs(config.data)
-    data = config.data
-    if data.caption_lines:
-        raise UserError("--caption-lines has no effect with --images-only: leave it out")
-    return open_images(data.train_data, column=data.columns[0] if data.columns else None, quoted=data.quoted)
-
-
 def take(folder: Path) -> None:
     """Takes the folder for this process and removes what killed builders left there.
 
     Raises: UserError where another process builds there, and for a folder with other content.
     """
+    if folder.is_file():
+        raise UserError(f"--out {folder} is a file: name a folder")
+    content = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    written = {path.name for path in leftovers(folder)}
+    if others := [name for name in content if not OWN_FILES.fullmatch(name) and name not in written]:
+        raise UserError(f"--out {folder} holds {others[0]!r}, which is not of a store: name another folder")
     hold_folder(folder)
     for path in leftovers(folder):
         path.unlink()
-    others = [path.name for path in folder.iterdir() if path.suffix != ".safetensors" and path.name not in OWN_FILES]
-    if others:
-        release_folder(folder)
-        raise UserError(f"--out {folder} holds {others[0]!r}, which is not of a store: name another folder")
+
+
+def unfinished(folder: Path, manifest: Manifest) -> list[int]:
+    """The blocks that are not built. While there are any the folder has no manifest: it cannot be trained on."""
+    missing = missing_blocks(folder, manifest)
+    if missing:
+        (folder / MANIFEST).unlink(missing_ok=True)
+    return missing
 
 
 def summary(folder: Path, manifest: Manifest, source: Source, seconds: float) -> str:

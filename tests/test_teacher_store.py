@@ -1,20 +1,23 @@
 """A store of teacher embeddings: views drawn again, rows beside the right pairs, builds that go on, mismatches."""
 
 import dataclasses
+import io
 import itertools
 import json
+import math
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import test_recipes
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from small_models import tiny_clip
+from small_models import CONFIG, tiny_clip
 from small_sets import write_shard
-from test_pairs import lengths, picture, write_shards
+from test_pairs import lengths
 from test_recipes import CARD, HOUSE, python
 
 from gkl_vl.data import augment, sources
@@ -28,7 +31,7 @@ from gkl_vl.data.augment import (
 )
 from gkl_vl.data.images import decode
 from gkl_vl.data.pair_stream import PairLoader, PairStream, Position
-from gkl_vl.data.pairs import open_images, open_source
+from gkl_vl.data.pairs import open_source
 from gkl_vl.data.sources import RawPair, memory_source
 from gkl_vl.errors import UserError
 from gkl_vl.export.hub import export_clip
@@ -37,7 +40,7 @@ from gkl_vl.models.modes import freeze
 from gkl_vl.teachers import embeddings
 from gkl_vl.teachers.embed_pairs import build_blocks, describe_store, finish_store, missing_blocks
 from gkl_vl.teachers.embeddings import StoredEmbeddings, stored_embeddings_teacher
-from gkl_vl.teachers.online import online_teacher
+from gkl_vl.teachers.online import online_teacher, teacher_scales
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine's cores
 call = test_recipes.call
@@ -50,23 +53,45 @@ def teacher(tmp_path_factory):
     return freeze(tiny_clip(tmp_path_factory.mktemp("teacher")))
 
 
+def pattern(number: int) -> bytes:
+    """A picture of its own for each number, and of another content in every crop."""
+    colours = torch.randint(256, (3, 5, 5), generator=torch.Generator().manual_seed(number)).float()
+    pixels = F.interpolate(colours[None], (40, 48), mode="nearest")[0].permute(1, 2, 0).to(torch.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "png")
+    return file.getvalue()
+
+
+def pattern_shards(folder: Path, count: int, each: int) -> str:
+    for shard in range(count):
+        numbers = range(shard * each, (shard + 1) * each)
+        samples = [(f"k{n:03d}", {"png": pattern(n), "txt": f"caption {n}".encode()}) for n in numbers]
+        write_shard(folder / f"{shard:03d}.tar", samples)
+    return f"{folder}/{{000..{count - 1:03d}}}.tar"
+
+
 def photograph(side: int = 60) -> Image.Image:
     """Every pixel tells its place."""
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side + 20), indexing="ij")
     return Image.fromarray(torch.stack([3 * x, 4 * y, x + 2 * y], dim=2).to(torch.uint8).numpy())
 
 
-def build(folder: Path, teacher, source, *, workers=0, augmentation=light_augmentation, dtype="float16", finish=True):
+def build(folder: Path, teacher, source, *, workers=0, augmentation=drawing_augmentation, dtype="float16"):
     manifest = describe_store([teacher], source, augmentation, views=VIEWS, dtype=dtype)
     blocks = missing_blocks(folder, manifest)
     build_blocks(folder, manifest, blocks, [teacher], source, augmentation, num_workers=workers)
-    return finish_store(folder, manifest) if finish else manifest
+    return finish_store(folder, manifest)
+
+
+def distances(rows: torch.Tensor) -> torch.Tensor:
+    """Largest differences of an entry, of all pairs of rows."""
+    return (rows[:, None] - rows[None]).abs().amax(dim=2)[~torch.eye(len(rows), dtype=torch.bool)]
 
 
 def batches(source, store, teacher, count, *, size=16, workers=0, rank=0, world_size=1, captions=1):
     stream = PairStream(
         source,
-        augment=light_augmentation(size),
+        augment=drawing_augmentation(size),
         tokenizers={"text": lengths},
         batch_size=2,
         seed=5,
@@ -112,50 +137,73 @@ def test_a_rectangle_is_erased_at_the_same_place_in_every_size():
 # ---- what is stored
 
 
-@pytest.mark.parametrize(("dtype", "cosine"), [("float16", 1 - 1e-6), ("int8", 0.9999)])
-def test_what_is_read_back_is_the_teachers_embedding(teacher, tmp_path, dtype, cosine):
-    source = open_source(write_shards(tmp_path, 2, 4))
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("shards", "float16"), ("shards", "int8"), ("parquet", "float16"), ("csv", "float16"), ("folder", "float16")],
+)
+def test_what_is_read_back_is_the_teachers_embedding(teacher, tmp_path, kind, dtype):
+    error = 5e-4 if dtype == "float16" else 5e-3
+    if kind == "shards":
+        name = pattern_shards(tmp_path, 2, 4)
+    elif kind == "parquet":
+        table = {"image": [pattern(i) for i in range(8)], "caption": [f"caption {i}" for i in range(8)]}
+        datasets.Dataset.from_dict(table).to_parquet(tmp_path / "x.parquet", batch_size=4)
+        name = str(tmp_path / "x.parquet")
+    else:
+        (tmp_path / "images").mkdir()
+        for i in range(8):
+            (tmp_path / "images" / f"{i}.png").write_bytes(pattern(i))
+            (tmp_path / "images" / f"{i}.txt").write_text(f"caption {i}")
+        (tmp_path / "x.csv").write_text("filepath,title\n" + "".join(f"images/{i}.png,caption {i}\n" for i in range(8)))
+        name = str(tmp_path / "x.csv") if kind == "csv" else str(tmp_path / "images")
+    source = open_source(name)
     build(tmp_path / "store", teacher, source, dtype=dtype)
     store = StoredEmbeddings(tmp_path / "store")
-    store.check(source, light_augmentation)
-    for pair in (pair for block in range(2) for pair in source.pairs.read(block)):
+    store.check(source, drawing_augmentation)
+    seen = []
+    for pair in (pair for block in range(len(source.pairs.blocks)) for pair in source.pairs.read(block)):
         for view in range(VIEWS):
-            pixels = apply_seeded(light_augmentation(16), decode(pair.image), view_seed(pair.key, view))
+            pixels = apply_seeded(drawing_augmentation(16), decode(pair.image), view_seed(pair.key, view))
             batch = {"image": pixels[None], "teacher_text": teacher.tokenize([pair.captions[0]])}
             want, got = online_teacher(teacher)(batch), store.of_pair(pair, view, [0])
             for name in ("teacher_image", "teacher_text"):
-                assert float(F.cosine_similarity(got[name].flatten(), want[name].flatten(), dim=0)) > cosine
+                assert float((got[name].flatten() - want[name].flatten()).abs().max()) < error
+            seen.append(want["teacher_image"][0])
+    assert len(seen) == 8 * VIEWS and distances(torch.stack(seen)).min() > 2 * 5e-4
     scales = stored_embeddings_teacher(store, torch.device("cpu"))({})
     assert scales == pytest.approx({"teacher_logit_scale": want["teacher_logit_scale"].item()})
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("workers", "world_size"), [(0, 1), (1, 2), (3, 1)])
 def test_every_pair_has_its_own_rows_beside_it(teacher, tmp_path, monkeypatch, workers, world_size):
     monkeypatch.setattr(sources, "BLOCK_ROWS", 5)
-    pairs = [RawPair(f"p{i}", picture(i), tuple(f"{i} {c}" for c in range(1 + i % 3))) for i in range(13)]
+    monkeypatch.setattr(embeddings, "OPEN_FILES", 1)
+    pairs = [RawPair(f"p{i}", pattern(i), tuple(f"{i} {c}" for c in range(1 + i % 3))) for i in range(13)]
     source = memory_source("toy", pairs)
     build(tmp_path, teacher, source, workers=2)
     store = StoredEmbeddings(tmp_path)
-    keys = []
+    keys, images = [], []
     for rank in range(world_size):
         for batch in batches(source, store, teacher, 12, workers=workers, rank=rank, world_size=world_size, captions=2):
             names = [["".join(map(chr, row)).strip() for row in rows] for rows in batch["text"].tolist()]
             texts = teacher.towers.encode_text(teacher.tokenize([name for row in names for name in row]))
-            torch.testing.assert_close(batch["teacher_text"].flatten(0, 1), texts, atol=1e-3, rtol=0)
+            torch.testing.assert_close(batch["teacher_text"].flatten(0, 1), texts, atol=5e-4, rtol=0)
             online = online_teacher(teacher)({"image": batch["image"]})  # the views at the teacher's size
-            torch.testing.assert_close(batch["teacher_image"], online["teacher_image"], atol=1e-3, rtol=0)
+            torch.testing.assert_close(batch["teacher_image"], online["teacher_image"], atol=5e-4, rtol=0)
             keys += batch["keys"]
+            images.append(batch["teacher_image"])
     assert set(keys) == {pair.key for pair in pairs}
+    rows = torch.unique(torch.cat(images), dim=0)
+    assert len(rows) > len(pairs) and distances(rows).min() > 5e-4  # several views of most
 
 
 def test_a_store_does_not_depend_on_workers_or_on_where_a_build_was_stopped(teacher, tmp_path):
-    source = open_source(write_shards(tmp_path, 3, 5))
+    source = open_source(pattern_shards(tmp_path, 3, 5))
     for workers in (0, 2, 4):  # the last are more than the shards
         build(tmp_path / str(workers), teacher, source, workers=workers)
-    manifest = describe_store([teacher], source, light_augmentation, views=VIEWS, dtype="float16")
-    build_blocks(tmp_path / "parts", manifest, [1], [teacher], source, light_augmentation, num_workers=0)
-    with pytest.raises(UserError, match="parts is not finished: it has no manifest.json"):
+    manifest = describe_store([teacher], source, drawing_augmentation, views=VIEWS, dtype="float16")
+    build_blocks(tmp_path / "parts", manifest, [1], [teacher], source, drawing_augmentation, num_workers=0)
+    with pytest.raises(UserError, match="parts is not finished, run .* again with the same flags"):
         StoredEmbeddings(tmp_path / "parts")
     assert missing_blocks(tmp_path / "parts", manifest) == [0, 2]
     build(tmp_path / "parts", teacher, source)
@@ -172,7 +220,7 @@ def test_a_store_does_not_depend_on_workers_or_on_where_a_build_was_stopped(teac
 
 
 def test_broken_pairs_have_a_row_and_are_counted(teacher, tmp_path):
-    samples = [(f"k{i}", {"png": picture(i), "txt": b"a caption"}) for i in range(6)]
+    samples = [(f"k{i}", {"png": pattern(i), "txt": b"a caption"}) for i in range(6)]
     samples[1][1]["png"], samples[4][1]["txt"] = b"no image", b" "
     write_shard(tmp_path / "0.tar", samples)
     source = open_source(str(tmp_path / "0.tar"))
@@ -181,16 +229,39 @@ def test_broken_pairs_have_a_row_and_are_counted(teacher, tmp_path):
     taken = batches(source, StoredEmbeddings(tmp_path / "store"), teacher, 4)
     assert {key for batch in taken for key in batch["keys"]} == {"k0", "k2", "k3", "k5"}
     write_shard(tmp_path / "0.tar", [(key, {"png": b"no image", "txt": b"x"}) for key, _ in samples])
-    with pytest.raises(UserError, match="all 6 pairs are broken"):
+    with pytest.raises(UserError, match=r"6 of 6 pairs of '0.tar' are broken, among them k0 \(image: .*: repair"):
         build(tmp_path / "none", teacher, source)
+    assert not (tmp_path / "none").exists()  # with other flags the folder can be used
 
 
-def test_images_alone_are_stored_without_captions(teacher, tmp_path):
-    source = open_images(write_shards(tmp_path, 1, 4))
-    assert not build(tmp_path / "store", teacher, source).captioned
-    assert not any(name.startswith("text") for name in load_file(tmp_path / "store" / "00000.safetensors"))
-    (batch,) = batches(source, StoredEmbeddings(tmp_path / "store"), teacher, 1)
-    assert batch["teacher_image"].shape == (2, 12) and "teacher_text" not in batch
+def test_a_sigmoid_teachers_bias_is_stored(tmp_path):
+    config = CONFIG | {"init_logit_bias": -7.5}
+    (tmp_path / "siglip.json").write_text(json.dumps(config))
+    teacher = freeze(load_clip(str(tmp_path / "siglip.json")))
+    build(tmp_path / "store", teacher, open_source(pattern_shards(tmp_path, 1, 2)))
+    outputs = stored_embeddings_teacher(StoredEmbeddings(tmp_path / "store"), torch.device("cpu"))({})
+    assert outputs == pytest.approx({name: value.item() for name, value in teacher_scales(teacher).items()})
+    assert outputs["teacher_logit_bias"] == -7.5
+
+
+def test_embeddings_that_are_not_finite_are_refused(tmp_path):
+    teacher = freeze(tiny_clip(tmp_path))
+    teacher.towers.model.visual.proj.data[0, 0] = torch.inf
+    with pytest.raises(UserError, match="embeddings of .* are not finite: give --precision fp32"):
+        build(tmp_path / "store", teacher, open_source(pattern_shards(tmp_path, 1, 2)))
+
+
+@pytest.mark.parametrize("augmentation", [drawing_augmentation, mild_drawing_augmentation])
+def test_the_compared_draws_take_every_branch(augmentation):
+    """Erased or not, grey or not, coloured or not: else a change of it would not be noticed."""
+    for name, changed in (("Erasing", 0.0), ("RandomGrayscale", 0.0), ("RandomApply", 0.0), ("RandomApply", 1.0)):
+
+        def other(size, name=name, changed=changed):
+            augment = augmentation(size)
+            next(each for each in augment.transforms if type(each).__name__ == name).p = changed
+            return augment
+
+        assert not embeddings._same_draws(augment.draws(augmentation), augment.draws(other))
 
 
 # ---- what does not fit
@@ -200,8 +271,8 @@ def test_images_alone_are_stored_without_captions(teacher, tmp_path):
 def built(teacher, tmp_path_factory):
     """(shards, store)"""
     place = tmp_path_factory.mktemp("built")
-    shards = write_shards(place, 2, 4)
-    build(place / "store", teacher, open_source(shards))
+    shards = pattern_shards(place, 2, 4)
+    build(place / "store", teacher, open_source(shards), augmentation=light_augmentation)
     return shards, place / "store"
 
 
@@ -216,7 +287,7 @@ def changed_manifest(store: Path, folder: Path, **changes) -> Path:
 
 def test_a_store_that_fits_is_accepted_where_the_shards_moved(built, tmp_path):
     shards, store = built
-    write_shards(tmp_path, 2, 4)
+    pattern_shards(tmp_path, 2, 4)
     StoredEmbeddings(store).check(open_source(shards), light_augmentation)
     StoredEmbeddings(store).check(open_source(f"{tmp_path}/{{000..001}}.tar"), light_augmentation)
 
@@ -225,21 +296,23 @@ def test_each_kind_of_mismatch_is_refused_by_name(built, tmp_path):
     shards, folder = built
     source, store = open_source(shards), StoredEmbeddings(folder)
     with pytest.raises(UserError, match="was built on captions as well: build one for this recipe"):
-        store.check(open_images(shards), light_augmentation)
+        store.check(dataclasses.replace(source, captioned=False), light_augmentation)
     with pytest.raises(UserError, match="it has 2 blocks, the data have 1"):
         store.check(open_source(shards.replace("{000..001}", "000")), light_augmentation)
     with pytest.raises(UserError, match=r"its block 0 is '000.tar', that of the data '001.tar'"):
         store.check(open_source(shards.replace("{000..001}", "{001..000..-1}")), light_augmentation)
     with pytest.raises(UserError, match="with another augmentation, .*RandomResizedCrop.*training has .*RandomAffine"):
         store.check(source, mild_drawing_augmentation)
-    for name, changes in (("rules", {"decode_rules": 1}), ("draws", {"draws": ["00" * 3 * 16 * 16] * 3})):
+    for name, changes in (("rules", {"decode_rules": 1}), ("draws", {"draws": ["00" * 3 * 16 * 16] * 24})):
         other = StoredEmbeddings(changed_manifest(folder, tmp_path / name, **changes))
         with pytest.raises(UserError, match="draws other views from the same seeds"):
             other.check(source, light_augmentation)
-    with pytest.raises(UserError, match="has format 9, this version reads 1: build the store again"):
+    with pytest.raises(UserError, match="has format 9, this version reads 1: build it again"):
         StoredEmbeddings(changed_manifest(folder, tmp_path / "format", format=9))
     with pytest.raises(UserError, match="is no store: it has no manifest.json"):
         StoredEmbeddings(tmp_path)
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        StoredEmbeddings(tmp_path / "nowhere")
     missing = changed_manifest(folder, tmp_path / "missing")
     (missing / "00001.safetensors").unlink()
     with pytest.raises(UserError, match="lacks 1 of its 2 files, the first is 00001.safetensors"):
@@ -262,18 +335,45 @@ def test_another_pair_other_captions_and_damage_are_refused_where_a_shard_is_ope
     for other in (
         dataclasses.replace(pair, key="k999"),
         dataclasses.replace(pair, captions=("another",)),
+        dataclasses.replace(pair, image=pattern(77)),
         dataclasses.replace(pair, row=3),
         dataclasses.replace(pair, row=4),
     ):
-        with pytest.raises(UserError, match="another pair or other captions in the place of .*'001.tar'"):
+        with pytest.raises(UserError, match="another pair, other captions or another image in .*'001.tar'"):
             StoredEmbeddings(folder).of_pair(other, 0, [0])
     damaged = changed_manifest(folder, tmp_path / "damaged")
     content = bytearray((damaged / "00001.safetensors").read_bytes())
     content[-3] ^= 4
     (damaged / "00001.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match="00001.safetensors is missing or damaged"):
+    with pytest.raises(UserError, match="00001.safetensors is damaged: copy it again"):
         StoredEmbeddings(damaged).of_pair(pair, 0, [0])
     StoredEmbeddings(damaged).of_pair(next(source.pairs.read(0)), 0, [0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"teachers": 5}, {"teachers": ["x"]}, {"teachers": []}, {"views": "2"}, {"views": 0}, {"blocks": None},
+        {"draws": [1, 2]}, {"draws": ["zz"]}, {"dtype": "float32"}, {"extra": 1},
+    ],
+)  # fmt: skip
+def test_a_damaged_manifest_is_one_line(built, tmp_path, changes):
+    with pytest.raises(UserError, match=r"manifest.json is damaged.*: copy it again, or build the store again"):
+        StoredEmbeddings(changed_manifest(built[1], tmp_path / "store", **changes))
+
+
+def test_a_teacher_without_a_scale_is_damage(built, tmp_path):
+    (teacher,) = json.loads((built[1] / "manifest.json").read_text())["teachers"]
+    for changes in ({"logit_scale": None}, {"logit_scale": math.nan}):
+        with pytest.raises(UserError, match="manifest.json is damaged"):
+            StoredEmbeddings(changed_manifest(built[1], tmp_path / str(changes), teachers=[teacher | changes]))
+
+
+def test_files_of_another_store_are_refused_beside_a_manifest(built, tmp_path):
+    shards, folder = built
+    mixed = StoredEmbeddings(changed_manifest(folder, tmp_path / "mixed", precision="bf16"))
+    with pytest.raises(UserError, match="00000.safetensors is of another store than its manifest.json"):
+        mixed.check(open_source(shards), light_augmentation)
 
 
 def test_a_folder_with_another_store_is_refused(teacher, built):
@@ -297,7 +397,7 @@ def place(tmp_path_factory) -> Path:
         config = {"embed_dim": dim, "vision_cfg": vision, "text_cfg": text | {"width": 16, "heads": 2, "layers": 1}}
         (folder / f"{name}.json").write_text(json.dumps(config))
     export_clip(clip=load_clip(str(folder / "teacher.json")), folder=folder / "teacher", card=CARD)
-    shards = write_shards(folder, 3, 4)
+    shards = pattern_shards(folder, 3, 4)
     script = HOUSE / "recipes" / "store_teacher.py"
     flags = ["--teacher", f"local-dir:{folder}/teacher", "--train-data", shards, "--views", "2", "--out", "store"]
     done = python("-m", "torch.distributed.run", "--nproc_per_node", "2", script, *flags, "--workers", "1", cwd=folder)
@@ -343,9 +443,22 @@ def test_a_builder_leaves_other_folders_alone(place, call):
     flags = ["--teacher", f"{place}/teacher.json", "--train-data", f"{place}/000.tar", "--workers", "0"]
     Path("full").mkdir()
     Path("full/thesis.tex").write_text("years of work")
+    Path("full/.thesis.tex.0123abcd.writing").write_text("an editor's copy")
     code, _, errors = call(*flags, "--out", "full", recipe="store_teacher")
     assert code == 2 and "--out full holds 'thesis.tex', which is not of a store" in errors
-    assert [path.name for path in Path("full").iterdir()] == ["thesis.tex"]
+    assert {path.name for path in Path("full").iterdir()} == {"thesis.tex", ".thesis.tex.0123abcd.writing"}
+    code, _, errors = call(*flags, "--out", "full/thesis.tex", recipe="store_teacher")
+    assert code == 2 and "--out full/thesis.tex is a file: name a folder" in errors
+
+
+def test_a_run_does_not_go_on_with_another_store(place, call):
+    shutil.copytree(place / "store", "store")
+    flags = [*flags_of(place), "--teacher-store", "store", "--output-dir", "run", "--checkpoint-every-steps", "2"]
+    assert call(*flags)[0] == 0
+    manifest = json.loads(Path("store/manifest.json").read_text())
+    Path("store/manifest.json").write_text(json.dumps(manifest | {"broken": 1}))
+    code, _, errors = call(*flags, "--resume", "latest")
+    assert code == 2 and "--teacher-store store has other contents than at its start" in errors
 
 
 def test_a_stream_with_a_store_resumes_exactly(place):

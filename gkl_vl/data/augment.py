@@ -21,7 +21,7 @@ from gkl_vl.data.files import stable_hash
 
 Augmentation = Callable[[int], Callable[[Image.Image], Tensor]]
 """Side of the view -> function of a PIL image, as `light_augmentation`."""
-DESCRIBED_SIZE, DRAWN_SIZE, DRAWN_VIEWS = 64, 16, 3
+DESCRIBED_SIZE, DRAWN_SIZE, DRAWN_VIEWS = 64, 16, 24
 
 _USB_GREY = (125, 123, 114)
 """Fill colour of USB's Cutout."""

@@ -18,7 +18,7 @@ from gkl_vl.data.augment import apply_seeded, view_seed
 from gkl_vl.data.captions import usable_captions
 from gkl_vl.data.files import stable_hash
 from gkl_vl.data.images import BrokenSample, decode
-from gkl_vl.data.sources import RawPair, Source
+from gkl_vl.data.sources import BLOCK_ROWS, RawPair, Source
 from gkl_vl.data.workers import end_with_parent, worker_batches
 from gkl_vl.errors import UserError, notice
 
@@ -114,6 +114,8 @@ class PairStream(IterableDataset):
         self.batch_size, self.seed, self.stored_views, self.stored = batch_size, seed, stored_views, stored
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
         self.captions_per_image = captions_per_image
+        if stored_views is not None and len(stored_views) > BLOCK_ROWS:
+            raise ValueError(f"stored_views of {len(stored_views)} pairs: at most {BLOCK_ROWS}, the rows of a block")
         parts = max(num_workers, 1)
         self.start = start or Position(0, (Place(),) * parts)
         if len(self.start.places) != parts:
@@ -175,23 +177,38 @@ class PairStream(IterableDataset):
         # The number of captions changes neither the first one nor the view.
         drawn = [rng.randrange(len(captions))] if captions else []
         if self.stored is not None:
-            view = epoch % self.stored.views
-            image = apply_seeded(self.augment, decode(pair.image), view_seed(pair.key, view))
-        elif self.stored_views is not None:
+            return self._stored_sample(self.stored, pair, epoch, captions, self._captions(rng, captions, drawn))
+        if self.stored_views is None:
+            view, image = 0, apply_seeded(self.augment, decode(pair.image), rng.getrandbits(63))
+        else:
             view = epoch % self.stored_views.shape[1]
             image = self.stored_views[pair.row, view]
-        else:
-            view, image = 0, apply_seeded(self.augment, decode(pair.image), rng.getrandbits(63))
-        others = [i for i in range(len(captions)) if i not in drawn]
-        drawn += rng.sample(others, min(self.captions_per_image - 1, len(others)))
-        drawn = list(islice(cycle(drawn), self.captions_per_image))
+        drawn = self._captions(rng, captions, drawn)
         return {
             "key": pair.key,
             "image": image,
             "view_row": (pair.row, view),
             "captions": [captions[i] for i in drawn],
             "caption_rows": [(pair.row, i) for i in drawn],
-            "outputs": {} if self.stored is None else self.stored.of_pair(pair, view, drawn),
+            "outputs": {},
+        }
+
+    def _captions(self, rng: random.Random, captions: Sequence[str], drawn: list[int]) -> list[int]:
+        """Numbers of the captions of a sample, the first one of which is drawn already."""
+        others = [i for i in range(len(captions)) if i not in drawn]
+        drawn = drawn + rng.sample(others, min(self.captions_per_image - 1, len(others)))
+        return list(islice(cycle(drawn), self.captions_per_image))
+
+    def _stored_sample(
+        self, stored: StoredOutputs, pair: RawPair, epoch: int, captions: Sequence[str], drawn: list[int]
+    ) -> dict[str, Any]:
+        view = epoch % stored.views
+        outputs = stored.of_pair(pair, view, drawn)
+        return {
+            "key": pair.key,
+            "image": apply_seeded(self.augment, decode(pair.image), view_seed(pair.key, view)),
+            "captions": [captions[i] for i in drawn],
+            "outputs": outputs,
         }
 
     def _collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol, runtime_checkable
 
 from gkl_vl.data.captions import CaptionRule, captions_in
@@ -175,7 +175,8 @@ class _TableRows:
 
     def pair(self, index: int) -> RawPair:
         row = self.rows.row(index)
-        key, image = f"{self.name}:{index}", image_of(row[self.image], self.rows.folder(index))
+        # Without the folder: the key seeds the pair's draws, and the table may be named in several ways.
+        key, image = f"{PurePath(self.name).name}:{index}", image_of(row[self.image], self.rows.folder(index))
         try:
             return RawPair(key, image, () if self.caption is None else captions_in(row, self.caption))
         except BrokenSample as error:

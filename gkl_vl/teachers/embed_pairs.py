@@ -7,7 +7,6 @@ p = pairs of a block.
 """
 
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +28,7 @@ from gkl_vl.atomic import write_json
 from gkl_vl.data.augment import Augmentation, apply_seeded, draws, settings_of, view_seed
 from gkl_vl.data.captions import usable_captions
 from gkl_vl.data.images import DECODE_RULES, BrokenSample, decode
+from gkl_vl.data.pair_stream import BROKEN_SHARE, BROKEN_WINDOW
 from gkl_vl.data.sources import RawPair, Source
 from gkl_vl.data.workers import end_with_parent, worker_batches
 from gkl_vl.errors import UserError, first_line
@@ -43,6 +43,7 @@ from gkl_vl.teachers.embeddings import (
     StoreDtype,
     block_file,
     block_names,
+    identity_of,
     packed,
     pair_digest,
 )
@@ -56,7 +57,13 @@ BATCH = 256
 
 
 def describe_store(
-    teachers: Sequence[Clip], source: Source, augmentation: Augmentation, *, views: int, dtype: StoreDtype
+    teachers: Sequence[Clip],
+    source: Source,
+    augmentation: Augmentation,
+    *,
+    views: int,
+    dtype: StoreDtype,
+    precision: str = "no",
 ) -> Manifest:
     """The manifest of a store that is not built yet."""
     return Manifest(
@@ -64,6 +71,7 @@ def describe_store(
         teachers=[_described(teacher) for teacher in teachers],
         views=views,
         dtype=dtype,
+        precision=precision,
         captioned=source.captioned,
         blocks=block_names(source),
         augmentation=settings_of(augmentation),
@@ -85,12 +93,6 @@ def _described(teacher: Clip) -> StoredTeacher:
     )
 
 
-def identity_of(manifest: Manifest) -> UInt8[Tensor, "32"]:
-    """Hash of all settings of a store, which each of its files holds."""
-    text = json.dumps(asdict(replace(manifest, pairs=0, broken=0)))
-    return torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
-
-
 def missing_blocks(folder: Path, manifest: Manifest) -> list[int]:
     """The blocks without a file. Raises: UserError for a file of another store, and for a damaged one."""
     missing, identity = [], identity_of(manifest)
@@ -100,20 +102,16 @@ def missing_blocks(folder: Path, manifest: Manifest) -> list[int]:
             missing.append(block)
         elif not torch.equal(_tensor(path, "identity"), identity):
             raise UserError(
-                f"{path} is of a store with other teachers, views, data or versions: name another --out, or remove it"
+                f"{path} is of a store with other teachers, views, data, precision or versions: name another --out, or "
+                "remove it"
             )
     return missing
 
 
 def finish_store(folder: Path, manifest: Manifest) -> Manifest:
-    """Counts the pairs of all files and writes the manifest, without which a store cannot be used.
-
-    Raises: UserError where every pair is broken.
-    """
+    """Counts the pairs of all files and writes the manifest, without which a store cannot be used."""
     digests = [_tensor(block_file(folder, block), "digest") for block in range(len(manifest.blocks))]
     pairs, broken = sum(map(len, digests)), sum(int((digest == BROKEN).sum()) for digest in digests)
-    if pairs == broken:
-        raise UserError(f"all {pairs} pairs are broken, so that nothing is stored: repair the data")
     finished = replace(manifest, pairs=pairs, broken=broken)
     write_json(folder / MANIFEST, asdict(finished), indent=1)
     return finished
@@ -148,7 +146,10 @@ def build_blocks(
         teachers: frozen, on their device.
         autocast: entered around the teachers' forward passes.
 
-    Raises: UserError for a source that cannot be read.
+    A block is in memory until its file is written: its embeddings take `(views + captions) * e * 2` bytes a pair.
+
+    Raises: UserError for a source that cannot be read, for a block with more broken pairs than training accepts, and
+        for embeddings that are not finite.
     """
     stream = _ViewStream(
         source=source,
@@ -179,6 +180,7 @@ def build_blocks(
                 continue
             block.open_streams -= 1
             if not block.open_streams:
+                block.refuse_broken(manifest.blocks[number])
                 disk_cache.write(block_file(folder, number), block.tensors() | {"identity": identity_of(manifest)})
                 del contents[number]
 
@@ -194,11 +196,15 @@ def _embedded(
     for number, clip in enumerate(teachers):
         device = clip.towers.log_scale().device
         with autocast():
-            image = clip.towers.encode_image(clip.prepare(batch.views.to(device, non_blocking=True)))
-            tensors |= packed(f"image.{number}", image.float().unflatten(0, (len(batch.rows), -1)).cpu(), dtype)
+            image = clip.towers.encode_image(clip.prepare(batch.views.to(device))).float().cpu()
+            embedded = {f"image.{number}": image.unflatten(0, (len(batch.rows), -1))}
             if batch.tokens:
-                text = clip.towers.encode_text_by_length(batch.tokens[number].to(device, non_blocking=True))
-                tensors |= packed(f"text.{number}", text.float().cpu(), dtype)
+                text = clip.towers.encode_text_by_length(batch.tokens[number].to(device))
+                embedded[f"text.{number}"] = text.float().cpu()
+        for name, rows in embedded.items():
+            if not bool(rows.isfinite().all()):
+                raise UserError(f"embeddings of {clip.name} are not finite: give --precision fp32")
+            tensors |= packed(name, rows, dtype)
     return tensors
 
 
@@ -212,7 +218,8 @@ class _Block:
     """Of the whole pairs, in the order in which they came; the next two as well."""
     digests: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
-    broken: list[int] = field(default_factory=list)
+    broken: dict[int, str] = field(default_factory=dict)
+    """Row of each broken pair, and what is wrong with it."""
     parts: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(self, batch: "_Batch", tensors: dict[str, Tensor]) -> None:
@@ -220,9 +227,18 @@ class _Block:
         self.rows += batch.rows
         self.digests += batch.digests
         self.counts += batch.counts
-        self.broken += batch.broken
+        self.broken |= batch.broken
         for name, tensor in tensors.items():
             self.parts.setdefault(name, []).append(tensor)
+
+    def refuse_broken(self, name: str) -> None:
+        """Raises: UserError where training would stop: no file is written."""
+        pairs = len(self.rows) + len(self.broken)
+        if self.broken and (not self.rows or len(self.broken) > BROKEN_SHARE * max(pairs, BROKEN_WINDOW)):
+            examples = "; ".join(list(self.broken.values())[:3])
+            raise UserError(
+                f"{len(self.broken)} of {pairs} pairs of {name!r} are broken, among them {examples}: repair the data"
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         """The content of its file, in the order of the rows."""
@@ -257,8 +273,8 @@ class _Batch:
     digests: list[int]
     counts: list[int]
     """Captions of each pair."""
-    broken: list[int]
-    """Rows of the pairs that cannot be read."""
+    broken: dict[int, str]
+    """Row of each pair that cannot be read, and why."""
     views: UInt8[Tensor, "mv 3 r r"]
     tokens: list[Int[Tensor, "c length"]]
     """Of each teacher."""
@@ -300,15 +316,15 @@ class _ViewStream(IterableDataset):
             yield str(error)
 
     def _batch(self, pairs: list[RawPair]) -> _Batch:
-        rows, digests, counts, broken, captions, views = [], [], [], [], [], []
+        rows, digests, counts, broken, captions, views = [], [], [], {}, [], []
         for pair in pairs:
             try:
                 texts, drawn = self._captions_and_views(pair)
-            except BrokenSample:
-                broken.append(pair.row)
+            except BrokenSample as error:
+                broken[pair.row] = f"{pair.key} ({error})"
                 continue
             rows.append(pair.row)
-            digests.append(pair_digest(pair.key, texts))
+            digests.append(pair_digest(pair, texts))
             counts.append(len(texts))
             captions += texts
             views += drawn

@@ -9,23 +9,29 @@ A file has, for its p pairs with c captions in all, and for teacher t:
     image.t       [p, v, e]     of view v of each image        float16, or int8 with image_scale.t [p, v]
     text.t        [c, e]        of the captions of pair 0, of pair 1, ...        or int8 with text_scale.t [c]
     captions      [p + 1]       first row of each pair in text.t
-    digest        [p]           hash of key and captions; BROKEN where the pair could not be read
+    digest        [p]           hash of key, captions and encoded image; BROKEN where the pair could not be read
+    identity      [32]          hash of the manifest
 
 No augmentation parameters are stored: view v of a pair is a function of its key and v (`data.augment.view_seed`), so
 that training draws it again, at the student's own size.
 Axis letters: p = pairs of a block, v = views of each, c = captions of the block, e = the teacher's embedding.
 """
 
+import hashlib
 import json
+import math
+import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, UInt8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -35,7 +41,7 @@ from gkl_vl.data.captions import usable_captions
 from gkl_vl.data.files import stable_hash
 from gkl_vl.data.images import DECODE_RULES, BrokenSample
 from gkl_vl.data.sources import RawPair, Source
-from gkl_vl.errors import UserError
+from gkl_vl.errors import UserError, first_line
 from gkl_vl.protocols import Batch
 from gkl_vl.reading import read_json
 from gkl_vl.teachers.online import Teacher
@@ -45,7 +51,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 BROKEN = -1
 OPEN_FILES = 256
-"""Files of a store that a process keeps open; their pages are mapped, not read."""
+"""Files of a store that a process keeps open. They are mapped to memory: a row is read when it is needed."""
 DRAW_TOLERANCE = 3
 """Grey levels by which two builds of one augmentation may differ; another draw differs by far more."""
 StoreDtype = Literal["float16", "int8"]
@@ -74,6 +80,8 @@ class Manifest:
     teachers: list[StoredTeacher]
     views: int
     dtype: StoreDtype
+    precision: str
+    """Accelerate's name of the precision of the teachers' forward pass."""
     captioned: bool
     blocks: list[str]
     """Name of each block of the source, without its folder."""
@@ -83,28 +91,47 @@ class Manifest:
     """Views of a test picture, by which another draw of the same settings is noticed."""
     decode_rules: int
     pairs: int = 0
-    """Pairs in all blocks, broken ones included; 0 in a store that is not finished."""
+    """Pairs in all blocks, broken ones included."""
     broken: int = 0
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises: UserError for a folder that is no finished store, or of another format."""
-    if not (folder / MANIFEST).is_file():
-        state = "is not finished" if any(folder.glob("*.safetensors")) else "is no store"
-        raise UserError(f"--teacher-store {folder} {state}: it has no {MANIFEST}; run recipes/store_teacher.py on it")
-    content = read_json(folder / MANIFEST)
-    names = {field.name for field in fields(Manifest)}
-    if content.get("format") != FORMAT or set(content) != names:
-        raise UserError(
-            f"{folder / MANIFEST} has format {content.get('format')!r}, this version reads {FORMAT}: build the store "
-            "again"
-        )
-    return Manifest(**content | {"teachers": [StoredTeacher(**teacher) for teacher in content["teachers"]]})
+    """Raises: UserError for a folder that is no finished store, for another format, and for a damaged manifest."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        state = "does not exist" if not folder.exists() else "is no folder" if folder.is_file() else "is no store"
+        if any(folder.glob("*.safetensors")):
+            state = "is not finished, run recipes/store_teacher.py again with the same flags"
+        raise UserError(f"--teacher-store {folder} {state}: it has no {MANIFEST}")
+    content = read_json(path)
+    if content.get("format") != FORMAT:
+        raise UserError(f"{path} has format {content.get('format')!r}, this version reads {FORMAT}: build it again")
+    try:
+        teachers = [StoredTeacher(**teacher) for teacher in content["teachers"]]
+        manifest = Manifest(**content | {"teachers": teachers})
+        sizes = [manifest.views, *(teacher.embed_dim for teacher in teachers)]
+        numbers = [number for t in teachers for number in (t.logit_scale, t.logit_bias) if number is not None]
+        lists = [manifest.teachers, manifest.blocks, [bytes.fromhex(view) for view in manifest.draws]]
+        sound = min(sizes) > 0 and all(map(math.isfinite, numbers)) and len(numbers) >= len(teachers)
+        sound = sound and all(isinstance(each, list) and each for each in lists)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}): copy it again, or build the store again") from error
+    if not sound or manifest.dtype not in get_args(StoreDtype):
+        raise UserError(f"{path} is damaged: copy it again, or build the store again")
+    return manifest
+
+
+def identity_of(manifest: Manifest) -> UInt8[Tensor, "32"]:
+    """Hash of all settings of a store, which each of its files holds; a teacher may be named in several ways."""
+    content: dict[str, Any] = asdict(manifest) | {"pairs": 0, "broken": 0}
+    content["teachers"] = [teacher | {"name": ""} for teacher in content["teachers"]]
+    digest = hashlib.sha256(json.dumps(content).encode()).digest()
+    return torch.tensor(list(digest), dtype=torch.uint8)
 
 
 def block_names(source: Source) -> list[str]:
-    """The source's blocks as a manifest names them: shards may move to another folder."""
-    return [PurePosixPath(name).name for name in source.pairs.blocks]
+    """The source's blocks as a manifest names them: shards may move to another folder, or be signed for again."""
+    return [PurePosixPath(name.partition("?")[0]).name for name in source.pairs.blocks]
 
 
 def block_file(folder: Path, block: int) -> Path:
@@ -112,9 +139,16 @@ def block_file(folder: Path, block: int) -> Path:
     return folder / f"{block:05d}.safetensors"
 
 
-def pair_digest(key: str, captions: Sequence[str]) -> int:
-    """Hash of a pair's key and usable captions; never BROKEN."""
-    return stable_hash(json.dumps([key, *captions]))
+def pair_digest(pair: RawPair, captions: Sequence[str]) -> int:
+    """Hash of a pair: key, usable captions and encoded image (of a file its size); never BROKEN."""
+    image = pair.image
+    if isinstance(image, bytes):
+        mark = [len(image), zlib.crc32(image)]
+    elif isinstance(image, str):
+        mark = [Path(image).stat().st_size] if Path(image).is_file() else []
+    else:
+        mark = [*image.size, image.mode]
+    return stable_hash(json.dumps([pair.key, mark, *captions]))
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------
@@ -144,10 +178,12 @@ class StoredEmbeddings:
 
     def __init__(self, folder: Path):
         self.folder, self.manifest = folder, read_manifest(folder)
+        self._identity = identity_of(self.manifest)
         self._files: OrderedDict[int, Any] = OrderedDict()
+        self._verified: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_files": OrderedDict()}
+        return vars(self) | {"_files": OrderedDict(), "_verified": set()}
 
     @property
     def views(self) -> int:
@@ -185,6 +221,10 @@ class StoredEmbeddings:
                 f"{store} lacks {len(missing)} of its {len(names)} files, the first is "
                 f"{block_file(self.folder, missing[0]).name}: copy them, or run recipes/store_teacher.py on it again"
             )
+        first = next((pair for pair in islice(source.pairs.read(0), 1) if not pair.problem), None)
+        if first is not None:  # before there is a run
+            with suppress(BrokenSample):
+                self.of_pair(first, 0, [])
 
     def of_pair(self, pair: RawPair, view: int, captions: Sequence[int]) -> dict[str, Tensor]:
         """{"teacher_image": [e], "teacher_text": [len(captions), e]} of a view and of usable captions by number.
@@ -198,10 +238,11 @@ class StoredEmbeddings:
         if digest == BROKEN:
             raise BrokenSample("the teacher's embeddings are missing: it was broken when they were stored")
         texts = usable_captions(pair.captions) if self.manifest.captioned else []
-        if digest != pair_digest(pair.key, texts):
+        if digest != pair_digest(pair, texts):
             raise UserError(
-                f"--teacher-store {self.folder} has another pair or other captions in the place of {pair.key!r}, row "
-                f"{row} of {self.manifest.blocks[pair.block]!r}: it was built on other data; build it again"
+                f"--teacher-store {self.folder} has another pair, other captions or another image in the place of "
+                f"{pair.key!r}, row {row} of {self.manifest.blocks[pair.block]!r}: read the data with the flags of the "
+                "store, or remove it and build it again"
             )
         outputs = {"teacher_image": self._rows(file, "image.0", slice(row, row + 1), slice(view, view + 1)).flatten()}
         if captions:
@@ -215,19 +256,22 @@ class StoredEmbeddings:
         return unpacked(file.get_slice(name)[index], scale)
 
     def _file(self, block: int) -> Any:
-        """The open file of a block, whose checksum is compared when it is opened."""
+        """The open file of a block. Its checksum is compared when this process opens it for the first time."""
         if block in self._files:
             self._files.move_to_end(block)
             return self._files[block]
         path = block_file(self.folder, block)
-        if disk_cache.read(path) is None:
-            raise UserError(
-                f"{path} is missing or damaged: copy it again, or remove it and run recipes/store_teacher.py again"
-            )
         try:
             self._files[block] = safe_open(path, framework="pt")
+            if block not in self._verified:
+                tensors = disk_cache.read(path)
+                if tensors is None:
+                    raise UserError(f"{path} is damaged: copy it again, or remove it and build it again")
+                if not torch.equal(tensors["identity"], self._identity):
+                    raise UserError(f"{path} is of another store than its {MANIFEST}: build the store in a new folder")
+                self._verified.add(block)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({error}): copy it again") from error
+            raise UserError(f"{path} cannot be read ({first_line(error)}): copy it again") from error
         while len(self._files) > OPEN_FILES:
             self._files.popitem(last=False)
         return self._files[block]

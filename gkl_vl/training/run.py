@@ -37,6 +37,7 @@ from gkl_vl.errors import UserError
 from gkl_vl.export import hub
 from gkl_vl.export.cards import RunFacts
 from gkl_vl.provenance import command_line, git_commit
+from gkl_vl.teachers.embeddings import MANIFEST
 from gkl_vl.training.checkpoint import RunFolder
 from gkl_vl.training.engine import check_all_processes_joined
 
@@ -155,7 +156,7 @@ class Run:
         record = json.loads(json.dumps(cli.flat(config), default=str))
         record |= {"inputs": input_files(record)}
         record |= {"mixed_precision": self.accelerator.mixed_precision, "cwd": str(Path.cwd())}
-        path, self._checkpoint = self._on_main(lambda: open_folder(flags, recipe, record))  # all ranks
+        path, self._checkpoint = on_main(self.accelerator, lambda: open_folder(flags, recipe, record))  # all ranks
         self._use(path)
         self.title = recipe
         # The commit at the start of the run, whatever is checked out when it ends.
@@ -166,19 +167,6 @@ class Run:
         self.folder = RunFolder(
             path, is_main=self.accelerator.is_main_process, keep_checkpoints=self.flags.keep_checkpoints
         )
-
-    def _on_main(self, function: Callable[[], Value]) -> Value:
-        """What the function returns in the main process, on all ranks; they all raise its UserError."""
-        result: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                result[0] = function()
-            except UserError as error:
-                result[1] = str(error)
-        broadcast_object_list(result)  # all ranks
-        if result[1] is not None:
-            raise UserError(result[1])
-        return result[0]
 
     @property
     def device(self) -> torch.device:
@@ -206,7 +194,9 @@ class Run:
         """
         self.title = f"{title} · seed {self.flags.seed}"
         resumed, renamed = self.flags.resume is not None, self.flags.output_dir is None and self.flags.resume is None
-        self._use(self._on_main(lambda: self.folder.take(resumed=resumed, renamed=renamed)))  # all ranks
+        self._use(
+            on_main(self.accelerator, lambda: self.folder.take(resumed=resumed, renamed=renamed))  # all ranks
+        )
         if not resumed:
             self.folder.write_json("config.json", self._record)
         if self.flags.report_to:
@@ -245,6 +235,20 @@ class Run:
         """Ends trackers and process group, and releases the folder. All ranks."""
         self.accelerator.end_training()
         self.folder.release()
+
+
+def on_main(accelerator: Accelerator, function: Callable[[], Value]) -> Value:
+    """What the function returns in the main process, on all ranks; they all raise its UserError. All ranks."""
+    result: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            result[0] = function()
+        except UserError as error:
+            result[1] = str(error)
+    broadcast_object_list(result)  # all ranks
+    if result[1] is not None:
+        raise UserError(result[1])
+    return result[0]
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
@@ -317,6 +321,8 @@ def input_files(flags: dict[str, Any]) -> dict[str, list]:
     for name, value in flags.items():
         place = resolved(value, Path.cwd()) if isinstance(value, str) and name not in MAY_DIFFER else None
         file = Path(place.rpartition("=")[2]) if place is not None else None
+        if file is not None and name == "teacher_store":
+            file = file / MANIFEST
         if file is not None and file.is_file():
             size = file.stat().st_size
             inputs[name] = [size, hashlib.sha256(file.read_bytes()).hexdigest() if size <= LARGEST_HASHED else None]

@@ -20,7 +20,6 @@ from gkl_vl.data import identity
 from gkl_vl.data.augment import light_augmentation
 from gkl_vl.data.identity import file_state, images_identity
 from gkl_vl.data.labelled import open_labelled, pixel_image
-from gkl_vl.data.sources import RawPair
 from gkl_vl.data.views import DiskViews, MemoryViews
 from gkl_vl.evaluation import embed, sets, suite
 from gkl_vl.evaluation.benchmark import Subject
@@ -382,31 +381,6 @@ def test_images_in_memory_are_identified_by_their_pixels_for_stored_logits(pets)
     data, images = open_labelled(str(pets), "test"), torch.zeros(2, 3, 4, 8, dtype=torch.uint8)
     views = [images, images + 1, images.reshape(2, 3, 8, 4)]
     assert len({_contents(data, MemoryViews(images=pixels, seed=0)) for pixels in views}) == 3
-
-
-def test_each_input_changes_the_key_of_stored_views(monkeypatch):
-    clip, augment = colour_blind_clip(), light_augmentation(8)
-    pairs = [RawPair("a", picture("red"), ("red",)), RawPair("b", picture("blue"), ("blue",))]
-
-    def key(clip=clip, pairs=pairs, num_views=2, augment=augment, size=8) -> str:
-        return store._key(clip, pairs, num_views, augment, size)
-
-    keys = [
-        key(),
-        key(num_views=3),
-        key(size=9),
-        key(augment=light_augmentation(9)),
-        key(pairs=pairs[::-1]),
-        key(pairs=[replace(pairs[0], captions=("green",)), pairs[1]]),
-        key(pairs=[replace(pairs[0], image=picture("green")), pairs[1]]),
-        key(clip=replace(clip, preprocess=replace(clip.preprocess, mean=(0.1, 0, 0)))),
-        key(clip=replace(clip, tokenize=lambda texts: torch.zeros(len(texts), 1, dtype=torch.int64))),
-    ]
-    assert key() == keys[0]
-    clip.towers.model.gain.data.fill_(2)
-    keys.append(key())
-    monkeypatch.setattr(store, "DECODE_RULES", 99)
-    assert len({*keys, key()}) == 11
 
 
 # ---- attacks -----------------------------------------------------------------------------------------------------

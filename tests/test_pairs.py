@@ -60,9 +60,7 @@ def lengths(texts: list[str]) -> torch.Tensor:
     return torch.tensor([[ord(c) for c in text.ljust(14)[:14]] for text in texts])
 
 
-def stream(
-    source, *, rank=0, world_size=1, num_workers=0, start=None, seed=0, batch_size=4, stored_views=None, captions=1
-):
+def stream(source, *, rank=0, world_size=1, num_workers=0, start=None, seed=0, batch_size=4, captions=1):
     return PairStream(
         source,
         augment=light_augmentation(8),
@@ -73,7 +71,6 @@ def stream(
         world_size=world_size,
         num_workers=num_workers,
         captions_per_image=captions,
-        stored_views=stored_views,
         start=start,
     )
 
@@ -393,38 +390,21 @@ def test_text_ids_are_equal_where_captions_are():
     assert batch["text_ids"][0] == stable_hash(captions[0])
 
 
-def test_stored_views_are_chosen_by_epoch_and_row():
-    views = torch.arange(10 * 2, dtype=torch.uint8).reshape(10, 2, 1, 1, 1).expand(10, 2, 3, 8, 8)
-    batches = take(PairLoader(stream(memory_source("toy", toy_pairs(10)), batch_size=5, stored_views=views)), 4)
-    for number, batch in enumerate(batches):
-        rows, view = batch["view_rows"][:, 0], batch["view_rows"][:, 1]
-        assert view.tolist() == [number // 2 % 2] * 5  # two batches an epoch
-        assert batch["image"][:, 0, 0, 0].tolist() == (2 * rows + view).tolist()
-        assert batch["keys"] == [f"p{row}" for row in rows.tolist()]
-        captions = ["".join(map(chr, row)).strip() for row in batch["text"].tolist()]
-        names = ("caption", "other")
-        assert captions == [f"{names[c]} {row}" for row, c in batch["caption_rows"].tolist()]
-
-
 def test_captions_of_an_image_differ_where_it_has_enough():
     pairs = [RawPair(f"p{i}", picture(i), tuple(f"{i} {c}" for c in range(i + 1))) for i in range(6)]
-    views = torch.zeros(6, 1, 3, 8, 8, dtype=torch.uint8)
-    first = take(PairLoader(stream(memory_source("toy", pairs), batch_size=6, stored_views=views)), 1)[0]
+    first = take(PairLoader(stream(memory_source("toy", pairs), batch_size=6)), 1)[0]
     drawn = set()
-    for batch in take(PairLoader(stream(memory_source("toy", pairs), batch_size=6, stored_views=views, captions=3)), 9):
+    for batch in take(PairLoader(stream(memory_source("toy", pairs), batch_size=6, captions=3)), 9):
         assert batch["text"].shape == (6, 3, 14) and batch["text_ids"].shape == (6, 3)
-        assert batch["caption_rows"].shape == (6, 3, 2)
-        for key, tokens, ids, rows in zip(
-            *(batch[k] for k in ("keys", "text", "text_ids", "caption_rows")), strict=True
-        ):
+        for key, tokens, ids in zip(*(batch[k] for k in ("keys", "text", "text_ids")), strict=True):
             pair = int(key[1:])
             texts = ["".join(map(chr, row)).strip() for row in tokens.tolist()]
-            assert texts == [f"{row} {caption}" for row, caption in rows.tolist()] and texts[0].startswith(f"{pair} ")
+            assert all(text.startswith(f"{pair} ") for text in texts)
             assert ids.tolist() == [stable_hash(text) for text in texts]
             assert len(set(texts)) == min(pair + 1, 3)
-            drawn.add((pair, rows[0, 1].item()))
+            drawn.add(texts[0])
     assert len(drawn) > 15  # of 21
-    alone = take(PairLoader(stream(memory_source("toy", pairs), batch_size=6, stored_views=views, captions=3)), 1)[0]
+    alone = take(PairLoader(stream(memory_source("toy", pairs), batch_size=6, captions=3)), 1)[0]
     assert torch.equal(alone["text"][:, 0], first["text"]), "the first caption is the one of a single caption"
 
 

@@ -1,5 +1,6 @@
 """A store of teacher embeddings: views drawn again, rows beside the right pairs, builds that go on, mismatches."""
 
+import copy
 import dataclasses
 import io
 import itertools
@@ -20,6 +21,7 @@ from small_sets import write_shard
 from test_pairs import lengths
 from test_recipes import CARD, HOUSE, python
 
+from gkl_vl import disk_cache
 from gkl_vl.data import augment, sources
 from gkl_vl.data.augment import (
     Erasing,
@@ -31,7 +33,7 @@ from gkl_vl.data.augment import (
 )
 from gkl_vl.data.images import decode
 from gkl_vl.data.pair_stream import PairLoader, PairStream, Position
-from gkl_vl.data.pairs import open_source
+from gkl_vl.data.pairs import bundled_pairs, open_source
 from gkl_vl.data.sources import RawPair, memory_source
 from gkl_vl.errors import UserError
 from gkl_vl.export.hub import export_clip
@@ -39,12 +41,13 @@ from gkl_vl.models.clip import load_clip
 from gkl_vl.models.modes import freeze
 from gkl_vl.teachers import embeddings
 from gkl_vl.teachers.embed_pairs import build_blocks, describe_store, finish_store, missing_blocks
-from gkl_vl.teachers.embeddings import StoredEmbeddings, stored_embeddings_teacher
+from gkl_vl.teachers.embeddings import StoredEmbeddings, stored_teacher
 from gkl_vl.teachers.online import online_teacher, teacher_scales
+from gkl_vl.training import clip_teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine's cores
 call = test_recipes.call
-VIEWS = 3
+VIEWS, DEVICE = 3, torch.device("cpu")
 AUGMENTATIONS = [light_augmentation, drawing_augmentation, mild_drawing_augmentation]
 
 
@@ -165,12 +168,12 @@ def test_what_is_read_back_is_the_teachers_embedding(teacher, tmp_path, kind, dt
         for view in range(VIEWS):
             pixels = apply_seeded(drawing_augmentation(16), decode(pair.image), view_seed(pair.key, view))
             batch = {"image": pixels[None], "teacher_text": teacher.tokenize([pair.captions[0]])}
-            want, got = online_teacher(teacher)(batch), store.of_pair(pair, view, [0])
+            want, got = online_teacher(teacher)(batch), stored_teacher(store, DEVICE)(store.of_pair(pair, view, [0]))
             for name in ("teacher_image", "teacher_text"):
                 assert float((got[name].flatten() - want[name].flatten()).abs().max()) < error
             seen.append(want["teacher_image"][0])
     assert len(seen) == 8 * VIEWS and distances(torch.stack(seen)).min() > 2 * 5e-4
-    scales = stored_embeddings_teacher(store, torch.device("cpu"))({})
+    scales = stored_teacher(store, DEVICE)({})
     assert scales == pytest.approx({"teacher_logit_scale": want["teacher_logit_scale"].item()})
 
 
@@ -185,6 +188,7 @@ def test_every_pair_has_its_own_rows_beside_it(teacher, tmp_path, monkeypatch, w
     keys, images = [], []
     for rank in range(world_size):
         for batch in batches(source, store, teacher, 12, workers=workers, rank=rank, world_size=world_size, captions=2):
+            batch |= stored_teacher(store, DEVICE)(batch)
             names = [["".join(map(chr, row)).strip() for row in rows] for rows in batch["text"].tolist()]
             texts = teacher.towers.encode_text(teacher.tokenize([name for row in names for name in row]))
             torch.testing.assert_close(batch["teacher_text"].flatten(0, 1), texts, atol=5e-4, rtol=0)
@@ -219,6 +223,39 @@ def test_a_store_does_not_depend_on_workers_or_on_where_a_build_was_stopped(teac
                 torch.testing.assert_close(tensor, other[name], atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("captions", [1, 2])
+def test_kept_views_are_those_that_would_be_drawn(teacher, tmp_path, captions):
+    source = open_source(pattern_shards(tmp_path, 1, 4))
+    taken = []
+    for keep_views in (False, True):
+        options = {"views": VIEWS, "dtype": "int8", "keep_views": keep_views}
+        manifest = describe_store([teacher], source, drawing_augmentation, **options)
+        build_blocks(tmp_path / str(keep_views), manifest, [0], [teacher], source, drawing_augmentation, num_workers=0)
+        finish_store(tmp_path / str(keep_views), manifest)
+        store = StoredEmbeddings(tmp_path / str(keep_views))
+        taken.append(batches(source, store, teacher, 7, captions=captions))
+    for drawn, kept in zip(*taken, strict=True):
+        assert drawn.keys() == kept.keys() and drawn["keys"] == kept["keys"]
+        for name in ("image", "teacher_image", "teacher_image_scale", "teacher_text", "teacher_text_scale", "text"):
+            assert torch.equal(drawn[name], kept[name])
+        assert kept["teacher_text"].shape == ((2, 12) if captions == 1 else (2, captions, 12))
+
+
+def test_building_does_not_advance_the_generator_and_a_full_disk_leaves_no_file(teacher, tmp_path, monkeypatch):
+    source, before = open_source(pattern_shards(tmp_path, 1, 3)), torch.get_rng_state()
+    build(tmp_path / "store", teacher, source)
+    assert torch.equal(before, torch.get_rng_state())
+
+    def broken(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(disk_cache, "save_file", broken)
+    with pytest.raises(OSError):
+        build(tmp_path / "full", teacher, source)
+    assert not list((tmp_path / "full").iterdir())
+
+
 def test_broken_pairs_have_a_row_and_are_counted(teacher, tmp_path):
     samples = [(f"k{i}", {"png": pattern(i), "txt": b"a caption"}) for i in range(6)]
     samples[1][1]["png"], samples[4][1]["txt"] = b"no image", b" "
@@ -239,7 +276,7 @@ def test_a_sigmoid_teachers_bias_is_stored(tmp_path):
     (tmp_path / "siglip.json").write_text(json.dumps(config))
     teacher = freeze(load_clip(str(tmp_path / "siglip.json")))
     build(tmp_path / "store", teacher, open_source(pattern_shards(tmp_path, 1, 2)))
-    outputs = stored_embeddings_teacher(StoredEmbeddings(tmp_path / "store"), torch.device("cpu"))({})
+    outputs = stored_teacher(StoredEmbeddings(tmp_path / "store"), DEVICE)({})
     assert outputs == pytest.approx({name: value.item() for name, value in teacher_scales(teacher).items()})
     assert outputs["teacher_logit_bias"] == -7.5
 
@@ -490,3 +527,52 @@ def test_a_stream_with_a_store_resumes_exactly(place):
         assert want["keys"] == got["keys"]
         for name in ("image", "text", "teacher_image", "teacher_text"):
             assert torch.equal(want[name], got[name])
+
+
+# ---- the bundled data
+
+
+@pytest.fixture
+def few(monkeypatch) -> list[RawPair]:
+    """Four of the bundled pairs in place of all."""
+    pairs = bundled_pairs()[:4]
+    monkeypatch.setattr(clip_teacher, "bundled_pairs", lambda: pairs)
+    return pairs
+
+
+def test_the_bundled_store_is_built_once_and_again_where_it_is_damaged(teacher, few, tmp_path, monkeypatch):
+    first = clip_teacher.bundled_store(teacher, folder=tmp_path)
+    assert first.block(0)["pixels"].shape == (4, clip_teacher.BUNDLED_VIEWS, 3, 16, 16)
+    with monkeypatch.context() as patch:
+        patch.setattr(clip_teacher, "build_blocks", None)
+        clip_teacher.bundled_store(teacher, folder=tmp_path)
+    (folder,) = tmp_path.iterdir()
+    content = bytearray((folder / "00000.safetensors").read_bytes())
+    content[-5] ^= 1
+    (folder / "00000.safetensors").write_bytes(content)
+    again = clip_teacher.bundled_store(teacher, folder=tmp_path)
+    assert torch.equal(again.block(0)["image.0"], first.block(0)["image.0"])
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_every_input_gives_the_bundled_store_another_folder(teacher, few, tmp_path, monkeypatch):
+    def build_once(clip=teacher, pairs=few):
+        monkeypatch.setattr(clip_teacher, "bundled_pairs", lambda: pairs)
+        clip_teacher.bundled_store(clip, folder=tmp_path)
+
+    changed = copy.deepcopy(teacher)
+    changed.towers.model.visual.proj.data[0, 0] += 1
+    with_mean = dataclasses.replace(teacher.preprocess, mean=(0.1, 0.2, 0.3))
+    cases = [
+        {},
+        {"clip": changed},
+        {"clip": dataclasses.replace(teacher, preprocess=with_mean)},
+        {"clip": dataclasses.replace(teacher, tokenize=lambda texts: teacher.tokenize(texts).flip(1))},
+        {"pairs": few[::-1]},
+        {"pairs": [dataclasses.replace(few[0], captions=("another",)), *few[1:]]},
+        {"pairs": [dataclasses.replace(few[0], image=few[1].image), *few[1:]]},
+    ]
+    for number, case in enumerate(cases, 1):
+        build_once(**case)
+        build_once(**case)
+        assert len(list(tmp_path.iterdir())) == number

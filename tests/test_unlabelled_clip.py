@@ -371,7 +371,7 @@ def test_images_need_no_captions(tmp_path):
     )
     table.to_parquet(tmp_path / "t.parquet")
     name = str(tmp_path / "t.parquet")
-    assert keys_of(open_images(name)) == keys_of(open_images(name, column="pic")) == [f"{name}:0", f"{name}:1"]
+    assert keys_of(open_images(name)) == keys_of(open_images(name, column="pic")) == ["t.parquet:0", "t.parquet:1"]
 
 
 def test_missing_images_are_a_one_line_error(tmp_path):

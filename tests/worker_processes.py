@@ -17,12 +17,14 @@ from gkl_vl.data.augment import imagenet_augmentation, imagenet_center, light_au
 from gkl_vl.data.labelled import open_labelled
 from gkl_vl.data.pair_stream import PairLoader, PairStream
 from gkl_vl.data.pairs import bundled_pairs, open_source
+from gkl_vl.data.sources import memory_source
 from gkl_vl.data.synthesized import WithSynthesized, open_synthesized
 from gkl_vl.data.views import DiskViews
 from gkl_vl.evaluation.embed import Embedder, embed_images
 from gkl_vl.evaluation.sets import load_benchmark_set
 from gkl_vl.models.clip import load_clip
-from gkl_vl.teachers.store import store_views
+from gkl_vl.teachers.embed_pairs import build_blocks, describe_store, finish_store
+from gkl_vl.teachers.embeddings import StoredEmbeddings
 
 
 def pairs(folder: Path) -> torch.Size:
@@ -57,16 +59,11 @@ def evaluation(folder: Path) -> torch.Size:
 
 
 def store(folder: Path) -> torch.Size:
-    stored = store_views(
-        clip=tiny_clip(folder),
-        pairs=bundled_pairs()[:2],
-        num_views=2,
-        augment=light_augmentation(16),
-        size=8,
-        num_workers=1,
-        folder=folder / "store",
-    )
-    return stored.pixels.shape
+    teacher, source = tiny_clip(folder), memory_source("emoji", bundled_pairs()[:2])
+    manifest = describe_store([teacher], source, light_augmentation, views=2, dtype="float16", keep_views=True)
+    build_blocks(folder / "store", manifest, [0], [teacher], source, light_augmentation, num_workers=1)
+    finish_store(folder / "store", manifest)
+    return StoredEmbeddings(folder / "store").block(0)["pixels"].shape
 
 
 def main(folder: Path, method: str) -> None:

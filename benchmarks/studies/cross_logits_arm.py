@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from bundled import BundledEmbeddings, bundled_embeddings
 from torch import Tensor, nn
 
 from gkl_vl import cli
@@ -28,7 +29,6 @@ from gkl_vl.models.modes import freeze
 from gkl_vl.objectives.clip import ClipKd
 from gkl_vl.protocols import Batch, Objective
 from gkl_vl.teachers.bank import Bank
-from gkl_vl.teachers.store import StoredViews
 from gkl_vl.training.checkpoint import RunFolder
 from gkl_vl.training.clip import (
     BANK_SIZE,
@@ -42,7 +42,7 @@ from gkl_vl.training.clip import (
     open_captions,
     train_clip,
 )
-from gkl_vl.training.clip_teacher import ClipModels, augmentation, bundled_views
+from gkl_vl.training.clip_teacher import ClipModels
 from gkl_vl.training.run import RunFlags
 
 BankKind = Literal["queue", "store", "names", "half", "keywords"]
@@ -172,7 +172,7 @@ def pearson(x: Tensor, y: Tensor) -> Tensor:
 # ---- banks -------------------------------------------------------------------------------------------------------
 
 
-def make_banks(terms: CrossTerms, stored: StoredViews) -> tuple[Tensor, Tensor]:
+def make_banks(terms: CrossTerms, stored: BundledEmbeddings) -> tuple[Tensor, Tensor]:
     """Fixed text and image columns [K, e] from the stored embeddings of the teacher."""
     pairs = bundled_pairs()
     names = [pair.captions[0] for pair in pairs]
@@ -201,7 +201,7 @@ def in_bank(name: str) -> bool:
     return zlib.crc32(name.encode()) % 2 == 0
 
 
-def make_priors(terms: CrossTerms, stored: StoredViews, banks: tuple[Tensor, Tensor], scale: Tensor) -> Any:
+def make_priors(terms: CrossTerms, stored: BundledEmbeddings, banks: tuple[Tensor, Tensor], scale: Tensor) -> Any:
     """Spherical k-means of the names' texts, and the mean teacher softmax of each cluster over the two banks."""
     texts = stored.text[:, 0]
     centres = texts[torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[: terms.prior]]
@@ -220,8 +220,7 @@ def make_priors(terms: CrossTerms, stored: StoredViews, banks: tuple[Tensor, Ten
 
 def make_objective(config: Config, setup: ClipSetup, weights: Any) -> CrossStudy:
     assert setup.teacher is not None
-    augment = augmentation(bundled=True, distils=True)(max(setup.student.image_size, setup.teacher.image_size))
-    stored = bundled_views(setup.teacher, setup.student, augment)
+    stored = bundled_embeddings(setup.teacher)
     terms, priors = config.cross, None
     if terms.bank == "queue":
         banks = Bank(BANK_SIZE)

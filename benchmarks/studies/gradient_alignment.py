@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bundled import bundled_embeddings
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -35,8 +36,8 @@ from gkl_vl.losses.cross_logits import cross_logits_loss
 from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
 from gkl_vl.models.clip import Clip, load_clip
 from gkl_vl.models.modes import freeze
-from gkl_vl.teachers.store import stored_teacher
-from gkl_vl.training.clip_teacher import BUNDLED_VIEWS, augmentation, bundled_views
+from gkl_vl.teachers.online import teacher_scales
+from gkl_vl.training.clip_teacher import BUNDLED_VIEWS
 
 SEEDS, BATCHES, ROWS = range(5), 4, 256
 NOISES, DRAWN = (0.5, 1.0, 2.0), "noise 1"
@@ -120,10 +121,7 @@ def make_students(seed: int, trained: dict[str, Clip]) -> dict[str, Callable[[Ba
 def measure(trained: dict[str, Clip]) -> Results:
     """All terms on all students and seeds."""
     teacher, student, pairs = freeze(load_clip("bundled")), load_clip("emoji-student"), bundled_pairs()
-    stored = bundled_views(
-        teacher, student, augmentation(bundled=True, distils=True)(max(student.image_size, teacher.image_size))
-    )
-    teach, captions = stored_teacher(teacher, stored, torch.device("cpu")), [usable_captions(p.captions) for p in pairs]
+    stored, captions = bundled_embeddings(teacher), [usable_captions(p.captions) for p in pairs]
 
     def batches(seed: int) -> Iterator[tuple[Batch, Embeddings]]:
         """Random pairs with a random view and caption of each, and the teacher's side of them."""
@@ -132,9 +130,11 @@ def measure(trained: dict[str, Clip]) -> Results:
             rows = draw.sample(range(len(pairs)), ROWS)
             drawn = torch.tensor([(r, draw.randrange(BUNDLED_VIEWS), draw.randrange(len(captions[r]))) for r in rows])
             texts = [captions[row][number] for row, _, number in drawn.tolist()]
-            targets = teach({"view_rows": drawn[:, :2], "caption_rows": drawn[:, ::2]})
+            p, view, caption = drawn.unbind(dim=1)
+            targets = {"teacher_image": stored.image[p, view], "teacher_text": stored.text[p, caption]}
+            targets |= teacher_scales(teacher)
             ids = torch.tensor([stable_hash(text) for text in texts])
-            batch = {"image": stored.pixels[drawn[:, 0], drawn[:, 1]], "text": student.tokenize(texts)}
+            batch = {"image": stored.pixels[p, view], "text": student.tokenize(texts)}
             yield batch, {name: x.double() for name, x in targets.items()} | {"text_ids": ids}
 
     by_text = {text: stored.text[p, number] for p, own in enumerate(captions) for number, text in enumerate(own)}

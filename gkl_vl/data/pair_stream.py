@@ -18,7 +18,7 @@ from gkl_vl.data.augment import apply_seeded, view_seed
 from gkl_vl.data.captions import usable_captions
 from gkl_vl.data.files import stable_hash
 from gkl_vl.data.images import BrokenSample, decode
-from gkl_vl.data.sources import BLOCK_ROWS, RawPair, Source
+from gkl_vl.data.sources import RawPair, Source
 from gkl_vl.data.workers import end_with_parent, worker_batches
 from gkl_vl.errors import UserError, notice
 
@@ -73,7 +73,7 @@ class StoredOutputs(Protocol):
         ...
 
     def of_pair(self, pair: RawPair, view: int, captions: Sequence[int], /) -> dict[str, torch.Tensor]:
-        """Outputs for a view, and for usable captions by number: tensors to be stacked in a batch.
+        """Outputs for a view, and for usable captions by number, to be stacked in a batch; "image" is a kept view.
 
         Raises: BrokenSample for a pair without outputs.
         """
@@ -86,11 +86,8 @@ class PairStream(IterableDataset):
     `tokenizers` maps keys of the batch to tokenizers: {"text": student's, "teacher_text": teacher's}. Tokens are int
     [n, length] and `text_ids` [n], or [n, c, length] and [n, c] with c = `captions_per_image` > 1: different captions
     where the pair has as many, else some twice. Batches of a source without captions have only images and keys.
-    With `stored_views`, uint8 [pairs, views, 3, r, r], an image is one of its stored views, a different one each epoch,
-    instead of a new augmentation; a batch then also has `view_rows` and `caption_rows` = (row in the set, number of the
-    view or caption), [n, 2] or [n, c, 2], the indices of stored teacher embeddings.
-    With `stored`, an image is one of its numbered views, a different one each epoch, drawn again at this size, and a
-    batch has the teacher's outputs.
+    With `stored`, an image is one of its numbered views, a different one each epoch, drawn again at this size unless
+    the views are kept, and a batch has the teacher's outputs.
     """
 
     def __init__(
@@ -105,17 +102,14 @@ class PairStream(IterableDataset):
         world_size: int,
         num_workers: int,
         captions_per_image: int = 1,
-        stored_views: torch.Tensor | None = None,
         stored: StoredOutputs | None = None,
         start: Position | None = None,
     ):
         self.source, self.augment = source, augment
         self.tokenizers = {name: _CachedTokens(tokenize) for name, tokenize in tokenizers.items()}
-        self.batch_size, self.seed, self.stored_views, self.stored = batch_size, seed, stored_views, stored
+        self.batch_size, self.seed, self.stored = batch_size, seed, stored
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
         self.captions_per_image = captions_per_image
-        if stored_views is not None and len(stored_views) > BLOCK_ROWS:
-            raise ValueError(f"stored_views of {len(stored_views)} pairs: at most {BLOCK_ROWS}, the rows of a block")
         parts = max(num_workers, 1)
         self.start = start or Position(0, (Place(),) * parts)
         if len(self.start.places) != parts:
@@ -176,22 +170,13 @@ class PairStream(IterableDataset):
         captions = usable_captions(pair.captions) if self.source.captioned else ()
         # The number of captions changes neither the first one nor the view.
         drawn = [rng.randrange(len(captions))] if captions else []
-        if self.stored is not None:
-            return self._stored_sample(self.stored, pair, epoch, captions, self._captions(rng, captions, drawn))
-        if self.stored_views is None:
-            view, image = 0, apply_seeded(self.augment, decode(pair.image), rng.getrandbits(63))
+        if self.stored is None:
+            image, outputs = apply_seeded(self.augment, decode(pair.image), rng.getrandbits(63)), {}
+            drawn = self._captions(rng, captions, drawn)
         else:
-            view = epoch % self.stored_views.shape[1]
-            image = self.stored_views[pair.row, view]
-        drawn = self._captions(rng, captions, drawn)
-        return {
-            "key": pair.key,
-            "image": image,
-            "view_row": (pair.row, view),
-            "captions": [captions[i] for i in drawn],
-            "caption_rows": [(pair.row, i) for i in drawn],
-            "outputs": {},
-        }
+            drawn = self._captions(rng, captions, drawn)
+            image, outputs = self._stored(self.stored, pair, epoch, drawn)
+        return {"key": pair.key, "image": image, "captions": [captions[i] for i in drawn], "outputs": outputs}
 
     def _captions(self, rng: random.Random, captions: Sequence[str], drawn: list[int]) -> list[int]:
         """Numbers of the captions of a sample, the first one of which is drawn already."""
@@ -199,36 +184,31 @@ class PairStream(IterableDataset):
         drawn = drawn + rng.sample(others, min(self.captions_per_image - 1, len(others)))
         return list(islice(cycle(drawn), self.captions_per_image))
 
-    def _stored_sample(
-        self, stored: StoredOutputs, pair: RawPair, epoch: int, captions: Sequence[str], drawn: list[int]
-    ) -> dict[str, Any]:
+    def _stored(
+        self, stored: StoredOutputs, pair: RawPair, epoch: int, captions: list[int]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The view of this epoch, kept or drawn again, and the teacher's outputs."""
         view = epoch % stored.views
-        outputs = stored.of_pair(pair, view, drawn)
-        return {
-            "key": pair.key,
-            "image": apply_seeded(self.augment, decode(pair.image), view_seed(pair.key, view)),
-            "captions": [captions[i] for i in drawn],
-            "outputs": outputs,
-        }
+        outputs = stored.of_pair(pair, view, captions)
+        kept = outputs.pop("image", None)
+        if kept is not None:
+            return kept, outputs
+        return apply_seeded(self.augment, decode(pair.image), view_seed(pair.key, view)), outputs
 
     def _collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = {
             "image": torch.stack([sample["image"] for sample in samples]),
             "keys": [sample["key"] for sample in samples],
         }
-        if self.stored_views is not None:
-            batch["view_rows"] = torch.tensor([sample["view_row"] for sample in samples])
         for name in samples[0]["outputs"]:
             batch[name] = torch.stack([sample["outputs"][name] for sample in samples])
         if not self.source.captioned:
             return batch
-        if self.captions_per_image == 1 and "teacher_text" in batch:
-            batch["teacher_text"] = batch["teacher_text"].squeeze(1)
+        if self.captions_per_image == 1:
+            batch |= {name: batch[name].squeeze(1) for name in batch if name.startswith("teacher_text")}
         captions = [caption for sample in samples for caption in sample["captions"]]
         of_texts = {name: tokenize(captions) for name, tokenize in self.tokenizers.items()}
         of_texts["text_ids"] = torch.tensor([stable_hash(caption) for caption in captions])
-        if self.stored_views is not None:
-            of_texts["caption_rows"] = torch.tensor([row for sample in samples for row in sample["caption_rows"]])
         if self.captions_per_image > 1:
             of_texts = {name: rows.unflatten(0, (len(samples), -1)) for name, rows in of_texts.items()}
         return batch | of_texts

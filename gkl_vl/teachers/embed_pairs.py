@@ -64,6 +64,7 @@ def describe_store(
     views: int,
     dtype: StoreDtype,
     precision: str = "no",
+    keep_views: bool = False,
 ) -> Manifest:
     """The manifest of a store that is not built yet."""
     return Manifest(
@@ -74,10 +75,16 @@ def describe_store(
         precision=precision,
         captioned=source.captioned,
         blocks=block_names(source),
+        kept_size=_view_size(teachers) if keep_views else None,
         augmentation=settings_of(augmentation),
         draws=draws(augmentation),
         decode_rules=DECODE_RULES,
     )
+
+
+def _view_size(teachers: Sequence[Clip]) -> int:
+    """One view for all of them."""
+    return max(clip.image_size for clip in teachers)
 
 
 def _described(teacher: Clip) -> StoredTeacher:
@@ -154,7 +161,7 @@ def build_blocks(
     stream = _ViewStream(
         source=source,
         blocks=blocks,
-        augment=augmentation(max(clip.image_size for clip in teachers)),
+        augment=augmentation(_view_size(teachers)),
         views=manifest.views,
         tokenizers=[clip.tokenize for clip in teachers] if manifest.captioned else [],
         num_workers=num_workers,
@@ -175,7 +182,7 @@ def build_blocks(
             number, batch = item
             block = contents[number]
             if batch is not None:
-                block.add(batch, _embedded(batch, teachers, manifest.dtype, autocast))
+                block.add(batch, _embedded(batch, teachers, manifest, autocast))
                 bar.update(len(batch.rows) + len(batch.broken))
                 continue
             block.open_streams -= 1
@@ -187,12 +194,14 @@ def build_blocks(
 
 @torch.inference_mode()
 def _embedded(
-    batch: "_Batch", teachers: Sequence[Clip], dtype: StoreDtype, autocast: Callable[[], AbstractContextManager]
+    batch: "_Batch", teachers: Sequence[Clip], manifest: Manifest, autocast: Callable[[], AbstractContextManager]
 ) -> dict[str, Tensor]:
-    """image.t [m, v, e] and text.t [c, e] of each teacher, as they are stored. {} without whole pairs."""
+    """image.t [m, v, e], text.t [c, e] of each teacher and kept views, as they are stored. {} without whole pairs."""
     tensors: dict[str, Tensor] = {}
     if not batch.rows:
         return tensors
+    if manifest.kept_size is not None:
+        tensors["pixels"] = batch.views.unflatten(0, (len(batch.rows), -1))
     for number, clip in enumerate(teachers):
         device = clip.towers.log_scale().device
         with autocast():
@@ -204,7 +213,7 @@ def _embedded(
         for name, rows in embedded.items():
             if not bool(rows.isfinite().all()):
                 raise UserError(f"embeddings of {clip.name} are not finite: give --precision fp32")
-            tensors |= packed(name, rows, dtype)
+            tensors |= packed(name, rows, manifest.dtype)
     return tensors
 
 

@@ -11,6 +11,7 @@ A file has, for its p pairs with c captions in all, and for teacher t:
     captions      [p + 1]       first row of each pair in text.t
     digest        [p]           hash of key, captions and encoded image; BROKEN where the pair could not be read
     identity      [32]          hash of the manifest
+    pixels        [p, v, 3, s, s]   uint8, the views themselves, where they are kept
 
 No augmentation parameters are stored: view v of a pair is a function of its key and v (`data.augment.view_seed`), so
 that training draws it again, at the student's own size.
@@ -85,6 +86,8 @@ class Manifest:
     captioned: bool
     blocks: list[str]
     """Name of each block of the source, without its folder."""
+    kept_size: int | None
+    """Side of the views where they are kept."""
     augmentation: str
     """All settings of the augmentation, without the size of the view."""
     draws: list[str]
@@ -179,7 +182,7 @@ class StoredEmbeddings:
     def __init__(self, folder: Path):
         self.folder, self.manifest = folder, read_manifest(folder)
         self._identity = identity_of(self.manifest)
-        self._files: OrderedDict[int, Any] = OrderedDict()
+        self._files: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
         self._verified: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -227,14 +230,14 @@ class StoredEmbeddings:
                 self.of_pair(first, 0, [])
 
     def of_pair(self, pair: RawPair, view: int, captions: Sequence[int]) -> dict[str, Tensor]:
-        """{"teacher_image": [e], "teacher_text": [len(captions), e]} of a view and of usable captions by number.
+        """Of a view and of usable captions by number, as they are stored: {"teacher_image": [e]}, with captions
+        "teacher_text" [len(captions), e], each with its scale (int8), and "image" where the views are kept.
 
         Raises: BrokenSample for a pair that was broken when it was stored; UserError for another pair in its place, and
             for a damaged file.
         """
-        file, row = self._file(pair.block), pair.row
-        known = file.get_slice("digest").get_shape()[0]
-        digest = int(file.get_slice("digest")[row : row + 1]) if row < known else None
+        file, row = self.block(pair.block), pair.row
+        digest = int(file["digest"][row]) if row < len(file["digest"]) else None
         if digest == BROKEN:
             raise BrokenSample("the teacher's embeddings are missing: it was broken when they were stored")
         texts = usable_captions(pair.captions) if self.manifest.captioned else []
@@ -244,40 +247,48 @@ class StoredEmbeddings:
                 f"{pair.key!r}, row {row} of {self.manifest.blocks[pair.block]!r}: read the data with the flags of the "
                 "store, or remove it and build it again"
             )
-        outputs = {"teacher_image": self._rows(file, "image.0", slice(row, row + 1), slice(view, view + 1)).flatten()}
+        outputs = {"teacher_image": file["image.0"][row, view]}
+        if self.manifest.dtype == "int8":
+            outputs["teacher_image_scale"] = file["image_scale.0"][row, view]
+        if self.manifest.kept_size is not None:
+            outputs["image"] = file["pixels"][row, view]
         if captions:
-            first, last = file.get_slice("captions")[row : row + 2].tolist()
-            outputs["teacher_text"] = self._rows(file, "text.0", slice(first, last))[list(captions)]
+            rows = int(file["captions"][row]) + torch.tensor(captions)
+            outputs["teacher_text"] = file["text.0"][rows]
+            if self.manifest.dtype == "int8":
+                outputs["teacher_text_scale"] = file["text_scale.0"][rows]
         return outputs
 
-    def _rows(self, file: Any, name: str, *index: slice) -> Tensor:
-        stem, _, teacher = name.partition(".")
-        scale = None if self.manifest.dtype == "float16" else file.get_slice(f"{stem}_scale.{teacher}")[index]
-        return unpacked(file.get_slice(name)[index], scale)
+    def block(self, number: int) -> dict[str, Tensor]:
+        """The tensors of a block, mapped to memory. Its checksum is compared when this process first opens it.
 
-    def _file(self, block: int) -> Any:
-        """The open file of a block. Its checksum is compared when this process opens it for the first time."""
-        if block in self._files:
-            self._files.move_to_end(block)
-            return self._files[block]
-        path = block_file(self.folder, block)
+        Raises: UserError for a file that is damaged, missing, or of another store.
+        """
+        if number in self._files:
+            self._files.move_to_end(number)
+            return self._files[number]
+        path = block_file(self.folder, number)
         try:
-            self._files[block] = safe_open(path, framework="pt")
-            if block not in self._verified:
-                tensors = disk_cache.read(path)
-                if tensors is None:
-                    raise UserError(f"{path} is damaged: copy it again, or remove it and build it again")
-                if not torch.equal(tensors["identity"], self._identity):
-                    raise UserError(f"{path} is of another store than its {MANIFEST}: build the store in a new folder")
-                self._verified.add(block)
+            if number not in self._verified:
+                self._verify(path)
+                self._verified.add(number)
+            with safe_open(path, framework="pt") as file:
+                self._files[number] = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({first_line(error)}): copy it again") from error
         while len(self._files) > OPEN_FILES:
             self._files.popitem(last=False)
-        return self._files[block]
+        return self._files[number]
+
+    def _verify(self, path: Path) -> None:
+        tensors = disk_cache.read(path)
+        if tensors is None:
+            raise UserError(f"{path} is damaged: copy it again, or remove it and build it again")
+        if not torch.equal(tensors["identity"], self._identity):
+            raise UserError(f"{path} is of another store than its {MANIFEST}: build the store in a new folder")
 
 
-def stored_embeddings_teacher(stored: StoredEmbeddings, device: torch.device) -> Teacher:
+def stored_teacher(stored: StoredEmbeddings, device: torch.device) -> Teacher:
     """A teacher whose embeddings came with the batch."""
     known = stored.manifest.teachers[0]
     scales = {"teacher_logit_scale": torch.tensor(known.logit_scale, device=device)}
@@ -285,7 +296,8 @@ def stored_embeddings_teacher(stored: StoredEmbeddings, device: torch.device) ->
         scales["teacher_logit_bias"] = torch.tensor(known.logit_bias, device=device)
 
     def teacher(batch: Batch) -> dict[str, Tensor]:
-        return {name: batch[name] for name in ("teacher_image", "teacher_text") if name in batch} | scales
+        names = [name for name in ("teacher_image", "teacher_text") if name in batch]
+        return {name: unpacked(batch[name], batch.get(f"{name}_scale")) for name in names} | scales
 
     return teacher
 

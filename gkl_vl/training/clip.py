@@ -31,15 +31,14 @@ from gkl_vl.objectives.clip import ClipKdWeights
 from gkl_vl.protocols import Objective, Record
 from gkl_vl.teachers.bank import Bank
 from gkl_vl.teachers.online import Teacher
-from gkl_vl.teachers.store import StoredViews
 from gkl_vl.training.checkpoint import RunFolder
 from gkl_vl.training.clip_teacher import (
     ClipModels,
     RunTeacher,
     make_teacher,
     open_teacher,
-    store_bundled_views,
     views_at,
+    with_bundled_store,
 )
 from gkl_vl.training.engine import FitConfig, fit, moving_average
 from gkl_vl.training.optim import clip_adamw, warmup_cosine
@@ -269,12 +268,13 @@ def train_clip(
     origin = "" if teacher.name is None else f" distilled from {teacher.name}"
     run.begin(f"{config.model.student}{origin}{detail} · {steps:,} steps of {images_per_step:,}")
     augment = views_at(student, teacher, bundled=data.bundled)
-    views = store_bundled_views(run, teacher.clip, student, augment) if data.bundled and teacher.clip else None
+    if data.bundled:
+        teacher = with_bundled_store(run, teacher)
     sides = () if teacher.name is None else mapped
     model = Student(student.towers, embed_dim=student.embed_dim, teacher_dim=teacher.embed_dim, mapped=sides)
     run.seed_ranks()
     rates = peak_rates(config.optimisation, bundled_rates if data.bundled and teacher.name else (LR, LR))
-    teach = make_teacher(teacher, views, run.device)
+    teach = make_teacher(teacher, run.device)
     exported = fit(
         accelerator=run.accelerator,
         model=model,
@@ -285,7 +285,7 @@ def train_clip(
         learning_rate=partial(
             warmup_cosine, lr=max(rates), steps=steps, warmup_steps=count_warmup(config.optimisation, steps)
         ),
-        make_loader=partial(make_loader, config, run, data, augment, student, teacher, views),
+        make_loader=partial(make_loader, config, run, data, augment, student, teacher),
         run=run.folder,
         config=FitConfig(
             steps=steps,
@@ -369,12 +369,11 @@ def make_loader(
     augment: Callable,
     student: Clip,
     teacher: RunTeacher,
-    views: StoredViews | None,
     position: dict[str, Any] | None,
 ) -> PairLoader:
     """Batches of this rank from a position. An online teacher gets the captions in its own tokens."""
     tokenizers = {"text": student.tokenize}
-    if teacher.clip is not None and views is None:
+    if teacher.clip is not None and teacher.store is None:
         tokenizers["teacher_text"] = teacher.clip.tokenize
     stream = PairStream(
         data.source,
@@ -386,7 +385,6 @@ def make_loader(
         world_size=run.num_processes,
         num_workers=run.flags.workers,
         captions_per_image=data.captions_per_image,
-        stored_views=None if views is None else views.pixels,
         stored=teacher.store,
         start=None if position is None else Position.of(position),
     )

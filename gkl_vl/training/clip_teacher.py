@@ -1,27 +1,32 @@
-"""What a CLIP run distils from: a teacher that embeds every batch, views of the bundled set with their embeddings in
-memory, or a store (`recipes/store_teacher.py`), with which no teacher is loaded."""
+"""What a CLIP run distils from: a teacher that embeds every batch, or a store of its embeddings.
 
+A store is one that `recipes/store_teacher.py` wrote, with which no teacher is loaded, or that of the bundled data.
+"""
+
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gkl_vl import cli
+from gkl_vl.atomic import replacing_folder
 from gkl_vl.data.augment import Augmentation, drawing_augmentation, light_augmentation, mild_drawing_augmentation
 from gkl_vl.data.pairs import bundled_pairs
-from gkl_vl.data.sources import Source
+from gkl_vl.data.sources import Source, memory_source
+from gkl_vl.disk_cache import cache_folder
 from gkl_vl.errors import UserError
 from gkl_vl.models.clip import Clip, load_clip
 from gkl_vl.models.modes import freeze
-from gkl_vl.teachers.embeddings import StoredEmbeddings, stored_embeddings_teacher
+from gkl_vl.teachers.embed_pairs import build_blocks, describe_store, finish_store
+from gkl_vl.teachers.embeddings import StoredEmbeddings, identity_of, pair_digest, stored_teacher
 from gkl_vl.teachers.online import Teacher, online_teacher
-from gkl_vl.teachers.store import StoredViews, store_views, stored_teacher
 from gkl_vl.training.run import Run
 
-# The bundled set is small: a fixed number of views lets the teacher embed each once (teachers/store.py).
 BUNDLED_VIEWS = 6
+"""The bundled set is small: with a fixed number of views the teacher embeds each once, and the views are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,7 @@ class RunTeacher:
     clip: Clip | None = None
     """Frozen, on its device; None where it is stored or there is none."""
     store: StoredEmbeddings | None = None
+    """Its embeddings; beside a loaded teacher those of the bundled data."""
 
     @property
     def embed_dim(self) -> int | None:
@@ -96,28 +102,41 @@ def views_at(student: Clip, teacher: RunTeacher, *, bundled: bool) -> Callable[.
     return augmentation(bundled=bundled, distils=teacher.name is not None)(max(sizes))
 
 
-def store_bundled_views(run: Run, teacher: Clip, student: Clip, augment: Callable) -> StoredViews:
-    """Views of the bundled drawings with the teacher's embeddings, from disk after the first run."""
-    with run.accelerator.main_process_first():  # the others find the file
-        return bundled_views(teacher, student, augment, num_workers=run.flags.workers)
+def with_bundled_store(run: Run, teacher: RunTeacher) -> RunTeacher:
+    """For the bundled data: the teacher's embeddings of a fixed number of views, from disk after the first run."""
+    if teacher.clip is None or teacher.store is not None:
+        return teacher
+    with run.accelerator.main_process_first():  # the others find the files
+        return replace(teacher, store=bundled_store(teacher.clip, num_workers=run.flags.workers))
 
 
-def bundled_views(teacher: Clip, student: Clip, augment: Callable, *, num_workers: int = 0) -> StoredViews:
-    """`store_bundled_views` on one process."""
-    return store_views(
-        clip=teacher,
-        pairs=bundled_pairs(),
-        num_views=BUNDLED_VIEWS,
-        augment=augment,
-        size=student.image_size,
-        num_workers=num_workers,
-    )
+def bundled_store(teacher: Clip, *, num_workers: int = 0, folder: Path | None = None) -> StoredEmbeddings:
+    """A store of the bundled pairs with their views, in the user's cache; a damaged one is built again.
+
+    Args:
+        teacher: frozen, on its device.
+        folder: where stores are kept; None = the user's cache.
+    """
+    pairs, augment = bundled_pairs(), augmentation(bundled=True, distils=True)
+    source = memory_source("emoji", pairs)
+    manifest = describe_store([teacher], source, augment, views=BUNDLED_VIEWS, dtype="float16", keep_views=True)
+    digest = hashlib.sha256(bytes(identity_of(manifest).tolist()) + teacher.towers.log_scale().device.type.encode())
+    tokens = teacher.tokenize([caption for pair in pairs for caption in pair.captions])
+    digest.update(tokens.numpy().tobytes() + str([pair_digest(pair, pair.captions) for pair in pairs]).encode())
+    path = (folder or cache_folder("teacher")) / f"emoji-{digest.hexdigest()[:32]}"
+    try:
+        store = StoredEmbeddings(path)
+        store.block(0)
+        return store
+    except UserError:  # there is none, or it is damaged
+        with replacing_folder(path) as scratch:
+            build_blocks(scratch, manifest, [0], [teacher], source, augment, num_workers=num_workers)
+            finish_store(scratch, manifest)
+    return StoredEmbeddings(path)
 
 
-def make_teacher(teacher: RunTeacher, views: StoredViews | None, device: torch.device) -> Teacher | None:
-    """The teacher's embeddings of a batch: those that came with it, those in memory, or computed."""
+def make_teacher(teacher: RunTeacher, device: torch.device) -> Teacher | None:
+    """The teacher's embeddings of a batch: those that came with it, or computed."""
     if teacher.store is not None:
-        return stored_embeddings_teacher(teacher.store, device)
-    if teacher.clip is None:
-        return None
-    return online_teacher(teacher.clip) if views is None else stored_teacher(teacher.clip, views, device)
+        return stored_teacher(teacher.store, device)
+    return None if teacher.clip is None else online_teacher(teacher.clip)

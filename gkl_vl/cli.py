@@ -96,7 +96,8 @@ BOUNDS: dict[str, Bounds] = {
     **dict.fromkeys(("temperature", "weight_temperature"), Bounds(above=0)),
     "threshold": Bounds(at_least=0, at_most=1),
     # data
-    **dict.fromkeys(("images", "image_size", "num_labels", "stored_top_k", "captions_per_image", "views"), COUNT),
+    **dict.fromkeys(("images", "image_size", "num_labels", "stored_top_k", "captions_per_image"), COUNT),
+    **dict.fromkeys(("views", "kept_size"), COUNT),
     "stored_views": SIZE,
     "imbalance": COUNT,
     "fraction": Bounds(at_least=0, at_most=1),

@@ -1,6 +1,6 @@
 """Store a CLIP teacher's embeddings of a training set once, for any number of students.
 
-    accelerate launch recipes/store_teacher.py --keep-views --out emoji-store
+    accelerate launch recipes/store_teacher.py --kept-size 64 --out emoji-store
     accelerate launch recipes/clip_kd.py --teacher-store emoji-store
 
 stores the bundled teacher's embeddings of six views of each bundled drawing; two minutes on two CPU cores. With your
@@ -53,8 +53,8 @@ class Store:
     """Folder of the store. One that holds part of the same store is completed."""
     views: int = BUNDLED_VIEWS
     """Augmented views of each image; a run takes them in turn, one an epoch."""
-    keep_views: bool = False
-    """Store the views too, at the teacher's size: training then decodes and augments nothing. For small sets."""
+    kept_size: int | None = None
+    """Store the views too, of this side in pixels: training then decodes and augments nothing. For small sets."""
     dtype: StoreDtype = "float16"
     """int8, with a scale for each embedding, takes half the space; docs/teachers.md has its error."""
 
@@ -112,7 +112,7 @@ def main(config: Config) -> None:
         views=config.store.views,
         dtype=config.store.dtype,
         precision=accelerator.mixed_precision,
-        keep_views=config.store.keep_views,
+        kept_size=config.store.kept_size,
     )
     missing = on_main(accelerator, lambda: unfinished(folder, manifest))  # all ranks
     started = time.monotonic()

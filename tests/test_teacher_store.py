@@ -37,7 +37,7 @@ from gkl_vl.data.pairs import bundled_pairs, open_source
 from gkl_vl.data.sources import RawPair, memory_source
 from gkl_vl.errors import UserError
 from gkl_vl.export.hub import export_clip
-from gkl_vl.models.clip import load_clip
+from gkl_vl.models.clip import load_clip, resize
 from gkl_vl.models.modes import freeze
 from gkl_vl.teachers import embeddings
 from gkl_vl.teachers.embed_pairs import build_blocks, describe_store, finish_store, missing_blocks
@@ -227,18 +227,30 @@ def test_a_store_does_not_depend_on_workers_or_on_where_a_build_was_stopped(teac
 def test_kept_views_are_those_that_would_be_drawn(teacher, tmp_path, captions):
     source = open_source(pattern_shards(tmp_path, 1, 4))
     taken = []
-    for keep_views in (False, True):
-        options = {"views": VIEWS, "dtype": "int8", "keep_views": keep_views}
+    for kept_size in (None, 16):
+        options = {"views": VIEWS, "dtype": "int8", "kept_size": kept_size}
         manifest = describe_store([teacher], source, drawing_augmentation, **options)
-        build_blocks(tmp_path / str(keep_views), manifest, [0], [teacher], source, drawing_augmentation, num_workers=0)
-        finish_store(tmp_path / str(keep_views), manifest)
-        store = StoredEmbeddings(tmp_path / str(keep_views))
+        build_blocks(tmp_path / str(kept_size), manifest, [0], [teacher], source, drawing_augmentation, num_workers=0)
+        finish_store(tmp_path / str(kept_size), manifest)
+        store = StoredEmbeddings(tmp_path / str(kept_size))
         taken.append(batches(source, store, teacher, 7, captions=captions))
     for drawn, kept in zip(*taken, strict=True):
         assert drawn.keys() == kept.keys() and drawn["keys"] == kept["keys"]
         for name in ("image", "teacher_image", "teacher_image_scale", "teacher_text", "teacher_text_scale", "text"):
             assert torch.equal(drawn[name], kept[name])
         assert kept["teacher_text"].shape == ((2, 12) if captions == 1 else (2, captions, 12))
+
+
+def test_kept_views_are_of_the_size_that_was_given(teacher, tmp_path):
+    source = open_source(pattern_shards(tmp_path, 1, 2))
+    manifest = describe_store([teacher], source, light_augmentation, views=1, dtype="float16", kept_size=8)
+    build_blocks(tmp_path / "store", manifest, [0], [teacher], source, light_augmentation, num_workers=0)
+    finish_store(tmp_path / "store", manifest)
+    store = StoredEmbeddings(tmp_path / "store")
+    for pair in source.pairs.read(0):
+        whole = apply_seeded(light_augmentation(16), decode(pair.image), view_seed(pair.key, 0))
+        want = (resize(whole[None], 8)[0] * 255).round().byte()
+        assert torch.equal(store.of_pair(pair, 0, [])["image"], want)
 
 
 def test_building_does_not_advance_the_generator_and_a_full_disk_leaves_no_file(teacher, tmp_path, monkeypatch):
@@ -541,30 +553,31 @@ def few(monkeypatch) -> list[RawPair]:
 
 
 def test_the_bundled_store_is_built_once_and_again_where_it_is_damaged(teacher, few, tmp_path, monkeypatch):
-    first = clip_teacher.bundled_store(teacher, folder=tmp_path)
-    assert first.block(0)["pixels"].shape == (4, clip_teacher.BUNDLED_VIEWS, 3, 16, 16)
+    first = clip_teacher.bundled_store(teacher, 8, folder=tmp_path)
+    assert first.block(0)["pixels"].shape == (4, clip_teacher.BUNDLED_VIEWS, 3, 8, 8)
     with monkeypatch.context() as patch:
         patch.setattr(clip_teacher, "build_blocks", None)
-        clip_teacher.bundled_store(teacher, folder=tmp_path)
+        clip_teacher.bundled_store(teacher, 8, folder=tmp_path)
     (folder,) = tmp_path.iterdir()
     content = bytearray((folder / "00000.safetensors").read_bytes())
     content[-5] ^= 1
     (folder / "00000.safetensors").write_bytes(content)
-    again = clip_teacher.bundled_store(teacher, folder=tmp_path)
+    again = clip_teacher.bundled_store(teacher, 8, folder=tmp_path)
     assert torch.equal(again.block(0)["image.0"], first.block(0)["image.0"])
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
 def test_every_input_gives_the_bundled_store_another_folder(teacher, few, tmp_path, monkeypatch):
-    def build_once(clip=teacher, pairs=few):
+    def build_once(clip=teacher, pairs=few, size=8):
         monkeypatch.setattr(clip_teacher, "bundled_pairs", lambda: pairs)
-        clip_teacher.bundled_store(clip, folder=tmp_path)
+        clip_teacher.bundled_store(clip, size, folder=tmp_path)
 
     changed = copy.deepcopy(teacher)
     changed.towers.model.visual.proj.data[0, 0] += 1
     with_mean = dataclasses.replace(teacher.preprocess, mean=(0.1, 0.2, 0.3))
     cases = [
         {},
+        {"size": 9},
         {"clip": changed},
         {"clip": dataclasses.replace(teacher, preprocess=with_mean)},
         {"clip": dataclasses.replace(teacher, tokenize=lambda texts: teacher.tokenize(texts).flip(1))},

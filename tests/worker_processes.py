@@ -60,7 +60,7 @@ def evaluation(folder: Path) -> torch.Size:
 
 def store(folder: Path) -> torch.Size:
     teacher, source = tiny_clip(folder), memory_source("emoji", bundled_pairs()[:2])
-    manifest = describe_store([teacher], source, light_augmentation, views=2, dtype="float16", keep_views=True)
+    manifest = describe_store([teacher], source, light_augmentation, views=2, dtype="float16", kept_size=8)
     build_blocks(folder / "store", manifest, [0], [teacher], source, light_augmentation, num_workers=1)
     finish_store(folder / "store", manifest)
     return StoredEmbeddings(folder / "store").block(0)["pixels"].shape

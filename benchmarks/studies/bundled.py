@@ -22,9 +22,9 @@ class BundledEmbeddings:
     """[p, c, e], zeros behind a pair's captions."""
 
 
-def bundled_embeddings(teacher: Clip) -> BundledEmbeddings:
-    """From the store that the recipes use."""
-    block = bundled_store(teacher).block(0)
+def bundled_embeddings(teacher: Clip, student: Clip) -> BundledEmbeddings:
+    """From the store that the recipes use for this student."""
+    block = bundled_store(teacher, student.image_size).block(0)
     starts = block["captions"].tolist()
     texts = unpacked(block["text.0"], None).split([b - a for a, b in zip(starts, starts[1:], strict=False)])
     padded = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)

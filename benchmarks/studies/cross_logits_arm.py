@@ -220,7 +220,7 @@ def make_priors(terms: CrossTerms, stored: BundledEmbeddings, banks: tuple[Tenso
 
 def make_objective(config: Config, setup: ClipSetup, weights: Any) -> CrossStudy:
     assert setup.teacher is not None
-    stored = bundled_embeddings(setup.teacher)
+    stored = bundled_embeddings(setup.teacher, setup.student)
     terms, priors = config.cross, None
     if terms.bank == "queue":
         banks = Bank(BANK_SIZE)

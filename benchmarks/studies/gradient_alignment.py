@@ -121,7 +121,7 @@ def make_students(seed: int, trained: dict[str, Clip]) -> dict[str, Callable[[Ba
 def measure(trained: dict[str, Clip]) -> Results:
     """All terms on all students and seeds."""
     teacher, student, pairs = freeze(load_clip("bundled")), load_clip("emoji-student"), bundled_pairs()
-    stored, captions = bundled_embeddings(teacher), [usable_captions(p.captions) for p in pairs]
+    stored, captions = bundled_embeddings(teacher, student), [usable_captions(p.captions) for p in pairs]
 
     def batches(seed: int) -> Iterator[tuple[Batch, Embeddings]]:
         """Random pairs with a random view and caption of each, and the teacher's side of them."""

@@ -32,7 +32,7 @@ from gkl_vl.data.pair_stream import BROKEN_SHARE, BROKEN_WINDOW
 from gkl_vl.data.sources import RawPair, Source
 from gkl_vl.data.workers import end_with_parent, worker_batches
 from gkl_vl.errors import UserError, first_line
-from gkl_vl.models.clip import BUNDLED_TEACHER, Clip
+from gkl_vl.models.clip import BUNDLED_TEACHER, Clip, resize
 from gkl_vl.models.fingerprint import add_clip
 from gkl_vl.teachers.embeddings import (
     BROKEN,
@@ -64,9 +64,9 @@ def describe_store(
     views: int,
     dtype: StoreDtype,
     precision: str = "no",
-    keep_views: bool = False,
+    kept_size: int | None = None,
 ) -> Manifest:
-    """The manifest of a store that is not built yet."""
+    """The manifest of a store that is not built yet. `kept_size`: side of the views to keep; None = none."""
     return Manifest(
         format=FORMAT,
         teachers=[_described(teacher) for teacher in teachers],
@@ -75,16 +75,11 @@ def describe_store(
         precision=precision,
         captioned=source.captioned,
         blocks=block_names(source),
-        kept_size=_view_size(teachers) if keep_views else None,
+        kept_size=kept_size,
         augmentation=settings_of(augmentation),
         draws=draws(augmentation),
         decode_rules=DECODE_RULES,
     )
-
-
-def _view_size(teachers: Sequence[Clip]) -> int:
-    """One view for all of them."""
-    return max(clip.image_size for clip in teachers)
 
 
 def _described(teacher: Clip) -> StoredTeacher:
@@ -161,7 +156,7 @@ def build_blocks(
     stream = _ViewStream(
         source=source,
         blocks=blocks,
-        augment=augmentation(_view_size(teachers)),
+        augment=augmentation(max(clip.image_size for clip in teachers)),
         views=manifest.views,
         tokenizers=[clip.tokenize for clip in teachers] if manifest.captioned else [],
         num_workers=num_workers,
@@ -201,7 +196,8 @@ def _embedded(
     if not batch.rows:
         return tensors
     if manifest.kept_size is not None:
-        tensors["pixels"] = batch.views.unflatten(0, (len(batch.rows), -1))
+        kept = (resize(batch.views, manifest.kept_size) * 255).round().byte()
+        tensors["pixels"] = kept.unflatten(0, (len(batch.rows), -1))
     for number, clip in enumerate(teachers):
         device = clip.towers.log_scale().device
         with autocast():

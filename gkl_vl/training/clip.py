@@ -269,7 +269,7 @@ def train_clip(
     run.begin(f"{config.model.student}{origin}{detail} · {steps:,} steps of {images_per_step:,}")
     augment = views_at(student, teacher, bundled=data.bundled)
     if data.bundled:
-        teacher = with_bundled_store(run, teacher)
+        teacher = with_bundled_store(run, teacher, student)
     sides = () if teacher.name is None else mapped
     model = Student(student.towers, embed_dim=student.embed_dim, teacher_dim=teacher.embed_dim, mapped=sides)
     run.seed_ranks()

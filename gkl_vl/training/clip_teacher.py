@@ -102,24 +102,25 @@ def views_at(student: Clip, teacher: RunTeacher, *, bundled: bool) -> Callable[.
     return augmentation(bundled=bundled, distils=teacher.name is not None)(max(sizes))
 
 
-def with_bundled_store(run: Run, teacher: RunTeacher) -> RunTeacher:
+def with_bundled_store(run: Run, teacher: RunTeacher, student: Clip) -> RunTeacher:
     """For the bundled data: the teacher's embeddings of a fixed number of views, from disk after the first run."""
     if teacher.clip is None or teacher.store is not None:
         return teacher
     with run.accelerator.main_process_first():  # the others find the files
-        return replace(teacher, store=bundled_store(teacher.clip, num_workers=run.flags.workers))
+        return replace(teacher, store=bundled_store(teacher.clip, student.image_size, num_workers=run.flags.workers))
 
 
-def bundled_store(teacher: Clip, *, num_workers: int = 0, folder: Path | None = None) -> StoredEmbeddings:
+def bundled_store(teacher: Clip, size: int, *, num_workers: int = 0, folder: Path | None = None) -> StoredEmbeddings:
     """A store of the bundled pairs with their views, in the user's cache; a damaged one is built again.
 
     Args:
         teacher: frozen, on its device.
+        size: side of the kept views, that of the student's images.
         folder: where stores are kept; None = the user's cache.
     """
     pairs, augment = bundled_pairs(), augmentation(bundled=True, distils=True)
     source = memory_source("emoji", pairs)
-    manifest = describe_store([teacher], source, augment, views=BUNDLED_VIEWS, dtype="float16", keep_views=True)
+    manifest = describe_store([teacher], source, augment, views=BUNDLED_VIEWS, dtype="float16", kept_size=size)
     digest = hashlib.sha256(bytes(identity_of(manifest).tolist()) + teacher.towers.log_scale().device.type.encode())
     tokens = teacher.tokenize([caption for pair in pairs for caption in pair.captions])
     digest.update(tokens.numpy().tobytes() + str([pair_digest(pair, pair.captions) for pair in pairs]).encode())

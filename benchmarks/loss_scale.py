@@ -311,6 +311,8 @@ def main() -> None:
     parser.add_argument("--device", choices=list(TILES), default="cpu")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.tiles and options.device == "cpu":
+        parser.error("--tiles measures memory in one process, which only CUDA can: add --device cuda")
     if options.device == "cuda":
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     if options.one:

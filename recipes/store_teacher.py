@@ -24,7 +24,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
@@ -32,12 +31,10 @@ from gkl_vl import cli
 from gkl_vl.atomic import hold_folder, leftovers, release_folder
 from gkl_vl.data.sources import Source
 from gkl_vl.errors import UserError
-from gkl_vl.models.clip import load_clip
-from gkl_vl.models.modes import freeze
 from gkl_vl.teachers.embed_pairs import build_blocks, describe_store, finish_store, missing_blocks
 from gkl_vl.teachers.embeddings import MANIFEST, Manifest, StoreDtype
 from gkl_vl.training.clip import PairData, open_pairs
-from gkl_vl.training.clip_teacher import BUNDLED_VIEWS, augmentation
+from gkl_vl.training.clip_teacher import BUNDLED_VIEWS, augmentation, load_teacher
 from gkl_vl.training.engine import check_all_processes_joined
 from gkl_vl.training.run import ACCELERATE_PRECISION, on_main
 
@@ -102,8 +99,9 @@ def main(config: Config) -> None:
     folder, models = config.store.out, config.model
     on_main(accelerator, lambda: take(folder))  # all ranks
     source = open_pairs(config.data)
-    teacher = freeze(load_clip(models.teacher, models.teacher_pretrained, allow_pickle=config.run.allow_pickle))
-    teacher.towers.to(accelerator.device).to(memory_format=torch.channels_last)
+    teacher = load_teacher(
+        models.teacher, models.teacher_pretrained, device=accelerator.device, allow_pickle=config.run.allow_pickle
+    )
     augment = augmentation(bundled=config.data.train_data is None, distils=True)
     manifest = describe_store(
         [teacher],

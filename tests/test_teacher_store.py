@@ -91,20 +91,25 @@ def distances(rows: torch.Tensor) -> torch.Tensor:
     return (rows[:, None] - rows[None]).abs().amax(dim=2)[~torch.eye(len(rows), dtype=torch.bool)]
 
 
-def batches(source, store, teacher, count, *, size=16, workers=0, rank=0, world_size=1, captions=1):
+def loader(source, store, *, rank=0, world_size=1, workers=0, captions=1, batch_size=2, start=None) -> PairLoader:
     stream = PairStream(
         source,
-        augment=drawing_augmentation(size),
+        augment=drawing_augmentation(16),
         tokenizers={"text": lengths},
-        batch_size=2,
+        batch_size=batch_size,
         seed=5,
         rank=rank,
         world_size=world_size,
         num_workers=workers,
         captions_per_image=captions,
         stored=store,
+        start=start,
     )
-    return list(itertools.islice(iter(PairLoader(stream)), count))
+    return PairLoader(stream)
+
+
+def batches(source, store, count, **options):
+    return list(itertools.islice(iter(loader(source, store, **options)), count))
 
 
 # ---- views
@@ -187,7 +192,7 @@ def test_every_pair_has_its_own_rows_beside_it(teacher, tmp_path, monkeypatch, w
     store = StoredEmbeddings(tmp_path)
     keys, images = [], []
     for rank in range(world_size):
-        for batch in batches(source, store, teacher, 12, workers=workers, rank=rank, world_size=world_size, captions=2):
+        for batch in batches(source, store, 12, workers=workers, rank=rank, world_size=world_size, captions=2):
             batch |= stored_teacher(store, DEVICE)(batch)
             names = [["".join(map(chr, row)).strip() for row in rows] for rows in batch["text"].tolist()]
             texts = teacher.towers.encode_text(teacher.tokenize([name for row in names for name in row]))
@@ -233,7 +238,7 @@ def test_kept_views_are_those_that_would_be_drawn(teacher, tmp_path, captions):
         build_blocks(tmp_path / str(kept_size), manifest, [0], [teacher], source, drawing_augmentation, num_workers=0)
         finish_store(tmp_path / str(kept_size), manifest)
         store = StoredEmbeddings(tmp_path / str(kept_size))
-        taken.append(batches(source, store, teacher, 7, captions=captions))
+        taken.append(batches(source, store, 7, captions=captions))
     for drawn, kept in zip(*taken, strict=True):
         assert drawn.keys() == kept.keys() and drawn["keys"] == kept["keys"]
         for name in ("image", "teacher_image", "teacher_image_scale", "teacher_text", "teacher_text_scale", "text"):
@@ -275,7 +280,7 @@ def test_broken_pairs_have_a_row_and_are_counted(teacher, tmp_path):
     source = open_source(str(tmp_path / "0.tar"))
     manifest = build(tmp_path / "store", teacher, source)
     assert (manifest.pairs, manifest.broken) == (6, 2)
-    taken = batches(source, StoredEmbeddings(tmp_path / "store"), teacher, 4)
+    taken = batches(source, StoredEmbeddings(tmp_path / "store"), 4)
     assert {key for batch in taken for key in batch["keys"]} == {"k0", "k2", "k3", "k5"}
     write_shard(tmp_path / "0.tar", [(key, {"png": b"no image", "txt": b"x"}) for key, _ in samples])
     with pytest.raises(UserError, match=r"6 of 6 pairs of '0.tar' are broken, among them k0 \(image: .*: repair"):
@@ -513,27 +518,11 @@ def test_a_run_does_not_go_on_with_another_store(place, call):
 def test_a_stream_with_a_store_resumes_exactly(place):
     source, store = open_source(f"{place}/{{000..002}}.tar"), StoredEmbeddings(place / "store")
 
-    def loader(start=None):
-        return PairLoader(
-            PairStream(
-                source,
-                augment=light_augmentation(16),
-                tokenizers={"text": lengths},
-                batch_size=5,
-                seed=1,
-                rank=0,
-                world_size=1,
-                num_workers=0,
-                stored=store,
-                start=start,
-            )
-        )
-
-    first = loader()
+    first = loader(source, store, batch_size=5)
     whole = iter(first)
     for _ in range(2):
         next(whole)
-    again = iter(loader(Position.of(first.position())))
+    again = iter(loader(source, store, batch_size=5, start=Position.of(first.position())))
     for _ in range(5):  # over two epochs, with two views
         want, got = next(whole), next(again)
         assert want["keys"] == got["keys"]

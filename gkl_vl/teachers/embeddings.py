@@ -14,8 +14,9 @@ A file has, for its p pairs with c captions in all, and for teacher t:
     pixels        [p, v, 3, s, s]   uint8, the views themselves, where they are kept
 
 No augmentation parameters are stored: view v of a pair is a function of its key and v (`data.augment.view_seed`), so
-that training draws it again, at the student's own size.
-Axis letters: p = pairs of a block, v = views of each, c = captions of the block, e = the teacher's embedding.
+that training draws it again, at the student's own size. Of a small set the views may be kept instead.
+Axis letters: p = pairs of a block, v = views of each, c = captions of the block, e = the teacher's embedding, s = side
+of a kept view.
 """
 
 import hashlib
@@ -270,22 +271,24 @@ class StoredEmbeddings:
         path = block_file(self.folder, number)
         try:
             if number not in self._verified:
-                self._verify(path)
+                self._files[number] = self._verified_tensors(path)
                 self._verified.add(number)
-            with safe_open(path, framework="pt") as file:
-                self._files[number] = {name: file.get_tensor(name) for name in file.keys()}
+            else:
+                with safe_open(path, framework="pt") as file:
+                    self._files[number] = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({first_line(error)}): copy it again") from error
         while len(self._files) > OPEN_FILES:
             self._files.popitem(last=False)
         return self._files[number]
 
-    def _verify(self, path: Path) -> None:
+    def _verified_tensors(self, path: Path) -> dict[str, Tensor]:
         tensors = disk_cache.read(path)
         if tensors is None:
             raise UserError(f"{path} is damaged: copy it again, or remove it and build it again")
         if not torch.equal(tensors["identity"], self._identity):
             raise UserError(f"{path} is of another store than its {MANIFEST}: build the store in a new folder")
+        return tensors
 
 
 def stored_teacher(stored: StoredEmbeddings, device: torch.device) -> Teacher:

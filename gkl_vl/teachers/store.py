@@ -25,11 +25,6 @@ from gkl_vl.models.fingerprint import add_model
 from gkl_vl.teachers.online import LabelTeacher
 
 
-def cache_folder() -> Path:
-    """Default folder of stored teacher outputs."""
-    return disk_cache.cache_folder("teacher")
-
-
 @dataclass(frozen=True)
 class StoredLogits:
     """A classifier's logits of each view of each image in fp16: all of them, or the k largest."""
@@ -78,7 +73,7 @@ def store_logits(
     digest = hashlib.sha256(f"{classifier.mean} {classifier.std} {num_views} {top_k} {device.type}".encode())
     digest.update(f"rules {DECODE_RULES} {contents} {views.description()}".encode() + labels.numpy().tobytes())
     add_model(digest, classifier.model)
-    path = (folder or cache_folder()) / f"logits_{digest.hexdigest()[:32]}.safetensors"
+    path = (folder or disk_cache.cache_folder("teacher")) / f"logits_{digest.hexdigest()[:32]}.safetensors"
     tensors = disk_cache.read(path)
     if tensors is None:
         parts = [

@@ -84,9 +84,15 @@ def open_teacher(
     if models.teacher == "none":
         cli.refuse_unused(vars(models), ["teacher_pretrained"], "has no effect with --teacher none")
         return RunTeacher(name=None)
-    clip = freeze(load_clip(models.teacher, models.teacher_pretrained, allow_pickle=allow_pickle))
-    clip.towers.to(device).to(memory_format=torch.channels_last)
+    clip = load_teacher(models.teacher, models.teacher_pretrained, device=device, allow_pickle=allow_pickle)
     return RunTeacher(name=models.teacher, clip=clip)
+
+
+def load_teacher(name: str, pretrained: str | None, *, device: torch.device, allow_pickle: bool) -> Clip:
+    """A frozen teacher on its device, not wrapped by Accelerate. Raises: UserError as `load_clip`."""
+    teacher = freeze(load_clip(name, pretrained, allow_pickle=allow_pickle))
+    teacher.towers.to(device).to(memory_format=torch.channels_last)
+    return teacher
 
 
 def augmentation(*, bundled: bool, distils: bool) -> Augmentation:

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -94,6 +94,7 @@ BOUNDS: dict[str, Bounds] = {
     **dict.fromkeys(("cross_soft_ce_weight", "cross_wmse_weight", "bank_size"), SIZE),
     **dict.fromkeys(("ce_weight", "kl_weight", "unlabelled_weight", "awp_gamma"), SIZE),
     **dict.fromkeys(("temperature", "weight_temperature"), Bounds(above=0)),
+    **dict.fromkeys(("teacher_scale", "teacher_shares"), Bounds(above=0)),
     "threshold": Bounds(at_least=0, at_most=1),
     # data
     **dict.fromkeys(("images", "image_size", "num_labels", "stored_top_k", "captions_per_image"), COUNT),
@@ -161,15 +162,44 @@ def parse(config: Callable[..., ConfigT], argv: Sequence[str] | None) -> ConfigT
         if not word.strip() or (word.startswith("--") and word.endswith("=")):  # an unset variable of the shell
             flag = word.rstrip("=") if word.strip() else flag
             exit_with(f"error: {flag} is an empty text: give a value, or leave it out", 2)
+    words = joined_lists(config, words)
     box = io.StringIO()
     help_page = contextlib.nullcontext() if rank() == 0 else contextlib.redirect_stdout(io.StringIO())
     try:
         with help_page, contextlib.redirect_stderr(box):
-            return tyro.cli(config, args=argv, config=(tyro.conf.OmitArgPrefixes,))
+            return tyro.cli(config, args=words, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as stop:
         if stop.code != 2:
             raise
         exit_with(f"error: {unbox(box.getvalue())} (--help lists the flags)", 2)
+
+
+def joined_lists(config: Callable[..., Any], words: Sequence[str]) -> list[str]:
+    """The words, with a flag of any number of values that is given twice, `--a 1 --a 2`, as `--a 1 2`; tyro would drop
+    the first."""
+    lists, joined = _list_flags(config), []
+    values: dict[str, list[str]] = {}
+    open_list: list[str] = joined
+    for word in words:
+        if word.startswith("--"):
+            flag, equals, value = word.replace("_", "-").partition("=")
+            open_list = values.setdefault(flag, []) if flag in lists else joined
+            open_list += [word] if flag not in lists else [word.partition("=")[2]] if equals else []
+        else:
+            open_list.append(word)
+    return joined + [word for flag, given in values.items() for word in (flag, *given)]
+
+
+def _list_flags(config: Any) -> set[str]:
+    """The flags of a config, a dataclass, that take any number of values."""
+    flags = set()
+    for name, hint in get_type_hints(config).items():
+        for kind in (hint, *get_args(hint)):
+            if is_dataclass(kind):
+                flags |= _list_flags(kind)
+            elif get_origin(kind) is tuple and ... in get_args(kind):
+                flags.add(flag_name(name))
+    return flags
 
 
 def unbox(box: str) -> str:
@@ -237,11 +267,16 @@ def flag_name(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
+def shown(value: Any) -> str:
+    """A flag's value as on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
 def refuse_unused(flags: Mapping[str, Any], names: Sequence[str], reason: str) -> None:
     """Raises: UserError for the first of these flags that has a value other than None, with the reason."""
     for name in names:
         if flags[name] is not None:
-            raise UserError(f"{flag_name(name)} {flags[name]} {reason}: leave it out")
+            raise UserError(f"{flag_name(name)} {shown(flags[name])} {reason}: leave it out")
 
 
 @contextlib.contextmanager

@@ -381,7 +381,7 @@ def results_table(rows: list[dict]) -> str:
 
     Args:
         rows: one dict per model, with the keys
-            `model`: "teacher" or "student"; a run without a teacher has one row,
+            `model`: "teacher", "teacher 2" and so on, "student"; ratios are given for one teacher and one student,
             `name`: of the model,
             `image_parameters` (of the image tower, optional) and `parameters`: counts,
             `ms_per_image`: float, optional,
@@ -401,7 +401,7 @@ def results_table(rows: list[dict]) -> str:
         values = {model: row["results"].get(dataset, {}).get(key, math.nan) for model, row in sides.items()}
         if not all(math.isnan(value) for value in values.values()):
             cells = ["–" if math.isnan(value) else f"{100 * value:.1f} %" for value in values.values()]
-            kept = values["student"] / values["teacher"] if values.get("teacher") else math.nan
+            kept = values["student"] / values["teacher"] if len(sides) == 2 and values.get("teacher") else math.nan
             note = "" if math.isnan(kept) else f"{100 * kept:.0f} % kept"
             lines.append([f"{shorten(dataset, 12)}  {shorten(key, 25)}", *cells, note])
     return _underlined(lines)

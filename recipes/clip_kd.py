@@ -60,7 +60,11 @@ def main(config: Config) -> None:
         recipe="clip_kd",
         data=data,
         make_objective=lambda setup: ClipKd(
-            student=setup.student, teacher=setup.teach, weights=weights, bank=make_bank(config.loss)
+            student=setup.student,
+            teacher=setup.teach,
+            weights=weights,
+            bank=make_bank(config.loss),
+            teacher_weights=setup.teachers.shares,
         ),
         bundled_rates=(1.4e-2, 3e-3),
         mapped=weights.mapped,

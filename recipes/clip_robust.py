@@ -72,6 +72,7 @@ def main(config: Config) -> None:
             teacher=setup.teach,
             weights=weights,
             bank=make_bank(config.loss),
+            teacher_weights=setup.teachers.shares,
             attack=attack,
         ),
         bundled_rates=(6e-3, 6e-3),

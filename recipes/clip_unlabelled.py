@@ -24,13 +24,13 @@ from gkl_vl import cli
 from gkl_vl.data.pairs import open_images
 from gkl_vl.data.prompts import Prompts, bundled_prompts, read_prompts
 from gkl_vl.data.sources import Source
-from gkl_vl.disk_cache import cache_folder
 from gkl_vl.errors import UserError
-from gkl_vl.evaluation.embed import Embedder, zero_shot_classifier
 from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.objectives.common import EpochPrior
 from gkl_vl.objectives.zero_shot import ZeroShotKd, prompt_tokens
+from gkl_vl.teachers.embeddings import open_stores
 from gkl_vl.training.clip import ClipData, ClipEvaluation, ClipModels, ClipOptimisation, ClipSetup, train_clip
+from gkl_vl.training.clip_teacher import class_embeddings
 from gkl_vl.training.run import RunFlags
 
 
@@ -75,9 +75,7 @@ class Config:
 
 def main(config: Config) -> None:
     gkl, name = config.loss.gkl, config.data.train_data
-    if config.model.teacher_store is not None:
-        raise UserError("--teacher-store has no embeddings of class prompts, which this recipe needs: name --teacher")
-    if config.model.teacher == "none":
+    if not config.model.distils:
         raise UserError("--teacher none: without captions the teacher's logits are the only target, so name a teacher")
     if not gkl.counts:
         raise UserError(
@@ -97,7 +95,7 @@ def main(config: Config) -> None:
         bundled_rates=(3e-3, 3e-3),
         mapped=("image",) if cross_settings(config.loss).counts else (),
         detail=f" on images of {source.name}",
-        check=lambda images: check_prior(config, source, images),
+        check=lambda images: check_run(config, source, prompts, images),
     )
 
 
@@ -113,8 +111,11 @@ def find_prompts(data: ImageData, source: Source) -> Prompts:
     return read_prompts(data.prompts, classnames=source.classnames)
 
 
-def check_prior(config: Config, source: Source, images: int) -> None:
-    """Raises: UserError where a run that sees so many images never uses the class prior."""
+def check_run(config: Config, source: Source, prompts: Prompts, images: int) -> None:
+    """Raises: UserError for stores of other prompts, and where a run that sees so many images never uses the class
+    prior."""
+    if config.model.teacher_store is not None:
+        open_stores(config.model.teacher_store).classes(prompts)
     if not config.loss.class_prior:
         return
     if not (config.loss.gkl.wmse_weight or config.loss.cross_wmse_weight):
@@ -132,15 +133,20 @@ def check_prior(config: Config, source: Source, images: int) -> None:
 
 
 def make_objective(config: Config, setup: ClipSetup, prompts: Prompts, source: Source) -> ZeroShotKd:
-    """The objective with the teacher's class embeddings, which all ranks compute together."""
-    assert setup.teacher is not None and setup.teach is not None  # main refuses --teacher none
-    embedder = Embedder(clip=setup.teacher, device=setup.device, batch_size=256, cache=cache_folder("embeddings"))
-    classes = zero_shot_classifier(embedder, classnames=prompts.classnames, templates=prompts.templates)
+    """The objective with the teachers' class embeddings, which all ranks compute together."""
+    teachers = setup.teachers
+    assert setup.teach is not None  # main refuses --teacher none
+    if teachers.clips:
+        classes = class_embeddings(teachers.clips, prompts, setup.device)  # all ranks
+    else:
+        assert teachers.store is not None
+        classes = teachers.store.classes(prompts)
     prior = EpochPrior(len(prompts.classnames), config.loss.gkl.weight_temperature) if config.loss.class_prior else None
     return ZeroShotKd(
         student=setup.student,
         teacher=setup.teach,
-        classes=classes.to(setup.device),
+        classes=[rows.to(setup.device) for rows in classes],
+        teacher_weights=teachers.shares,
         tokens=prompt_tokens(prompts, setup.student, setup.device),
         gkl=config.loss.gkl,
         cross=cross_settings(config.loss),

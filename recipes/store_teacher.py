@@ -1,4 +1,4 @@
-"""Store a CLIP teacher's embeddings of a training set once, for any number of students.
+"""Store the embeddings that CLIP teachers have of a training set once, for any number of students.
 
     accelerate launch recipes/store_teacher.py --kept-size 64 --out emoji-store
     accelerate launch recipes/clip_kd.py --teacher-store emoji-store
@@ -29,16 +29,24 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from gkl_vl import cli
 from gkl_vl.atomic import hold_folder, leftovers, release_folder
+from gkl_vl.data.pairs import open_images
+from gkl_vl.data.prompts import Prompts, bundled_prompts, read_prompts
 from gkl_vl.data.sources import Source
 from gkl_vl.errors import UserError
 from gkl_vl.teachers.embed_pairs import build_blocks, describe_store, finish_store, missing_blocks
-from gkl_vl.teachers.embeddings import MANIFEST, Manifest, StoreDtype
+from gkl_vl.teachers.embeddings import MANIFEST, Manifest, StoreDtype, write_classes
 from gkl_vl.training.clip import PairData, open_pairs
-from gkl_vl.training.clip_teacher import BUNDLED_VIEWS, augmentation, load_teacher
+from gkl_vl.training.clip_teacher import (
+    BUNDLED_VIEWS,
+    TeacherModels,
+    augmentation,
+    class_embeddings,
+    load_teachers,
+)
 from gkl_vl.training.engine import check_all_processes_joined
 from gkl_vl.training.run import ACCELERATE_PRECISION, on_main
 
-OWN_FILES = re.compile(r"manifest\.json|\.lock|\d{5,}\.safetensors")
+OWN_FILES = re.compile(r"manifest\.json|\.lock|(\d{5,}|classes)\.safetensors")
 TIMEOUT = timedelta(days=7)  # a process that has built its blocks may wait for the others for hours
 
 
@@ -52,18 +60,12 @@ class Store:
     """Augmented views of each image; a run takes them in turn, one an epoch."""
     kept_size: int | None = None
     """Store the views too, of this side in pixels: training then decodes and augments nothing. For small sets."""
+    prompts: str | None = None
+    """Images alone, and the embeddings of class prompts: clip_unlabelled.py's --prompts, or `bundled`."""
+    image_column: str | None = None
+    """With --prompts: image column of a table, ending of the images of shards, as in clip_unlabelled.py."""
     dtype: StoreDtype = "float16"
     """int8, with a scale for each embedding, takes half the space; docs/teachers.md has its error."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherModel:
-    """The teacher."""
-
-    teacher: str = "bundled"
-    """An open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, or `bundled`."""
-    teacher_pretrained: str | None = None
-    """For a teacher given by an open_clip name: open_clip's tag, a file of weights, or TAG=FILE, a file of that tag."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ class Config:
     """Store a CLIP teacher's embeddings of a training set."""
 
     store: Store = Store()
-    model: TeacherModel = TeacherModel()
+    model: TeacherModels = TeacherModels()
     data: PairData = PairData()
     run: Processes = Processes()
 
@@ -96,15 +98,13 @@ def main(config: Config) -> None:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
     )
     check_all_processes_joined(accelerator)
-    folder, models = config.store.out, config.model
+    folder = config.store.out
     on_main(accelerator, lambda: take(folder))  # all ranks
-    source = open_pairs(config.data)
-    teacher = load_teacher(
-        models.teacher, models.teacher_pretrained, device=accelerator.device, allow_pickle=config.run.allow_pickle
-    )
+    source, prompts = open_data(config)
+    teachers = load_teachers(config.model, device=accelerator.device, allow_pickle=config.run.allow_pickle)
     augment = augmentation(bundled=config.data.train_data is None, distils=True)
     manifest = describe_store(
-        [teacher],
+        teachers,
         source,
         augment,
         views=config.store.views,
@@ -118,18 +118,34 @@ def main(config: Config) -> None:
         folder,
         manifest,
         missing[accelerator.process_index :: accelerator.num_processes],
-        [teacher],
+        teachers,
         source,
         augment,
         num_workers=config.run.workers,
         autocast=lambda: accelerator.autocast(),
         quiet=not accelerator.is_local_main_process,
     )
+    classes = None if prompts is None else class_embeddings(teachers, prompts, accelerator.device)  # all ranks
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        if prompts is not None and classes is not None:
+            write_classes(folder, classes, prompts)
         print(summary(folder, finish_store(folder, manifest), source, time.monotonic() - started))
         release_folder(folder)
     accelerator.end_training()
+
+
+def open_data(config: Config) -> tuple[Source, Prompts | None]:
+    """Pairs, or with --prompts images and their class prompts."""
+    data, prompts = config.data, config.store.prompts
+    if prompts is None:
+        cli.refuse_unused(vars(config.store), ["image_column"], "has no effect without --prompts, --columns names both")
+        return open_pairs(data), None
+    cli.refuse_unused(vars(data), ["columns"], "has no effect with --prompts, --image-column names the image")
+    if data.caption_lines:
+        raise UserError("--caption-lines has no effect with --prompts, captions are not read: leave it out")
+    source = open_images(data.train_data, column=config.store.image_column, quoted=data.quoted)
+    return source, bundled_prompts() if prompts == "bundled" else read_prompts(prompts, classnames=source.classnames)
 
 
 def take(folder: Path) -> None:
@@ -159,9 +175,10 @@ def unfinished(folder: Path, manifest: Manifest) -> list[int]:
 def summary(folder: Path, manifest: Manifest, source: Source, seconds: float) -> str:
     """What was stored, and how to use it."""
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    names = " + ".join(teacher.name for teacher in manifest.teachers)
     broken = f", {manifest.broken:,} of them broken" if manifest.broken else ""
     return (
-        f"{folder}: {manifest.teachers[0].name} on {manifest.pairs:,} {source.things}{broken} · {manifest.views} views "
+        f"{folder}: {names} on {manifest.pairs:,} {source.things}{broken} · {manifest.views} views "
         f"· {manifest.dtype} · {size / 2**20:,.1f} MiB, {size / manifest.pairs:,.0f} bytes each · {seconds:,.0f} s\n"
         f"Train on it with --teacher-store {folder}"
     )

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import huggingface_hub
 import pytest
 import torch
+import tyro
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch._utils import ExceptionWrapper
 
@@ -367,6 +368,34 @@ def test_a_value_of_another_kind_is_refused_without_markup(words, expected, caps
         cli.parse(Optional, words)
     assert stop.value.code == 2
     assert f"error: Error parsing {words[0]}: expected {expected} (--help" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "names", "steps"),
+    [
+        ("--names a --names b", ("a", "b"), None),
+        ("--names a b --steps 1 --names=c --steps 2", ("a", "b", "c"), 2),
+        ("--steps 3 --names a", ("a",), 3),
+        ("--names", (), None),
+        ("", ("one",), None),
+    ],
+)
+def test_a_list_that_is_given_twice_is_joined_and_a_number_is_replaced(words, names, steps):
+    config = cli.parse(Lists, words.split())
+    assert config.group.names == names and config.steps == steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    names: tuple[str, ...] = ("one",)
+    """Names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lists:
+    group: Annotated[Group, tyro.conf.arg(name="")] = Group()
+    steps: int | None = None
+    """Steps."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -350,7 +350,7 @@ def test_the_scale_is_clamped_between_1_and_100():
 
 def test_a_student_returns_what_the_loss_needs():
     clip = load_clip("emoji-student")
-    model = Student(clip.towers, embed_dim=clip.embed_dim, teacher_dim=7, mapped=("image", "text"))
+    model = Student(clip.towers, embed_dim=clip.embed_dim, teacher_dims=[7], mapped=("image", "text"))
     pixels = clip.prepare(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
     output = model(pixels, clip.tokenize(["a", "b"]))
     assert set(output) == {"image", "text", "logit_scale", "mapped_image", "mapped_text"}

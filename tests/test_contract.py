@@ -32,17 +32,20 @@ FORMS = [{"tile_size": None}, *({"tile_size": size, "ring": ring} for size in (1
 SOFTMAX = {}
 SIGMOID = {"sigmoid": True, "kl_weight": 0}
 KINDS = [SOFTMAX, SIGMOID, SIGMOID | {"teacher_sigmoid": True}]
+TWO_TEACHERS = {"teacher_weights": (3, 1)}
+OF_TWO_TEACHERS = [TWO_TEACHERS, SIGMOID | TWO_TEACHERS | {"teacher_sigmoid": (True, False)}]
 CASES = [
     case
     for case in itertools.product(LOSS_TOLERANCE, FORMS, (0, 0.5, 1), (True, False), KINDS)
     if case[0] == torch.float64 or case[1]["tile_size"] != 1  # slow, and rounds as tiles of 7 do
 ]
+CASES += itertools.product([torch.float64], FORMS, [0.5], [True], OF_TWO_TEACHERS)
 
 
 def embeddings(dtype, rows=ROWS) -> dict[str, torch.Tensor]:
     """Student's and teacher's embeddings, of different dimensions, rounded to the precision of the case."""
     draw = torch.Generator().manual_seed(1)
-    widths = {"image": 5, "text": 5, "teacher_image": 7, "teacher_text": 7}
+    widths = {"image": 5, "text": 5, "teacher_image": 7, "teacher_text": 7, "second_image": 4, "second_text": 4}
     drawn = {k: torch.randn(rows, width, generator=draw, dtype=torch.float64) for k, width in widths.items()}
     return {name: F.normalize(tensor).to(dtype) for name, tensor in drawn.items()}
 
@@ -55,15 +58,21 @@ def loss_and_gradients(
     leaves = {name: tensors[name].clone().requires_grad_() for name in ("image", "text")}
     leaves |= {"scale": torch.tensor(scale, dtype=precision, requires_grad=True)}
     leaves |= {"bias": torch.tensor(bias, dtype=precision, requires_grad=True)}
+    teacher = {
+        "teacher_image": tensors["teacher_image"],
+        "teacher_text": tensors["teacher_text"],
+        "teacher_logit_scale": torch.tensor(teacher_scale, dtype=precision),
+        "teacher_logit_bias": torch.tensor(5.0, dtype=precision),
+    }
+    if "teacher_weights" in weights:
+        second = [tensors["second_image"], tensors["second_text"], torch.tensor(7.0, dtype=precision), None]
+        teacher = {name: [first, other] for (name, first), other in zip(teacher.items(), second, strict=True)}
     loss, _ = image_text_loss(
         image=leaves["image"],
         text=leaves["text"],
         logit_scale=leaves["scale"],
         logit_bias=leaves["bias"],
-        teacher_image=tensors["teacher_image"],
-        teacher_text=tensors["teacher_text"],
-        teacher_logit_scale=torch.tensor(teacher_scale, dtype=precision),
-        teacher_logit_bias=torch.tensor(5.0, dtype=precision),
+        **teacher,
         text_ids=None if ids is None else torch.tensor(ids),
         tile_size=tile_size,
         ring=ring,
@@ -119,7 +128,7 @@ def test_every_form_gives_the_same_loss(world_size):
     gamma=st.sampled_from([0, 0.05, 1]),
     num_ids=st.integers(1, 41),
     off=st.sampled_from([None, "contrastive_weight", "soft_ce_weight", "wmse_weight", "kl_weight"]),
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(KINDS + OF_TWO_TEACHERS),
 )
 def test_odd_sizes_tiles_and_missing_terms(rows, tile, gamma, num_ids, off, kind):
     tensors = embeddings(torch.float64, rows)
@@ -150,9 +159,13 @@ def test_sharp_logits_keep_their_digits_in_fp32(tile_size, gamma, bias, lean, ki
 
 def test_scalars_for_the_log_are_the_same():
     draw = embeddings(torch.float64)
-    arguments = draw | {"logit_scale": torch.tensor(9.0), "teacher_logit_scale": torch.tensor(13.0)}
-    for with_teacher in (True, False):
-        given = arguments if with_teacher else {k: v for k, v in arguments.items() if not k.startswith("teacher")}
+    student = {name: draw[name] for name in ("image", "text")} | {"logit_scale": torch.tensor(9.0)}
+    teacher = {name: draw[name] for name in ("teacher_image", "teacher_text")}
+    teacher |= {"teacher_logit_scale": torch.tensor(13.0)}
+    second = {"teacher_image": draw["second_image"], "teacher_text": draw["second_text"]}
+    second |= {"teacher_logit_scale": torch.tensor(7.0)}
+    for teachers in ({}, teacher, {name: [teacher[name], second[name]] for name in teacher}):
+        given = student | teachers
         (_, dense), (_, tiled) = (image_text_loss(**given, text_ids=torch.tensor(IDS), tile_size=t) for t in (None, 5))
         assert list(dense) == list(tiled)
         for name, value in dense.items():

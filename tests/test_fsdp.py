@@ -88,7 +88,7 @@ def train(rank, world_size, folder, sharded, steps, resume=None):
     torch.manual_seed(0)
     clip = load_clip("emoji-student")
     length, seen = clip.model_cfg["text_cfg"]["context_length"], []
-    model = Student(clip.towers, embed_dim=clip.embed_dim, teacher_dim=24, mapped=("image", "text"))
+    model = Student(clip.towers, embed_dim=clip.embed_dim, teacher_dims=[24], mapped=("image", "text"))
 
     def make_loader(position):
         return Loader(rank, clip.image_size, length, position)

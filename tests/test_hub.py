@@ -64,7 +64,7 @@ TEXTS = ["a photo of a grinning face", "Flag: São Tomé & Príncipe!", "it's 12
 
 CARD = ClipCard(
     student="tiny",
-    teacher="hf-hub:org/big",
+    teachers=("hf-hub:org/big",),
     license="mit",
     datasets=["org/pairs", "emoji of two styles"],
     run=RunFacts(
@@ -299,7 +299,7 @@ def test_the_card_has_results_usage_and_command():
 
 
 def test_a_card_without_teacher_or_results_mentions_neither():
-    text = dataclasses.replace(CARD, teacher=None, run=changed(metrics=[], commit=None)).render()
+    text = dataclasses.replace(CARD, teachers=(), run=changed(metrics=[], commit=None)).render()
     data = HubCard(text).data.to_dict()
     assert "base_model" not in data and "base_model_relation" not in data and "model-index" not in data
     assert data["tags"] == ["clip", "gkl"]
@@ -313,9 +313,9 @@ def test_a_card_without_teacher_or_results_mentions_neither():
 def test_only_a_hub_teacher_is_a_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: str):
     (tmp_path / "models" / "clip").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    card = dataclasses.replace(CARD, teacher=teacher.format(folder="models/clip"))
+    card = dataclasses.replace(CARD, teachers=(teacher.format(folder="models/clip"),))
     assert "base_model" not in HubCard(card.render()).data.to_dict()
-    named = dataclasses.replace(CARD, teacher="transformers:openai/clip-vit-base-patch32")
+    named = dataclasses.replace(CARD, teachers=("transformers:openai/clip-vit-base-patch32",))
     assert HubCard(named.render()).data.to_dict()["base_model"] == "openai/clip-vit-base-patch32"
 
 

@@ -134,6 +134,53 @@ def test_the_sigmoid_form_equals_its_formula(teacher_sigmoid):
     assert scalars["soft_ce"].item() == pytest.approx(soft_ce.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_the_targets_of_several_teachers_are_averaged(sigmoid):
+    """Soft CE with the mean of the teachers' probabilities, wMSE with their mean logits, in value and gradient."""
+    first, second, n = batch(6), batch(6, e=3), 6
+    image, text = (first[name].clone().requires_grad_() for name in ("image", "text"))
+    scales, weights, gamma = [13.0, 5.0], [0.75, 0.25], 0.5
+    s, soft_ce, wmse = 9.0 * image @ text.T, 0.0, 0.0
+    own = [(0, first["teacher_image"], first["teacher_text"]), (1, second["teacher_image"], second["teacher_text"])]
+    logits = [scales[k] * images @ texts.T for k, images, texts in own]
+    for s_rows, t_rows in ((s, logits), (s.T, [t.T for t in logits])):
+        p = sum(w * (torch.sigmoid(t) if sigmoid else F.softmax(t, 1)) for w, t in zip(weights, t_rows, strict=True))
+        cross = -(p * F.logsigmoid(s_rows) + (1 - p) * F.logsigmoid(-s_rows)) if sigmoid else -p * s_rows.log_softmax(1)
+        soft_ce = soft_ce + cross.sum() / n / 2
+        t = sum(w * t for w, t in zip(weights, t_rows, strict=True))
+        base, d = F.softmax(t, 1) ** gamma, t - s_rows
+        squares = base[:, :, None] * base[:, None, :] * (d[:, :, None] - d[:, None, :]) ** 2
+        wmse = wmse + 0.25 * squares.sum() / (base.sum(1) ** 2).sum() / 2
+    (soft_ce + 0.3 * wmse).backward()
+    ours = [first[name].clone().requires_grad_() for name in ("image", "text")]
+    loss, scalars = image_text_loss(
+        image=ours[0],
+        text=ours[1],
+        logit_scale=torch.tensor(9.0, dtype=torch.float64),
+        teacher_image=[images for _, images, _ in own],
+        teacher_text=[texts for _, _, texts in own],
+        teacher_logit_scale=[torch.tensor(scale, dtype=torch.float64) for scale in scales],
+        teacher_weights=[3, 1],
+        contrastive_weight=0.0,
+        wmse_weight=0.3,
+        gamma=gamma,
+        sigmoid=sigmoid,
+        teacher_sigmoid=sigmoid,
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx((soft_ce + 0.3 * wmse).item(), rel=1e-10)
+    for got, want in zip(ours, (image, text), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-10, atol=1e-10)
+    mean = 0.75 * scalars["soft_ce.0"] + 0.25 * scalars["soft_ce.1"]
+    assert mean.item() == pytest.approx(soft_ce.item(), rel=1e-6)
+    assert scalars["wmse"].item() == pytest.approx(wmse.item(), rel=1e-6)
+    for k, t in enumerate(logits):
+        assert scalars[f"agreement@1.{k}"].item() == pytest.approx((s.argmax(1) == t.argmax(1)).double().mean().item())
+        entropy = -(t.softmax(1) * t.log_softmax(1)).sum(1).mean().item()
+        assert scalars[f"teacher_entropy.{k}"].item() == pytest.approx(entropy, rel=1e-6)
+        assert scalars[f"teacher_logit_scale.{k}"] == scales[k]
+
+
 def test_without_ids_all_captions_differ():
     tensors = batch(6)
     arguments = tensors | {"logit_scale": torch.tensor(9.0), "teacher_logit_scale": torch.tensor(13.0)}
@@ -229,6 +276,9 @@ def test_with_all_weights_0_the_scalars_are_computed_and_every_parameter_is_in_t
         ({"text_ids": torch.arange(4)}, "text_ids has 4 rows"),
         ({"teacher_text": None}, "must be given together: pass all three or none"),
         ({"teacher_sigmoid": True}, "teacher_sigmoid=True needs sigmoid=True"),
+        ({"teacher_image": [torch.eye(3)] * 2}, "teacher_text is of 1 teachers, teacher_image of 2"),
+        ({"teacher_weights": [1, 1]}, "teacher_weights is of 2 teachers, teacher_image of 1"),
+        ({"teacher_weights": [0]}, "teacher_weights must be a finite number > 0, got 0"),
         ({"sigmoid": True, "kl_weight": 0.5}, "kl_weight=0.5 has no meaning with sigmoid=True"),
         ({"gamma": -1}, "gamma must be a finite number >= 0, got -1"),
         ({"temperature": 0}, "temperature must be a finite number > 0, got 0"),

@@ -64,9 +64,10 @@ def batch(student, teacher) -> dict:
     }
 
 
-def model_for(student: Clip, teacher_dim: int) -> Student:
+def model_for(student: Clip, teacher_dim: int | None) -> Student:
     torch.manual_seed(3)
-    return Student(student.towers, embed_dim=student.embed_dim, teacher_dim=teacher_dim, mapped=SIDES).eval()
+    dims = [] if teacher_dim is None else [teacher_dim]
+    return Student(student.towers, embed_dim=student.embed_dim, teacher_dims=dims, mapped=SIDES).eval()
 
 
 def clip_kd(model, batch, *, student, teacher, weights):

@@ -42,7 +42,7 @@ def test_biases_norms_and_the_scale_do_not_decay():
 
 def test_each_tower_has_its_rate(tmp_path):
     clip = tiny_clip(tmp_path)
-    student = Student(clip.towers, embed_dim=12, teacher_dim=20, mapped=("image", "text"))
+    student = Student(clip.towers, embed_dim=12, teacher_dims=[20], mapped=("image", "text"))
     names = {parameter: name for name, parameter in student.named_parameters()}
     for lr, text_lr in ((0.4, 0.1), (0.1, 0.4), (0.0, 0.4), (0.0, 0.0)):
         optimizer = clip_adamw(student, of_text=student.text_parameters(), lr=lr, text_lr=text_lr, wd=0.3)

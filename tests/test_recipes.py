@@ -78,7 +78,7 @@ def documented_commands() -> list[str]:
 
 CARD = ClipCard(
     student="tiny",
-    teacher=None,
+    teachers=(),
     license="mit",
     datasets=[],
     run=RunFacts(command="none", commit=None, steps=0, seed=0),

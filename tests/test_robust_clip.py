@@ -71,7 +71,7 @@ def student_of(config: str, bias: float | None = None) -> Clip:
 
 def model_of(clip: Clip) -> Student:
     torch.manual_seed(1)
-    return Student(clip.towers, embed_dim=16, teacher_dim=WIDTH, mapped=("image", "text"))
+    return Student(clip.towers, embed_dim=16, teacher_dims=[WIDTH], mapped=("image", "text"))
 
 
 def batch_of(clip: Clip, seed: int = 2) -> dict:

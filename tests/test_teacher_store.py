@@ -173,12 +173,15 @@ def test_what_is_read_back_is_the_teachers_embedding(teacher, tmp_path, kind, dt
         for view in range(VIEWS):
             pixels = apply_seeded(drawing_augmentation(16), decode(pair.image), view_seed(pair.key, view))
             batch = {"image": pixels[None], "teacher_text": teacher.tokenize([pair.captions[0]])}
-            want, got = online_teacher(teacher)(batch), stored_teacher(store, DEVICE)(store.of_pair(pair, view, [0]))
+            want, got = (
+                online_teacher(teacher)(batch),
+                stored_teacher(store.manifest.teachers, DEVICE)(store.of_pair(pair, view, [0])),
+            )
             for name in ("teacher_image", "teacher_text"):
                 assert float((got[name].flatten() - want[name].flatten()).abs().max()) < error
             seen.append(want["teacher_image"][0])
     assert len(seen) == 8 * VIEWS and distances(torch.stack(seen)).min() > 2 * 5e-4
-    scales = stored_teacher(store, DEVICE)({})
+    scales = stored_teacher(store.manifest.teachers, DEVICE)({})
     assert scales == pytest.approx({"teacher_logit_scale": want["teacher_logit_scale"].item()})
 
 
@@ -193,7 +196,7 @@ def test_every_pair_has_its_own_rows_beside_it(teacher, tmp_path, monkeypatch, w
     keys, images = [], []
     for rank in range(world_size):
         for batch in batches(source, store, 12, workers=workers, rank=rank, world_size=world_size, captions=2):
-            batch |= stored_teacher(store, DEVICE)(batch)
+            batch |= stored_teacher(store.manifest.teachers, DEVICE)(batch)
             names = [["".join(map(chr, row)).strip() for row in rows] for rows in batch["text"].tolist()]
             texts = teacher.towers.encode_text(teacher.tokenize([name for row in names for name in row]))
             torch.testing.assert_close(batch["teacher_text"].flatten(0, 1), texts, atol=5e-4, rtol=0)
@@ -293,7 +296,7 @@ def test_a_sigmoid_teachers_bias_is_stored(tmp_path):
     (tmp_path / "siglip.json").write_text(json.dumps(config))
     teacher = freeze(load_clip(str(tmp_path / "siglip.json")))
     build(tmp_path / "store", teacher, open_source(pattern_shards(tmp_path, 1, 2)))
-    outputs = stored_teacher(StoredEmbeddings(tmp_path / "store"), DEVICE)({})
+    outputs = stored_teacher(StoredEmbeddings(tmp_path / "store").manifest.teachers, DEVICE)({})
     assert outputs == pytest.approx({name: value.item() for name, value in teacher_scales(teacher).items()})
     assert outputs["teacher_logit_bias"] == -7.5
 
@@ -349,7 +352,7 @@ def test_a_store_that_fits_is_accepted_where_the_shards_moved(built, tmp_path):
 def test_each_kind_of_mismatch_is_refused_by_name(built, tmp_path):
     shards, folder = built
     source, store = open_source(shards), StoredEmbeddings(folder)
-    with pytest.raises(UserError, match="was built on captions as well: build one for this recipe"):
+    with pytest.raises(UserError, match="was built on captions as well: build another with --prompts, for images"):
         store.check(dataclasses.replace(source, captioned=False), light_augmentation)
     with pytest.raises(UserError, match="it has 2 blocks, the data have 1"):
         store.check(open_source(shards.replace("{000..001}", "000")), light_augmentation)
@@ -481,10 +484,11 @@ def test_flags_that_do_not_go_with_a_store_are_refused_before_there_is_a_folder(
     cases = {
         "clip_kd": [
             (["--teacher", "none"], "--teacher none has no effect with --teacher-store"),
+            (["--teacher-scale", "60", "70"], "--teacher-scale has 2 values for 1 teachers: give one for each"),
             (["--teacher-pretrained", "openai"], "--teacher-pretrained openai has no effect with --teacher-store"),
             (["--train-data", f"{place}/000.tar"], "it has 3 blocks, the data have 1"),
         ],
-        "clip_unlabelled": [([], "--teacher-store has no embeddings of class prompts")],
+        "clip_unlabelled": [([], "was built on captions as well: build another with --prompts, for images alone")],
     }
     given = flags_of(place) if recipe == "clip_kd" else []
     for flags, message in cases[recipe]:
@@ -542,16 +546,16 @@ def few(monkeypatch) -> list[RawPair]:
 
 
 def test_the_bundled_store_is_built_once_and_again_where_it_is_damaged(teacher, few, tmp_path, monkeypatch):
-    first = clip_teacher.bundled_store(teacher, 8, folder=tmp_path)
+    first = clip_teacher.bundled_store([teacher], 8, folder=tmp_path)
     assert first.block(0)["pixels"].shape == (4, clip_teacher.BUNDLED_VIEWS, 3, 8, 8)
     with monkeypatch.context() as patch:
         patch.setattr(clip_teacher, "build_blocks", None)
-        clip_teacher.bundled_store(teacher, 8, folder=tmp_path)
+        clip_teacher.bundled_store([teacher], 8, folder=tmp_path)
     (folder,) = tmp_path.iterdir()
     content = bytearray((folder / "00000.safetensors").read_bytes())
     content[-5] ^= 1
     (folder / "00000.safetensors").write_bytes(content)
-    again = clip_teacher.bundled_store(teacher, 8, folder=tmp_path)
+    again = clip_teacher.bundled_store([teacher], 8, folder=tmp_path)
     assert torch.equal(again.block(0)["image.0"], first.block(0)["image.0"])
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
@@ -559,7 +563,7 @@ def test_the_bundled_store_is_built_once_and_again_where_it_is_damaged(teacher, 
 def test_every_input_gives_the_bundled_store_another_folder(teacher, few, tmp_path, monkeypatch):
     def build_once(clip=teacher, pairs=few, size=8):
         monkeypatch.setattr(clip_teacher, "bundled_pairs", lambda: pairs)
-        clip_teacher.bundled_store(clip, size, folder=tmp_path)
+        clip_teacher.bundled_store([clip], size, folder=tmp_path)
 
     changed = copy.deepcopy(teacher)
     changed.towers.model.visual.proj.data[0, 0] += 1

@@ -79,7 +79,7 @@ def zero_shot_kd(student: Clip, teacher: Clip, *, with_prior=True, gkl=WEIGHTS, 
     return ZeroShotKd(
         student=student,
         teacher=online_teacher(teacher),
-        classes=class_embeddings(teacher),
+        classes=[class_embeddings(teacher)],
         tokens=prompt_tokens(PROMPTS, student, torch.device("cpu")),
         gkl=gkl,
         cross=cross,
@@ -112,7 +112,12 @@ def model_of(student: Clip, teacher_dim: int | None = None) -> Student:
     """With `teacher_dim` its images have a map into the teacher's space."""
     torch.manual_seed(5)
     sides = () if teacher_dim is None else ("image",)
-    return Student(student.towers, embed_dim=student.embed_dim, teacher_dim=teacher_dim, mapped=sides)
+    return Student(
+        student.towers,
+        embed_dim=student.embed_dim,
+        teacher_dims=[] if teacher_dim is None else [teacher_dim],
+        mapped=sides,
+    )
 
 
 # ---- the loss ----------------------------------------------------------------------------------------------------
@@ -140,7 +145,9 @@ def test_the_loss_and_its_gradient_equal_the_papers(folder, dtype, rows, classes
     prior = torch.softmax(2 * torch.randn(rows, classes, generator=draw, dtype=dtype), 1) if with_prior else None
     objective = zero_shot_kd(*models(folder))
     leaf, naive_leaf = student.clone().requires_grad_(), student.clone().requires_grad_()
-    loss, scalars = objective.loss({"logits": leaf}, {"teacher": teacher} | ({"prior": prior} if with_prior else {}))
+    loss, scalars = objective.loss(
+        {"logits": leaf}, {"teacher_logits": teacher} | ({"prior": prior} if with_prior else {})
+    )
     expected = naive_loss(naive_leaf, teacher, [None] * rows if prior is None else prior, WEIGHTS)
     loss.backward()
     expected.backward()
@@ -158,7 +165,7 @@ def test_logits_equal_those_of_a_zero_shot_classifier(folder, bias):
     student, teacher = models(folder, bias=bias)
     objective, batch, model = zero_shot_kd(student, teacher), batches()[0], model_of(student).eval()
     with torch.no_grad():
-        got, teacher_logits = objective.outputs(model, batch)["logits"], objective.targets(batch)["teacher"]
+        got, teacher_logits = objective.outputs(model, batch)["logits"], objective.targets(batch)["teacher_logits"]
         tokens = student.tokenize(PROMPTS.of_template(objective.template()))
         classes = student.towers.model.encode_text(tokens, normalize=True)
         image = student.towers.model.encode_image(student.prepare(batch["image"]), normalize=True)
@@ -237,7 +244,7 @@ def updates_of(objective: ZeroShotKd, model: torch.nn.Module, shares: list[list[
                 "loss": loss.detach(),
                 "gradient": gradient,
                 "prior": cached.targets["prior"],
-                "teacher": cached.targets["teacher"],
+                "teacher_logits": cached.targets["teacher_logits"],
                 "template": template,
             }
         )
@@ -246,7 +253,7 @@ def updates_of(objective: ZeroShotKd, model: torch.nn.Module, shares: list[list[
 
 def with_colour_teacher(folder: Path) -> ZeroShotKd:
     objective = zero_shot_kd(*models(folder), cross=CROSS)
-    objective.teacher, objective.classes = colour_teacher, torch.eye(len(NAMES))
+    objective.teacher, objective.classes = colour_teacher, [torch.eye(len(NAMES))]
     return objective
 
 
@@ -271,12 +278,12 @@ def test_the_prior_is_the_teachers_mean_softmax_in_the_pass_before(alone):
         of_pass = number // 2
         expected = torch.full((len(NAMES), len(NAMES)), 1 / len(NAMES))
         if of_pass:
-            before = torch.cat([alone[i]["teacher"] for i in (2 * of_pass - 2, 2 * of_pass - 1)])
+            before = torch.cat([alone[i]["teacher_logits"] for i in (2 * of_pass - 2, 2 * of_pass - 1)])
             for best in before.argmax(1).unique():
                 rows = torch.softmax(before[before.argmax(1) == best].double() / WEIGHTS.weight_temperature, 1)
                 expected[best] = rows.mean(0).float()
-        assert_close(update["prior"], expected[update["teacher"].argmax(1)], rtol=1e-5, atol=1e-7)
-    assert len(torch.cat([update["teacher"] for update in alone]).argmax(1).unique()) > 1
+        assert_close(update["prior"], expected[update["teacher_logits"].argmax(1)], rtol=1e-5, atol=1e-7)
+    assert len(torch.cat([update["teacher_logits"] for update in alone]).argmax(1).unique()) > 1
     assert (alone[2]["prior"] - alone[1]["prior"]).abs().max() > 0.01  # a new pass has a new prior
     assert (alone[4]["prior"] - alone[2]["prior"]).abs().max() > 1e-4
 
@@ -506,7 +513,7 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped(place, call):
         (["--prompts", "{place}/no_place.json"], "the template 'a square' has no place for the class name: write {c}"),
         (["--prompts", "{place}/strange.json"], "has the class 'bleu', which the data lacks: did you mean 'blue'?"),
         (["--prompts", "{place}/none.json"], "none.json' does not exist"),
-        (["--teacher", "none"], "the teacher's logits are the only target, so name a teacher"),
+        (["--teacher", "none"], "`none` has no place among teachers: leave it out"),
         (
             ["--soft-ce-weight", "0", "--wmse-weight", "0"],
             "no other term trains the student's text tower, so set one of them",
@@ -537,3 +544,5 @@ def test_a_missing_flag_is_one_line_and_code_2(place, call):
     ]:
         code, _, told = call(*flags_of(place, *flags), recipe=RECIPE)
         assert code == 2 and message in told and len(told.strip().splitlines()) == 1, told
+    code, _, told = call("--teacher", "none", recipe=RECIPE)
+    assert code == 2 and "the teacher's logits are the only target, so name a teacher" in told

@@ -24,7 +24,7 @@ class BundledEmbeddings:
 
 def bundled_embeddings(teacher: Clip, student: Clip) -> BundledEmbeddings:
     """From the store that the recipes use for this student."""
-    block = bundled_store(teacher, student.image_size).block(0)
+    block = bundled_store([teacher], student.image_size).block(0)
     starts = block["captions"].tolist()
     texts = unpacked(block["text.0"], None).split([b - a for a, b in zip(starts, starts[1:], strict=False)])
     padded = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)

@@ -219,15 +219,15 @@ def make_priors(terms: CrossTerms, stored: BundledEmbeddings, banks: tuple[Tenso
 
 
 def make_objective(config: Config, setup: ClipSetup, weights: Any) -> CrossStudy:
-    assert setup.teacher is not None
-    stored = bundled_embeddings(setup.teacher, setup.student)
+    (teacher,) = setup.teachers.clips
+    stored = bundled_embeddings(teacher, setup.student)
     terms, priors = config.cross, None
     if terms.bank == "queue":
         banks = Bank(BANK_SIZE)
     else:
         texts, images = make_banks(terms, stored)
         if terms.prior:
-            scale = setup.teacher.towers.log_scale().exp().detach().cpu()
+            scale = teacher.towers.log_scale().exp().detach().cpu()
             centres, *means = make_priors(terms, stored, (texts, images), scale)
             priors = centres.to(setup.device), means[0].to(setup.device), means[1].to(setup.device)
         banks = texts.to(setup.device), images.to(setup.device)

@@ -23,7 +23,7 @@ def ship(run: RunFolder, folder: Path) -> None:
     last = max(record["step"] for record in records)
     card = ClipCard(
         student=config["student"],
-        teacher=None,
+        teachers=(),
         license="mit",
         datasets=["bundled emoji (Noto, Twemoji)"],
         run=RunFacts(

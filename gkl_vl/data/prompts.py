@@ -5,6 +5,8 @@ pets.txt    one template per line; the class names are those of the data
 """
 
 import difflib
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +45,10 @@ class Prompts:
     classnames: tuple[str, ...]
     templates: tuple[str, ...]
     """With {c} for the class name."""
+
+    def digest(self) -> str:
+        """Hash of class names and templates."""
+        return hashlib.sha256(json.dumps([self.classnames, self.templates]).encode()).hexdigest()
 
     def of_template(self, number: int) -> list[str]:
         """The texts of all classes for one template."""

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,8 +32,8 @@ class ClipCard:
 
     student: str
     """Architecture of the exported model, e.g. ViT-T-16."""
-    teacher: str | None
-    """Argument of `load_clip` for the teacher; None = trained without a teacher."""
+    teachers: Sequence[str]
+    """Argument of `load_clip` for each teacher; none = trained without a teacher."""
     license: str
     """Licence of the weights as a Hub identifier (mit, apache-2.0, cc-by-4.0, other)."""
     datasets: list[str]
@@ -55,7 +56,7 @@ class ClipCard:
         return "\n\n".join(sections) + "\n"
 
     def _metadata(self) -> ModelCardData:
-        base_model = hub_id(self.teacher) if self.teacher else None
+        base_models = [name for name in map(hub_id, self.teachers) if name]
         results = [
             EvalResult(
                 task_type="image-text-retrieval" if "retrieval" in key else "zero-shot-image-classification",
@@ -72,18 +73,18 @@ class ClipCard:
         return ModelCardData(
             library_name="open_clip",
             pipeline_tag="zero-shot-image-classification",
-            tags=["clip", "knowledge-distillation", "gkl"] if self.teacher else ["clip", "gkl"],
+            tags=["clip", "knowledge-distillation", "gkl"] if self.teachers else ["clip", "gkl"],
             license=self.license,
             datasets=[name for name in self.datasets if hub_id(name)] or None,
-            base_model=base_model,
+            base_model=base_models[0] if len(base_models) == 1 else base_models or None,
             # The Hub has finetune, adapter, merge and quantized, and no relation for distillation.
-            base_model_relation="finetune" if base_model else None,
+            base_model_relation="finetune" if base_models else None,
             model_name=self.run.repo_id or self.student,
             eval_results=results or None,
         )
 
     def _summary(self) -> str:
-        training = f"distilled from `{self.teacher}`" if self.teacher else "trained without a teacher"
+        training = f"distilled from {self._teachers()}" if self.teachers else "trained without a teacher"
         purpose = "zero-shot image classification and image-text retrieval"
         attacks = f", against attacks on its images within {self.attack}," if self.attack else ""
         return f"A CLIP model for {purpose}: `{self.student}`, {training}{attacks} with gkl-vl."
@@ -110,19 +111,23 @@ processor = CLIPProcessor.from_pretrained("{self.run.repo_id or "path/to/this/fo
 ```"""
         return text
 
+    def _teachers(self) -> str:
+        return ", ".join(f"`{name}`" for name in self.teachers)
+
     def _training(self) -> str:
         facts = {
             "Steps": f"{self.run.steps:,}",
             "Seed": str(self.run.seed),
             "Training data": ", ".join(self.datasets),
-            "Teacher": f"`{self.teacher}`" if self.teacher else "none",
+            "Teacher" if len(self.teachers) < 2 else "Teachers": self._teachers() or "none",
             "Commit of gkl-vl": self.run.commit,
         }
         return "\n".join(f"- {name}: {fact}" for name, fact in facts.items() if fact)
 
     def _limits(self) -> str:
-        sources = "The training data and the teacher have" if self.teacher else "The training data has"
-        origins = "the training data and of the teacher" if self.teacher else "the training data"
+        teacher = "teacher" if len(self.teachers) == 1 else "teachers"
+        sources = f"The training data and the {teacher} have" if self.teachers else "The training data has"
+        origins = f"the training data and of the {teacher}" if self.teachers else "the training data"
         return (
             f"The weights are released under `{self.license}`. {sources} terms of their own: read them "
             "before use.\n\nOnly what the table above shows has been measured: test the model on your own "

@@ -231,6 +231,15 @@ def smooth_weight(
     return torch.exp(gamma * torch.log_softmax(teacher.detach() / weight_temperature, dim=1))
 
 
+def mean_logits(
+    *, teachers: list[Float[Tensor, "n C"]], weights: list[float] | tuple[float, ...]
+) -> Float[Tensor, "n C"]:
+    """sum_k weights_k teachers_k; the weights have sum 1."""
+    if len(teachers) == 1:
+        return teachers[0]
+    return torch.stack([weight * teacher for weight, teacher in zip(weights, teachers, strict=True)]).sum(dim=0)
+
+
 def wmse_rows(
     *, student: Float[Tensor, "n C"], teacher: Float[Tensor, "n C"], weight: Float[Tensor, "n C"]
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:

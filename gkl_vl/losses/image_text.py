@@ -8,7 +8,9 @@ averaging gives exactly the gradient of one process on the joined batch. The ret
 rank. All ranks must have the same number of rows.
 """
 
-from typing import Literal, no_type_check
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ from gkl_vl.losses.gkl import (
     check_gamma,
     check_positive,
     kl_rows,
+    mean_logits,
     ratio_of_sums,
     smooth_weight,
     soft_cross_entropy_rows,
@@ -48,11 +51,12 @@ def image_text_loss(
     image: Float[Tensor, "n d"],
     text: Float[Tensor, "n d"],
     logit_scale: Float[Tensor, ""],
-    teacher_image: Float[Tensor, "n e"] | None = None,
-    teacher_text: Float[Tensor, "n e"] | None = None,
-    teacher_logit_scale: Float[Tensor, ""] | None = None,
+    teacher_image: Float[Tensor, "n e"] | Sequence[Float[Tensor, "n _e"]] | None = None,
+    teacher_text: Float[Tensor, "n e"] | Sequence[Float[Tensor, "n _e"]] | None = None,
+    teacher_logit_scale: Float[Tensor, ""] | Sequence[Float[Tensor, ""]] | None = None,
     logit_bias: Float[Tensor, ""] | None = None,
-    teacher_logit_bias: Float[Tensor, ""] | None = None,
+    teacher_logit_bias: Float[Tensor, ""] | Sequence[Float[Tensor, ""] | None] | None = None,
+    teacher_weights: Sequence[float] | None = None,
     contrastive_weight: float = 1.0,
     soft_ce_weight: float = 1.0,
     wmse_weight: float = 0.05,
@@ -64,7 +68,7 @@ def image_text_loss(
     tile_size: int | Literal["auto"] | None = "auto",
     ring: bool = False,
     sigmoid: bool = False,
-    teacher_sigmoid: bool = False,
+    teacher_sigmoid: bool | Sequence[bool] = False,
 ) -> tuple[Float[Tensor, ""], Scalars]:
     """Contrastive loss of the student plus GKL between the image-text logits of student and teacher.
 
@@ -81,12 +85,18 @@ def image_text_loss(
     class, so the weight is the teacher's own distribution over the row's candidates. The image-text form is this
     project's; the released code has none.
 
+    Of several teachers k with weights a_k, sum 1, the soft targets are averaged: the softmax in soft CE and KL is
+    sum_k a_k softmax(t_k/T), where KL is computed as sum_k a_k KL_k, which has the same gradient. wMSE is that of the
+    mean logits t = sum_k a_k t_k.
+
     Args:
         image, text: the student's L2-normalised embeddings of this process's pairs; row i of both is one pair.
         logit_scale, teacher_logit_scale: factors of the cosine similarities, already exponentiated.
         teacher_image, teacher_text: the teacher's L2-normalised embeddings; their length may differ from the
-            student's. None = no teacher: contrastive loss only.
+            student's. None = no teacher: contrastive loss only. Of several teachers, lists with a tensor for each, as
+            for the scale, the bias and `teacher_sigmoid`.
         logit_bias, teacher_logit_bias: SigLIP's bias. A softmax is invariant to it: without `sigmoid` it has no effect.
+        teacher_weights: relative weights of several teachers, divided by their sum. None = equal.
         temperature: T, of the soft cross entropy and of KL. No factor T^2.
         weight_temperature: T2, of the weights.
         text_ids: equal ids mark equal captions; the contrastive target is spread evenly over them, so that equal
@@ -106,12 +116,13 @@ def image_text_loss(
     Returns:
         The loss, equal on all ranks, and detached scalars for the log: each term, agreement@1 (share of images with the
         same best caption for student and teacher), entropies in nats, scales, accuracy of the pairing in the batch.
+        Those of the k-th of several teachers end in ".k".
         With all weights 0, as when training with `mimicry_loss` alone, the loss is 0 and the scalars are still
         computed.
 
     Raises:
-        ValueError: teacher and student with different numbers of rows; part of the teacher missing; gamma < 0, a
-            temperature <= 0, a tile size below 1.
+        ValueError: teacher and student with different numbers of rows; part of a teacher missing; gamma < 0, a
+            temperature or a teacher's weight <= 0, a tile size below 1.
         RuntimeError: a second derivative of the tiled form.
 
     Source: Cui et al., arXiv 2305.13948 (NeurIPS 2024) and 2503.08038 (TPAMI 2026); Radford et al. 2021 and, for the
@@ -120,43 +131,41 @@ def image_text_loss(
     for name, value in (("temperature", temperature), ("weight_temperature", weight_temperature)):
         check_positive(name, value)
     check_gamma(gamma)
-    has_teacher = _check(image, text, teacher_image, teacher_text, teacher_logit_scale, text_ids)
-    _check_forms(sigmoid=sigmoid, teacher_sigmoid=teacher_sigmoid, kl_weight=kl_weight)
+    teachers = _teachers(
+        image=teacher_image, text=teacher_text, scale=teacher_logit_scale, bias=teacher_logit_bias,
+        weights=teacher_weights, sigmoid=teacher_sigmoid,
+    )  # fmt: skip
+    _check_rows(image, {"text": text, "text_ids": text_ids}, teachers)
+    _check_forms(sigmoid=sigmoid, teacher_sigmoid=any(t.sigmoid for t in teachers), kl_weight=kl_weight)
     terms = Terms(
         contrastive_weight=contrastive_weight,
         gkl=GklSettings(
-            soft_ce_weight=soft_ce_weight if has_teacher else 0,
-            wmse_weight=wmse_weight if has_teacher else 0,
+            soft_ce_weight=soft_ce_weight if teachers else 0,
+            wmse_weight=wmse_weight if teachers else 0,
             gamma=gamma,
             temperature=temperature,
             weight_temperature=weight_temperature,
         ),
-        kl_weight=kl_weight if has_teacher else 0,
+        kl_weight=kl_weight if teachers else 0,
         sigmoid=sigmoid,
-        teacher_sigmoid=teacher_sigmoid,
+        teacher_weights=tuple(teacher.weight for teacher in teachers),
+        teacher_sigmoid=tuple(teacher.sigmoid for teacher in teachers),
     )
     student = _Side(image, text, logit_scale, logit_bias if sigmoid else None)
-    teacher = None
-    if has_teacher:
-        assert teacher_image is not None and teacher_text is not None and teacher_logit_scale is not None
-        teacher = _Side(
-            teacher_image.detach(),
-            teacher_text.detach(),
-            teacher_logit_scale.detach(),
-            teacher_logit_bias.detach() if teacher_sigmoid and teacher_logit_bias is not None else None,
-        )
     if text_ids is None:
         text_ids = torch.arange(rank() * len(image), (rank() + 1) * len(image), device=image.device)
     size = _tile_size(tile_size, rows=len(image), ring=ring, device=image.device)
     with torch.autocast(image.device.type, enabled=False):  # else products would be in half precision
         if size is None:
-            share, scalars = _dense_loss(student, teacher, text_ids, terms)
+            share, scalars = _dense_loss(student, teachers, text_ids, terms)
         else:
-            share, scalars = _tiled_loss(student, teacher, text_ids, terms, size, ring)
+            share, scalars = _tiled_loss(student, teachers, text_ids, terms, size, ring)
     # With mimicry alone no term uses the scale, and a softmax does not use the bias. Both stay in the graph, since DDP
     # waits for the gradient of every parameter.
     loss = share + 0.0 * logit_scale if logit_bias is None else share + 0.0 * (logit_scale + logit_bias)
-    scalars |= {"logit_scale": logit_scale} | ({} if teacher is None else {"teacher_logit_scale": teacher.scale})
+    scalars["logit_scale"] = logit_scale
+    for side, teacher in zip(terms.teachers, teachers, strict=True):
+        scalars[side.replace("teacher", "teacher_logit_scale")] = teacher.scale
     return global_value(loss), scalars_of_all_ranks(scalars)
 
 
@@ -219,26 +228,32 @@ def _check_forms(*, sigmoid: bool, teacher_sigmoid: bool, kl_weight: float) -> N
         )
 
 
-def _check(image, text, teacher_image, teacher_text, teacher_logit_scale, text_ids) -> bool:
-    given = [x is not None for x in (teacher_image, teacher_text, teacher_logit_scale)]
-    if any(given) and not all(given):
-        raise ValueError(
-            "teacher_image, teacher_text and teacher_logit_scale must be given together: pass all three or none"
-        )
-    named = {"text": text, "teacher_image": teacher_image, "teacher_text": teacher_text, "text_ids": text_ids}
-    for name, value in named.items():
-        if value is not None and value.shape[0] != image.shape[0]:
-            raise ValueError(
-                f"{name} has {value.shape[0]} rows, image has {image.shape[0]}: they must be the same pairs"
-            )
-    return all(given)
+def _check_rows(image: Tensor, others: dict[str, Tensor | None], teachers: "Sequence[_Side]") -> None:
+    for teacher in teachers:
+        others = others | {"teacher_image": teacher.image, "teacher_text": teacher.text}
+        for name, value in others.items():
+            if value is not None and value.shape[0] != image.shape[0]:
+                raise ValueError(
+                    f"{name} has {value.shape[0]} rows, image has {image.shape[0]}: they must be the same pairs"
+                )
 
 
 class _Side:
     """Embeddings of one model in float32 or float64, its scale, and its bias for the sigmoid forms."""
 
-    def __init__(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None):
+    def __init__(
+        self,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        *,
+        weight: float = 1.0,
+        sigmoid: bool = False,
+    ):
         self.image, self.text, self.scale, self.bias = upcast(image), upcast(text), scale, bias
+        self.weight, self.sigmoid = weight, sigmoid
+        """Of a teacher: its share of the targets, and whether they are sigmoids."""
 
     def shift(self) -> Tensor | float:
         return 0.0 if self.bias is None else self.bias
@@ -248,6 +263,43 @@ class _Side:
         rows = gather_rows(torch.cat([self.image, self.text], dim=1))  # one collective instead of two
         all_images, all_texts = rows.split([self.image.shape[1], self.text.shape[1]], dim=1)
         return self.scale * self.image @ all_texts.T, self.scale * self.text @ all_images.T
+
+
+def _teachers(
+    *, image: Any, text: Any, scale: Any, bias: Any, weights: Sequence[float] | None, sigmoid: bool | Sequence[bool]
+) -> list[_Side]:
+    """One for each teacher, without gradient."""
+    needed = [image, text, scale]
+    if all(part is None for part in needed):
+        return []
+    if any(part is None for part in needed):
+        raise ValueError(
+            "teacher_image, teacher_text and teacher_logit_scale must be given together: pass all three or none"
+        )
+    images, texts, scales = ([part] if isinstance(part, Tensor) else list(part) for part in needed)
+    count = len(images)
+    biases = [bias] * count if bias is None or isinstance(bias, Tensor) else list(bias)
+    sigmoids = [sigmoid] * count if isinstance(sigmoid, bool) else list(sigmoid)
+    shares = [1.0] * count if weights is None else list(weights)
+    parts = {"teacher_image": images, "teacher_text": texts, "teacher_logit_scale": scales}
+    parts |= {"teacher_logit_bias": biases, "teacher_sigmoid": sigmoids, "teacher_weights": shares}
+    for name, part in parts.items():
+        if len(part) != count:
+            raise ValueError(f"{name} is of {len(part)} teachers, teacher_image of {count}")
+    for share in shares:
+        check_positive("teacher_weights", share)
+    total = math.fsum(shares)
+    return [
+        _Side(
+            images[k].detach(),
+            texts[k].detach(),
+            scales[k].detach(),
+            given.detach() if sigmoids[k] and (given := biases[k]) is not None else None,
+            weight=shares[k] / total,
+            sigmoid=sigmoids[k],
+        )
+        for k in range(count)
+    ]
 
 
 def _tile_size(requested: int | Literal["auto"] | None, *, rows: int, ring: bool, device: torch.device) -> int | None:
@@ -262,38 +314,37 @@ def _tile_size(requested: int | Literal["auto"] | None, *, rows: int, ring: bool
     return requested
 
 
-def _dense_loss(student: _Side, teacher: _Side | None, text_ids: Tensor, terms: Terms) -> tuple[Tensor, Scalars]:
+def _dense_loss(student: _Side, teachers: Sequence[_Side], text_ids: Tensor, terms: Terms) -> tuple[Tensor, Scalars]:
     """This rank's share of the loss times the number of ranks, and the scalars of its rows; reference of the tiles."""
     student_logits = student.two_directions()
     same = (text_ids[:, None] == gather_rows(text_ids)).to(student.image.dtype)
-    weighted: dict[str, tuple[float, Tensor]] = {}
+    scalars: Scalars = {}
     if terms.contrastive_weight:
         rows = [_contrastive_rows(logits + student.shift(), same, terms) for logits in student_logits]
-        weighted["contrastive"] = terms.contrastive_weight, _mean_of_rows(rows)
-    teacher_logits = None
-    if teacher is not None:
-        teacher_logits = teacher.two_directions()
-        pairs = list(zip(student_logits, teacher_logits, strict=True))
+        scalars["contrastive"] = _mean_of_rows(rows)
+    teacher_logits = [teacher.two_directions() for teacher in teachers]
+    for side, teacher, logits in zip(terms.teachers, teachers, teacher_logits, strict=True):
+        pairs, suffix = list(zip(student_logits, logits, strict=True)), side.removeprefix("teacher")
         if terms.gkl.soft_ce_weight and terms.sigmoid:
-            rows = [_sigmoid_soft_rows(s + student.shift(), t + teacher.shift(), terms) for s, t in pairs]
-            weighted["soft_ce"] = terms.gkl.soft_ce_weight, _mean_of_rows(rows)
+            rows = [_sigmoid_soft_rows(s + student.shift(), t + teacher.shift(), teacher, terms) for s, t in pairs]
+            scalars[f"soft_ce{suffix}"] = _mean_of_rows(rows)
         elif terms.gkl.soft_ce_weight:
             rows = [soft_cross_entropy_rows(student=s, teacher=t, temperature=terms.gkl.temperature) for s, t in pairs]
-            weighted["soft_ce"] = terms.gkl.soft_ce_weight, _mean_of_rows(rows)
+            scalars[f"soft_ce{suffix}"] = _mean_of_rows(rows)
         if terms.kl_weight:
             rows = [kl_rows(student=s, teacher=t, temperature=terms.gkl.temperature) for s, t in pairs]
-            weighted["kl"] = terms.kl_weight, _mean_of_rows(rows)
-        if terms.gkl.wmse_weight:
-            ratios = []
-            for s, t in pairs:
-                weight = smooth_weight(
-                    teacher=t, gamma=terms.gkl.gamma, weight_temperature=terms.gkl.weight_temperature
-                )
-                ratios.append(ratio_of_sums(*wmse_rows(student=s, teacher=t, weight=weight)))
-            weighted["wmse"] = terms.gkl.wmse_weight, torch.stack(ratios).mean()
-    loss = sum((weight * term for weight, term in weighted.values()), student_logits[0].new_zeros(()))
-    image_logits = student_logits[0], None if teacher_logits is None else teacher_logits[0]
-    return loss, {name: term for name, (_, term) in weighted.items()} | _diagnostics(*image_logits, same)
+            scalars[f"kl{suffix}"] = _mean_of_rows(rows)
+    if terms.gkl.wmse_weight:
+        ratios = []
+        for s, *ts in zip(student_logits, *teacher_logits, strict=True):
+            t = mean_logits(teachers=ts, weights=terms.teacher_weights)
+            weight = smooth_weight(teacher=t, gamma=terms.gkl.gamma, weight_temperature=terms.gkl.weight_temperature)
+            ratios.append(ratio_of_sums(*wmse_rows(student=s, teacher=t, weight=weight)))
+        scalars["wmse"] = torch.stack(ratios).mean()
+    weights = {name: weight for name, weight in terms.by_scalar().items() if name in scalars}
+    loss = sum((weight * scalars[name] for name, weight in weights.items()), student_logits[0].new_zeros(()))
+    of_images = {side: logits[0] for side, logits in zip(terms.teachers, teacher_logits, strict=True)}
+    return loss, {name: scalars[name] for name in weights} | _diagnostics(student_logits[0], of_images, same)
 
 
 def _contrastive_rows(student: Tensor, same: Tensor, terms: Terms) -> Tensor:
@@ -302,24 +353,24 @@ def _contrastive_rows(student: Tensor, same: Tensor, terms: Terms) -> Tensor:
     return F.cross_entropy(student, same / same.sum(dim=1, keepdim=True), reduction="none")
 
 
-def _sigmoid_soft_rows(student: Tensor, teacher: Tensor, terms: Terms) -> Tensor:
+def _sigmoid_soft_rows(student: Tensor, teacher: Tensor, side: _Side, terms: Terms) -> Tensor:
     student, teacher = student / terms.gkl.temperature, teacher / terms.gkl.temperature
-    if terms.teacher_sigmoid:
+    if side.sigmoid:
         return sigmoid_cross_entropy(student, teacher).sum(dim=1)
     return (F.softplus(student) - teacher.softmax(dim=1) * student).sum(dim=1)
 
 
 def _tiled_loss(
-    student: _Side, teacher: _Side | None, text_ids: Tensor, terms: Terms, tile_size: int, ring: bool
+    student: _Side, teachers: Sequence[_Side], text_ids: Tensor, terms: Terms, tile_size: int, ring: bool
 ) -> tuple[Tensor, Scalars]:
     """The result of `_dense_loss`, in tiles."""
 
     def columns(rows: Tensor) -> Tensor:
         return rows if ring else gather_rows(rows)
 
-    teacher_tensors = None if teacher is None else (teacher.scale * teacher.image, columns(teacher.text), teacher.bias)
+    of_teachers = tuple((teacher.scale * teacher.image, columns(teacher.text), teacher.bias) for teacher in teachers)
     student_tensors = student.image, columns(student.text), student.scale, student.bias
-    return TiledLoss.apply(*student_tensors, teacher_tensors, (text_ids, columns(text_ids)), terms, tile_size, ring)
+    return TiledLoss.apply(*student_tensors, of_teachers, (text_ids, columns(text_ids)), terms, tile_size, ring)
 
 
 def _mean_of_rows(directions: list[Tensor]) -> Tensor:
@@ -337,7 +388,7 @@ def scalars_of_all_ranks(scalars: Scalars) -> Scalars:
 
 
 @torch.no_grad()
-def _diagnostics(student: Tensor, teacher: Tensor | None, same: Tensor) -> Scalars:
+def _diagnostics(student: Tensor, teachers: dict[str, Tensor], same: Tensor) -> Scalars:
     """Accuracy, agreement and entropies of the rows of images."""
 
     def entropy(logits: Tensor) -> Tensor:
@@ -346,7 +397,8 @@ def _diagnostics(student: Tensor, teacher: Tensor | None, same: Tensor) -> Scala
 
     best = student.argmax(dim=1)
     scalars = {"batch_acc1": same.gather(1, best[:, None]).mean(), "student_entropy": entropy(student)}
-    if teacher is None:
-        return scalars
-    agreement = (best == teacher.argmax(dim=1)).float().mean()
-    return scalars | {"agreement@1": agreement, "teacher_entropy": entropy(teacher)}
+    for side, teacher in teachers.items():
+        suffix = side.removeprefix("teacher")
+        scalars[f"agreement@1{suffix}"] = (best == teacher.argmax(dim=1)).float().mean()
+        scalars[f"teacher_entropy{suffix}"] = entropy(teacher)
+    return scalars

@@ -27,12 +27,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gkl_vl.distributed import max_across_processes, pass_on_ring, rank, sum_across_processes, world_size
-from gkl_vl.losses.gkl import GklSettings
+from gkl_vl.losses.gkl import GklSettings, mean_logits
 
 Logits = dict[str, Float[Tensor, "r c"]]
-"""A tile: "student" and, where there is a teacher, "teacher" and "difference" = teacher - student."""
+"""A tile: "student", each teacher's side (`Terms.teachers`) and, for wMSE, "teacher", the teachers' weighted mean, and
+"difference" = teacher - student."""
 Key = tuple[str, float]
-"""A softmax: the side of its logits ("student" or "teacher") and the factor, an inverse temperature, on them."""
+"""A softmax: the side of its logits and the factor, an inverse temperature, on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,38 @@ class Terms:
     gkl: GklSettings
     kl_weight: float
     sigmoid: bool
-    teacher_sigmoid: bool
+    teacher_weights: tuple[float, ...]
+    """One for each teacher, with sum 1."""
+    teacher_sigmoid: tuple[bool, ...]
+
+    @property
+    def teachers(self) -> dict[str, float]:
+        """Weight of each teacher by the name of its side; a single one is "teacher", its own mean."""
+        several = len(self.teacher_weights) > 1
+        return {f"teacher.{k}" if several else "teacher": weight for k, weight in enumerate(self.teacher_weights)}
+
+    def by_scalar(self) -> dict[str, float]:
+        """Weight of each scalar of the loss by its name: "soft_ce.0" and so on of several teachers."""
+
+        def of_teachers(name: str, weight: float) -> dict[str, float]:
+            return {side.replace("teacher", name): share * weight for side, share in self.teachers.items()}
+
+        return {
+            "contrastive": self.contrastive_weight,
+            **of_teachers("soft_ce", self.gkl.soft_ce_weight),
+            "wmse": self.gkl.wmse_weight,
+            **of_teachers("kl", self.kl_weight),
+        }
+
+    @property
+    def sigmoid_targets(self) -> dict[str, float]:
+        """Of `teachers` those whose targets are sigmoids."""
+        return dict(side for side, sigmoid in zip(self.teachers.items(), self.teacher_sigmoid, strict=True) if sigmoid)
+
+    @property
+    def softmax_targets(self) -> dict[str, float]:
+        """The other ones."""
+        return {side: weight for side, weight in self.teachers.items() if side not in self.sigmoid_targets}
 
 
 class Softmax:
@@ -101,23 +133,19 @@ class Direction:
     `with_metrics` also accumulates what the logged metrics need: entropies and the most similar columns.
     """
 
-    def __init__(
-        self, terms: Terms, *, num_columns: int, has_teacher: bool, with_metrics: bool, like: Float[Tensor, " q"]
-    ):
+    def __init__(self, terms: Terms, *, num_columns: int, with_metrics: bool, like: Float[Tensor, " q"]):
         self.terms, self.num_columns, self.with_metrics = terms, num_columns, with_metrics
         self.distil_weight, self.wmse_weight = terms.gkl.soft_ce_weight + terms.kl_weight, terms.gkl.wmse_weight
         self.inverse_temperature = 1 / terms.gkl.temperature
         self.contrastive_weight = 0 if terms.sigmoid else terms.contrastive_weight
-        self.softmax_targets = self.distil_weight if not terms.teacher_sigmoid else 0
+        self.softmax_targets = terms.softmax_targets if self.distil_weight else {}
         self.wmse_key: Key = ("teacher", terms.gkl.gamma / terms.gkl.weight_temperature)
         """This softmax equals softmax(t / T2)^gamma, normalised."""
         self.base_key: Key = ("teacher", 1 / terms.gkl.weight_temperature)
-        self.softmaxes = {
-            key: Softmax(key, tuple(values), like=like) for key, values in self._required(has_teacher).items()
-        }
+        self.softmaxes = {key: Softmax(key, tuple(values), like=like) for key, values in self._required().items()}
         self.positive, self.num_positive = torch.zeros_like(like), torch.zeros_like(like)
         """Sum and number of the logits of a row's positives, the columns with the row's caption."""
-        sides = (("student", "teacher") if has_teacher else ("student",)) if with_metrics else ()
+        sides = ("student", *terms.teachers) if with_metrics else ()
         self.best = {
             side: (
                 torch.full_like(like, -torch.inf),
@@ -128,7 +156,7 @@ class Direction:
         }
         """A row's largest logit, its column, and 1 if that column is a positive, else 0."""
 
-    def _required(self, has_teacher: bool) -> dict[Key, dict[str, None]]:
+    def _required(self) -> dict[Key, dict[str, None]]:
         """The softmaxes that the terms need, and the values to average under each (an ordered set)."""
         required: dict[Key, dict[str, None]] = {}
 
@@ -138,13 +166,12 @@ class Direction:
         if self.contrastive_weight:
             require(("student", 1.0))
         if self.with_metrics:  # entropies
-            require(("student", 1.0), "student")
-            if has_teacher:
-                require(("teacher", 1.0), "teacher")
+            for side in ("student", *self.terms.teachers):
+                require((side, 1.0), side)
         if self.distil_weight and not self.terms.sigmoid:
             require(("student", self.inverse_temperature))
-        if self.softmax_targets:
-            require(("teacher", self.inverse_temperature), "student", "teacher")
+        for side in self.softmax_targets:
+            require((side, self.inverse_temperature), "student", side)
         if self.wmse_weight:
             require(self.wmse_key, "difference")
             require(self.base_key)
@@ -195,13 +222,13 @@ class Direction:
         by_row, factor = {}, self.inverse_temperature
         if self.contrastive_weight:
             by_row["contrastive"] = self.softmaxes["student", 1.0].log_sum_exp() - self.positive / self.num_positive
-        if self.softmax_targets and self.terms.sigmoid:
-            by_row["soft_ce"] = -factor * self.softmaxes["teacher", factor].mean_of("student")
-        elif self.softmax_targets:
-            student, teacher = self.softmaxes["student", factor], self.softmaxes["teacher", factor]
-            soft_ce = student.log_sum_exp() - factor * teacher.mean_of("student")
-            entropy = teacher.log_sum_exp() - factor * teacher.mean_of("teacher")
-            by_row |= {"soft_ce": soft_ce, "kl": soft_ce - entropy}
+        for side in self.softmax_targets:
+            teacher, suffix = self.softmaxes[side, factor], side.removeprefix("teacher")
+            by_row[f"soft_ce{suffix}"] = -factor * teacher.mean_of("student")
+            if not self.terms.sigmoid:
+                by_row[f"soft_ce{suffix}"] += self.softmaxes["student", factor].log_sum_exp()
+                entropy = teacher.log_sum_exp() - factor * teacher.mean_of(side)
+                by_row[f"kl{suffix}"] = by_row[f"soft_ce{suffix}"] - entropy
         if self.wmse_weight:
             squared = self._total_weight().square()
             by_row |= {"wmse": 0.5 * squared * self.softmaxes[self.wmse_key].variance, "wmse_denominator": squared}
@@ -229,8 +256,8 @@ class Direction:
             coefficients["student", 1.0] += row_weight * self.contrastive_weight
         if not terms.sigmoid and self.distil_weight:
             coefficients["student", factor] += distillation
-        if self.softmax_targets:
-            coefficients["teacher", factor] -= distillation
+        for side, weight in self.softmax_targets.items():
+            coefficients[side, factor] -= weight * distillation
         # Divided by sum_exp, not shifted by its logarithm: beside an offset of 50 that would lose four digits.
         self.coefficients = {key: value / self.softmaxes[key].sum_exp for key, value in coefficients.items() if value}
         """Coefficient of each unnormalised softmax in the gradient; positives, wMSE and `Pairs` are added apart."""
@@ -267,21 +294,22 @@ class Pairs:
 
     def __init__(self, terms: Terms, *, device: torch.device):
         self.terms, self.inverse_temperature = terms, 1 / terms.gkl.temperature
-        self.sums = {
-            name: torch.zeros((), dtype=torch.float64, device=device)
-            for name, weight in (("contrastive", terms.contrastive_weight), ("soft_ce", terms.gkl.soft_ce_weight))
-            if weight and terms.sigmoid
-        }
+        named = ["contrastive"] if terms.sigmoid and terms.contrastive_weight else []
+        self.soft_sides = terms.teachers if terms.sigmoid and terms.gkl.soft_ce_weight else {}
+        named += [side.replace("teacher", "soft_ce") for side in self.soft_sides]
+        self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in named}
 
     def add(self, logits: Logits, same: Float[Tensor, "r c"]) -> None:
         """Adds the terms of a tile to the sums."""
         if "contrastive" in self.sums:
             self.sums["contrastive"] += sigmoid_contrastive(logits["student"], same).sum()
-        if "soft_ce" in self.sums and self.terms.teacher_sigmoid:
-            student, teacher = (self.inverse_temperature * logits[side] for side in ("student", "teacher"))
-            self.sums["soft_ce"] += sigmoid_cross_entropy(student, teacher).sum()
-        elif "soft_ce" in self.sums:
-            self.sums["soft_ce"] += F.softplus(self.inverse_temperature * logits["student"]).sum()
+        for side in self.soft_sides:
+            student = self.inverse_temperature * logits["student"]
+            if side in self.terms.sigmoid_targets:
+                entropy = sigmoid_cross_entropy(student, self.inverse_temperature * logits[side])
+            else:
+                entropy = F.softplus(student)
+            self.sums[side.replace("teacher", "soft_ce")] += entropy.sum()
 
     def add_gradient(
         self, gradient: Float[Tensor, "r c"], logits: Logits, same: Float[Tensor, "r c"], *, row_weight: float
@@ -291,11 +319,12 @@ class Pairs:
             coefficient = row_weight * self.terms.contrastive_weight
             sign = 1 - 2 * same
             gradient.addcmul_(torch.sigmoid(sign * logits["student"]), sign, value=coefficient)
-        if "soft_ce" in self.sums:
+        if self.soft_sides:
             coefficient = row_weight * self.inverse_temperature * self.terms.gkl.soft_ce_weight
             gradient.add_(torch.sigmoid(self.inverse_temperature * logits["student"]), alpha=coefficient)
-            if self.terms.teacher_sigmoid:
-                gradient.sub_(torch.sigmoid(self.inverse_temperature * logits["teacher"]), alpha=coefficient)
+            for side, weight in self.terms.sigmoid_targets.items():
+                target = torch.sigmoid(self.inverse_temperature * logits[side])
+                gradient.sub_(target, alpha=weight * coefficient)
 
 
 def sigmoid_contrastive(student: Float[Tensor, "r c"], same: Float[Tensor, "r c"]) -> Float[Tensor, "r c"]:
@@ -314,11 +343,12 @@ class Rows:
 
     student: Float[Tensor, "n d"]
     """Multiplied by the logit scale."""
-    teacher: Float[Tensor, "n e"] | None
+    teachers: tuple[Float[Tensor, "n _e"], ...]
+    """Each multiplied by its scale."""
     ids: Int[Tensor, " n"]
     """Equal ids mark equal captions."""
     bias: Float[Tensor, ""] | None
-    teacher_bias: Float[Tensor, ""] | None
+    teacher_biases: tuple[Float[Tensor, ""] | None, ...]
     """The biases are for sigmoids; a softmax does not depend on them."""
 
 
@@ -327,7 +357,7 @@ class Columns:
     """Text embeddings of all ranks, or in a ring of one rank at a time, with the statistics of their direction."""
 
     student: Float[Tensor, "m d"]
-    teacher: Float[Tensor, "m e"] | None
+    teachers: tuple[Float[Tensor, "m _e"], ...]
     ids: Int[Tensor, " m"]
     first: int
     """Index of the first among the texts of all ranks."""
@@ -338,27 +368,32 @@ class Columns:
         for start in range(0, len(rows.ids), size):
             for first in range(0, len(self.ids), size):
                 r, c = slice(start, start + size), slice(first, first + size)
-                logits = {"student": rows.student[r] @ self.student[c].T}
-                if self.teacher is not None:
-                    assert rows.teacher is not None
-                    logits["teacher"] = rows.teacher[r] @ self.teacher[c].T
-                    logits["difference"] = logits["teacher"] - logits["student"]
-                for side, bias in (("student", rows.bias), ("teacher", rows.teacher_bias)):
-                    if bias is not None:
-                        logits[side] += bias
                 # Floats to multiply by: selecting with a boolean mask is ten times slower.
                 same = (rows.ids[r, None] == self.ids[c]).to(rows.student.dtype)
-                yield r, c, logits, same
+                yield r, c, self._logits(rows, r, c), same
+
+    def _logits(self, rows: Rows, r: slice, c: slice) -> Logits:
+        logits, terms = {"student": rows.student[r] @ self.student[c].T}, self.direction.terms
+        for side, images, texts in zip(terms.teachers, rows.teachers, self.teachers, strict=True):
+            logits[side] = images[r] @ texts[c].T
+        if terms.gkl.wmse_weight:
+            own = [logits[side] for side in terms.teachers]
+            logits["teacher"] = mean_logits(teachers=own, weights=terms.teacher_weights)
+            logits["difference"] = logits["teacher"] - logits["student"]
+        for side, bias in zip(("student", *terms.teachers), (rows.bias, *rows.teacher_biases), strict=True):
+            if bias is not None:
+                logits[side] += bias
+        return logits
 
     def pass_on(self, *more: Tensor) -> tuple["Columns", list[Tensor]]:
         """Sends the columns and `more` to the previous rank and returns those of the next rank. All ranks."""
-        tensors = [self.student, *([] if self.teacher is None else [self.teacher]), self.ids]
+        tensors = [self.student, *self.teachers, self.ids]
         without_state = [*tensors, *more]
         received = pass_on_ring([*without_state, *self.direction.state()])  # all ranks
-        student, *teacher, ids = received[: len(tensors)]
+        student, *teachers, ids = received[: len(tensors)]
         following = Columns(
             student=student,
-            teacher=teacher[0] if teacher else None,
+            teachers=tuple(teachers),
             ids=ids,
             first=(self.first + len(ids)) % (world_size() * len(ids)),
             direction=self.direction.with_state(received[len(without_state) :]),
@@ -380,20 +415,22 @@ class TiledLoss(torch.autograd.Function):
         text: Float[Tensor, "m d"],
         scale: Float[Tensor, ""],
         bias: Float[Tensor, ""] | None,
-        teacher: tuple[Float[Tensor, "n e"], Float[Tensor, "m e"], Float[Tensor, ""] | None] | None,
+        teachers: tuple[tuple[Float[Tensor, "n _e"], Float[Tensor, "m _e"], Float[Tensor, ""] | None], ...],
         ids: tuple[Int[Tensor, " n"], Int[Tensor, " m"]],
         terms: Terms,
         tile_size: int,
         ring: bool,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        teacher_image, teacher_text, teacher_bias = (None, None, None) if teacher is None else teacher
-        rows = Rows(student=scale * image, teacher=teacher_image, ids=ids[0], bias=bias, teacher_bias=teacher_bias)
+        teacher_images, teacher_texts, teacher_biases = zip(*teachers, strict=True) if teachers else ((), (), ())
+        rows = Rows(
+            student=scale * image, teachers=teacher_images, ids=ids[0], bias=bias, teacher_biases=teacher_biases
+        )
         pairs = Pairs(terms, device=image.device)
-        common = {"num_columns": world_size() * len(image), "has_teacher": teacher is not None}
-        images = Direction(terms, **common, with_metrics=True, like=rows.student[:, 0])
-        texts = Direction(terms, **common, with_metrics=False, like=text[:, 0])
+        num_columns = world_size() * len(image)
+        images = Direction(terms, num_columns=num_columns, with_metrics=True, like=rows.student[:, 0])
+        texts = Direction(terms, num_columns=num_columns, with_metrics=False, like=text[:, 0])
         first = rank() * len(text) if ring else 0
-        columns = Columns(student=text, teacher=teacher_text, ids=ids[1], first=first, direction=texts)
+        columns = Columns(student=text, teachers=teacher_texts, ids=ids[1], first=first, direction=texts)
         for _ in range(world_size() if ring else 1):
             for r, c, logits, same in columns.tiles(rows, tile_size):
                 pairs.add(logits, same)
@@ -452,18 +489,14 @@ class TiledLoss(torch.autograd.Function):
 def _loss_and_scalars(
     terms: Terms, scalars: dict[str, Tensor], images: Direction
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-    weights = {
-        "contrastive": terms.contrastive_weight,
-        "soft_ce": terms.gkl.soft_ce_weight,
-        "wmse": terms.gkl.wmse_weight,
-        "kl": terms.kl_weight,
-    }
+    weights = terms.by_scalar()
     logged = {name: scalars[name] for name, weight in weights.items() if weight and name in scalars}
     loss = sum((weights[name] * term for name, term in logged.items()), torch.zeros_like(images.positive[0]))
     _, column, is_same = images.best["student"]
     logged["batch_acc1"] = is_same.mean()
     logged["student_entropy"] = images.entropy("student").mean()
-    if "teacher" in images.best:
-        logged["agreement@1"] = (column == images.best["teacher"][1]).float().mean()
-        logged["teacher_entropy"] = images.entropy("teacher").mean()
+    for side in terms.teachers:
+        suffix = side.removeprefix("teacher")
+        logged[f"agreement@1{suffix}"] = (column == images.best[side][1]).float().mean()
+        logged[f"teacher_entropy{suffix}"] = images.entropy(side).mean()
     return loss, logged

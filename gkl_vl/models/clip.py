@@ -242,23 +242,24 @@ class ImageTower(nn.Module):
 
 
 class Student(nn.Module):
-    """The trained module: the towers and, where dimensions differ, linear maps into the teacher's embedding space.
+    """The trained module: the towers and, where dimensions differ, linear maps into the teachers' embedding spaces.
 
     The maps are checkpointed with the model and not exported. `forward` computes all outputs because
     DistributedDataParallel supports one forward per step.
 
     Args:
         embed_dim: of the student.
-        teacher_dim: of the teacher.
-        mapped: the sides, "image" and "text", whose embeddings the loss compares with the teacher's.
+        teacher_dims: of each teacher.
+        mapped: the sides, "image" and "text", whose embeddings the loss compares with the teachers'.
     """
 
-    def __init__(self, towers: Towers, *, embed_dim: int, teacher_dim: int | None = None, mapped: Sequence[str] = ()):
+    def __init__(self, towers: Towers, *, embed_dim: int, teacher_dims: Sequence[int] = (), mapped: Sequence[str] = ()):
         super().__init__()
         self.towers = towers
         self.mapped = tuple(mapped)
-        width = teacher_dim if teacher_dim is not None and self.mapped else embed_dim
-        needed = self.mapped if width != embed_dim else ()  # DDP waits for the gradient of every parameter
+        self.dims = list(teacher_dims) or [embed_dim]
+        width = sum(self.dims)  # the maps of all teachers are one matrix
+        needed = self.mapped if self.dims != [embed_dim] else ()  # DDP waits for the gradient of every parameter
         self.image_map = nn.Linear(embed_dim, width, bias=False) if "image" in needed else nn.Identity()
         self.text_map = nn.Linear(embed_dim, width, bias=False) if "text" in needed else nn.Identity()
 
@@ -269,17 +270,21 @@ class Student(nn.Module):
     def forward(self, pixels: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "*m length"]) -> dict[str, Tensor]:
         """Embeddings [n, d] of the images and [*m, d] of any number of texts.
 
-        "mapped_image" and "mapped_text" are those in the teacher's space, also normalised, of the sides in `mapped`.
+        "mapped_image" and "mapped_text" are those in the teacher's space, also normalised, of the sides in `mapped`;
+        with several teachers those in each space, one behind the other.
         """
         text = self.towers.encode_text_by_length(tokens)  # first: it waits for the device, which has nothing to do yet
         image = self.towers.encode_image(pixels)
         output = {"image": image, "text": text, "logit_scale": self.towers.log_scale().exp()}
         if "image" in self.mapped:
-            output["mapped_image"] = F.normalize(self.image_map(image), dim=-1)
+            output["mapped_image"] = self._normalised(self.image_map(image))
         if "text" in self.mapped:
-            output["mapped_text"] = F.normalize(self.text_map(text), dim=-1)
+            output["mapped_text"] = self._normalised(self.text_map(text))
         bias = self.towers.bias()
         return output if bias is None else output | {"logit_bias": bias}
+
+    def _normalised(self, mapped: Float[Tensor, "*m width"]) -> Float[Tensor, "*m width"]:
+        return torch.cat([F.normalize(part, dim=-1) for part in mapped.split(self.dims, dim=-1)], dim=-1)
 
 
 @torch.no_grad()

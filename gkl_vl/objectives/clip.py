@@ -1,8 +1,9 @@
 """Distillation of a CLIP on image-text logits, with or without attacks on the student's images."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from gkl_vl.models.modes import evaluating
 from gkl_vl.protocols import Batch, Objective
 from gkl_vl.robustness.pgd import Norm, pgd
 from gkl_vl.teachers.bank import Bank
-from gkl_vl.teachers.online import Teacher
+from gkl_vl.teachers.online import Teacher, by_teacher, numbered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,9 @@ class ClipKd(Objective):
     teacher: Teacher | None
     weights: ClipKdWeights
     bank: Bank
-    """Columns of the cross logits."""
+    """Columns of the cross logits: the teachers' embeddings, one behind the other."""
+    teacher_weights: Sequence[float] = (1.0,)
+    """Share of each teacher in the targets, with sum 1."""
     attack: ImageAttack | None = None
     """The student sees attacked images, the teacher the clean ones."""
 
@@ -95,7 +98,7 @@ class ClipKd(Objective):
         )
 
         def attack_loss(image: Tensor) -> Tensor:
-            loss, _ = _logits_loss(outputs | {"image": image}, targets, weights)
+            loss, _ = _logits_loss(outputs | {"image": image}, targets, weights, self.teacher_weights)
             return len(image) * loss  # the sum: float16 would round the gradients of the mean to 0
 
         return pgd(
@@ -122,29 +125,38 @@ class ClipKd(Objective):
     def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the terms. A model with a bias is a SigLIP and gets the sigmoid forms. All ranks."""
         logits = {name: tensor for name, tensor in outputs.items() if not name.startswith("mapped_")}
-        loss, scalars = _logits_loss(logits, targets, self.weights)
+        loss, scalars = _logits_loss(logits, targets, self.weights, self.teacher_weights)
         if self.teacher is None or not self.weights.mapped:
             return loss, scalars
-        mapped = {side: outputs[f"mapped_{side}"].flatten(0, -2) for side in ("image", "text")}
-        theirs = {name: targets[name].flatten(0, -2) for name in ("teacher_image", "teacher_text")}
-        if self.weights.mimicry_weight:
-            term = mimicry_loss(**mapped, **theirs)
-            loss, scalars = loss + self.weights.mimicry_weight * term, scalars | {"mimicry": term.detach()}
-        if self.weights.cross.counts:
-            _, first = next(_by_caption(outputs, targets))
-            text_bank, image_bank = self.bank.columns(first["teacher_text"], targets["teacher_image"])  # all ranks
-            term, cross_scalars = cross_logits_loss(
-                **mapped,
-                **theirs,
-                text_bank=text_bank,
-                image_bank=image_bank,
-                teacher_logit_scale=targets["teacher_logit_scale"],
-                teacher_logit_bias=targets.get("teacher_logit_bias"),
-                sigmoid="logit_bias" in outputs and "teacher_logit_bias" in targets,
-                **vars(self.weights.cross),
-            )
-            loss, scalars = loss + term, scalars | cross_scalars
+        spaces = _teacher_spaces(outputs, targets)
+        banks = self._banks(outputs, targets) if self.weights.cross.counts else [{}] * len(spaces)  # all ranks
+        for number, (weight, space, bank) in enumerate(zip(self.teacher_weights, spaces, banks, strict=True)):
+            terms: dict[str, Tensor] = {}
+            if self.weights.mimicry_weight:
+                terms["mimicry"] = mimicry_loss(**space)
+                loss = loss + weight * self.weights.mimicry_weight * terms["mimicry"]
+            if self.weights.cross.counts:
+                bias = targets.get(numbered("teacher_logit_bias", number))
+                term, cross_scalars = cross_logits_loss(
+                    **space,
+                    **bank,
+                    teacher_logit_scale=targets[numbered("teacher_logit_scale", number)],
+                    teacher_logit_bias=bias,
+                    sigmoid="logit_bias" in outputs and bias is not None,
+                    **vars(self.weights.cross),
+                )
+                loss, terms = loss + weight * term, terms | cross_scalars
+            suffix = f".{number}" if len(spaces) > 1 else ""
+            scalars |= {f"{name}{suffix}": term.detach() for name, term in terms.items()}
         return loss, scalars
+
+    def _banks(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """`text_bank` and `image_bank` of each teacher. All ranks."""
+        _, first = next(_by_caption(outputs, targets))
+        texts, images = by_teacher(first, "teacher_text"), by_teacher(targets, "teacher_image")
+        columns = self.bank.columns(torch.cat(texts, dim=1), torch.cat(images, dim=1))  # all ranks
+        by_kind = [bank.split([image.shape[1] for image in images], dim=1) for bank in columns]
+        return [{"text_bank": text, "image_bank": image} for text, image in zip(*by_kind, strict=True)]
 
     def state(self) -> dict[str, Tensor]:
         """The bank's, where cross logits count."""
@@ -156,20 +168,38 @@ class ClipKd(Objective):
             self.bank.load_state(state)
 
 
+def _teacher_spaces(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """In the space of each teacher: the student's and the teacher's embeddings of the images and of all captions."""
+    images, texts = by_teacher(targets, "teacher_image"), by_teacher(targets, "teacher_text")
+    dims = [image.shape[-1] for image in images]
+    ours = [outputs[f"mapped_{side}"].flatten(0, -2).split(dims, dim=1) for side in ("image", "text")]
+    return [
+        {"image": image, "text": text, "teacher_image": their_image, "teacher_text": their_text.flatten(0, -2)}
+        for image, text, their_image, their_text in zip(*ours, images, texts, strict=True)
+    ]
+
+
 def _logits_loss(
-    outputs: dict[str, Tensor], targets: dict[str, Tensor], weights: ClipKdWeights
+    outputs: dict[str, Tensor], targets: dict[str, Tensor], weights: ClipKdWeights, shares: Sequence[float]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`image_text_loss`, with several captions per image the mean over them."""
     sigmoid = "logit_bias" in outputs
     losses, scalars = [], []
     for paired_outputs, paired_targets in _by_caption(outputs, targets):
+        teachers: dict[str, Any] = {}
+        if "teacher_image" in targets:
+            names = ("teacher_image", "teacher_text", "teacher_logit_scale")
+            teachers |= {name: by_teacher(paired_targets, name) for name in names}
+            biases = [targets.get(numbered("teacher_logit_bias", number)) for number in range(len(shares))]
+            teachers |= {"teacher_logit_bias": biases, "teacher_weights": shares}
+            teachers["teacher_sigmoid"] = [sigmoid and bias is not None for bias in biases]
         loss, terms = image_text_loss(
             **paired_outputs,
-            **paired_targets,
+            **teachers,
+            text_ids=paired_targets["text_ids"],
             **vars(weights.gkl),
             contrastive_weight=weights.contrastive_weight,
             sigmoid=sigmoid,
-            teacher_sigmoid=sigmoid and "teacher_logit_bias" in targets,
         )
         losses.append(loss)
         scalars.append(terms)
@@ -184,5 +214,6 @@ def _by_caption(
         yield outputs, targets
         return
     for number, text in enumerate(outputs["text"].unbind(1)):
-        of_texts = {name: targets[name][:, number] for name in ("text_ids", "teacher_text") if name in targets}
+        texts = [name for name in targets if name == "text_ids" or name.startswith("teacher_text")]
+        of_texts = {name: targets[name][:, number] for name in texts}
         yield outputs | {"text": text}, targets | of_texts

@@ -3,6 +3,7 @@
     manifest.json           teachers, views, data: `Manifest`
     00000.safetensors       the embeddings of block 0 of the source: a shard, or 10,000 rows
     00001.safetensors ...
+    classes.safetensors     of a store of images alone, for class prompts: `classes.t` [C, e] in float32
 
 A file has, for its p pairs with c captions in all, and for teacher t:
 
@@ -16,7 +17,7 @@ A file has, for its p pairs with c captions in all, and for teacher t:
 No augmentation parameters are stored: view v of a pair is a function of its key and v (`data.augment.view_seed`), so
 that training draws it again, at the student's own size. Of a small set the views may be kept instead.
 Axis letters: p = pairs of a block, v = views of each, c = captions of the block, e = the teacher's embedding, s = side
-of a kept view.
+of a kept view, C = classes.
 """
 
 import hashlib
@@ -42,15 +43,17 @@ from gkl_vl.data.augment import Augmentation, draws, settings_of
 from gkl_vl.data.captions import usable_captions
 from gkl_vl.data.files import stable_hash
 from gkl_vl.data.images import DECODE_RULES, BrokenSample
+from gkl_vl.data.prompts import Prompts
 from gkl_vl.data.sources import RawPair, Source
 from gkl_vl.errors import UserError, first_line
 from gkl_vl.protocols import Batch
 from gkl_vl.reading import read_json
-from gkl_vl.teachers.online import Teacher
+from gkl_vl.teachers.online import Teacher, numbered
 
 FORMAT = 1
 """Version of the folder: raise it when what is stored changes its meaning."""
 MANIFEST = "manifest.json"
+CLASSES = "classes.safetensors"
 BROKEN = -1
 OPEN_FILES = 256
 """Files of a store that a process keeps open. They are mapped to memory: a row is read when it is needed."""
@@ -129,8 +132,7 @@ def identity_of(manifest: Manifest) -> UInt8[Tensor, "32"]:
     """Hash of all settings of a store, which each of its files holds; a teacher may be named in several ways."""
     content: dict[str, Any] = asdict(manifest) | {"pairs": 0, "broken": 0}
     content["teachers"] = [teacher | {"name": ""} for teacher in content["teachers"]]
-    digest = hashlib.sha256(json.dumps(content).encode()).digest()
-    return torch.tensor(list(digest), dtype=torch.uint8)
+    return _bytes_of(hashlib.sha256(json.dumps(content).encode()).hexdigest())
 
 
 def block_names(source: Source) -> list[str]:
@@ -141,6 +143,16 @@ def block_names(source: Source) -> list[str]:
 def block_file(folder: Path, block: int) -> Path:
     """The file of a block."""
     return folder / f"{block:05d}.safetensors"
+
+
+def write_classes(folder: Path, classes: Sequence[Float[Tensor, "C _e"]], prompts: Prompts) -> None:
+    """Writes each teacher's class embeddings."""
+    tensors = {f"classes.{number}": rows.cpu() for number, rows in enumerate(classes)}
+    disk_cache.write(folder / CLASSES, tensors | {"prompts": _bytes_of(prompts.digest())})
+
+
+def _bytes_of(digest: str) -> UInt8[Tensor, "32"]:
+    return torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
 
 
 def pair_digest(pair: RawPair, captions: Sequence[str]) -> int:
@@ -180,8 +192,9 @@ def unpacked(rows: Tensor, scale: Tensor | None) -> Float[Tensor, "*rows e"]:
 class StoredEmbeddings:
     """The embeddings of a source's pairs, read row by row from a store. Picklable, for worker processes."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.manifest = folder, read_manifest(folder)
+    def __init__(self, folder: Path, *, first: int = 0):
+        """`first`: number of its first teacher in the batch, behind those of other stores."""
+        self.folder, self.manifest, self.first = folder, read_manifest(folder), first
         self._identity = identity_of(self.manifest)
         self._files: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
         self._verified: set[int] = set()
@@ -199,7 +212,8 @@ class StoredEmbeddings:
         manifest, store = self.manifest, f"--teacher-store {self.folder}"
         if manifest.captioned != source.captioned:
             holds = "captions as well" if manifest.captioned else "images alone"
-            raise UserError(f"{store} was built on {holds}: build one for this recipe")
+            remedy = "with --prompts, for images alone" if manifest.captioned else "without --prompts, for captions"
+            raise UserError(f"{store} was built on {holds}: build another {remedy}")
         names = block_names(source)
         if names != manifest.blocks:
             number = next((i for i, (a, b) in enumerate(zip(names, manifest.blocks, strict=False)) if a != b), None)
@@ -232,7 +246,8 @@ class StoredEmbeddings:
 
     def of_pair(self, pair: RawPair, view: int, captions: Sequence[int]) -> dict[str, Tensor]:
         """Of a view and of usable captions by number, as they are stored: {"teacher_image": [e]}, with captions
-        "teacher_text" [len(captions), e], each with its scale (int8), and "image" where the views are kept.
+        "teacher_text" [len(captions), e], each with its scale (int8), and "image" where the views are kept. Those of
+        further teachers are named by `online.numbered`.
 
         Raises: BrokenSample for a pair that was broken when it was stored; UserError for another pair in its place, and
             for a damaged file.
@@ -248,17 +263,29 @@ class StoredEmbeddings:
                 f"{pair.key!r}, row {row} of {self.manifest.blocks[pair.block]!r}: read the data with the flags of the "
                 "store, or remove it and build it again"
             )
-        outputs = {"teacher_image": file["image.0"][row, view]}
-        if self.manifest.dtype == "int8":
-            outputs["teacher_image_scale"] = file["image_scale.0"][row, view]
-        if self.manifest.kept_size is not None:
-            outputs["image"] = file["pixels"][row, view]
-        if captions:
-            rows = int(file["captions"][row]) + torch.tensor(captions)
-            outputs["teacher_text"] = file["text.0"][rows]
-            if self.manifest.dtype == "int8":
-                outputs["teacher_text_scale"] = file["text_scale.0"][rows]
+        outputs = {} if self.manifest.kept_size is None else {"image": file["pixels"][row, view]}
+        texts = int(file["captions"][row]) + torch.tensor(captions, dtype=torch.long)
+        kinds = ["", "_scale"] if self.manifest.dtype == "int8" else [""]
+        for number in range(len(self.manifest.teachers)):
+            for kind in kinds:
+                name = numbered(f"teacher_image{kind}", self.first + number)
+                outputs[name] = file[f"image{kind}.{number}"][row, view]
+                if captions:
+                    name = numbered(f"teacher_text{kind}", self.first + number)
+                    outputs[name] = file[f"text{kind}.{number}"][texts]
         return outputs
+
+    def classes(self, prompts: Prompts) -> list[Float[Tensor, "C _e"]]:
+        """Each teacher's class embeddings. Raises: UserError where they are missing, damaged or of other prompts."""
+        path = self.folder / CLASSES
+        tensors = disk_cache.read(path)
+        remedy = "run recipes/store_teacher.py on it again with --prompts, which embeds no image again"
+        if tensors is None:
+            state = "is damaged" if path.is_file() else "is missing"
+            raise UserError(f"{path}, the teacher's embeddings of the class prompts, {state}: {remedy}")
+        if not torch.equal(tensors["prompts"], _bytes_of(prompts.digest())):
+            raise UserError(f"{path} is of other class names or templates than --prompts: {remedy}")
+        return [tensors[f"classes.{number}"] for number in range(len(self.manifest.teachers))]
 
     def block(self, number: int) -> dict[str, Tensor]:
         """The tensors of a block, mapped to memory. Its checksum is compared when this process first opens it.
@@ -291,16 +318,67 @@ class StoredEmbeddings:
         return tensors
 
 
-def stored_teacher(stored: StoredEmbeddings, device: torch.device) -> Teacher:
-    """A teacher whose embeddings came with the batch."""
-    known = stored.manifest.teachers[0]
-    scales = {"teacher_logit_scale": torch.tensor(known.logit_scale, device=device)}
-    if known.logit_bias is not None:
-        scales["teacher_logit_bias"] = torch.tensor(known.logit_bias, device=device)
+@dataclass(frozen=True)
+class JoinedStores:
+    """Stores of one source as one, with the teachers of the first, of the second, and so on. Picklable."""
+
+    stores: Sequence[StoredEmbeddings]
+
+    @property
+    def views(self) -> int:
+        """Views of each image, the same in all stores."""
+        return self.stores[0].views
+
+    @property
+    def teachers(self) -> list[StoredTeacher]:
+        """Of all stores."""
+        return [teacher for store in self.stores for teacher in store.manifest.teachers]
+
+    def classes(self, prompts: Prompts) -> list[Float[Tensor, "C _e"]]:
+        """As `StoredEmbeddings.classes`."""
+        return [rows for store in self.stores for rows in store.classes(prompts)]
+
+    def check(self, source: Source, augmentation: Augmentation) -> None:
+        """Raises: UserError as `StoredEmbeddings.check`, and for stores with different numbers of views."""
+        for store in self.stores:
+            store.check(source, augmentation)
+            if store.views != self.views:
+                raise UserError(
+                    f"--teacher-store {store.folder} has {store.views} views of each image, "
+                    f"{self.stores[0].folder} has {self.views}: build one of them again with the other's --views"
+                )
+
+    def of_pair(self, pair: RawPair, view: int, captions: Sequence[int]) -> dict[str, Tensor]:
+        """As `StoredEmbeddings.of_pair`; a kept view is that of the first store that has it."""
+        outputs: dict[str, Tensor] = {}
+        for store in self.stores:
+            outputs = store.of_pair(pair, view, captions) | outputs
+        return outputs
+
+
+def open_stores(folders: Sequence[Path]) -> JoinedStores:
+    """Raises: UserError as `read_manifest`."""
+    stores: list[StoredEmbeddings] = []
+    for folder in folders:
+        stores.append(StoredEmbeddings(folder, first=sum(len(store.manifest.teachers) for store in stores)))
+    return JoinedStores(stores)
+
+
+def stored_teacher(teachers: Sequence[StoredTeacher], device: torch.device) -> Teacher:
+    """Teachers whose embeddings came with the batch."""
+    scales = {}
+    for number, known in enumerate(teachers):
+        scales[numbered("teacher_logit_scale", number)] = torch.tensor(known.logit_scale, device=device)
+        if known.logit_bias is not None:
+            scales[numbered("teacher_logit_bias", number)] = torch.tensor(known.logit_bias, device=device)
 
     def teacher(batch: Batch) -> dict[str, Tensor]:
-        names = [name for name in ("teacher_image", "teacher_text") if name in batch]
-        return {name: unpacked(batch[name], batch.get(f"{name}_scale")) for name in names} | scales
+        outputs = {}
+        for number in range(len(teachers)):
+            for name in ("teacher_image", "teacher_text"):
+                if (rows := numbered(name, number)) in batch:
+                    outputs[rows] = unpacked(batch[rows], batch.get(numbered(f"{name}_scale", number)))
+        return outputs | scales
 
     return teacher
 

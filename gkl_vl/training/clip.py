@@ -30,13 +30,13 @@ from gkl_vl.models.clip import BUNDLED_TEACHER, Clip, Student, clamp_scale, load
 from gkl_vl.objectives.clip import ClipKdWeights
 from gkl_vl.protocols import Objective, Record
 from gkl_vl.teachers.bank import Bank
-from gkl_vl.teachers.online import Teacher
+from gkl_vl.teachers.online import Teacher, numbered
 from gkl_vl.training.checkpoint import RunFolder
 from gkl_vl.training.clip_teacher import (
     ClipModels,
-    RunTeacher,
+    RunTeachers,
     make_teacher,
-    open_teacher,
+    open_teachers,
     views_at,
     with_bundled_store,
 )
@@ -224,10 +224,9 @@ class ClipSetup:
     """What an objective is built from."""
 
     student: Clip
-    teacher: Clip | None
-    """None without a teacher, and where it is stored."""
+    teachers: RunTeachers
     teach: Teacher | None
-    """Embeddings of the teacher for a batch, online or stored; None without a teacher."""
+    """Embeddings of the teachers for a batch, online or stored; None without a teacher."""
     device: torch.device
 
 
@@ -256,7 +255,7 @@ def train_clip(
     run = Run(config, recipe=recipe)
     if attack is not None:
         run.refuse_shards("attacks")
-    teacher = open_teacher(
+    teachers = open_teachers(
         config.model, data.source, bundled=data.bundled, device=run.device, allow_pickle=config.run.allow_pickle
     )
     student = load_student(config)
@@ -265,27 +264,27 @@ def train_clip(
     count_warmup(config.optimisation, steps)  # raises before there is a run folder
     images_per_step = config.optimisation.batch_size * config.optimisation.accum_steps
     check(steps * images_per_step * run.num_processes)
-    origin = "" if teacher.name is None else f" distilled from {teacher.name}"
+    origin = "" if teachers.title is None else f" distilled from {teachers.title}"
     run.begin(f"{config.model.student}{origin}{detail} · {steps:,} steps of {images_per_step:,}")
-    augment = views_at(student, teacher, bundled=data.bundled)
+    augment = views_at(student, teachers, bundled=data.bundled)
     if data.bundled:
-        teacher = with_bundled_store(run, teacher, student)
-    sides = () if teacher.name is None else mapped
-    model = Student(student.towers, embed_dim=student.embed_dim, teacher_dim=teacher.embed_dim, mapped=sides)
+        teachers = with_bundled_store(run, teachers, student)
+    sides = mapped if teachers.names else ()
+    model = Student(student.towers, embed_dim=student.embed_dim, teacher_dims=teachers.embed_dims, mapped=sides)
     run.seed_ranks()
-    rates = peak_rates(config.optimisation, bundled_rates if data.bundled and teacher.name else (LR, LR))
-    teach = make_teacher(teacher, run.device)
+    rates = peak_rates(config.optimisation, bundled_rates if data.bundled and teachers.names else (LR, LR))
+    teach = make_teacher(teachers, run.device)
     exported = fit(
         accelerator=run.accelerator,
         model=model,
-        objective=make_objective(ClipSetup(student=student, teacher=teacher.clip, teach=teach, device=run.device)),
+        objective=make_objective(ClipSetup(student=student, teachers=teachers, teach=teach, device=run.device)),
         make_optimizer=partial(
             clip_adamw, of_text=model.text_parameters(), lr=rates[0], text_lr=rates[1], wd=config.optimisation.wd
         ),
         learning_rate=partial(
             warmup_cosine, lr=max(rates), steps=steps, warmup_steps=count_warmup(config.optimisation, steps)
         ),
-        make_loader=partial(make_loader, config, run, data, augment, student, teacher),
+        make_loader=partial(make_loader, config, run, data, augment, student, teachers),
         run=run.folder,
         config=FitConfig(
             steps=steps,
@@ -298,10 +297,12 @@ def train_clip(
         average=moving_average(model, config.optimisation.ema_decay),
         checkpoint=run.checkpoint(),
     )
-    if teacher.clip is not None:
-        log_teacher(run.folder, steps, evaluate(teacher.clip, "teacher", sets, run.device, cache_folder("embeddings")))
+    for number, clip in enumerate(teachers.clips):
+        role = teacher_role(number)
+        records = evaluate(clip, role, sets, run.device, cache_folder("embeddings"))
+        log_teacher(run.folder, steps, role, records)
     if run.accelerator.is_main_process:
-        finish(config, run, data, replace(student, towers=exported.towers), teacher, steps, attack)
+        finish(config, run, data, replace(student, towers=exported.towers), teachers, steps, attack)
     run.end()
 
 
@@ -368,13 +369,13 @@ def make_loader(
     data: ClipData,
     augment: Callable,
     student: Clip,
-    teacher: RunTeacher,
+    teachers: RunTeachers,
     position: dict[str, Any] | None,
 ) -> PairLoader:
     """Batches of this rank from a position. An online teacher gets the captions in its own tokens."""
     tokenizers = {"text": student.tokenize}
-    if teacher.clip is not None and teacher.store is None:
-        tokenizers["teacher_text"] = teacher.clip.tokenize
+    if teachers.store is None:
+        tokenizers |= {numbered("teacher_text", number): clip.tokenize for number, clip in enumerate(teachers.clips)}
     stream = PairStream(
         data.source,
         augment=augment,
@@ -385,7 +386,7 @@ def make_loader(
         world_size=run.num_processes,
         num_workers=run.flags.workers,
         captions_per_image=data.captions_per_image,
-        stored=teacher.store,
+        stored=teachers.store,
         start=None if position is None else Position.of(position),
     )
     return PairLoader(stream, pin_memory=run.device.type == "cuda")
@@ -413,23 +414,28 @@ def evaluate(
         yield {"model": role, "dataset": dataset.name} | metrics_of(measure(embedder, dataset, tasks))
 
 
-def log_teacher(folder: RunFolder, step: int, records: Iterator[Record]) -> None:
-    """Logs the teacher's metrics once per run, also after a resume. All processes measure, the main one writes."""
+def teacher_role(number: int) -> str:
+    """Name of a teacher in records and tables."""
+    return "teacher" if number == 0 else f"teacher {number + 1}"
+
+
+def log_teacher(folder: RunFolder, step: int, role: str, records: Iterator[Record]) -> None:
+    """Logs a teacher's metrics once per run, also after a resume. All processes measure, the main one writes."""
     measured = list(records)  # all ranks
-    if not any(record.get("model") == "teacher" for record in folder.records()):
+    if not any(record.get("model") == role for record in folder.records()):
         for record in measured:
             folder.log({"step": step} | record)
 
 
 def finish(
-    config: ClipFlags, run: Run, data: ClipData, student: Clip, teacher: RunTeacher, steps: int, attack: str | None
+    config: ClipFlags, run: Run, data: ClipData, student: Clip, teachers: RunTeachers, steps: int, attack: str | None
 ) -> None:
     """Exports the student, draws the report, prints the table. Main process."""
     student.towers.eval()
     facts, folder = run.facts(steps=steps), run.folder.path
     card = ClipCard(
         student=config.model.student,
-        teacher=teacher.name,
+        teachers=teachers.names,
         license="mit" if data.bundled else "other",  # of other data the licence is not known
         datasets=["bundled emoji (Noto, Twemoji)" if data.name is None else data.name],
         run=facts,
@@ -438,8 +444,8 @@ def finish(
     hub.export_clip(clip=student, folder=folder / "model", card=card)
     sheet = draw_sheet(student, run.device) if data.bundled else []
     report.draw_report(path=folder / "report.png", records=run.folder.records(), sheet=sheet, title=run.title)
-    rows = [] if teacher.clip is None else [table_row("teacher", teacher.clip, facts.metrics, run.device)]
-    print(report.results_table([*rows, table_row("student", student, facts.metrics, run.device)]))
+    models = {teacher_role(number): clip for number, clip in enumerate(teachers.clips)} | {"student": student}
+    print(report.results_table([table_row(role, clip, facts.metrics, run.device) for role, clip in models.items()]))
     print(f"\nLoad the student:\n\n    import open_clip\n    model, _, preprocess = "
           f'open_clip.create_model_and_transforms("local-dir:{folder / "model"}")\n')  # fmt: skip
     print(f"Pictures: {folder / 'report.png'}")

@@ -1,28 +1,41 @@
-"""What a CLIP run distils from: a teacher that embeds every batch, or a store of its embeddings.
+"""What a CLIP run distils from: teachers that embed every batch, or stores of their embeddings.
 
 A store is one that `recipes/store_teacher.py` wrote, with which no teacher is loaded, or that of the bundled data.
 """
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
+from jaxtyping import Float
 from torch import Tensor
 
 from gkl_vl import cli
 from gkl_vl.atomic import replacing_folder
 from gkl_vl.data.augment import Augmentation, drawing_augmentation, light_augmentation, mild_drawing_augmentation
 from gkl_vl.data.pairs import bundled_pairs
+from gkl_vl.data.prompts import Prompts
 from gkl_vl.data.sources import Source, memory_source
 from gkl_vl.disk_cache import cache_folder
 from gkl_vl.errors import UserError
+from gkl_vl.evaluation.embed import Embedder, zero_shot_classifier
 from gkl_vl.models.clip import Clip, load_clip
 from gkl_vl.models.modes import freeze
 from gkl_vl.teachers.embed_pairs import build_blocks, describe_store, finish_store
-from gkl_vl.teachers.embeddings import StoredEmbeddings, identity_of, pair_digest, stored_teacher
-from gkl_vl.teachers.online import Teacher, online_teacher
+from gkl_vl.teachers.embeddings import (
+    JoinedStores,
+    StoredEmbeddings,
+    identity_of,
+    open_stores,
+    pair_digest,
+    stored_teacher,
+)
+from gkl_vl.teachers.online import Teacher, online_teacher, with_scales
 from gkl_vl.training.run import Run
 
 BUNDLED_VIEWS = 6
@@ -30,69 +43,120 @@ BUNDLED_VIEWS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipModels:
-    """Teacher and student."""
+class TeacherModels:
+    """One teacher, or several whose soft targets are averaged."""
 
-    teacher: str = "bundled"
-    """An open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, `bundled`, or `none`."""
-    teacher_pretrained: str | None = None
-    """For a teacher given by an open_clip name: open_clip's tag, a file of weights, or TAG=FILE, a file of that tag."""
-    teacher_store: Path | None = None
-    """A folder that recipes/store_teacher.py wrote from the same data: its embeddings in place of --teacher's."""
+    teacher: tuple[str, ...] = ("bundled",)
+    """Each an open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, or `bundled`."""
+    teacher_pretrained: tuple[str, ...] | None = None
+    """Of each teacher that is an open_clip name: open_clip's tag, a file of weights, or TAG=FILE; `none` of another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipModels:
+    """Teachers and student."""
+
+    teachers: Annotated[TeacherModels, tyro.conf.arg(name="")] = TeacherModels()
+    teacher_store: tuple[Path, ...] | None = None
+    """Folders that recipes/store_teacher.py wrote from the same data: their embeddings in place of --teacher's."""
+    teacher_scale: tuple[float, ...] | None = None
+    """Logit scale of each teacher in the loss. None = the model's own."""
+    teacher_shares: tuple[float, ...] | None = None
+    """Relative share of each of several teachers in the targets. None = equal."""
     student: str = "emoji-student"
     """As --teacher, or a shipped config: ViT-T-16, FastViT-T8, emoji-student. A plain name has random weights."""
 
     @property
     def distils(self) -> bool:
-        """Whether there is a teacher, loaded or stored."""
-        return self.teacher != "none" or self.teacher_store is not None
+        """Whether there is a teacher, loaded or stored; --teacher none = the student learns alone."""
+        return self.teachers.teacher != ("none",) or self.teacher_store is not None
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunTeacher:
-    """The teacher of a run."""
+class RunTeachers:
+    """The teachers of a run; without any the student learns alone."""
 
-    name: str | None
-    """As it was named to `load_clip`; None = the student learns alone."""
-    clip: Clip | None = None
-    """Frozen, on its device; None where it is stored or there is none."""
-    store: StoredEmbeddings | None = None
-    """Its embeddings; beside a loaded teacher those of the bundled data."""
+    names: Sequence[str] = ()
+    """As they were named to `load_clip`."""
+    clips: Sequence[Clip] = ()
+    """Frozen, on their device; none where they are stored."""
+    store: JoinedStores | None = None
+    """Their embeddings; beside loaded teachers those of the bundled data."""
+    scales: Sequence[float] | None = None
+    """Logit scales in place of their own."""
+    shares: Sequence[float] = (1.0,)
+    """Of each in the targets, with sum 1."""
 
     @property
-    def embed_dim(self) -> int | None:
-        """Length of its embeddings."""
-        if self.store is not None:
-            return self.store.manifest.teachers[0].embed_dim
-        return None if self.clip is None else self.clip.embed_dim
+    def title(self) -> str | None:
+        """Their names in one; None without a teacher."""
+        return " + ".join(self.names) or None
+
+    @property
+    def embed_dims(self) -> list[int]:
+        """Length of the embeddings of each."""
+        return [teacher.embed_dim for teacher in (self.clips if self.store is None else self.store.teachers)]
 
 
-def open_teacher(
+def open_teachers(
     models: ClipModels, source: Source, *, bundled: bool, device: torch.device, allow_pickle: bool
-) -> RunTeacher:
-    """The teacher that the flags name.
+) -> RunTeachers:
+    """The teachers that the flags name.
 
     Raises: UserError for one that cannot be loaded, for a store of other data, and for flags that exclude each other.
     """
-    if models.teacher_store is not None:
-        if models.teacher != ClipModels().teacher:
-            raise UserError(f"--teacher {models.teacher} has no effect with --teacher-store: leave one out")
-        cli.refuse_unused(vars(models), ["teacher_pretrained"], "has no effect with --teacher-store")
-        store = StoredEmbeddings(models.teacher_store)
+    if not models.distils:
+        for flags, names in ((models.teachers, ["teacher_pretrained"]), (models, ["teacher_scale", "teacher_shares"])):
+            cli.refuse_unused(vars(flags), names, "has no effect with --teacher none")
+        return RunTeachers()
+    if models.teacher_store is None:
+        clips = load_teachers(models.teachers, device=device, allow_pickle=allow_pickle)
+        teachers = RunTeachers(names=models.teachers.teacher, clips=clips)
+    else:
+        if models.teachers.teacher != TeacherModels().teacher:
+            named = " ".join(models.teachers.teacher)
+            raise UserError(f"--teacher {named} has no effect with --teacher-store: leave one out")
+        cli.refuse_unused(vars(models.teachers), ["teacher_pretrained"], "has no effect with --teacher-store")
+        store = open_stores(models.teacher_store)
         store.check(source, augmentation(bundled=bundled, distils=True))
-        return RunTeacher(name=store.manifest.teachers[0].name, store=store)
-    if models.teacher == "none":
-        cli.refuse_unused(vars(models), ["teacher_pretrained"], "has no effect with --teacher none")
-        return RunTeacher(name=None)
-    clip = load_teacher(models.teacher, models.teacher_pretrained, device=device, allow_pickle=allow_pickle)
-    return RunTeacher(name=models.teacher, clip=clip)
+        teachers = RunTeachers(names=[teacher.name for teacher in store.teachers], store=store)
+    count = len(teachers.names)
+    for flag, values in (("--teacher-scale", models.teacher_scale), ("--teacher-shares", models.teacher_shares)):
+        if values is not None and len(values) != count:
+            raise UserError(f"{flag} has {len(values)} values for {count} teachers: give one for each")
+    shares = models.teacher_shares or (1.0,) * count
+    total = math.fsum(shares)
+    return replace(teachers, scales=models.teacher_scale, shares=[share / total for share in shares])
 
 
-def load_teacher(name: str, pretrained: str | None, *, device: torch.device, allow_pickle: bool) -> Clip:
-    """A frozen teacher on its device, not wrapped by Accelerate. Raises: UserError as `load_clip`."""
-    teacher = freeze(load_clip(name, pretrained, allow_pickle=allow_pickle))
-    teacher.towers.to(device).to(memory_format=torch.channels_last)
-    return teacher
+def load_teachers(models: TeacherModels, *, device: torch.device, allow_pickle: bool) -> list[Clip]:
+    """Frozen teachers on their device, not wrapped by Accelerate. Raises: UserError as `load_clip`."""
+    names = models.teacher
+    if "none" in names:
+        raise UserError(f"--teacher {' '.join(names)}: `none` has no place among teachers: leave it out")
+    if len(set(names)) < len(names):
+        raise UserError(f"--teacher {' '.join(names)} names one twice: leave one out")
+    tags = models.teacher_pretrained or ("none",) * len(names)
+    if len(tags) != len(names):
+        raise UserError(
+            f"--teacher-pretrained has {len(tags)} values for {len(names)} teachers: give one for each, `none` for one "
+            "that comes with weights"
+        )
+    loaded = []
+    for name, tag in zip(names, tags, strict=True):
+        clip = freeze(load_clip(name, None if tag == "none" else tag, allow_pickle=allow_pickle))
+        clip.towers.to(device).to(memory_format=torch.channels_last)
+        loaded.append(clip)
+    return loaded
+
+
+def class_embeddings(clips: Sequence[Clip], prompts: Prompts, device: torch.device) -> list[Float[Tensor, "C _e"]]:
+    """Each teacher's zero-shot classifier, from the user's cache after the first time. All ranks."""
+    embedders = [Embedder(clip=clip, device=device, batch_size=256, cache=cache_folder("embeddings")) for clip in clips]
+    return [
+        zero_shot_classifier(embedder, classnames=prompts.classnames, templates=prompts.templates)  # all ranks
+        for embedder in embedders
+    ]
 
 
 def augmentation(*, bundled: bool, distils: bool) -> Augmentation:
@@ -102,34 +166,39 @@ def augmentation(*, bundled: bool, distils: bool) -> Augmentation:
     return mild_drawing_augmentation if distils else drawing_augmentation
 
 
-def views_at(student: Clip, teacher: RunTeacher, *, bundled: bool) -> Callable[..., Tensor]:
+def views_at(student: Clip, teachers: RunTeachers, *, bundled: bool) -> Callable[..., Tensor]:
     """Views at the size of the student, or of an online teacher where that is larger."""
-    sizes = [student.image_size] + ([] if teacher.clip is None else [teacher.clip.image_size])
-    return augmentation(bundled=bundled, distils=teacher.name is not None)(max(sizes))
+    size = max(clip.image_size for clip in (student, *teachers.clips))
+    return augmentation(bundled=bundled, distils=bool(teachers.names))(size)
 
 
-def with_bundled_store(run: Run, teacher: RunTeacher, student: Clip) -> RunTeacher:
-    """For the bundled data: the teacher's embeddings of a fixed number of views, from disk after the first run."""
-    if teacher.clip is None or teacher.store is not None:
-        return teacher
+def with_bundled_store(run: Run, teachers: RunTeachers, student: Clip) -> RunTeachers:
+    """For the bundled data: the teachers' embeddings of a fixed number of views, from disk after the first run."""
+    if not teachers.clips or teachers.store is not None:
+        return teachers
     with run.accelerator.main_process_first():  # the others find the files
-        return replace(teacher, store=bundled_store(teacher.clip, student.image_size, num_workers=run.flags.workers))
+        store = bundled_store(teachers.clips, student.image_size, num_workers=run.flags.workers)
+    return replace(teachers, store=JoinedStores([store]))
 
 
-def bundled_store(teacher: Clip, size: int, *, num_workers: int = 0, folder: Path | None = None) -> StoredEmbeddings:
+def bundled_store(
+    teachers: Sequence[Clip], size: int, *, num_workers: int = 0, folder: Path | None = None
+) -> StoredEmbeddings:
     """A store of the bundled pairs with their views, in the user's cache; a damaged one is built again.
 
     Args:
-        teacher: frozen, on its device.
+        teachers: frozen, on their device.
         size: side of the kept views, that of the student's images.
         folder: where stores are kept; None = the user's cache.
     """
     pairs, augment = bundled_pairs(), augmentation(bundled=True, distils=True)
     source = memory_source("emoji", pairs)
-    manifest = describe_store([teacher], source, augment, views=BUNDLED_VIEWS, dtype="float16", kept_size=size)
-    digest = hashlib.sha256(bytes(identity_of(manifest).tolist()) + teacher.towers.log_scale().device.type.encode())
-    tokens = teacher.tokenize([caption for pair in pairs for caption in pair.captions])
-    digest.update(tokens.numpy().tobytes() + str([pair_digest(pair, pair.captions) for pair in pairs]).encode())
+    manifest = describe_store(teachers, source, augment, views=BUNDLED_VIEWS, dtype="float16", kept_size=size)
+    digest = hashlib.sha256(bytes(identity_of(manifest).tolist()))
+    for teacher in teachers:
+        digest.update(teacher.towers.log_scale().device.type.encode())
+        digest.update(teacher.tokenize([caption for pair in pairs for caption in pair.captions]).numpy().tobytes())
+    digest.update(str([pair_digest(pair, pair.captions) for pair in pairs]).encode())
     path = (folder or cache_folder("teacher")) / f"emoji-{digest.hexdigest()[:32]}"
     try:
         store = StoredEmbeddings(path)
@@ -137,13 +206,17 @@ def bundled_store(teacher: Clip, size: int, *, num_workers: int = 0, folder: Pat
         return store
     except UserError:  # there is none, or it is damaged
         with replacing_folder(path) as scratch:
-            build_blocks(scratch, manifest, [0], [teacher], source, augment, num_workers=num_workers)
+            build_blocks(scratch, manifest, [0], teachers, source, augment, num_workers=num_workers)
             finish_store(scratch, manifest)
     return StoredEmbeddings(path)
 
 
-def make_teacher(teacher: RunTeacher, device: torch.device) -> Teacher | None:
-    """The teacher's embeddings of a batch: those that came with it, or computed."""
-    if teacher.store is not None:
-        return stored_teacher(teacher.store, device)
-    return None if teacher.clip is None else online_teacher(teacher.clip)
+def make_teacher(teachers: RunTeachers, device: torch.device) -> Teacher | None:
+    """The teachers' embeddings of a batch: those that came with it, or computed."""
+    if not teachers.names:
+        return None
+    if teachers.store is None:
+        teacher = online_teacher(*teachers.clips)
+    else:
+        teacher = stored_teacher(teachers.store.teachers, device)
+    return teacher if teachers.scales is None else with_scales(teacher, teachers.scales, device)

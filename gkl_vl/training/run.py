@@ -306,12 +306,14 @@ def check_same_flags(now: dict[str, Any], before: dict[str, Any]) -> None:
     ]:
         name = replaced[0]
         raise UserError(
-            f"--resume continues a run as it was, but --{name.replace('_', '-')} {now[name]} has other contents than "
-            "at its start: restore the file, or start a new run"
+            f"--resume continues a run as it was, but {cli.flag_name(name)} {cli.shown(now[name])} has other contents "
+            "than at its start: restore the file, or start a new run"
         )
     changed = [name for name in names if not is_same(now[name], before.get(name), folder)]
     if changed:
-        differences = ", ".join(f"--{name.replace('_', '-')} {now[name]} (was {before.get(name)})" for name in changed)
+        differences = ", ".join(
+            f"{cli.flag_name(name)} {cli.shown(now[name])} (was {cli.shown(before.get(name))})" for name in changed
+        )
         raise UserError(f"--resume continues a run as it was, but {differences}: use the same flags")
 
 
@@ -319,14 +321,25 @@ def input_files(flags: dict[str, Any]) -> dict[str, list]:
     """Size and SHA-256 of each file that a flag names, by flag; of files above `LARGEST_HASHED` the size alone."""
     inputs = {}
     for name, value in flags.items():
-        place = resolved(value, Path.cwd()) if isinstance(value, str) and name not in MAY_DIFFER else None
-        file = Path(place.rpartition("=")[2]) if place is not None else None
-        if file is not None and name == "teacher_store":
-            file = file / MANIFEST
-        if file is not None and file.is_file():
-            size = file.stat().st_size
-            inputs[name] = [size, hashlib.sha256(file.read_bytes()).hexdigest() if size <= LARGEST_HASHED else None]
+        if name in MAY_DIFFER:
+            continue
+        known = [_input_file(name, text) for text in (value if isinstance(value, list) else [value])]
+        if any(known):
+            inputs[name] = known if isinstance(value, list) else known[0]
     return inputs
+
+
+def _input_file(flag: str, value: Any) -> list | None:
+    place = resolved(value, Path.cwd()) if isinstance(value, str) else None
+    if place is None:
+        return None
+    file = Path(place.rpartition("=")[2])
+    if flag == "teacher_store":
+        file = file / MANIFEST
+    if not file.is_file():
+        return None
+    size = file.stat().st_size
+    return [size, hashlib.sha256(file.read_bytes()).hexdigest() if size <= LARGEST_HASHED else None]
 
 
 def is_same(now: Any, before: Any, folder: Path) -> bool:

@@ -94,7 +94,7 @@ BOUNDS: dict[str, Bounds] = {
     **dict.fromkeys(("cross_soft_ce_weight", "cross_wmse_weight", "bank_size"), SIZE),
     **dict.fromkeys(("ce_weight", "kl_weight", "unlabelled_weight", "awp_gamma"), SIZE),
     **dict.fromkeys(("temperature", "weight_temperature"), Bounds(above=0)),
-    **dict.fromkeys(("teacher_scale", "teacher_shares"), Bounds(above=0)),
+    **dict.fromkeys(("teacher_scale", "teacher_shares", "caption_weights"), Bounds(above=0)),
     "threshold": Bounds(at_least=0, at_most=1),
     # data
     **dict.fromkeys(("images", "image_size", "num_labels", "stored_top_k", "captions_per_image"), COUNT),

@@ -155,6 +155,8 @@ def take(folder: Path) -> None:
     """
     if folder.is_file():
         raise UserError(f"--out {folder} is a file: name a folder")
+    if folder.parts and folder.parts[0].endswith(":"):
+        raise UserError(f"--out {folder} is an address, and a store is written on this machine alone: copy it there")
     content = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     written = {path.name for path in leftovers(folder)}
     if others := [name for name in content if not OWN_FILES.fullmatch(name) and name not in written]:

@@ -28,11 +28,22 @@ LIBRARY = HOUSE / "gkl_vl"
 
 # Who may import whom.
 
-GROUND = ("errors", "reading", "atomic", "distributed", "disk_cache", "provenance", "protocols", "report", "cli")
+GROUND = (
+    "errors",
+    "reading",
+    "addresses",
+    "atomic",
+    "distributed",
+    "disk_cache",
+    "provenance",
+    "protocols",
+    "report",
+    "cli",
+)
 LAYERS: dict[str, tuple[str, ...]] = {
     "gkl_vl/losses/": ("distributed",),
     "gkl_vl/models/": ("errors", "reading", "disk_cache"),
-    "gkl_vl/data/": ("errors", "reading"),
+    "gkl_vl/data/": ("errors", "reading", "addresses"),
     "gkl_vl/export/": (*GROUND, "models"),
     "gkl_vl/evaluation/": (*GROUND, "models", "losses", "data"),
     "gkl_vl/robustness/": (*GROUND, "models", "losses", "data", "evaluation"),

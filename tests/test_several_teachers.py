@@ -216,7 +216,7 @@ def test_two_teachers_in_one_store_and_in_two_are_the_same(place, call):
         code, told, errors = call(*store_flags(place, out, *teachers_of(place, *numbers)), recipe="store_teacher")
         assert code == 0 and "on 12 pairs · 2 views" in told, errors
     source = open_source(f"{place}/{{000..001}}.tar")
-    one, two = open_stores([Path("both")]), open_stores([Path("first"), Path("second")])
+    one, two = open_stores(["both"]), open_stores(["first", "second"])
     assert [teacher.name for teacher in one.teachers] == [teacher.name for teacher in two.teachers]
     for pair in (pair for block in (0, 1) for pair in source.pairs.read(block)):
         a, b = (stores.of_pair(pair, 1, [0]) for stores in (one, two))

@@ -123,10 +123,6 @@ def note_others(folder: str, others: Mapping[str, int]) -> None:
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-def is_local(url: str) -> bool:
-    return "://" not in url and not url.startswith("pipe:")
-
-
 def read_file(path: str, offset: int = 0, size: int = -1) -> bytes:
     """Reads `size` bytes of a file from `offset` on; -1 = up to the end.
 

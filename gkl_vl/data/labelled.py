@@ -25,12 +25,12 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
+from gkl_vl.addresses import is_local
 from gkl_vl.data.classes import are_numbers, folder_order, match_classes
 from gkl_vl.data.files import (
     IMAGE_SUFFIXES,
     endings_text,
     image_paths,
-    is_local,
     note_others,
     one_split,
     read_file,

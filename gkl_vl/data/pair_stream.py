@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from gkl_vl.data.augment import apply_seeded, view_seed
-from gkl_vl.data.captions import usable_captions
+from gkl_vl.data.captions import draw_captions, usable_captions
 from gkl_vl.data.files import stable_hash
 from gkl_vl.data.images import BrokenSample, decode
 from gkl_vl.data.sources import RawPair, Source
@@ -85,7 +85,8 @@ class PairStream(IterableDataset):
 
     `tokenizers` maps keys of the batch to tokenizers: {"text": student's, "teacher_text": teacher's}. Tokens are int
     [n, length] and `text_ids` [n], or [n, c, length] and [n, c] with c = `captions_per_image` > 1: different captions
-    where the pair has as many, else some twice. Batches of a source without captions have only images and keys.
+    where the pair has as many, else some twice, and of several columns as `draw_captions` does. Batches of a source
+    without captions have only images and keys.
     With `stored`, an image is one of its numbered views, a different one each epoch, drawn again at this size unless
     the views are kept, and a batch has the teacher's outputs.
     """
@@ -102,6 +103,7 @@ class PairStream(IterableDataset):
         world_size: int,
         num_workers: int,
         captions_per_image: int = 1,
+        caption_weights: Sequence[float] | None = None,
         stored: StoredOutputs | None = None,
         start: Position | None = None,
     ):
@@ -109,7 +111,7 @@ class PairStream(IterableDataset):
         self.tokenizers = {name: _CachedTokens(tokenize) for name, tokenize in tokenizers.items()}
         self.batch_size, self.seed, self.stored = batch_size, seed, stored
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
-        self.captions_per_image = captions_per_image
+        self.captions_per_image, self.caption_weights = captions_per_image, caption_weights
         parts = max(num_workers, 1)
         self.start = start or Position(0, (Place(),) * parts)
         if len(self.start.places) != parts:
@@ -172,14 +174,17 @@ class PairStream(IterableDataset):
         drawn = [rng.randrange(len(captions))] if captions else []
         if self.stored is None:
             image, outputs = apply_seeded(self.augment, decode(pair.image), rng.getrandbits(63)), {}
-            drawn = self._captions(rng, captions, drawn)
+            drawn = self._captions(rng, pair, captions, drawn)
         else:
-            drawn = self._captions(rng, captions, drawn)
+            drawn = self._captions(rng, pair, captions, drawn)
             image, outputs = self._stored(self.stored, pair, epoch, drawn)
         return {"key": pair.key, "image": image, "captions": [captions[i] for i in drawn], "outputs": outputs}
 
-    def _captions(self, rng: random.Random, captions: Sequence[str], drawn: list[int]) -> list[int]:
-        """Numbers of the captions of a sample, the first one of which is drawn already."""
+    def _captions(self, rng: random.Random, pair: RawPair, captions: Sequence[str], drawn: list[int]) -> list[int]:
+        """Numbers of the captions of a sample; of a single column the first one is drawn already."""
+        if len(set(pair.columns)) > 1:
+            columns = [column for text, column in zip(pair.captions, pair.columns, strict=True) if text.strip()]
+            return draw_captions(rng, columns, self.caption_weights, self.captions_per_image)
         others = [i for i in range(len(captions)) if i not in drawn]
         drawn = drawn + rng.sample(others, min(self.captions_per_image - 1, len(others)))
         return list(islice(cycle(drawn), self.captions_per_image))

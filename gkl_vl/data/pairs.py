@@ -9,8 +9,9 @@ from dataclasses import replace
 from glob import glob
 from pathlib import Path
 
+from gkl_vl.addresses import is_local
 from gkl_vl.data.captions import CaptionRule
-from gkl_vl.data.files import is_local, subfolders, training_split
+from gkl_vl.data.files import subfolders, training_split
 from gkl_vl.data.shards import checked_shards, is_shards, list_shards, shards_below
 from gkl_vl.data.shards import split_of as shard_split
 from gkl_vl.data.sources import (
@@ -35,21 +36,23 @@ BUNDLED = Path(__file__).parents[1] / "assets" / "emoji"
 def open_source(
     train_data: str | None,
     *,
-    columns: tuple[str, str] | None = None,
+    columns: Sequence[str] | None = None,
     caption_lines: bool = False,
     quoted: bool | None = None,
 ) -> Source:
     """Opens the pairs that `--train-data` names. None = the bundled emoji.
 
         a-{000..9}.tar::b.tar, 'a-*.tar'    web shards, members KEY.jpg and KEY.txt or KEY.json (`caption`)
+        s3://.../a-{000..9}.tar             shards and parquet at any address that fsspec reads; pipe:COMMAND
         x.csv, x.tsv                        a table with columns `filepath` and `title`
         x.jsonl, x.parquet, 'x-*.parquet'   tables with fields `image` and `caption`
         FOLDER, FOLDER:SPLIT                its shards, else its parquet, else images x.jpg with x.txt or x.json
         org/name, org/name:SPLIT            a dataset on the Hub
 
     Args:
-        columns: image and caption. In tables, two columns; in shards and folders, the ending of the image, and the
-            ending or JSON field of the captions. `a.b` = field b of the struct, or of each struct of the list, in a.
+        columns: image and captions, which may be in several. In tables, columns; in shards and folders, the ending of
+            the image, and the endings or JSON fields of the captions. `a.b` = field b of the struct, or of each struct
+            of the list, in a, or of the member .a where that ends in json.
         caption_lines: a text file holds one caption per line; False = it is one caption.
         quoted: of CSV and TSV, see `read_csv`.
 
@@ -57,8 +60,10 @@ def open_source(
     """
     if train_data is None:
         return memory_source("emoji", bundled_pairs())
-    image, caption = columns or (None, None)
-    return _open(train_data, image, CaptionRule(caption, lines=caption_lines), quoted=quoted)
+    if columns is not None and len(columns) < 2:
+        raise UserError(f"--columns {' '.join(columns)} must name the image and the caption column: name both")
+    image, *captions = columns or (None,)
+    return _open(train_data, image, CaptionRule(tuple(captions), lines=caption_lines), quoted=quoted)
 
 
 def open_images(data: str | None, *, column: str | None = None, quoted: bool | None = None) -> Source:
@@ -86,11 +91,18 @@ def _open(name: str, image: str | None, rule: CaptionRule | None, *, quoted: boo
     path, split = _located(name)
     if Path(path).is_dir():
         return _open_folder(name, Path(path), split, image, rule)
+    ending = Path(name).suffix.lower()
+    if not is_local(name) and ending == ".parquet":
+        return table_source(name, ParquetRows(list_shards(name)), image, rule)
+    if not is_local(name) and ending in TEXT_TABLES:
+        raise UserError(
+            f"{name!r} is a table of image paths, and these are read on this machine alone: copy table and images, or "
+            "pack them into shards"
+        )
     if is_shards(name) or not is_local(name):
         return shard_source(name, list_shards(name), image, rule)
     if split is not None:
         raise UserError(f"{path!r} is one file and has no split {split!r}: leave out ':{split}'")
-    ending = Path(name).suffix.lower()
     if ending == ".parquet":
         return _open_parquet(name, [Path(file) for file in sorted(glob(name)) or [name]], image, rule)
     if ending in TEXT_TABLES:
@@ -145,8 +157,8 @@ def _open_text_table(name: str, image: str | None, rule: CaptionRule | None, *, 
     if name.lower().endswith(".jsonl"):
         rows = read_jsonl(name, image or "image", rule)
     else:
-        caption = None if rule is None else rule.field or "title"
-        rows = read_csv(name, image or "filepath", caption, quoted=quoted)
+        captions = () if rule is None else rule.fields or ("title",)
+        rows = read_csv(name, image or "filepath", captions, quoted=quoted)
     if not rows:
         raise UserError(f"the table {name!r} holds no rows")
     return memory_source(name, [_pair_of_row(row, Path(name).parent) for row in rows])
@@ -158,7 +170,7 @@ def _pair_of_row(row: Row, folder: Path) -> RawPair:
         problem = "a row without an image path"
     if "://" in path:
         problem = "its image is a URL: fetch the images first, for example with img2dataset"
-    return RawPair(printable(path), str(folder / path), captions, problem=problem)
+    return RawPair(printable(path), str(folder / path), captions.texts, captions.columns, problem=problem)
 
 
 # ---- in memory ---------------------------------------------------------------------------------------------------

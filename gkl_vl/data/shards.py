@@ -17,10 +17,10 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
-from gkl_vl.data.files import IMAGE_SUFFIXES, is_junk, is_local
+from gkl_vl.addresses import exists, fetched, is_local, opened
+from gkl_vl.data.files import IMAGE_SUFFIXES, is_junk
 from gkl_vl.data.images import BrokenSample
 from gkl_vl.errors import UserError, first_line
 from gkl_vl.reading import read_json, refuse_pointer
@@ -84,18 +84,21 @@ def read_samples(shard: str, *, wanted: Callable[[str], bool], stream: bool = Fa
     """Yields the samples of a tar file in order.
 
     Args:
-        shard: a local file; with `stream` also a URL or `pipe:command`, and compressed.
+        shard: a local file; with `stream` also an address or `pipe:command`, and compressed.
         wanted: whether to read the content of a member, by its ending.
 
     Raises: UserError for a shard that is damaged or ends before its end-of-archive mark.
     """
     sample: Sample | None = None
     try:
-        file: Any = gopen(shard) if stream else open(shard, "rb")
+        file: Any = open(shard, "rb") if is_local(shard) else opened(shard)
         # gzip reads files of several members, as pigz and bgzip write them; tarfile only the first.
-        plain: Any = gzip.GzipFile(fileobj=file) if shard.lower().endswith((".gz", ".tgz")) else nullcontext(file)
-        mode = "r|*" if stream else "r:"
-        with file, plain as content, tarfile.open(fileobj=content, mode=mode, tarinfo=_Header) as tar:
+        zipped, mode = shard.lower().endswith((".gz", ".tgz")), "r|*" if stream else "r:"
+        with (
+            file as raw,
+            gzip.GzipFile(fileobj=raw) if zipped else nullcontext(raw) as content,
+            tarfile.open(fileobj=content, mode=mode, tarinfo=_Header) as tar,
+        ):
             for member in tar:
                 directory, slash, name = member.name.rpartition("/")
                 stem, _, ending = name.partition(".")
@@ -166,7 +169,7 @@ def is_shards(source: str) -> bool:
 
 
 def list_shards(source: str) -> list[str]:
-    """The files and URLs that a source names: `::` joins sources, braces expand, and local `*`, `?` and `[]` match.
+    """The files and addresses that a source names: `::` joins sources, braces expand, local `*`, `?` and `[]` match.
 
     Raises: UserError for a file that does not exist, is a Git LFS pointer or has no end-of-archive mark.
     """
@@ -230,18 +233,33 @@ def _require_mark(shard: str) -> None:
 
 def shard_sizes(urls: Sequence[str]) -> list[int | None]:
     """Pairs in each shard, from `sizes.json` beside it or img2dataset's `NAME_stats.json`; None if it is in neither.
+    At an address, from `sizes.json` alone.
 
     Raises: UserError for a malformed file.
     """
-    folders = {Path(url).parent for url in urls if is_local(url)}
-    tables = {
-        folder: read_json(folder / "sizes.json") for folder in sorted(folders) if (folder / "sizes.json").is_file()
-    }
-    return [_shard_size(url, tables.get(Path(url).parent)) if is_local(url) else None for url in urls]
+    tables = {folder: _sizes_in(folder) for folder in dict.fromkeys(map(_folder, urls))}
+    return [_shard_size(url, tables[_folder(url)]) for url in urls]
+
+
+def _folder(url: str) -> str:
+    return str(Path(url).parent) if is_local(url) else url.rpartition("/")[0]
+
+
+def _sizes_in(folder: str) -> dict[str, Any] | None:
+    """The content of a folder's sizes.json; None without one."""
+    file = f"{folder}/sizes.json"
+    if is_local(folder):
+        return read_json(file) if Path(file).is_file() else None
+    if folder.startswith("pipe:") or not exists(file):
+        return None
+    with fetched(file) as copy:
+        return read_json(copy)
 
 
 def _shard_size(url: str, table: dict[str, Any] | None) -> int | None:
     """`table` = the content of sizes.json; None without one."""
+    if table is None and not is_local(url):
+        return None
     shard = Path(url)
     if table is not None:
         file, size = shard.parent / "sizes.json", table.get(shard.name)
@@ -263,13 +281,13 @@ def total_size(urls: Sequence[str], sizes: Sequence[int | None]) -> int | None:
     Raises: UserError for a malformed file.
     """
     total = 0
-    for folder in dict.fromkeys(Path(url).parent for url in urls):
-        of_folder = [size for url, size in zip(urls, sizes, strict=True) if Path(url).parent == folder]
+    for folder in dict.fromkeys(map(_folder, urls)):
+        of_folder = [size for url, size in zip(urls, sizes, strict=True) if _folder(url) == folder]
         known = [size for size in of_folder if size is not None]
         if len(known) == len(of_folder):
             total += sum(known)
             continue
-        length = folder / "__len__"
+        length = Path(folder) / "__len__"
         if not length.is_file():
             return None
         text = length.read_text(encoding="utf-8", errors="replace").strip()

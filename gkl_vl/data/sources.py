@@ -16,9 +16,10 @@ from itertools import accumulate, islice
 from pathlib import Path, PurePath
 from typing import Any, Protocol, runtime_checkable
 
-from gkl_vl.data.captions import CaptionRule, captions_in
+from gkl_vl.addresses import is_local
+from gkl_vl.data.captions import CaptionRule, Captions, captions_in, joined
 from gkl_vl.data.classes import are_numbers
-from gkl_vl.data.files import IMAGE_SUFFIXES, endings_text, image_paths, is_local, note_others
+from gkl_vl.data.files import IMAGE_SUFFIXES, endings_text, image_paths, note_others
 from gkl_vl.data.images import BrokenSample
 from gkl_vl.data.shards import Sample, read_samples, shard_sizes, total_size
 from gkl_vl.data.tables import (
@@ -47,6 +48,8 @@ class RawPair:
     key: str
     image: Any  # encoded bytes, a path, or a PIL image
     captions: tuple[str, ...]
+    columns: tuple[int, ...] = ()
+    """Number of the caption column of each caption, where there are several."""
     row: int = 0
     """Its number in its block. Sources set it."""
     block: int = 0
@@ -88,6 +91,11 @@ class Source:
     """Names of the classes that images without captions are sorted into; None if the source has none."""
     note: Callable[[int], str | None] = lambda parts: None
     """What a user should know about a split into so many parts; None = nothing. Not sent to workers."""
+
+    @property
+    def scattered(self) -> bool:
+        """Whether an epoch jumps between its blocks."""
+        return isinstance(self.pairs, IndexedPairs) and self.pairs.groups is None
 
     @property
     def things(self) -> str:
@@ -168,7 +176,7 @@ class _TableRows:
     name: str
     rows: Rows
     image: str
-    caption: str | None
+    captions: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -178,7 +186,8 @@ class _TableRows:
         # Without the folder: the key seeds the pair's draws, and the table may be named in several ways.
         key, image = f"{PurePath(self.name).name}:{index}", image_of(row[self.image], self.rows.folder(index))
         try:
-            return RawPair(key, image, () if self.caption is None else captions_in(row, self.caption))
+            captions = joined([captions_in(row, caption) for caption in self.captions])
+            return RawPair(key, image, captions.texts, captions.columns)
         except BrokenSample as error:
             return RawPair(key, image, (), problem=str(error))
 
@@ -188,8 +197,8 @@ def table_source(name: str, rows: Rows, image: str | None, rule: CaptionRule | N
     if image is None:
         image = usual_column(IMAGE_COLUMNS, rows.schema.names)
     require_image_column(name, rows.schema, image)
-    caption = None if rule is None else rule.field or "caption"
-    columns = [image] + ([] if caption is None else [require_text_column(name, rows.schema, caption)])
+    captions = () if rule is None else rule.fields or ("caption",)
+    columns = [image, *(require_text_column(name, rows.schema, caption) for caption in captions)]
     if not len(rows):
         raise UserError(f"the table {name!r} holds no rows")
     labels = class_labels(rows.schema)
@@ -197,7 +206,7 @@ def table_source(name: str, rows: Rows, image: str | None, rule: CaptionRule | N
     if labels is not None and not are_numbers(labels[1]):  # numbers identify classes and do not name them
         names = tuple(label.replace("_", " ") for label in labels[1])
     selected = rows.select(list(dict.fromkeys(columns)))
-    pairs = IndexedPairs(_TableRows(name, selected, image, caption), groups=rows.block_sizes)
+    pairs = IndexedPairs(_TableRows(name, selected, image, captions), groups=rows.block_sizes)
     return Source(name, len(rows), None, pairs, classnames=names)
 
 
@@ -218,11 +227,12 @@ class _FolderRows:
         image = self.images[index]
         key, path = printable(image), os.path.join(self.folder, image)
         try:
-            return RawPair(key, path, () if self.rule is None else self._captions(image, path, self.rule))
+            captions = Captions() if self.rule is None else self._captions(image, path, self.rule)
+            return RawPair(key, path, captions.texts, captions.columns)
         except BrokenSample as error:
             return RawPair(key, path, (), problem=str(error))
 
-    def _captions(self, image: str, path: str, rule: CaptionRule) -> tuple[str, ...]:
+    def _captions(self, image: str, path: str, rule: CaptionRule) -> Captions:
         if image.rpartition(".")[0] in self.repeated:
             raise BrokenSample("two images with one caption: keep one")
         return rule.in_members(_beside(path, rule))
@@ -241,7 +251,7 @@ def folder_source(name: str, folder: Path, ending: str | None, rule: CaptionRule
             f"{str(folder)!r} holds no shard, no parquet file and no image ({ending or ', '.join(IMAGE_SUFFIXES)}), it "
             f"has {endings_text(others)}"
         )
-    read = {"txt", "json", "csv", "jsonl"} | ({rule.field} if rule and rule.field else set())
+    read = {"txt", "json", "csv", "jsonl"} | (rule.endings() if rule else set())
     note_others(str(folder), {ending: count for ending, count in others.items() if ending not in read})
     stems = Counter(image.rpartition(".")[0] for image in images)
     repeated = frozenset(stem for stem, count in stems.items() if count > 1)
@@ -261,7 +271,8 @@ def _beside(image: str, rule: CaptionRule) -> dict[str, bytes]:
     """Content of the files beside an image that may hold its captions, by ending."""
     stem = image.rpartition(".")[0]
     contents = {}
-    for ending in dict.fromkeys(["txt" if rule.field is None else rule.field, "json"]):
+    # As the field is spelt, in lower case and in upper case.
+    for ending in dict.fromkeys([*rule.fields, *sorted(rule.endings())]):
         for spelt in (ending, ending.upper()):
             try:
                 contents[ending.lower()] = Path(f"{stem}.{spelt}").read_bytes()
@@ -358,7 +369,7 @@ def read_shard(
 
     Raises: UserError for a file that cannot be read to its end.
     """
-    endings = {"txt" if rule.field is None else rule.field.lower(), "json"} if rule else set()
+    endings = rule.endings() if rule else set()
     image = None if image is None else image.lower()  # as read_samples gives the endings
 
     def wanted(ending: str) -> bool:
@@ -366,15 +377,18 @@ def read_shard(
 
     for row, sample in enumerate(read_samples(url, wanted=wanted, stream=True)):
         content, captions, problem = _members(sample, image, rule)
-        yield RawPair(printable(sample.key), content, captions, row=row, block=block, problem=problem)
+        yield RawPair(
+            printable(sample.key), content, captions.texts, captions.columns, row=row, block=block, problem=problem
+        )
 
 
-def _members(sample: Sample, image: str | None, rule: CaptionRule | None) -> tuple[bytes | None, tuple[str, ...], str]:
+def _members(sample: Sample, image: str | None, rule: CaptionRule | None) -> tuple[bytes | None, Captions, str]:
     """Image, captions and problem of a pair."""
     try:
-        return sample.contents[sample.image(image)], () if rule is None else rule.in_members(sample.contents), ""
+        content = sample.contents[sample.image(image)]
+        return content, Captions() if rule is None else rule.in_members(sample.contents), ""
     except BrokenSample as error:
-        return None, (), str(error)
+        return None, Captions(), str(error)
 
 
 def _uneven(urls: Sequence[str], parts: int) -> str | None:

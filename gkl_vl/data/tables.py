@@ -9,7 +9,7 @@ import re
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from gkl_vl.addresses import is_local, opened
 from gkl_vl.data.files import is_junk, one_split
 from gkl_vl.errors import UserError, first_line, refuse_full_disk
 
@@ -67,8 +68,9 @@ class ParquetRows:
     Raises: UserError for a file that cannot be read, or whose columns differ from those of the first.
     """
 
-    def __init__(self, files: Sequence[Path]):
-        self.files = tuple(files)
+    def __init__(self, files: Sequence[str | Path]):
+        """`files`: paths or addresses."""
+        self.files = tuple(map(str, files))
         self._groups: list[tuple[int, int]] = []  # (file, row group)
         self._sizes: list[int] = []
         for number, file in enumerate(self.files):
@@ -94,9 +96,9 @@ class ParquetRows:
     def block_sizes(self) -> Sequence[int]:
         return self._sizes
 
-    def folder(self, index: int) -> Path:
+    def folder(self, index: int) -> Path | None:
         number, _ = self._groups[bisect_right(self._ends, index)]
-        return self.files[number].parent
+        return Path(self.files[number]).parent if is_local(self.files[number]) else None
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -133,18 +135,17 @@ class ParquetRows:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
+def _opened(file: str) -> Iterator[pyarrow.parquet.ParquetFile]:
     """An open parquet file. Raises: UserError for errors of the file, inside the block as well."""
     try:
-        with pyarrow.parquet.ParquetFile(file) as parquet:
-            yield parquet
+        with nullcontext(file) if is_local(file) else opened(file) as source:
+            with pyarrow.parquet.ParquetFile(source) as parquet:
+                yield parquet
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(
-            f"the parquet file {str(file)!r} cannot be read ({first_line(error)}): fetch it again"
-        ) from error
+        raise UserError(f"the parquet file {file!r} cannot be read ({first_line(error)}): fetch it again") from error
 
 
-def _require_equal(first: Path, expected: pyarrow.Schema, file: Path, schema: pyarrow.Schema) -> None:
+def _require_equal(first: str, expected: pyarrow.Schema, file: str, schema: pyarrow.Schema) -> None:
     """Raises: UserError for files of different columns, or columns of different types."""
     columns, other = ({field.name: field.type for field in each} for each in (expected, schema))
     for name in [*columns, *other]:

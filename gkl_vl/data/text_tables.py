@@ -7,11 +7,11 @@ import csv
 import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gkl_vl.data.captions import CaptionRule, captions_in, parsed
+from gkl_vl.data.captions import CaptionRule, Captions, captions_in, joined, parsed
 from gkl_vl.data.images import BrokenSample
 from gkl_vl.data.tables import need_columns
 from gkl_vl.errors import UserError, first_line
@@ -21,15 +21,15 @@ DELIMITERS = ("\t", ",", ";", "|")
 ENDINGS = (".csv", ".tsv", ".jsonl")
 
 
-Row = tuple[str, tuple[str, ...], str]
+Row = tuple[str, Captions, str]
 """Path of the image as written, captions, and what is wrong with the row ("" = nothing)."""
 
 
-def read_csv(path: str, image_column: str, caption_column: str | None, *, quoted: bool | None = None) -> list[Row]:
+def read_csv(path: str, image_column: str, caption_columns: Sequence[str], *, quoted: bool | None = None) -> list[Row]:
     """Reads a CSV or TSV file with a header.
 
     Args:
-        caption_column: None = captions are not read.
+        caption_columns: none = captions are not read.
         quoted: whether a cell may be in double quotes, as in RFC 4180, which allows delimiters, line ends and doubled
             quotes in it. Else a quote is a letter. None = yes for .csv, no for .tsv unless its header is quoted.
 
@@ -42,11 +42,9 @@ def read_csv(path: str, image_column: str, caption_column: str | None, *, quoted
     sure = quoted is not None
     if quoted is None:
         quoted = not path.lower().endswith(".tsv") or text.lstrip().startswith('"')
-    needed = [image_column] + ([] if caption_column is None else [caption_column])
-    delimiter, header = _header(path, text, needed, quoted)
-    image, caption = (header.index(column) if column else None for column in (image_column, caption_column))
-    assert image is not None
-    rows = []
+    delimiter, header = _header(path, text, [image_column, *caption_columns], quoted)
+    image, *captions = (header.index(column) for column in (image_column, *caption_columns))
+    rows: list[Row] = []
     for line, cells in _rows(path, text, delimiter, quoted, sure, image):
         if len(cells) > len(header):
             raise UserError(
@@ -60,9 +58,9 @@ def read_csv(path: str, image_column: str, caption_column: str | None, *, quoted
             )
         if len(cells) < len(header):
             lost = f"line {line} has {len(cells)} of {len(header)} cells"
-            rows.append((cells[image] if image < len(cells) else f"line {line}", (), lost))
+            rows.append((cells[image] if image < len(cells) else f"line {line}", Captions(), lost))
         else:
-            rows.append((cells[image], () if caption is None else (cells[caption],), ""))
+            rows.append((cells[image], joined([(cells[caption],) for caption in captions]), ""))
     return rows
 
 
@@ -72,7 +70,8 @@ def read_jsonl(path: str, image_field: str, rule: CaptionRule | None) -> list[Ro
     Args:
         rule: None = captions are not read.
     """
-    rows = []
+    rows: list[Row] = []
+    fields = () if rule is None else rule.fields or ("caption",)
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -80,10 +79,9 @@ def read_jsonl(path: str, image_field: str, rule: CaptionRule | None) -> list[Ro
             record = parsed(line.encode())
             if not isinstance(record, dict) or not isinstance(record.get(image_field), str):
                 raise BrokenSample(f"no object with a text {image_field!r}")
-            captions = () if rule is None else captions_in(record, rule.field or "caption")
-            rows.append((record[image_field], captions, ""))
+            rows.append((record[image_field], joined([captions_in(record, field) for field in fields]), ""))
         except BrokenSample as error:
-            rows.append((f"line {number}", (), f"line {number}: {error}"))
+            rows.append((f"line {number}", Captions(), f"line {number}: {error}"))
     return rows
 
 

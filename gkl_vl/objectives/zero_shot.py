@@ -52,7 +52,7 @@ class ZeroShotKd(Objective):
     """Images in a pass over the data; needed with a prior."""
     seed: int
     """Seed of the templates."""
-    teacher_weights: Sequence[float] = (1.0,)
+    teacher_weights: list[float] | tuple[float, ...] = (1.0,)
     """Share of each teacher in the targets, with sum 1."""
     _updates: int = field(default=0, init=False)
     _images: int = field(default=0, init=False)

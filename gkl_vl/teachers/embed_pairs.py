@@ -99,7 +99,7 @@ def missing_blocks(folder: Path, manifest: Manifest) -> list[int]:
     """The blocks without a file. Raises: UserError for a file of another store, and for a damaged one."""
     missing, identity = [], identity_of(manifest)
     for block in range(len(manifest.blocks)):
-        path = block_file(folder, block)
+        path = folder / block_file(block)
         if not path.is_file():
             missing.append(block)
         elif not torch.equal(_tensor(path, "identity"), identity):
@@ -112,7 +112,7 @@ def missing_blocks(folder: Path, manifest: Manifest) -> list[int]:
 
 def finish_store(folder: Path, manifest: Manifest) -> Manifest:
     """Counts the pairs of all files and writes the manifest, without which a store cannot be used."""
-    digests = [_tensor(block_file(folder, block), "digest") for block in range(len(manifest.blocks))]
+    digests = [_tensor(folder / block_file(block), "digest") for block in range(len(manifest.blocks))]
     pairs, broken = sum(map(len, digests)), sum(int((digest == BROKEN).sum()) for digest in digests)
     finished = replace(manifest, pairs=pairs, broken=broken)
     write_json(folder / MANIFEST, asdict(finished), indent=1)
@@ -183,7 +183,7 @@ def build_blocks(
             block.open_streams -= 1
             if not block.open_streams:
                 block.refuse_broken(manifest.blocks[number])
-                disk_cache.write(block_file(folder, number), block.tensors() | {"identity": identity_of(manifest)})
+                disk_cache.write(folder / block_file(number), block.tensors() | {"identity": identity_of(manifest)})
                 del contents[number]
 
 

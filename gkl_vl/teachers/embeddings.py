@@ -23,10 +23,11 @@ of a kept view, C = classes.
 import hashlib
 import json
 import math
+import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -39,6 +40,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gkl_vl import disk_cache
+from gkl_vl.addresses import fetched, is_local, names_in
 from gkl_vl.data.augment import Augmentation, draws, settings_of
 from gkl_vl.data.captions import usable_captions
 from gkl_vl.data.files import stable_hash
@@ -57,6 +59,8 @@ CLASSES = "classes.safetensors"
 BROKEN = -1
 OPEN_FILES = 256
 """Files of a store that a process keeps open. They are mapped to memory: a row is read when it is needed."""
+FETCHED_FILES = 4
+"""Files of a store at an address that a process keeps in memory."""
 DRAW_TOLERANCE = 3
 """Grey levels by which two builds of one augmentation may differ; another draw differs by far more."""
 StoreDtype = Literal["float16", "int8"]
@@ -102,15 +106,13 @@ class Manifest:
     broken: int = 0
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: str) -> Manifest:
     """Raises: UserError for a folder that is no finished store, for another format, and for a damaged manifest."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        state = "does not exist" if not folder.exists() else "is no folder" if folder.is_file() else "is no store"
-        if any(folder.glob("*.safetensors")):
-            state = "is not finished, run recipes/store_teacher.py again with the same flags"
-        raise UserError(f"--teacher-store {folder} {state}: it has no {MANIFEST}")
-    content = read_json(path)
+    path = f"{folder}/{MANIFEST}"
+    if is_local(folder):
+        _require_store(Path(folder))
+    with nullcontext(path) if is_local(folder) else fetched(path) as file:
+        content = read_json(file)
     if content.get("format") != FORMAT:
         raise UserError(f"{path} has format {content.get('format')!r}, this version reads {FORMAT}: build it again")
     try:
@@ -128,6 +130,15 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def _require_store(folder: Path) -> None:
+    if (folder / MANIFEST).is_file():
+        return
+    state = "does not exist" if not folder.exists() else "is no folder" if folder.is_file() else "is no store"
+    if any(folder.glob("*.safetensors")):
+        state = "is not finished, run recipes/store_teacher.py again with the same flags"
+    raise UserError(f"--teacher-store {folder} {state}: it has no {MANIFEST}")
+
+
 def identity_of(manifest: Manifest) -> UInt8[Tensor, "32"]:
     """Hash of all settings of a store, which each of its files holds; a teacher may be named in several ways."""
     content: dict[str, Any] = asdict(manifest) | {"pairs": 0, "broken": 0}
@@ -140,9 +151,9 @@ def block_names(source: Source) -> list[str]:
     return [PurePosixPath(name.partition("?")[0]).name for name in source.pairs.blocks]
 
 
-def block_file(folder: Path, block: int) -> Path:
-    """The file of a block."""
-    return folder / f"{block:05d}.safetensors"
+def block_file(block: int) -> str:
+    """Name of the file of a block."""
+    return f"{block:05d}.safetensors"
 
 
 def write_classes(folder: Path, classes: Sequence[Float[Tensor, "C _e"]], prompts: Prompts) -> None:
@@ -192,9 +203,14 @@ def unpacked(rows: Tensor, scale: Tensor | None) -> Float[Tensor, "*rows e"]:
 class StoredEmbeddings:
     """The embeddings of a source's pairs, read row by row from a store. Picklable, for worker processes."""
 
-    def __init__(self, folder: Path, *, first: int = 0):
-        """`first`: number of its first teacher in the batch, behind those of other stores."""
-        self.folder, self.manifest, self.first = folder, read_manifest(folder), first
+    def __init__(self, folder: Path | str, *, first: int = 0):
+        """
+        Args:
+            folder: a path, or an address of fsspec, from which files are fetched when they are needed.
+            first: number of its first teacher in the batch, behind those of other stores.
+        """
+        self.folder, self.first = str(folder).rstrip("/"), first
+        self.manifest = read_manifest(self.folder)
         self._identity = identity_of(self.manifest)
         self._files: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
         self._verified: set[int] = set()
@@ -233,11 +249,17 @@ class StoredEmbeddings:
                 f"{store} was built by a version that draws other views from the same seeds: install the versions of "
                 "torch, torchvision and gkl_vl that built it, or build it again"
             )
-        missing = [block for block in range(len(names)) if not block_file(self.folder, block).is_file()]
+        files = set(os.listdir(self.folder)) if is_local(self.folder) else names_in(self.folder)
+        missing = [] if files is None else [block for block in range(len(names)) if block_file(block) not in files]
         if missing:
             raise UserError(
                 f"{store} lacks {len(missing)} of its {len(names)} files, the first is "
-                f"{block_file(self.folder, missing[0]).name}: copy them, or run recipes/store_teacher.py on it again"
+                f"{block_file(missing[0])}: copy them, or run recipes/store_teacher.py on it again"
+            )
+        if not is_local(self.folder) and source.scattered and len(names) > FETCHED_FILES:
+            raise UserError(
+                f"{store} is not on this machine, and the rows of {source.name!r} are read in random order, each from "
+                "another file of the store: copy the store here, or pack the data into shards"
             )
         first = next((pair for pair in islice(source.pairs.read(0), 1) if not pair.problem), None)
         if first is not None:  # before there is a run
@@ -277,11 +299,13 @@ class StoredEmbeddings:
 
     def classes(self, prompts: Prompts) -> list[Float[Tensor, "C _e"]]:
         """Each teacher's class embeddings. Raises: UserError where they are missing, damaged or of other prompts."""
-        path = self.folder / CLASSES
-        tensors = disk_cache.read(path)
+        path = f"{self.folder}/{CLASSES}"
+        with self._copy(CLASSES) as file:
+            tensors = disk_cache.read(file)
+            damaged = file.is_file()
         remedy = "run recipes/store_teacher.py on it again with --prompts, which embeds no image again"
         if tensors is None:
-            state = "is damaged" if path.is_file() else "is missing"
+            state = "is damaged" if damaged else "is missing"
             raise UserError(f"{path}, the teacher's embeddings of the class prompts, {state}: {remedy}")
         if not torch.equal(tensors["prompts"], _bytes_of(prompts.digest())):
             raise UserError(f"{path} is of other class names or templates than --prompts: {remedy}")
@@ -295,22 +319,28 @@ class StoredEmbeddings:
         if number in self._files:
             self._files.move_to_end(number)
             return self._files[number]
-        path = block_file(self.folder, number)
+        path = f"{self.folder}/{block_file(number)}"
         try:
-            if number not in self._verified:
-                self._files[number] = self._verified_tensors(path)
-                self._verified.add(number)
-            else:
-                with safe_open(path, framework="pt") as file:
-                    self._files[number] = {name: file.get_tensor(name) for name in file.keys()}
+            # A temporary copy is removed when its tensors are in memory, or mapped to it.
+            with self._copy(block_file(number)) as copy:
+                if number not in self._verified:
+                    self._files[number] = self._verified_tensors(path, copy)
+                    self._verified.add(number)
+                else:
+                    with safe_open(copy, framework="pt") as file:
+                        self._files[number] = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({first_line(error)}): copy it again") from error
-        while len(self._files) > OPEN_FILES:
+        while len(self._files) > (OPEN_FILES if is_local(self.folder) else FETCHED_FILES):
             self._files.popitem(last=False)
         return self._files[number]
 
-    def _verified_tensors(self, path: Path) -> dict[str, Tensor]:
-        tensors = disk_cache.read(path)
+    def _copy(self, name: str) -> AbstractContextManager[Path]:
+        """A file of the store, or a temporary copy of it."""
+        return nullcontext(Path(self.folder, name)) if is_local(self.folder) else fetched(f"{self.folder}/{name}")
+
+    def _verified_tensors(self, path: str, copy: Path) -> dict[str, Tensor]:
+        tensors = disk_cache.read(copy)
         if tensors is None:
             raise UserError(f"{path} is damaged: copy it again, or remove it and build it again")
         if not torch.equal(tensors["identity"], self._identity):
@@ -356,7 +386,7 @@ class JoinedStores:
         return outputs
 
 
-def open_stores(folders: Sequence[Path]) -> JoinedStores:
+def open_stores(folders: Sequence[str]) -> JoinedStores:
     """Raises: UserError as `read_manifest`."""
     stores: list[StoredEmbeddings] = []
     for folder in folders:

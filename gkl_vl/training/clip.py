@@ -63,8 +63,8 @@ class PairData:
 
     train_data: str | None = None
     """Shards `a-{000..9}.tar::b.tar`, .csv, .tsv, .jsonl, .parquet, FOLDER[:SPLIT], org/name[:SPLIT]. None = emoji."""
-    columns: tuple[str, str] | None = None
-    """Image and caption column (`a.b` = a struct's field); endings or a JSON field in shards. None = the usual ones."""
+    columns: tuple[str, ...] | None = None
+    """Image and caption columns (`a.b` = a struct's field); endings or JSON fields in shards. None = the usual ones."""
     caption_lines: bool = False
     """A text file beside an image holds one caption per line. Otherwise all of it is one caption."""
     quoted: bool | None = None
@@ -78,6 +78,8 @@ class CaptionData:
     pairs: Annotated[PairData, tyro.conf.arg(name="")] = PairData()
     captions_per_image: int | None = None
     """Captions drawn for an image in a step; the loss is their mean. None = 1; bundled data with a teacher: 2."""
+    caption_weights: tuple[float, ...] | None = None
+    """Share of each of several caption columns in the captions drawn, such as real and synthetic. None = equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +197,7 @@ class ClipData:
     flag: str = "--train-data"
     """The flag that names it, for messages."""
     captions_per_image: int = 1
+    caption_weights: Sequence[float] | None = None
 
     @property
     def bundled(self) -> bool:
@@ -216,7 +219,11 @@ def open_captions(flags: CaptionData, *, distils: bool) -> ClipData:
     source, name, captions = open_pairs(flags.pairs), flags.pairs.train_data, flags.captions_per_image
     if captions is None:
         captions = BUNDLED_CAPTIONS if name is None and distils else 1
-    return ClipData(source=source, name=name, captions_per_image=captions)
+    columns = max(len(flags.pairs.columns or ()) - 1, 1)
+    if flags.caption_weights is not None and len(flags.caption_weights) != columns:
+        count = len(flags.caption_weights)
+        raise UserError(f"--caption-weights has {count} values for {columns} caption columns: give one for each")
+    return ClipData(source=source, name=name, captions_per_image=captions, caption_weights=flags.caption_weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,6 +393,7 @@ def make_loader(
         world_size=run.num_processes,
         num_workers=run.flags.workers,
         captions_per_image=data.captions_per_image,
+        caption_weights=data.caption_weights,
         stored=teachers.store,
         start=None if position is None else Position.of(position),
     )

@@ -57,7 +57,7 @@ class ClipModels:
     """Teachers and student."""
 
     teachers: Annotated[TeacherModels, tyro.conf.arg(name="")] = TeacherModels()
-    teacher_store: tuple[Path, ...] | None = None
+    teacher_store: tuple[str, ...] | None = None
     """Folders that recipes/store_teacher.py wrote from the same data: their embeddings in place of --teacher's."""
     teacher_scale: tuple[float, ...] | None = None
     """Logit scale of each teacher in the loss. None = the model's own."""
@@ -84,7 +84,7 @@ class RunTeachers:
     """Their embeddings; beside loaded teachers those of the bundled data."""
     scales: Sequence[float] | None = None
     """Logit scales in place of their own."""
-    shares: Sequence[float] = (1.0,)
+    shares: tuple[float, ...] = (1.0,)
     """Of each in the targets, with sum 1."""
 
     @property
@@ -126,7 +126,7 @@ def open_teachers(
             raise UserError(f"{flag} has {len(values)} values for {count} teachers: give one for each")
     shares = models.teacher_shares or (1.0,) * count
     total = math.fsum(shares)
-    return replace(teachers, scales=models.teacher_scale, shares=[share / total for share in shares])
+    return replace(teachers, scales=models.teacher_scale, shares=tuple(share / total for share in shares))
 
 
 def load_teachers(models: TeacherModels, *, device: torch.device, allow_pickle: bool) -> list[Clip]:

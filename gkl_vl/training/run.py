@@ -32,6 +32,7 @@ from accelerate.utils import (
 )
 
 from gkl_vl import cli
+from gkl_vl.addresses import fetched, is_local
 from gkl_vl.atomic import holder_of, in_use
 from gkl_vl.errors import UserError
 from gkl_vl.export import hub
@@ -330,6 +331,9 @@ def input_files(flags: dict[str, Any]) -> dict[str, list]:
 
 
 def _input_file(flag: str, value: Any) -> list | None:
+    if flag == "teacher_store" and isinstance(value, str) and not is_local(value):
+        with fetched(f"{value}/{MANIFEST}") as copy:
+            return [copy.stat().st_size, hashlib.sha256(copy.read_bytes()).hexdigest()]
     place = resolved(value, Path.cwd()) if isinstance(value, str) else None
     if place is None:
         return None

@@ -6,7 +6,9 @@ import io
 import itertools
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import datasets
@@ -22,6 +24,7 @@ from test_pairs import lengths
 from test_recipes import CARD, HOUSE, python
 
 from gkl_vl import disk_cache
+from gkl_vl.atomic import release_folder
 from gkl_vl.data import augment, sources
 from gkl_vl.data.augment import (
     Erasing,
@@ -39,7 +42,7 @@ from gkl_vl.errors import UserError
 from gkl_vl.export.hub import export_clip
 from gkl_vl.models.clip import load_clip, resize
 from gkl_vl.models.modes import freeze
-from gkl_vl.teachers import embeddings
+from gkl_vl.teachers import embed_pairs, embeddings
 from gkl_vl.teachers.embed_pairs import build_blocks, describe_store, finish_store, missing_blocks
 from gkl_vl.teachers.embeddings import StoredEmbeddings, stored_teacher
 from gkl_vl.teachers.online import online_teacher, teacher_scales
@@ -185,7 +188,7 @@ def test_what_is_read_back_is_the_teachers_embedding(teacher, tmp_path, kind, dt
     assert scales == pytest.approx({"teacher_logit_scale": want["teacher_logit_scale"].item()})
 
 
-@pytest.mark.parametrize(("workers", "world_size"), [(0, 1), (1, 2), (3, 1)])
+@pytest.mark.parametrize(("workers", "world_size"), [(0, 1), (1, 2), (3, 1), (0, 4)])
 def test_every_pair_has_its_own_rows_beside_it(teacher, tmp_path, monkeypatch, workers, world_size):
     monkeypatch.setattr(sources, "BLOCK_ROWS", 5)
     monkeypatch.setattr(embeddings, "OPEN_FILES", 1)
@@ -229,6 +232,54 @@ def test_a_store_does_not_depend_on_workers_or_on_where_a_build_was_stopped(teac
             assert first.keys() == other.keys()
             for name, tensor in first.items():
                 torch.testing.assert_close(tensor, other[name], atol=1e-3, rtol=0)
+
+
+@pytest.mark.usefixtures("one_thread")  # the child is forked
+def test_a_build_that_is_killed_at_any_moment_goes_on(teacher, tmp_path):
+    """Before the first file, in the middle of one, before it has its name, between two, and before the manifest."""
+    source = open_source(pattern_shards(tmp_path, 3, 3))
+    build(tmp_path / "whole", teacher, source)
+    save, write_json = disk_cache.save_file, embed_pairs.write_json
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def saver(moment: str, number: int):
+        calls = itertools.count()
+
+        def save_file(tensors, path, metadata):
+            if next(calls) < number:
+                save(tensors, path, metadata=metadata)
+                return
+            if moment != "before":
+                save(tensors, path, metadata=metadata)
+            if moment == "middle":
+                os.truncate(path, path.stat().st_size // 2)
+            die()
+
+        return save_file
+
+    moments = [("before", 0), ("middle", 0), ("after", 1), ("before", 2), ("manifest", 9)]
+    for number, (moment, files) in enumerate(moments):
+        folder = tmp_path / str(number)
+        child = os.fork()
+        if not child:
+            disk_cache.save_file = saver(moment, files)
+            embed_pairs.write_json = die if moment == "manifest" else write_json
+            build(folder, teacher, source)
+            os._exit(0)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        finished = sorted(path.name for path in folder.glob("*.safetensors")) if folder.exists() else []
+        assert len(finished) == min(files, 3) and not (folder / "manifest.json").exists()
+        times = {name: (folder / name).stat().st_mtime_ns for name in finished}
+        store_teacher = test_recipes.module(HOUSE / "recipes" / "store_teacher.py")
+        store_teacher.take(folder)  # as the recipe does before it builds
+        build(folder, teacher, source)
+        release_folder(folder)
+        assert {name: (folder / name).stat().st_mtime_ns for name in finished} == times  # not built again
+        assert sorted(path.name for path in folder.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+        for path in (tmp_path / "whole").iterdir():
+            assert path.read_bytes() == (folder / path.name).read_bytes()
 
 
 @pytest.mark.parametrize("captions", [1, 2])

@@ -47,7 +47,7 @@ class TeacherModels:
     """One teacher, or several whose soft targets are averaged."""
 
     teacher: tuple[str, ...] = ("bundled",)
-    """Each an open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, or `bundled`. To train: or `none`."""
+    """Each an open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, `bundled`, or `none` of them."""
     teacher_pretrained: tuple[str, ...] | None = None
     """Of each teacher that is an open_clip name: open_clip's tag, a file of weights, or TAG=FILE; `none` of another."""
 

@@ -116,6 +116,10 @@ BOUNDS: dict[str, Bounds] = {
 """Limits of all numeric flags by name, which mean the same in every script."""
 
 
+MAY_BE_EMPTY = ("eval_data", "report_to", "milestones", "pretrained")
+"""Flags of any number of values for which none means something."""
+
+
 class Terminated(BaseException):
     """SIGTERM, as KeyboardInterrupt is SIGINT."""
 
@@ -243,11 +247,11 @@ def flat(config: Any) -> dict[str, Any]:
 
 
 def check_values(flags: Mapping[str, Any]) -> None:
-    """Raises: UserError for a number that is not finite or out of its `BOUNDS`, and for an empty list of numbers. None
-    is accepted."""
+    """Raises: UserError for a number that is not finite or out of its `BOUNDS`, and for an empty list, which an unset
+    variable of the shell leaves. None is accepted."""
     for name, given in flags.items():
         values, flag = given if isinstance(given, tuple) else (given,), flag_name(name)
-        if not values and name in BOUNDS:
+        if not values and name not in MAY_BE_EMPTY:
             raise UserError(f"{flag} has no value: give one, or leave it out")
         for value in values:
             if isinstance(value, int | float) and not isinstance(value, bool):

@@ -389,7 +389,8 @@ def results_table(rows: list[dict]) -> str:
             classes) is left out.
     """
     sides = {row["model"]: row for row in rows}
-    header = ["", *(shorten(f"{model} {row['name']}", 21) for model, row in sides.items())]
+    width = 21 if len(sides) < 3 else 56 // len(sides)
+    header = ["", *(shorten(f"{model} {row['name']}", width) for model, row in sides.items())]
     costs = (
         ("image tower, parameters", "image_parameters", "smaller"),
         ("all parameters", "parameters", "smaller"),

@@ -129,7 +129,7 @@ def main(config: Config) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if prompts is not None and classes is not None:
-            write_classes(folder, classes, prompts)
+            write_classes(folder, manifest, classes, prompts)
         print(summary(folder, finish_store(folder, manifest), source, time.monotonic() - started))
         release_folder(folder)
     accelerator.end_training()
@@ -144,6 +144,10 @@ def open_data(config: Config) -> tuple[Source, Prompts | None]:
     cli.refuse_unused(vars(data), ["columns"], "has no effect with --prompts, --image-column names the image")
     if data.caption_lines:
         raise UserError("--caption-lines has no effect with --prompts, captions are not read: leave it out")
+    if prompts == "bundled" and data.train_data is not None:
+        raise UserError("--prompts bundled are those of the bundled data: name a file for --train-data's")
+    if data.train_data is None:
+        cli.refuse_unused(vars(config.store), ["image_column"], "has no effect without --train-data")
     source = open_images(data.train_data, column=config.store.image_column, quoted=data.quoted)
     return source, bundled_prompts() if prompts == "bundled" else read_prompts(prompts, classnames=source.classnames)
 

@@ -29,6 +29,7 @@ from gkl_vl.training.engine import FitConfig, fit, moving_average
 from gkl_vl.training.optim import sgd
 
 N, C = 6, 4
+pytestmark = pytest.mark.usefixtures("one_thread")
 GKL = GklSettings(soft_ce_weight=4, wmse_weight=20, gamma=0.4, weight_temperature=2.0)
 SETTINGS = AdversarialTraining(epochs=4, gkl=GKL, awp_epoch=2, label_smoothing=0.1)
 EIGHT = 8 / 255

@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import disable_progress_bars
-from helpers import lines_without_speed
+from helpers import lines_without_speed, run_script_in_ranks
 from safetensors.torch import load_file
 from small_sets import write_cifar
 
@@ -19,7 +17,6 @@ from gkl_vl.models.cifar_zoo import ZOO
 from gkl_vl.models.classifiers import load_classifier
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "adversarial.py"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 CLASSES = 5
 FLAGS = ["--data", "cifar", "--model", "resnet8", "--batch-size", "4", "--workers", "0", "--robust-images", "6"]
 FLAGS += ["--epochs", "2"]
@@ -75,11 +72,8 @@ def place(tmp_path_factory) -> Path:
 
 
 def test_two_processes_write_one_run(place):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(RECIPE), *FLAGS]
-    command += ["--synthesized", "more.npz", "--fraction", "0.5", "--second-view", "autoaugment"]
-    command += ["--output-dir", "run", "--eval-every-epochs", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=ENVIRONMENT, timeout=300)
-    assert done.returncode == 0, done.stderr
+    flags = [*FLAGS, "--synthesized", "more.npz", "--fraction", "0.5", "--second-view", "autoaugment"]
+    out = run_script_in_ranks(RECIPE, *flags, "--output-dir", "run", "--eval-every-epochs", "1", folder=place)
     run = place / "run"
     assert {p.name for p in run.iterdir()} == {"config.json", "results.jsonl", "checkpoints", "model", "report.png"}
     records = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
@@ -89,7 +83,7 @@ def test_two_processes_write_one_run(place):
     assert {"train/ce", "train/robust", "train/batch_acc1", "train/batch_robust_acc1"} <= set(training)
     assert load_classifier(f"local-dir:{run / 'model'}").num_classes == CLASSES
     assert "against attacks within 8/255 in linf" in (run / "model" / "README.md").read_text()
-    assert "Load the student" in done.stdout and "Published for cifar10-basic by gkl: 85.31 %" in done.stdout
+    assert "Load the student" in out and "Published for cifar10-basic by gkl: 85.31 %" in out
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -3,11 +3,13 @@
 import json
 import random
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import pytest
 import test_recipes
 import torch
+from small_models import CONFIG
 from small_sets import picture, write_picture, write_shard
 
 from gkl_vl.data.augment import light_augmentation
@@ -40,10 +42,10 @@ def test_shards_have_texts_and_fields_of_any_json_member(tmp_path):
     assert read["a"] == (("real", "s1", "s2"), (0, 1, 1), "")
     assert read["b"] == (("alone",), (0,), "")  # a pair may lack a column
     assert pairs_of(shard, "png", "alt", "caption")["c"] == (("two", "one"), (0, 1), "")
-    assert (
-        "its .syn.json is JSON: name a field of it with --columns, as syn.json.FIELD"
-        in pairs_of(shard, "png", "txt", "syn.json")["a"][2]
-    )
+    problem = "its .syn.json is JSON: name a field of it with --columns, as syn.json.FIELD"
+    assert problem in pairs_of(shard, "png", "syn.json")["a"][2]
+    with pytest.raises(UserError, match="has a caption in 'syn.json.syn_txt': check --columns"):
+        open_source(shard, columns=["png", "txt", "syn.json.syn_txt"])
 
 
 def test_tables_and_folders_have_several_columns(tmp_path):
@@ -67,6 +69,12 @@ def test_tables_and_folders_have_several_columns(tmp_path):
     (tmp_path / "folder" / "x.syn.txt").write_text("made")
     (read,) = pairs_of(f"{tmp_path}/folder", "png", "txt", "syn.txt").values()
     assert read == (("real", "made"), (0, 1), "")
+    with pytest.raises(UserError, match="names one twice"):
+        open_source(f"{tmp_path}/t.csv", columns=["filepath", "title", "title"])
+    with pytest.raises(
+        UserError, match="none of the first 1,000 pairs .* has a caption in 'nosuch': check"
+    ):
+        open_source(f"{tmp_path}/t.jsonl", columns=["image", "title", "nosuch"])
     with pytest.raises(UserError, match="nosuch"):
         open_source(f"{tmp_path}/t.csv", columns=["filepath", "title", "nosuch"])
     with pytest.raises(UserError, match="--columns filepath must name the image and the caption column: name both"):
@@ -119,6 +127,22 @@ def test_a_batch_has_one_real_and_one_synthetic_caption():
             assert real in (3, 4) and synthetic in (13, 14)
             seen |= {real, synthetic}
     assert seen == {3, 4, 13, 14}
+
+
+def test_the_recipe_draws_by_the_shares(tmp_path, call):
+    """All captions of the second column are equal, so that with its share alone every image has every caption."""
+    rows = "".join(f"{n}.png,real {n},made\n" for n in range(8))
+    (tmp_path / "t.csv").write_text("filepath,title,synthetic\n" + rows)
+    for n in range(8):
+        write_picture(tmp_path / f"{n}.png", "red", size=8)
+    (tmp_path / "student.json").write_text(json.dumps(CONFIG))
+    flags = ["--train-data", f"{tmp_path}/t.csv", "--columns", "filepath", "title", "synthetic", "--steps", "1"]
+    flags += ["--teacher", "none", "--student", f"{tmp_path}/student.json", "--batch-size", "8", "--workers", "0"]
+    for shares, expected in ((["1e-9", "1"], 1.0), (["1", "1e-9"], 0.125)):
+        name = f"run_{shares[0]}"
+        code, _, errors = call(*flags, "--caption-weights", *shares, "--output-dir", name)
+        assert code == 0, errors
+        assert json.loads(Path(name, "results.jsonl").read_text().splitlines()[-1])["train/batch_acc1"] == expected
 
 
 def test_the_recipe_takes_a_share_for_each_column(tmp_path, call):

@@ -2,15 +2,14 @@
 error is one line and exit code 2."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import run_script_in_ranks
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +18,6 @@ from gkl_vl.robustness.results import wilson_interval
 
 HOUSE = Path(__file__).parents[1]
 SCRIPT = HOUSE / "eval" / "autoattack.py"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(HOUSE)}
 CLASSES, EACH = 4, 3
 
 
@@ -150,11 +148,8 @@ def test_weights_by_name_are_the_model_of_the_run(call, place):
 def test_two_processes_append_the_same_record_as_one(call, place, tmp_path):
     flags = ["--attack", "apgd-ce", "--epsilon", "0.1", "--batch-size", "5"]
     assert call(*flags)[0] == 0
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(SCRIPT)]
-    command += ["--model", str(place / "runs" / "a"), "--data", str(place / "data"), *flags, "--state-dir", "two"]
-    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    flags += ["--model", place / "runs" / "a", "--data", place / "data", "--state-dir", "two"]
+    run_script_in_ranks(SCRIPT, *flags, folder=tmp_path)
     one, two = ({k: v for k, v in record.items() if k != "seconds"} for record in records())
     assert one == two and 0 < one["robust_acc1"] < one["clean_acc1"]
     (state,) = Path("runs").iterdir()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import run_script_in_ranks
 from safetensors.torch import save_file
 from small_sets import colour_set
 
@@ -17,6 +18,7 @@ from gkl_vl.models import clip
 from gkl_vl.models.clip import load_clip
 from gkl_vl.models.pretrained import BUNDLED_TOKENIZER, BUNDLED_TOKENIZER_NAME
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EVAL = Path(__file__).parents[1] / "eval"
 SCRIPTS = ["zero_shot", "retrieval"]
 TASKS = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
@@ -148,16 +150,12 @@ def test_the_documented_file_runs_as_a_program(tmp_path, model, colours):
     assert "acc1" in done.stdout and (tmp_path / "result.json").is_file()
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_processes_print_once_and_write_the_same_result(call, tmp_path, model, colours, script):
     flags = ["--model", model, "--dataset", str(colours), "--batch_size", "3", "--num_workers", "0", "--no-cache"]
     assert call(script, *flags)[0] == 0
-    environment = dict(os.environ) | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(EVAL / f"{script}.py")]
-    done = subprocess.run([*launch, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("4 images    ") == 1
+    out = run_script_in_ranks(EVAL / f"{script}.py", *flags, folder=tmp_path)
+    assert out.count("4 images    ") == 1
     one, two = Path("result.json").read_text().splitlines()
     assert one == two
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import test_recipes
+from helpers import run_script_in_ranks
 from small_sets import COLOURS, write_picture
 
 HOUSE = Path(__file__).parents[1]
@@ -35,9 +36,7 @@ def flags_of(place: Path, folder: Path, *more: str) -> list[str]:
 
 
 def test_the_page_is_a_recipe_that_trains_on_two_processes(place, folder, script):
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", script]
-    done = test_recipes.python(*launch, *flags_of(place, folder, "--output-dir", "run"), cwd=script.parent)
-    assert done.returncode == 0, done.stderr
+    run_script_in_ranks(script, *flags_of(place, folder, "--output-dir", "run"), folder=script.parent)
     record = json.loads((script.parent / "run" / "results.jsonl").read_text().splitlines()[0])
     assert record["step"] == 2 and record["train/similarity"] > 0 and "train/soft_ce" in record
     assert (script.parent / "run" / "model" / "open_clip_model.safetensors").is_file()

@@ -15,6 +15,8 @@ from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-5}
 ALL_WEIGHTS = {"contrastive_weight": 0.7, "soft_ce_weight": 1.3, "wmse_weight": 0.11, "kl_weight": 0.4}
 TEMPERATURES = {"temperature": 2.0, "weight_temperature": 3.0}
+ALONE = dict.fromkeys(("teacher_image", "teacher_text", "teacher_logit_scale"))
+"""Without a teacher."""
 
 
 def reference(
@@ -275,6 +277,8 @@ def test_with_all_weights_0_the_scalars_are_computed_and_every_parameter_is_in_t
         ({"text": torch.eye(3)[:2]}, "text has 2 rows"),
         ({"text_ids": torch.arange(4)}, "text_ids has 4 rows"),
         ({"teacher_text": None}, "must be given together: pass all three or none"),
+        (ALONE | {"text": torch.eye(3)[:2]}, "text has 2 rows"),
+        (ALONE | {"text_ids": torch.arange(4)}, "text_ids has 4 rows"),
         ({"teacher_sigmoid": True}, "teacher_sigmoid=True needs sigmoid=True"),
         ({"teacher_image": [torch.eye(3)] * 2}, "teacher_text is of 1 teachers, teacher_image of 2"),
         ({"teacher_weights": [1, 1]}, "teacher_weights is of 2 teachers, teacher_image of 1"),

@@ -2,16 +2,13 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import disable_progress_bars
-from helpers import lines_without_speed
+from helpers import lines_without_speed, run_script_in_ranks
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_sets import write_cifar
@@ -19,8 +16,8 @@ from small_sets import write_cifar
 from gkl_vl.models.classifiers import load_classifier
 
 HOUSE = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("one_thread")
 disable_progress_bars()  # imported here, `datasets` does not hear what the scripts tell it
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 # The table of published settings: soft CE, wMSE, gamma, T, T2, class prior, warm-up.
 PUBLISHED = {
@@ -139,10 +136,8 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_write_one_run(place, name):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += [str(HOUSE / "recipes" / f"{name}.py"), *RUNS[name], "--output-dir", f"run_{name}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=ENVIRONMENT, timeout=300)
-    assert done.returncode == 0, done.stderr
+    script = HOUSE / "recipes" / f"{name}.py"
+    out = run_script_in_ranks(script, *RUNS[name], "--output-dir", f"run_{name}", folder=place)
     run = place / f"run_{name}"
     assert {p.name for p in run.iterdir()} == {"config.json", "results.jsonl", "checkpoints", "model", "report.png"}
     records = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
@@ -155,7 +150,7 @@ def test_two_processes_write_one_run(place, name):
     assert exported.num_classes == NUM_CLASSES
     names = {"cifar_kd": [f"class {i}" for i in range(5)], "imagenet_kd": [f"c{i}" for i in range(5)]}
     assert exported.classnames == (tuple(names[name]) if name in names else None)  # a list has none
-    assert "Load the student" in done.stdout
+    assert "Load the student" in out
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from gkl_vl.data import pairs
 from gkl_vl.data.sources import memory_source
 from gkl_vl.errors import UserError
 from gkl_vl.evaluation.benchmark import evaluate
+from gkl_vl.evaluation.sets import load_benchmark_set
 from gkl_vl.export.cards import ClipCard, RunFacts
 from gkl_vl.export.hub import export_clip
 from gkl_vl.models.clip import Student, load_clip
@@ -200,17 +201,17 @@ def test_flags_come_in_groups_and_each_is_explained_in_a_line(recipe):
     groups = {"store", "model", "data", "run"} if recipe.stem == "store_teacher" else set(GROUPS)
     assert groups <= {field.name for field in fields(config)}
     flags = flags_of_groups(config)
-    assert len({name for name, _ in flags}) == len(flags) <= 44
+    assert len({name for name, _ in flags}) == len(flags) <= 47
     assert [name for name, text in flags if not text or "\n" in text] == []
 
 
-def test_help_shows_the_groups(place):
-    done = python(RECIPE, "--help", cwd=place)
-    assert done.returncode == 0
-    titles = re.findall(r"(\w+) options", done.stdout)
+def test_help_shows_the_groups(call):
+    code, out, _ = call("--help")
+    assert code == 0
+    titles = re.findall(r"(\w+) options", out)
     assert titles == GROUPS
     for name, _ in flags_of_groups(module(RECIPE).Config):
-        assert f"--{name.replace('_', '-')}" in done.stdout
+        assert f"--{name.replace('_', '-')}" in out
 
 
 def test_the_documentation_has_commands_of_every_script():
@@ -231,12 +232,17 @@ def test_a_documented_command_is_understood(command):
 
 
 def test_the_default_command_distils_the_bundled_teacher(tmp_path, monkeypatch, capsys):
-    """Two steps of the default flags, with 32 drawings to store in place of all."""
+    """Two steps of the default flags, with 32 drawings to store in place of all, and sets of 4 images."""
     monkeypatch.chdir(tmp_path)
     recipe = module(RECIPE)
     few = pairs.bundled_pairs()[:32]
     monkeypatch.setattr("gkl_vl.training.clip_teacher.bundled_pairs", lambda: few)
     monkeypatch.setattr("gkl_vl.training.clip.open_source", lambda *args, **kwargs: memory_source("few", few))
+    colours = load_benchmark_set(str(colour_set(tmp_path / "colours", ["red", "green", "blue", "red"])))
+    monkeypatch.setattr(
+        "gkl_vl.training.clip.load_benchmark_sets",
+        lambda names, **place: [replace(colours, name=name) for name in names],
+    )
     texts, forward = [], Student.forward
     monkeypatch.setattr(
         Student, "forward", lambda self, image, text: (texts.append(text), forward(self, image, text))[1]

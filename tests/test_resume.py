@@ -1,17 +1,22 @@
 """A run that was stopped, or killed at the worst moment, goes on as the run that was never stopped, bit for bit."""
 
+import errno
 import json
 import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
 import test_recipes
 import torch
+from accelerate import Accelerator
+from helpers import RankFailed, Script, run_apart
 from safetensors.torch import load_file
 from test_pairs import good, write_shard
+
+from gkl_vl.objectives import clip as objectives
 
 HOUSE = Path(__file__).parents[1]
 RECIPE = HOUSE / "recipes" / "clip_kd.py"
@@ -30,37 +35,37 @@ MODEL = {
 COMMON = ["--teacher", "none", "--steps", "6", "--warmup", "2", "--batch-size", "8", "--ema-decay", "0.5"]
 COMMON += ["--checkpoint-every-steps", "3"]
 
-# The recipe, with a SIGKILL of its own process, or a full disk, where a test wants it.
-DRIVER = '''
-import errno, itertools, os, runpy, signal, sys
-import accelerate
-from gkl_vl.objectives import clip as objectives
 
-where, recipe = sys.argv[1], sys.argv[2]
-sys.argv = sys.argv[2:]
-kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
-def full_disk():
+
+def full_disk() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "step_00000006/optimizer.bin")
 
-def after(call, function, action):
+
+def after(call: int, function: Callable, action: Callable[[], None]) -> Callable:
     """`function`, with `action` at the end of its so-many-th call."""
-    calls = itertools.count(1)
+    calls = count(1)
+
     def wrapped(*args, **kwargs):
         result = function(*args, **kwargs)
         if next(calls) == call:
             action()
         return result
+
     return wrapped
 
-if where == "in the middle of a write":  # the second checkpoint has its model, and no loop.json yet
-    accelerate.Accelerator.save_state = after(2, accelerate.Accelerator.save_state, kill)
-if where == "on a full disk":
-    accelerate.Accelerator.save_state = after(2, accelerate.Accelerator.save_state, full_disk)
-if where == "in the middle of a step":
-    objectives.image_text_loss = after(5, objectives.image_text_loss, kill)
-runpy.run_path(recipe, run_name="__main__")
-'''
+
+def run_and_stop(script: Script, at: str) -> tuple[int, str, str]:
+    """Runs the recipe, with a SIGKILL of its own process, or a full disk, where a test wants it."""
+    if at == "in the middle of a write":  # the second checkpoint has its model, and no loop.json yet
+        Accelerator.save_state = after(2, Accelerator.save_state, kill)
+    if at == "on a full disk":
+        Accelerator.save_state = after(2, Accelerator.save_state, full_disk)
+    if at == "in the middle of a step":
+        objectives.image_text_loss = after(5, objectives.image_text_loss, kill)
+    return script.run()
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,6 @@ def place(tmp_path_factory) -> Path:
     (folder / "tiny.json").write_text(json.dumps(MODEL))
     write_shard(folder / "0.tar", [good(i) for i in range(20)])
     write_shard(folder / "1.tar", [good(i) for i in range(20, 40)])
-    (folder / "driver.py").write_text(DRIVER)
     return folder
 
 
@@ -78,10 +82,10 @@ def flags_of(place: Path, output: str, *flags: str) -> list[str]:
     return [*COMMON, *own, "--output-dir", f"{place}/{output}", *flags]
 
 
-def recipe(place: Path, output: str, *flags: str, at: str = "never") -> subprocess.CompletedProcess:
-    command = [sys.executable, str(place / "driver.py"), at, str(RECIPE), *flags_of(place, output, *flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+def recipe(place: Path, output: str, *flags: str, at: str = "never") -> tuple[int, str]:
+    """Exit code and stderr of the recipe in a process of its own."""
+    code, _, error = run_apart(run_and_stop, Script(RECIPE, flags_of(place, output, *flags), place), at)
+    return code, error
 
 
 def state(folder: Path) -> dict:
@@ -115,8 +119,8 @@ def whole(place):
 
     def whole(workers: str) -> dict:
         if workers not in states:
-            done = recipe(place, f"whole-{workers}", "--workers", workers)
-            assert done.returncode == 0, done.stderr
+            code, error = recipe(place, f"whole-{workers}", "--workers", workers)
+            assert code == 0, error
             states[workers] = state(place / f"whole-{workers}")
         return states[workers]
 
@@ -138,23 +142,24 @@ def names_of_checkpoints(folder: Path, pattern: str) -> list[str]:
 )
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(place, whole, moment, workers):
     name = f"{moment}-{workers}".replace(" ", "-")
-    done = recipe(place, name, "--workers", workers, at=moment)
     if moment == "on a full disk":
-        assert done.returncode == 2 and "no space left on the disk at step_00000006/optimizer.bin" in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
+        code, error = recipe(place, name, "--workers", workers, at=moment)
+        assert code == 2 and "no space left on the disk at step_00000006/optimizer.bin" in error
+        assert len(error.strip().splitlines()) == 1
     else:
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        with pytest.raises(RankFailed, match="exited without a result"):
+            recipe(place, name, "--workers", workers, at=moment)
     assert names_of_checkpoints(place / name, "step_*") == ["step_00000003"]
     assert (moment == "in the middle of a step") == (not names_of_checkpoints(place / name, "writing_*"))
-    done = recipe(place, name, "--workers", workers, "--resume", "latest")
-    assert done.returncode == 0, done.stderr
+    code, error = recipe(place, name, "--workers", workers, "--resume", "latest")
+    assert code == 0, error
     assert_bitwise(state(place / name), whole(workers))
     assert names_of_checkpoints(place / name, "*") == ["step_00000003", "step_00000006"]
 
 
 def test_the_comparison_notices_another_seed(place, whole):
-    done = recipe(place, "seed", "--workers", "0", "--seed", "1")
-    assert done.returncode == 0, done.stderr
+    code, error = recipe(place, "seed", "--workers", "0", "--seed", "1")
+    assert code == 0, error
     with pytest.raises(AssertionError):
         assert_bitwise(state(place / "seed"), whole("0"))
 

@@ -14,7 +14,7 @@ import test_recipes
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from helpers import run_ranks
+from helpers import run_ranks, run_script_in_ranks
 from open_clip.transform import PreprocessCfg
 from PIL import Image
 from safetensors.torch import load_file
@@ -37,6 +37,7 @@ from gkl_vl.training.checkpoint import RunFolder
 from gkl_vl.training.engine import FitConfig, fit
 from gkl_vl.training.optim import adamw
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 N, WIDTH = 6, 20
 WEIGHTS = ClipKdWeights(
     contrastive_weight=1.0,
@@ -371,10 +372,8 @@ def flags_of(place: Path, configs: dict[str, str], *more: str) -> list[str]:
 
 def test_two_processes_train_a_robust_student(place, configs):
     flags = flags_of(place, configs, "linf", "--steps", "2", "--output-dir", "robust")
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", test_recipes.HOUSE / "recipes" / f"{RECIPE}.py"]
-    done = test_recipes.python(*launch, *flags, cwd=place)
-    assert done.returncode == 0, done.stderr
-    assert " · against linf 4/255 · 2 steps of 4 · seed 0 · 2 x cpu" in done.stdout
+    out = run_script_in_ranks(test_recipes.HOUSE / "recipes" / f"{RECIPE}.py", *flags, folder=place)
+    assert " · against linf 4/255 · 2 steps of 4 · seed 0 · 2 x cpu" in out
     card = (place / "robust" / "model" / "README.md").read_text()
     assert ", against attacks on its images within 4/255 in linf, with gkl-vl" in card
 

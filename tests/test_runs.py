@@ -4,8 +4,6 @@ change the weights and after those only, and a damaged file in it is one line.""
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ import pytest
 import test_recipes
 import test_resume
 import torch
-from helpers import PROCESSES, run_ranks
+from helpers import Script, processes, run_ranks, start_script
 from safetensors.torch import load_file
 from small_sets import colour_set
 from test_engine import run_fit
@@ -62,8 +60,8 @@ def begin_run(barrier, results, folder: Path, output_dir: Path | None) -> None:
 
 def race(folder: Path, output_dir: Path | None) -> list[tuple[str, str]]:
     """What became of three runs that started together."""
-    barrier, results = PROCESSES.Barrier(3), PROCESSES.Queue()
-    runs = [PROCESSES.Process(target=begin_run, args=(barrier, results, folder, output_dir)) for _ in range(3)]
+    barrier, results = processes().Barrier(3), processes().Queue()
+    runs = [processes().Process(target=begin_run, args=(barrier, results, folder, output_dir)) for _ in range(3)]
     try:
         for process in runs:
             process.start()
@@ -103,8 +101,8 @@ def hold_and_wait(folder: Path, connection) -> None:
 @pytest.fixture
 def held(tmp_path):
     """A folder that another process holds, with its process id."""
-    ours, theirs = PROCESSES.Pipe()
-    process = PROCESSES.Process(target=hold_and_wait, args=(tmp_path / "held", theirs))
+    ours, theirs = processes().Pipe()
+    process = processes().Process(target=hold_and_wait, args=(tmp_path / "held", theirs))
     process.start()
     assert ours.recv() == "held"
     yield tmp_path / "held", process.pid
@@ -357,7 +355,8 @@ def test_a_change_that_matters_is_refused_by_name(name, value):
     flag = name.replace("_", "-")
     with pytest.raises(UserError) as error:
         check_same_flags(BEFORE | {name: value, "workers": 0, "keep_checkpoints": 9}, BEFORE)
-    assert f"but --{flag} {value} (was {BEFORE[name]}): use the same flags" in str(error.value)
+    now, before = (" ".join(v) if isinstance(v, list) else v for v in (value, BEFORE[name]))  # as they are typed
+    assert f"but --{flag} {now} (was {before}): use the same flags" in str(error.value)
 
 
 def test_a_file_with_other_contents_is_refused_by_its_flag(tmp_path, monkeypatch):
@@ -507,21 +506,20 @@ def wait_for(condition, seconds: float) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are listed as Linux does")
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_run_that_is_stopped_leaves_no_process_and_whole_checkpoints(place, tmp_path, number, code):
-    flags = [*flags_of(place, f"stopped-{code}"), "--steps", "100000", "--workers", "2", "--eval-data"]
-    flags = [flag for flag in flags if flag not in ("--dataset-root", f"{place}/sets/{{dataset_cleaned}}")]
-    command = [sys.executable, test_resume.RECIPE, *flags, "--checkpoint-every-steps", "5"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = RunFolder(place / f"stopped-{code}", is_main=False)
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
-        assert wait_for(lambda: len(run.saved()) > 1 or process.poll() is not None, 120)
-        assert process.poll() is None, process.stderr.read()
-        below = processes_of(process.pid)[1:]
-        assert len(below) >= 2  # two workers
-        process.send_signal(number)
-        told = process.stderr.read() if number == signal.SIGTERM else ""
-        process.wait(20)
-    assert process.returncode == code
-    assert told.splitlines() == (["terminated by SIGTERM"] if number == signal.SIGTERM else [])
+    flags = flags_of(place, f"stopped-{code}")
+    flags = [*flags[: flags.index("--eval-data")], "--steps", "100000", "--workers", "2"]
+    script = Script(test_resume.RECIPE, [*flags, "--checkpoint-every-steps", "5"], tmp_path)
+    run, report = RunFolder(place / f"stopped-{code}", is_main=False), tmp_path / "report.json"
+    process = start_script(script, report)
+    assert wait_for(lambda: len(run.saved()) > 1 or not process.is_alive(), 120)
+    assert process.is_alive(), report.read_text()
+    below = processes_of(process.pid)[1:]
+    assert len(below) >= 2  # two workers
+    os.kill(process.pid, number)
+    process.join(20)
+    assert process.exitcode == code
+    assert report.exists() == (number == signal.SIGTERM)
+    assert not report.exists() or json.loads(report.read_text())[2] == "terminated by SIGTERM\n"
     assert wait_for(lambda: not any(processes_of(pid) for pid in below), 5)
     newest = run.find_checkpoint("latest")
     assert read_loop_state(newest, rank=0, world_size=1)[0] == max(run.saved())

@@ -1,6 +1,7 @@
 """Several teachers: their targets against a naive formula; one store, two stores and online; flags."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -95,16 +96,12 @@ def test_the_loss_on_captions_is_the_sum_over_teachers_of_the_naive_terms(studen
     assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
     for got, want in zip(torch.autograd.grad(loss, leaves), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
-    of_one = {
-        "soft_ce",
-        "agreement@1",
-        "teacher_entropy",
-        "teacher_logit_scale",
-        "mimicry",
-        "cross_soft_ce",
-        "cross_wmse",
-    }
-    assert {f"{name}.{k}" for name in of_one for k in (0, 1)} <= set(scalars) and not of_one & set(scalars)
+    averaged = {"soft_ce", "mimicry", "cross_soft_ce", "cross_wmse"}
+    of_one = averaged | {"agreement@1", "teacher_entropy", "teacher_logit_scale"}
+    assert {f"{name}.{k}" for name in of_one for k in (0, 1)} <= set(scalars) and of_one & set(scalars) == averaged
+    for name in averaged:
+        mean = SHARES[0] * scalars[f"{name}.0"] + SHARES[1] * scalars[f"{name}.1"]
+        assert scalars[name].item() == pytest.approx(mean.item(), rel=1e-6)
 
 
 def test_the_loss_on_class_prompts_has_the_averaged_targets_of_all_teachers(student):
@@ -202,7 +199,10 @@ def test_a_run_has_the_log_and_the_card_of_two_online_teachers(place, call):
     assert code == 0, errors
     assert f"local-dir:{place}/teacher_0 + local-dir:{place}/teacher_1" in out
     last = last_record()
-    for name in ("soft_ce", "mimicry", "cross_wmse", "agreement@1", "teacher_entropy"):
+    for name in ("soft_ce", "mimicry", "cross_wmse"):
+        mean = 0.75 * last[f"train/{name}.0"] + 0.25 * last[f"train/{name}.1"]
+        assert last[f"train/{name}"] == pytest.approx(mean, rel=1e-5)
+    for name in ("agreement@1", "teacher_entropy"):
         assert {f"train/{name}.0", f"train/{name}.1"} <= set(last) and f"train/{name}" not in last
     assert [last[f"train/teacher_logit_scale.{k}"] for k in (0, 1)] == [60, 70]
     assert (
@@ -224,7 +224,8 @@ def test_two_teachers_in_one_store_and_in_two_are_the_same(place, call):
         assert all(torch.equal(a[name], b[name]) for name in a)
         embedded = stored_teacher(one.teachers, torch.device("cpu"))(a)
         assert [embedded[name].shape[-1] for name in ("teacher_image", "teacher_image.1")] == DIMS
-    code, _, errors = call(*run_flags(place, "--teacher-store", "first", "second", "--captions-per-image", "2"))
+    stores = ["--teacher-store", "first", "second", "--captions-per-image", "2", "--accum-steps", "2"]
+    code, _, errors = call(*run_flags(place, *stores, "--cross-wmse-weight", "6"))
     assert code == 0, errors
     assert {"train/mimicry.0", "train/mimicry.1"} <= set(last_record())
 
@@ -260,6 +261,11 @@ def test_a_store_of_images_alone_has_the_class_prompts(place, call):
     assert Path("store/00000.safetensors").stat().st_mtime_ns == before
     code, _, errors = call(*run, "--prompts", "prompts.json", "--output-dir", "other", recipe="clip_unlabelled")
     assert code == 0, errors
+    code, told, errors = call(*store_flags(place, "third", *teachers_of(place, 1), *prompts), recipe="store_teacher")
+    assert code == 0, errors
+    shutil.copy("third/classes.safetensors", "store/classes.safetensors")
+    code, _, errors = call(*run, *prompts, "--output-dir", "fourth", recipe="clip_unlabelled")
+    assert code == 2 and "classes.safetensors is of another store than its manifest.json" in errors
     code, _, errors = call(*run_flags(place, "--teacher-store", "store", "--output-dir", "pairs"))
     assert code == 2 and "was built on images alone: build another without --prompts, for captions" in errors
     Path("store/classes.safetensors").unlink()
@@ -276,6 +282,9 @@ def test_a_store_of_images_alone_has_the_class_prompts(place, call):
         (["--teacher-scale", "0"], "--teacher-scale 0.0 must be above 0"),
         (["--teacher-pretrained", "none", "openai"], "--teacher-pretrained has 2 values for 1 teachers"),
         (["--teacher", "none", "--teacher-scale", "50"], "--teacher-scale 50.0 has no effect with --teacher none"),
+        (["--teacher"], "--teacher has no value: give one, or leave it out"),
+        (["--teacher-store"], "--teacher-store has no value: give one, or leave it out"),
+        (["--teacher-store", "a", "a"], "--teacher-store a a names one twice: leave one out"),
     ],
 )
 def test_flags_that_do_not_fit_the_teachers_are_refused(call, flags, message):

@@ -38,6 +38,7 @@ from gkl_vl.training import clip_teacher
 from gkl_vl.training.gradient_cache import backward_from_cache, embed_all
 
 call = test_recipes.call  # the fixture
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ("a very long name of a thing", "cat", "a dog that barks", "fish", "the smallest bird")
 PROMPTS = Prompts(classnames=NAMES, templates=("{c}", "a photo of {c}, they say", "{c}!"))
 WEIGHTS = GklSettings(soft_ce_weight=2.0, wmse_weight=0.3, gamma=0.7, temperature=2.0, weight_temperature=3.0)
@@ -429,7 +430,6 @@ def flags_of(place: Path, *flags: object) -> list[object]:
     return [*own, "--batch-size", "4", *flags]
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_folder_of_images_makes_a_student(place, call):
     flags = flags_of(place, "--train-data", place / "images", "--prompts", place / "colours.txt", "--epochs", "2")
     code, told, errors = call(*flags, "--class-prior", "--output-dir", "run", recipe=RECIPE)
@@ -442,7 +442,6 @@ def test_a_folder_of_images_makes_a_student(place, call):
     load_clip("run")
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_bundled_drawings_are_embedded_once_and_their_captions_left_alone(place, tmp_path, monkeypatch):
     """32 of them, three classes, another evaluation set."""
     monkeypatch.chdir(tmp_path)
@@ -473,7 +472,6 @@ def test_the_bundled_drawings_are_embedded_once_and_their_captions_left_alone(pl
     assert "bundled emoji (Noto, Twemoji)" in (folder / "model" / "README.md").read_text()
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_resumed_run_is_the_one_that_was_never_stopped(place, call):
     """Templates drawn, and a prior that was rolled, before and after; patches drop by torch's generator."""
     pictures = [{"bytes": picture(list(COLOURS)[n % 3], size=6 + n % 4), "path": None} for n in range(12)]

@@ -3,29 +3,38 @@
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from multiprocessing import set_start_method
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
+from helpers import processes, set_up
 from small_models import tiny_clip
-from small_sets import picture, write_shard
+from small_sets import colour_set, picture, write_picture, write_shard
 from torch.utils.data import DataLoader, Dataset
 
-from gkl_vl.data.augment import light_augmentation
+from gkl_vl.data.augment import imagenet_augmentation, imagenet_center, light_augmentation
+from gkl_vl.data.labelled import open_labelled
 from gkl_vl.data.pair_stream import PairLoader, PairStream, Position
-from gkl_vl.data.pairs import open_images, open_source
+from gkl_vl.data.pairs import bundled_pairs, open_images, open_source
 from gkl_vl.data.sources import RawPair, Source, memory_source
+from gkl_vl.data.synthesized import WithSynthesized, open_synthesized
+from gkl_vl.data.views import DiskViews
 from gkl_vl.data.workers import end_with_parent, worker_batches
 from gkl_vl.errors import UserError
+from gkl_vl.evaluation.embed import Embedder, embed_images
+from gkl_vl.evaluation.sets import load_benchmark_set
+from gkl_vl.models.clip import load_clip
+from gkl_vl.teachers.embed_pairs import build_blocks, describe_store, finish_store
+from gkl_vl.teachers.embeddings import StoredEmbeddings
 
-TESTS = Path(__file__).parent
 RED = picture("red")
 
 
@@ -52,16 +61,66 @@ def loader(source: Source, *, num_workers: int = 0, start: Position | None = Non
 # ---- start methods -----------------------------------------------------------------------------------------------
 
 
-def test_every_loader_runs_under_spawn_and_forkserver(tmp_path):
-    """spawn is the default of macOS, forkserver that of Linux from Python 3.14 on."""
-    runs = {}
-    for method in ("spawn", "forkserver"):
-        (tmp_path / method).mkdir()
-        command = [sys.executable, str(TESTS / "worker_processes.py"), str(tmp_path / method), method]
-        runs[method] = subprocess.Popen(command, cwd=TESTS, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for run in runs.values():
-        output, errors = run.communicate(timeout=300)
-        assert output.split("\n")[:4] == ["(2, 3, 8, 8)", "(2, 3, 8, 8)", "(4, 256)", "(2, 2, 3, 8, 8)"], errors
+def batch_of_pairs(folder: Path) -> torch.Size:
+    clip = load_clip("emoji-student")
+    stream = PairStream(
+        open_source(f"{folder}/set/test/*.tar"),
+        augment=light_augmentation(8),
+        tokenizers={"text": clip.tokenize, "teacher_text": tiny_clip(folder).tokenize},
+        batch_size=2,
+        seed=0,
+        rank=0,
+        world_size=1,
+        num_workers=1,
+    )
+    return next(iter(PairLoader(stream)))["image"].shape
+
+
+def batch_of_views(folder: Path) -> torch.Size:
+    for name in ("a", "b"):
+        write_picture(folder / "images" / "train" / name / "0.png", "red")
+    np.savez(folder / "more.npz", image=np.zeros((3, 8, 8, 3), np.uint8), label=np.zeros(3, int))
+    data = WithSynthesized(
+        open_labelled(str(folder / "images"), "train"), open_synthesized(f"{folder}/more.npz", num_classes=2)
+    )
+    both = DiskViews(data=data, augment=imagenet_augmentation(8), plain=imagenet_center(8), seed=0, num_workers=1)
+    return next(both.batches(iter([(0, torch.tensor([1, 4]))]))).shape
+
+
+def embedded_set(folder: Path) -> torch.Size:
+    embedder = Embedder(clip=load_clip("emoji-student"), num_workers=1)
+    return embed_images(embedder, load_benchmark_set(str(folder / "set")), "cls").rows.shape
+
+
+def block_of_store(folder: Path) -> torch.Size:
+    teacher, source = tiny_clip(folder), memory_source("emoji", bundled_pairs()[:2])
+    manifest = describe_store([teacher], source, light_augmentation, views=2, dtype="float16", kept_size=8)
+    build_blocks(folder / "store", manifest, [0], [teacher], source, light_augmentation, num_workers=1)
+    finish_store(folder / "store", manifest)
+    return StoredEmbeddings(folder / "store").block(0)["pixels"].shape
+
+
+@pytest.fixture
+def start_by():
+    """start_by(method) sets the method by which loaders start workers, until the end of the test."""
+    processes()  # a forkserver of workers is the one of the tests, which has imported the slow modules
+    yield partial(set_start_method, force=True)
+    set_start_method(None, force=True)
+
+
+LOADERS = [batch_of_pairs, batch_of_views, embedded_set, block_of_store]
+
+
+# spawn is the default of macOS, forkserver that of Linux from Python 3.14 on. Both send the same pickle of a loader, so
+# one loader is enough for spawn, whose worker imports torch.
+@pytest.mark.parametrize(
+    "method, loaders", [("forkserver", LOADERS), ("spawn", LOADERS[:1])], ids=["forkserver", "spawn"]
+)
+def test_every_loader_runs_under_spawn_and_forkserver(tmp_path, start_by, method, loaders):
+    colour_set(tmp_path / "set", ["red", "green", "blue", "red"])
+    start_by(method)
+    shapes = [tuple(load(tmp_path)) for load in loaders]
+    assert shapes == [(2, 3, 8, 8), (2, 3, 8, 8), (4, 256), (2, 2, 3, 8, 8)][: len(loaders)]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +163,10 @@ class Busy:
     """Pairs whose epoch writes the process id and never yields one."""
 
     file: Path
+    blocks = ()
+
+    def read(self, block: int) -> Iterator[RawPair]:
+        raise NotImplementedError
 
     def epoch(self, seed: int, number: int, part: int, parts: int) -> Iterator[RawPair]:
         self.file.with_suffix(".new").write_text(str(os.getpid()))
@@ -113,8 +176,9 @@ class Busy:
         yield
 
 
-def run_busy_loader(file: str) -> None:
-    next(iter(loader(Source("busy", None, None, Busy(Path(file))), num_workers=1)))
+def run_busy_loader(file: Path) -> None:
+    set_up()
+    next(iter(loader(Source("busy", None, None, Busy(file)), num_workers=1)))
 
 
 def is_running(pid: int) -> bool:
@@ -127,16 +191,16 @@ def is_running(pid: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the state of processes from /proc")
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_busy_worker_ends_with_its_parent(tmp_path, signal_number):
-    code = f"import sys; sys.path.insert(0, {str(TESTS)!r}); from test_workers import *; run_busy_loader(sys.argv[1])"
-    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "pid")])
+    parent = processes().Process(target=run_busy_loader, args=(tmp_path / "pid",))
+    parent.start()
     deadline = time.monotonic() + 60
     while not (tmp_path / "pid").is_file():
-        assert parent.poll() is None and time.monotonic() < deadline
+        assert parent.is_alive() and time.monotonic() < deadline
         time.sleep(0.05)
     worker = int((tmp_path / "pid").read_text())
     assert is_running(worker)
-    parent.send_signal(signal_number)
-    parent.wait()
+    os.kill(parent.pid, signal_number)
+    parent.join()
     deadline = time.monotonic() + 5
     while is_running(worker) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -7,6 +7,7 @@ of rules for all sources: docs/data.md.
 from collections.abc import Sequence
 from dataclasses import replace
 from glob import glob
+from itertools import islice
 from pathlib import Path
 
 from gkl_vl.addresses import is_local
@@ -31,6 +32,8 @@ from gkl_vl.errors import UserError
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "emoji"
 """Folder of the bundled emoji."""
+FIRST_PAIRS = 1000
+"""Pairs among which each of several caption columns must have a caption."""
 
 
 def open_source(
@@ -62,8 +65,27 @@ def open_source(
         return memory_source("emoji", bundled_pairs())
     if columns is not None and len(columns) < 2:
         raise UserError(f"--columns {' '.join(columns)} must name the image and the caption column: name both")
+    if columns is not None and len(set(columns)) < len(columns):
+        raise UserError(f"--columns {' '.join(columns)} names one twice: leave it out")
     image, *captions = columns or (None,)
-    return _open(train_data, image, CaptionRule(tuple(captions), lines=caption_lines), quoted=quoted)
+    source = _open(train_data, image, CaptionRule(tuple(captions), lines=caption_lines), quoted=quoted)
+    if len(captions) > 1:
+        _require_captions(source, captions)
+    return source
+
+
+def _require_captions(source: Source, columns: Sequence[str]) -> None:
+    """Raises: UserError for one of several columns without a caption in the first pairs: a pair may lack one, so that a
+    misspelt name would not be noticed."""
+    seen: set[int] = set()
+    for pair in islice(source.pairs.read(0), FIRST_PAIRS):
+        seen |= {column for text, column in zip(pair.captions, pair.columns, strict=True) if text.strip()}
+        if len(seen) == len(columns):
+            return
+    missing = next(name for number, name in enumerate(columns) if number not in seen)
+    raise UserError(
+        f"none of the first {FIRST_PAIRS:,} pairs of {source.name!r} has a caption in {missing!r}: check --columns"
+    )
 
 
 def open_images(data: str | None, *, column: str | None = None, quoted: bool | None = None) -> Source:

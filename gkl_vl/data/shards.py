@@ -19,7 +19,7 @@ from typing import Any
 
 from webdataset.shardlists import expand_urls
 
-from gkl_vl.addresses import exists, fetched, is_local, opened
+from gkl_vl.addresses import is_local, json_at, opened
 from gkl_vl.data.files import IMAGE_SUFFIXES, is_junk
 from gkl_vl.data.images import BrokenSample
 from gkl_vl.errors import UserError, first_line
@@ -91,7 +91,7 @@ def read_samples(shard: str, *, wanted: Callable[[str], bool], stream: bool = Fa
     """
     sample: Sample | None = None
     try:
-        file: Any = open(shard, "rb") if is_local(shard) else opened(shard)
+        file: Any = open(shard, "rb") if is_local(shard) else opened(shard, stream=True)
         # gzip reads files of several members, as pigz and bgzip write them; tarfile only the first.
         zipped, mode = shard.lower().endswith((".gz", ".tgz")), "r|*" if stream else "r:"
         with (
@@ -178,6 +178,13 @@ def list_shards(source: str) -> list[str]:
     except Exception as error:  # braceexpand's own, for braces that do not match
         raise UserError(f"{source!r}: {first_line(error)}: write a-{{000..999}}.tar") from error
     urls = [url for pattern in patterns for url in _matches(pattern)]
+    for url in urls:
+        path = url.partition("?")[0].lower()
+        if "://" in url and not path.endswith((*ENDINGS, ".parquet")):
+            raise UserError(
+                f"{url!r} names no shard ({', '.join(ENDINGS)}) and no parquet file, and folders at an address are not "
+                "listed: name its files, as ADDRESS/{000..999}.tar"
+            )
     local = [url for url in urls if is_local(url)]
     missing = [url for url in local if not Path(url).is_file()]
     if missing:
@@ -247,13 +254,7 @@ def _folder(url: str) -> str:
 
 def _sizes_in(folder: str) -> dict[str, Any] | None:
     """The content of a folder's sizes.json; None without one."""
-    file = f"{folder}/sizes.json"
-    if is_local(folder):
-        return read_json(file) if Path(file).is_file() else None
-    if folder.startswith("pipe:") or not exists(file):
-        return None
-    with fetched(file) as copy:
-        return read_json(copy)
+    return None if folder.startswith("pipe:") else json_at(f"{folder}/sizes.json")
 
 
 def _shard_size(url: str, table: dict[str, Any] | None) -> int | None:
@@ -262,7 +263,7 @@ def _shard_size(url: str, table: dict[str, Any] | None) -> int | None:
         return None
     shard = Path(url)
     if table is not None:
-        file, size = shard.parent / "sizes.json", table.get(shard.name)
+        file, size = f"{_folder(url)}/sizes.json", table.get(shard.name)
     else:
         file = shard.with_name(f"{shard.name.partition('.')[0]}_stats.json")
         size = read_json(file).get("successes") if file.is_file() else None

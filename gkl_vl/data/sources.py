@@ -9,8 +9,8 @@ stored. A source can be pickled, for worker processes.
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path, PurePath
@@ -55,6 +55,8 @@ class RawPair:
     block: int = 0
     problem: str = ""
     """Why the pair is broken, found while reading it; "" = not known to be."""
+    members: Mapping[str, bytes] = field(default_factory=dict)
+    """Content of further members of a shard's sample, by ending, as far as it has them (`with_members`)."""
 
 
 @runtime_checkable
@@ -94,8 +96,8 @@ class Source:
 
     @property
     def scattered(self) -> bool:
-        """Whether an epoch jumps between its blocks."""
-        return isinstance(self.pairs, IndexedPairs) and self.pairs.groups is None
+        """Whether an epoch jumps between its blocks, as in all but shards."""
+        return isinstance(self.pairs, IndexedPairs)
 
     @property
     def things(self) -> str:
@@ -310,13 +312,14 @@ class _ShardPairs:
     sizes: Sequence[int] | None
     image: str | None
     rule: CaptionRule | None
+    members: frozenset[str] = frozenset()
 
     @property
     def blocks(self) -> Sequence[str]:
         return self.urls
 
     def read(self, block: int) -> Iterator[RawPair]:
-        return read_shard(self.urls[block], self.image, self.rule, block=block)
+        return read_shard(self.urls[block], self.image, self.rule, members=self.members, block=block)
 
     def epoch(self, seed: int, number: int, part: int, parts: int) -> Iterator[RawPair]:
         return _shuffled(self._pairs(seed, number, part, parts), random.Random(f"{seed}/{number}/{part}"))
@@ -362,10 +365,26 @@ def shard_source(name: str, urls: Sequence[str], image: str | None, rule: Captio
     return Source(name, total_size(urls, sizes), len(urls), pairs, note=partial(_uneven, urls))
 
 
+def with_members(source: Source, endings: Collection[str]) -> Source:
+    """The source with the content of further members, by ending, in its pairs. Raises: UserError for no shards."""
+    if not isinstance(source.pairs, _ShardPairs):
+        wanted = ", ".join(f".{ending}" for ending in endings)
+        raise UserError(f"{source.name!r} is not of shards, whose samples may have {wanted}: pack it into shards")
+    return replace(source, pairs=replace(source.pairs, members=frozenset(endings)))
+
+
 def read_shard(
-    url: str, image: str | None = None, rule: CaptionRule | None = None, *, block: int = 0
+    url: str,
+    image: str | None = None,
+    rule: CaptionRule | None = None,
+    *,
+    members: Collection[str] = (),
+    block: int = 0,
 ) -> Iterator[RawPair]:
     """Yields the pairs of one tar file. A sample without a usable image or caption is a pair with a `problem`.
+
+    Args:
+        members: endings of further members whose content the pairs have.
 
     Raises: UserError for a file that cannot be read to its end.
     """
@@ -373,12 +392,22 @@ def read_shard(
     image = None if image is None else image.lower()  # as read_samples gives the endings
 
     def wanted(ending: str) -> bool:
-        return ending in endings or (ending in IMAGE_SUFFIXES if image is None else ending == image)
+        return (
+            ending in endings or ending in members or (ending in IMAGE_SUFFIXES if image is None else ending == image)
+        )
 
     for row, sample in enumerate(read_samples(url, wanted=wanted, stream=True)):
         content, captions, problem = _members(sample, image, rule)
+        further = {ending: value for ending, value in sample.contents.items() if ending in members}
         yield RawPair(
-            printable(sample.key), content, captions.texts, captions.columns, row=row, block=block, problem=problem
+            printable(sample.key),
+            content,
+            captions.texts,
+            captions.columns,
+            row=row,
+            block=block,
+            problem=problem,
+            members=further,
         )
 
 

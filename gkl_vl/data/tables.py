@@ -138,7 +138,7 @@ class ParquetRows:
 def _opened(file: str) -> Iterator[pyarrow.parquet.ParquetFile]:
     """An open parquet file. Raises: UserError for errors of the file, inside the block as well."""
     try:
-        with nullcontext(file) if is_local(file) else opened(file) as source:
+        with nullcontext(file) if is_local(file) else opened(file, stream=False) as source:
             with pyarrow.parquet.ParquetFile(source) as parquet:
                 yield parquet
     except (pyarrow.ArrowException, OSError) as error:

@@ -184,20 +184,24 @@ def classifier_usage(name: str, folder: str) -> str:
 
 
 def results_markdown(metrics: list[dict]) -> str:
-    """Markdown table of teacher and student in per cent, with one line per data set and metric."""
+    """Markdown table of teachers and student in per cent, with one line per data set and metric; what a student kept
+    is given for a single teacher."""
     if not metrics:
         return "No evaluation was run."
     scores: dict[tuple[str, str], dict[str, float]] = {}
     for row in metrics:  # classification and retrieval on one data set can be two rows
         scores.setdefault((row["model"], row["dataset"]), {}).update(_scores(row))
-    lines = ["| data set | metric | teacher | student | kept |", "|---|---|---:|---:|---:|"]
+    others = dict.fromkeys(row["model"] for row in metrics if row["model"] not in ("teacher", "student"))
+    roles = ["teacher", *others, "student"]
+    lines = [f"| data set | metric | {' | '.join(roles)} | kept |", "|---|---|" + "---:|" * (len(roles) + 1)]
     for dataset in dict.fromkeys(row["dataset"] for row in metrics):
-        teacher, student = scores.get(("teacher", dataset), {}), scores.get(("student", dataset), {})
-        for key in dict.fromkeys([*student, *teacher]):
-            comparable = key in teacher and key in student and teacher[key] > 0
-            cells = [f"{100 * side[key]:.1f} %" if key in side else "" for side in (teacher, student)]
+        sides = [scores.get((role, dataset), {}) for role in roles]
+        teacher, student = sides[0], sides[-1]
+        for key in dict.fromkeys(key for side in reversed(sides) for key in side):
+            comparable = not others and key in teacher and key in student and teacher[key] > 0
+            cells = [f"{100 * side[key]:.1f} %" if key in side else "" for side in sides]
             kept = f"{100 * student[key] / teacher[key]:.0f} %" if comparable else ""
-            lines.append(f"| {dataset} | {key} | {cells[0]} | {cells[1]} | {kept} |")
+            lines.append(f"| {dataset} | {key} | {' | '.join(cells)} | {kept} |")
     return "\n".join(lines)
 
 

@@ -229,13 +229,12 @@ def _check_forms(*, sigmoid: bool, teacher_sigmoid: bool, kl_weight: float) -> N
 
 
 def _check_rows(image: Tensor, others: dict[str, Tensor | None], teachers: "Sequence[_Side]") -> None:
-    for teacher in teachers:
-        others = others | {"teacher_image": teacher.image, "teacher_text": teacher.text}
-        for name, value in others.items():
-            if value is not None and value.shape[0] != image.shape[0]:
-                raise ValueError(
-                    f"{name} has {value.shape[0]} rows, image has {image.shape[0]}: they must be the same pairs"
-                )
+    of_teachers = [{"teacher_image": teacher.image, "teacher_text": teacher.text} for teacher in teachers]
+    for name, value in (item for side in (others, *of_teachers) for item in side.items()):
+        if value is not None and value.shape[0] != image.shape[0]:
+            raise ValueError(
+                f"{name} has {value.shape[0]} rows, image has {image.shape[0]}: they must be the same pairs"
+            )
 
 
 class _Side:

@@ -18,6 +18,9 @@ from gkl_vl.robustness.pgd import Norm, pgd
 from gkl_vl.teachers.bank import Bank
 from gkl_vl.teachers.online import Teacher, by_teacher, numbered
 
+AVERAGED = ("soft_ce", "mimicry", "cross_soft_ce", "cross_wmse")
+"""Terms of the log that are the mean over several teachers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageAttack:
@@ -127,7 +130,7 @@ class ClipKd(Objective):
         logits = {name: tensor for name, tensor in outputs.items() if not name.startswith("mapped_")}
         loss, scalars = _logits_loss(logits, targets, self.weights, self.teacher_weights)
         if self.teacher is None or not self.weights.mapped:
-            return loss, scalars
+            return loss, scalars | self._means(scalars)
         spaces = _teacher_spaces(outputs, targets)
         banks = self._banks(outputs, targets) if self.weights.cross.counts else [{}] * len(spaces)  # all ranks
         for number, (weight, space, bank) in enumerate(zip(self.teacher_weights, spaces, banks, strict=True)):
@@ -148,7 +151,16 @@ class ClipKd(Objective):
                 loss, terms = loss + weight * term, terms | cross_scalars
             suffix = f".{number}" if len(spaces) > 1 else ""
             scalars |= {f"{name}{suffix}": term.detach() for name, term in terms.items()}
-        return loss, scalars
+        return loss, scalars | self._means(scalars)
+
+    def _means(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of several teachers: the terms of all, weighed by their shares."""
+        names = [name.removesuffix(".0") for name in scalars if name.endswith(".0") and name[:-2] in AVERAGED]
+        by_teacher = {name: [scalars[f"{name}.{k}"] for k in range(len(self.teacher_weights))] for name in names}
+        return {
+            name: torch.stack([w * term for w, term in zip(self.teacher_weights, terms, strict=True)]).sum()
+            for name, terms in by_teacher.items()
+        }
 
     def _banks(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """`text_bank` and `image_bank` of each teacher. All ranks."""

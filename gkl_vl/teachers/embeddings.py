@@ -40,16 +40,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gkl_vl import disk_cache
-from gkl_vl.addresses import fetched, is_local, names_in
+from gkl_vl.addresses import fetched, is_local, json_at, names_in
 from gkl_vl.data.augment import Augmentation, draws, settings_of
 from gkl_vl.data.captions import usable_captions
 from gkl_vl.data.files import stable_hash
 from gkl_vl.data.images import DECODE_RULES, BrokenSample
 from gkl_vl.data.prompts import Prompts
-from gkl_vl.data.sources import RawPair, Source
-from gkl_vl.errors import UserError, first_line
+from gkl_vl.data.sources import SHUFFLE_BUFFER, RawPair, Source
+from gkl_vl.errors import UserError, disk_is_full, first_line
 from gkl_vl.protocols import Batch
-from gkl_vl.reading import read_json
 from gkl_vl.teachers.online import Teacher, numbered
 
 FORMAT = 1
@@ -59,8 +58,9 @@ CLASSES = "classes.safetensors"
 BROKEN = -1
 OPEN_FILES = 256
 """Files of a store that a process keeps open. They are mapped to memory: a row is read when it is needed."""
-FETCHED_FILES = 4
-"""Files of a store at an address that a process keeps in memory."""
+FETCHED_FILES, FETCHED_PAIRS = 4, 10 * SHUFFLE_BUFFER
+"""A process keeps the last files of a store at an address until it has so many, with so many pairs: of a shard hardly
+any pair stays longer in the shuffle buffer."""
 DRAW_TOLERANCE = 3
 """Grey levels by which two builds of one augmentation may differ; another draw differs by far more."""
 StoreDtype = Literal["float16", "int8"]
@@ -109,10 +109,9 @@ class Manifest:
 def read_manifest(folder: str) -> Manifest:
     """Raises: UserError for a folder that is no finished store, for another format, and for a damaged manifest."""
     path = f"{folder}/{MANIFEST}"
-    if is_local(folder):
-        _require_store(Path(folder))
-    with nullcontext(path) if is_local(folder) else fetched(path) as file:
-        content = read_json(file)
+    content = json_at(path)
+    if content is None:
+        raise UserError(f"--teacher-store {folder} {_state(folder)}: it has no {MANIFEST}")
     if content.get("format") != FORMAT:
         raise UserError(f"{path} has format {content.get('format')!r}, this version reads {FORMAT}: build it again")
     try:
@@ -130,13 +129,14 @@ def read_manifest(folder: str) -> Manifest:
     return manifest
 
 
-def _require_store(folder: Path) -> None:
-    if (folder / MANIFEST).is_file():
-        return
-    state = "does not exist" if not folder.exists() else "is no folder" if folder.is_file() else "is no store"
-    if any(folder.glob("*.safetensors")):
-        state = "is not finished, run recipes/store_teacher.py again with the same flags"
-    raise UserError(f"--teacher-store {folder} {state}: it has no {MANIFEST}")
+def _state(folder: str) -> str:
+    """What a folder without a manifest is."""
+    place = Path(folder)
+    if is_local(folder) and any(place.glob("*.safetensors")):
+        return "is not finished, run recipes/store_teacher.py again with the same flags"
+    if is_local(folder) and not place.is_dir():
+        return "is no folder" if place.exists() else "does not exist"
+    return "is no store"
 
 
 def identity_of(manifest: Manifest) -> UInt8[Tensor, "32"]:
@@ -156,10 +156,11 @@ def block_file(block: int) -> str:
     return f"{block:05d}.safetensors"
 
 
-def write_classes(folder: Path, classes: Sequence[Float[Tensor, "C _e"]], prompts: Prompts) -> None:
+def write_classes(folder: Path, manifest: Manifest, classes: Sequence[Float[Tensor, "C _e"]], prompts: Prompts) -> None:
     """Writes each teacher's class embeddings."""
     tensors = {f"classes.{number}": rows.cpu() for number, rows in enumerate(classes)}
-    disk_cache.write(folder / CLASSES, tensors | {"prompts": _bytes_of(prompts.digest())})
+    marks = {"prompts": _bytes_of(prompts.digest()), "identity": identity_of(manifest)}
+    disk_cache.write(folder / CLASSES, tensors | marks)
 
 
 def _bytes_of(digest: str) -> UInt8[Tensor, "32"]:
@@ -250,16 +251,16 @@ class StoredEmbeddings:
                 "torch, torchvision and gkl_vl that built it, or build it again"
             )
         files = set(os.listdir(self.folder)) if is_local(self.folder) else names_in(self.folder)
-        missing = [] if files is None else [block for block in range(len(names)) if block_file(block) not in files]
-        if missing:
+        missing = [block for block in range(len(names)) if block_file(block) not in files]
+        if missing and MANIFEST in files:  # else a web server's listing, which may be of anything
             raise UserError(
                 f"{store} lacks {len(missing)} of its {len(names)} files, the first is "
                 f"{block_file(missing[0])}: copy them, or run recipes/store_teacher.py on it again"
             )
         if not is_local(self.folder) and source.scattered and len(names) > FETCHED_FILES:
             raise UserError(
-                f"{store} is not on this machine, and the rows of {source.name!r} are read in random order, each from "
-                "another file of the store: copy the store here, or pack the data into shards"
+                f"{store} is not on this machine, and an epoch of {source.name!r}, which are no shards, jumps between "
+                "its files: copy the store here, or pack the data into shards"
             )
         first = next((pair for pair in islice(source.pairs.read(0), 1) if not pair.problem), None)
         if first is not None:  # before there is a run
@@ -307,6 +308,8 @@ class StoredEmbeddings:
         if tensors is None:
             state = "is damaged" if damaged else "is missing"
             raise UserError(f"{path}, the teacher's embeddings of the class prompts, {state}: {remedy}")
+        if not torch.equal(tensors["identity"], self._identity):
+            raise UserError(f"{path} is of another store than its {MANIFEST}: {remedy}")
         if not torch.equal(tensors["prompts"], _bytes_of(prompts.digest())):
             raise UserError(f"{path} is of other class names or templates than --prompts: {remedy}")
         return [tensors[f"classes.{number}"] for number in range(len(self.manifest.teachers))]
@@ -323,17 +326,25 @@ class StoredEmbeddings:
         try:
             # A temporary copy is removed when its tensors are in memory, or mapped to it.
             with self._copy(block_file(number)) as copy:
-                if number not in self._verified:
+                if number not in self._verified or not is_local(self.folder):
                     self._files[number] = self._verified_tensors(path, copy)
                     self._verified.add(number)
                 else:
                     with safe_open(copy, framework="pt") as file:
                         self._files[number] = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
+            if disk_is_full(error):
+                raise
             raise UserError(f"{path} cannot be read ({first_line(error)}): copy it again") from error
-        while len(self._files) > (OPEN_FILES if is_local(self.folder) else FETCHED_FILES):
+        while self._holds_too_much():
             self._files.popitem(last=False)
         return self._files[number]
+
+    def _holds_too_much(self) -> bool:
+        if is_local(self.folder):
+            return len(self._files) > OPEN_FILES
+        pairs = sum(len(file["digest"]) for file in self._files.values())
+        return len(self._files) > FETCHED_FILES and pairs > FETCHED_PAIRS
 
     def _copy(self, name: str) -> AbstractContextManager[Path]:
         """A file of the store, or a temporary copy of it."""
@@ -387,7 +398,9 @@ class JoinedStores:
 
 
 def open_stores(folders: Sequence[str]) -> JoinedStores:
-    """Raises: UserError as `read_manifest`."""
+    """Raises: UserError as `read_manifest`, and for a folder that is named twice."""
+    if len(set(folders)) < len(folders):
+        raise UserError(f"--teacher-store {' '.join(folders)} names one twice: leave one out")
     stores: list[StoredEmbeddings] = []
     for folder in folders:
         stores.append(StoredEmbeddings(folder, first=sum(len(store.manifest.teachers) for store in stores)))

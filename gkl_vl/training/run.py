@@ -332,7 +332,7 @@ def input_files(flags: dict[str, Any]) -> dict[str, list]:
 
 def _input_file(flag: str, value: Any) -> list | None:
     if flag == "teacher_store" and isinstance(value, str) and not is_local(value):
-        with fetched(f"{value}/{MANIFEST}") as copy:
+        with fetched(f"{value.rstrip('/')}/{MANIFEST}") as copy:
             return [copy.stat().st_size, hashlib.sha256(copy.read_bytes()).hexdigest()]
     place = resolved(value, Path.cwd()) if isinstance(value, str) else None
     if place is None:

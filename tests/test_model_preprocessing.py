@@ -2,6 +2,7 @@
 processor of transformers is read field by field and written so that both libraries compute the same pixels."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -200,6 +201,20 @@ def test_openais_archive_is_known_by_its_checksum(tmp_path, architecture, monkey
     assert clip.model_cfg["quick_gelu"] is True
     loaded = clip.towers.model.state_dict()
     assert all(torch.equal(loaded[key], tensor) for key, tensor in model.state_dict().items())
+    config, numbers = tmp_path / "x.json", "mean 0.4815 0.4578 0.4082, std 0.2686 0.2613 0.2758, bicubic, shortest"
+    line = f"{path} has {numbers}, QuickGELU (tag openai, by its checksum), but "
+    half = {"model_cfg": models.TINY | {"quick_gelu": True}, "preprocess_cfg": {"mean": 0.5, "std": 0.5}}
+    for content, says in (
+        (models.TINY | {"quick_gelu": False}, f"{numbers}, GELU"),
+        (half, "mean 0.5 0.5 0.5, std 0.5"),
+    ):
+        config.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=re.escape(f"{line}{config} says {says}") + f".*: correct {config}$"):
+            load_clip(str(config), str(path), allow_pickle=True)
+    with pytest.raises(UserError, match=re.escape(f"{line}tag other says") + f".*: write {path} without the tag$"):
+        load_clip(name, f"other={path}", allow_pickle=True)
+    config.write_text(json.dumps(models.TINY))
+    assert load_clip(str(config), str(path), allow_pickle=True).model_cfg["quick_gelu"] is True
 
 
 @pytest.mark.parametrize(
@@ -216,6 +231,24 @@ def test_openais_archive_is_known_by_its_checksum(tmp_path, architecture, monkey
 def test_a_malformed_preprocess_cfg_is_refused(preprocess, message):
     with pytest.raises(UserError, match=message):
         check_preprocess(preprocess, "f.json")
+
+
+@pytest.mark.parametrize("make", [models.tiny_folder, models.clip_folder])
+def test_a_mean_of_levels_is_no_mean_of_pixels(tmp_path, make):
+    folder, levels = make(tmp_path / "m"), [123.675, 116.28, 103.53]
+    opened = make is models.tiny_folder
+    name = f"{'local-dir' if opened else 'transformers'}:{folder}"
+    path = folder / ("open_clip_config.json" if opened else "preprocessor_config.json")
+    place = f"preprocess_cfg.mean in {path}" if opened else f"image_mean in the image processor of {name!r}"
+    content = json.loads(path.read_text())
+    content |= {"preprocess_cfg": {"mean": levels}} if opened else {"image_mean": levels}
+    path.write_text(json.dumps(content))
+    line = f"{place} is {levels} on pixels in [0, 1]: divide mean and std by 255"
+    with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
+        load_clip(name)
+    if not opened:  # levels are normalised by levels
+        path.write_text(json.dumps(content | {"do_rescale": False, "image_std": [58.395, 57.12, 57.375]}))
+        assert load_clip(name).preprocess.mean == pytest.approx((0.485, 0.456, 0.406))
 
 
 # ---- classifiers by file

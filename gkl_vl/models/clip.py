@@ -15,25 +15,32 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
-from open_clip.model import CLIPTextCfg, set_model_preprocess_cfg
+from open_clip.model import set_model_preprocess_cfg
 from open_clip.tokenizer import get_clean_fn
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import Tensor, nn
 
 from gkl_vl.errors import UserError
+from gkl_vl.models.agreement import (
+    check_formats,
+    check_tokenizer,
+    check_transformers_config,
+    check_vocabulary,
+    check_widths,
+)
 from gkl_vl.models.open_clip_weights import (
     FOLDER_CONFIG,
     WEIGHTS_NAMES,
     Settings,
     find_weights,
     load_weights,
+    refuse_default,
     settings_of,
 )
-from gkl_vl.models.preprocessing import check_preprocess, from_image_processor, is_square
+from gkl_vl.models.preprocessing import check_preprocess, check_size, from_image_processor, is_square
 from gkl_vl.models.pretrained import (
     build_open_clip,
     check_model_config,
-    check_vocabulary,
     load_config,
     load_image_processor,
     load_tokenizer,
@@ -313,7 +320,8 @@ def load_clip(name: str, pretrained: str | None = None, *, allow_pickle: bool = 
 
     Raises:
         UserError: unknown name or tag, folder without weights, weights that are damaged or do not fit, a file whose
-            preprocessing is not known, pickled weights without `allow_pickle`, a folder that asks to run its code.
+            preprocessing is not known, pickled weights without `allow_pickle`, a folder that asks to run its code, a
+            config that its weights, tokenizer or folder contradict (`agreement.py`).
     """
     if name == "bundled":
         return load_clip(BUNDLED_TEACHER, pretrained, allow_pickle=allow_pickle)
@@ -362,10 +370,13 @@ def _load_open_clip(name: str, pretrained: str | None, *, allow_pickle: bool) ->
             model_cfg["quick_gelu"] = weights.settings.quick_gelu
     settings = weights.settings if weights else own
     model = build_open_clip(model_cfg, source, pretrained_text=weights is None, allow_pickle=allow_pickle)
+    check_widths(model, model_cfg, source)
     _set_preprocess(model, asdict(settings.preprocess) if settings else {}, source)
     if weights:
-        load_weights(model, weights.path, name=name, allow_pickle=allow_pickle)
-    return _wrap_open_clip(name, model, _tokenizer(model, model_cfg, None, source), model_cfg)
+        file = source if name.endswith(".json") else None
+        load_weights(model, weights.path, name=name, cfg=model_cfg, config_file=file, allow_pickle=allow_pickle)
+    tokenizer = _tokenizer(model, model_cfg, None, source, trained=weights is not None)
+    return _wrap_open_clip(name, model, tokenizer, model_cfg)
 
 
 def _named_config(name: str) -> tuple[dict, Settings | None, str, str]:
@@ -376,6 +387,7 @@ def _named_config(name: str) -> tuple[dict, Settings | None, str, str]:
             return check_model_config(content, name), None, name, ""
         cfg = check_model_config(content["model_cfg"], name)
         preprocess = check_preprocess(content.get("preprocess_cfg") or {}, name)
+        check_size(preprocess, cfg, name)
         return cfg, settings_of(preprocess, quick_gelu=bool(cfg.get("quick_gelu"))), name, ""
     bundled = MODEL_CONFIGS / f"{name}.json"
     if name in list_students():
@@ -405,28 +417,22 @@ def _load_open_clip_folder(name: str, prefix: str, rest: str, *, allow_pickle: b
     refuse_pickle(weights, allow_pickle=allow_pickle)
     source, content = str(config_path), read_json(config_path)
     model_cfg = check_model_config(content.get("model_cfg"), source)
+    preprocess = check_preprocess(content.get("preprocess_cfg") or {}, source)
+    check_size(preprocess, model_cfg, source)
+    check_formats(config_path)
+    refuse_default(preprocess, model_cfg, source)
     model = build_open_clip(model_cfg, source, pretrained_text=False, allow_pickle=allow_pickle)
-    _set_preprocess(model, check_preprocess(content.get("preprocess_cfg") or {}, source), source)
-    load_weights(model, weights, name=name, allow_pickle=allow_pickle)
-    return _wrap_open_clip(name, model, _tokenizer(model, model_cfg, folder, source), model_cfg)
+    check_widths(model, model_cfg, source)
+    _set_preprocess(model, preprocess, source)
+    load_weights(model, weights, name=name, cfg=model_cfg, config_file=source, allow_pickle=allow_pickle)
+    tokenizer = _tokenizer(model, model_cfg, folder, source, trained=True)
+    return _wrap_open_clip(name, model, tokenizer, model_cfg)
 
 
-def _tokenizer(model: Any, model_cfg: dict, folder: Path | None, source: str) -> Any:
+def _tokenizer(model: Any, model_cfg: dict, folder: Path | None, source: str, *, trained: bool) -> Any:
     """The model's tokenizer, of which every token has an embedding."""
     tokenizer = tokenizer_for(model_cfg, folder=folder, source=source)
-    text_cfg = CLIPTextCfg(**model_cfg["text_cfg"])
-    rows = model.text.config.vocab_size if text_cfg.hf_model_name else text_cfg.vocab_size
-    is_hf = isinstance(tokenizer, open_clip.tokenizer.HFTokenizer)
-    eos_id = tokenizer.tokenizer.eos_token_id if is_hf else tokenizer.eot_token_id
-    if text_cfg.pool_type == "eos" and text_cfg.eos_id != eos_id:
-        raise UserError(f"text_cfg.eos_id in {source} is {text_cfg.eos_id}, its tokenizer's is {eos_id}: correct it")
-    if is_hf:
-        check_vocabulary(tokenizer.tokenizer, rows, source)
-    elif tokenizer.vocab_size > rows:
-        raise UserError(
-            f"text_cfg.vocab_size in {source} is {rows}, CLIP's tokenizer has {tokenizer.vocab_size} tokens: "
-            "correct it, or name the model's tokenizer as hf_tokenizer_name"
-        )
+    check_tokenizer(tokenizer, model, model_cfg, folder=folder, source=source, trained=trained)
     return tokenizer
 
 
@@ -457,9 +463,11 @@ def _load_transformers(name: str, source: str, *, allow_pickle: bool) -> Clip:
         raise UserError(
             f"{name!r} is a {config.model_type!r} model: only clip, siglip and SigLIP 2 of fixed size are supported"
         )
+    check_transformers_config(config, folder / "config.json")
+    check_formats(folder / FOLDER_CONFIG)
     model = load_transformers_model(folder, config, name, allow_pickle=allow_pickle)
     tokenizer = load_tokenizer(folder, name)
-    check_vocabulary(tokenizer, config.text_config.vocab_size, name)
+    check_vocabulary(tokenizer, config.text_config.vocab_size, name, trained=True)
     # CLIP pools a text at this token; 2 is an old config's and means the highest token id.
     eos = config.text_config.eos_token_id
     if config.model_type == "clip" and eos not in (2, tokenizer.eos_token_id):

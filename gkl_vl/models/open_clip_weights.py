@@ -22,13 +22,13 @@ from open_clip.model import (
     CLIPVisionCfg,
     convert_to_custom_text_state_dict,
     resize_pos_embed,
-    resize_text_pos_embed,
 )
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor
 
 from gkl_vl.errors import UserError, first_line, notice, refuse_full_disk
-from gkl_vl.models.preprocessing import check_preprocess, from_image_processor
+from gkl_vl.models.agreement import correction, place_of
+from gkl_vl.models.preprocessing import check_preprocess, check_size, from_image_processor
 from gkl_vl.models.pretrained import load_image_processor
 from gkl_vl.models.weights import check_fit, check_weights_file, read_state_dict, refuse_pickle
 from gkl_vl.reading import read_json
@@ -84,7 +84,8 @@ def find_weights(
         own: the settings of a model config with a preprocess_cfg.
 
     Raises:
-        UserError: an unknown tag, weights that cannot be fetched or read, a file whose settings are not known.
+        UserError: an unknown tag, weights that cannot be fetched or read, a file whose settings are not known, a file
+            that is known to have other settings than the config or the tag says.
     """
     settings = _tags(tags_of, cfg)
     tag, _, rest = pretrained.partition("=")
@@ -106,6 +107,8 @@ def find_weights(
         raise UserError(f"unknown tag {tag!r} in {pretrained!r}: {name!r} has {', '.join(settings) or 'no tags'}")
     check_weights_file(Path(rest))
     refuse_pickle(rest, allow_pickle=allow_pickle)
+    remedy = f"write {rest} without the tag"
+    _refuse_other(Path(rest), settings[_clean(tag)], cfg, origin=f"tag {tag}", remedy=remedy)
     return _of_tag(Path(rest), settings[_clean(tag)], cfg, tag)
 
 
@@ -137,16 +140,20 @@ def _download(architecture: str, tag: str) -> Path:
 def _of_file(
     path: Path, *, name: str, cfg: Mapping[str, Any], own: Settings | None, tags: Mapping[str, Settings]
 ) -> Weights:
+    remedy = f"correct {name}" if name.endswith(".json") else "take the name without -quickgelu"
     if own is not None:
+        _refuse_other(path, own, cfg, origin=name, remedy=remedy)
         return Weights(path, own)
-    if beside := _settings_beside(path, cfg):
-        return _inferred(path, beside[0], str(beside[1]))
-    if openai := _openai_archive(path, tags):
-        return _inferred(path, openai, "tag openai, by its checksum")
+    if known := _known(path, cfg):
+        if cfg.get("quick_gelu") is not None:
+            expected = replace(known.settings, quick_gelu=cfg["quick_gelu"])
+            _refuse_other(path, expected, cfg, origin=name, remedy=remedy)
+        return _inferred(path, known.settings, known.origin)
     groups: dict[str, list[str]] = {}
     for tag, settings in tags.items():
         groups.setdefault(str(settings), []).append(tag)
     if not groups:
+        refuse_default({}, cfg, name)
         return Weights(path, settings_of({}, quick_gelu=bool(cfg.get("quick_gelu"))))
     if len(groups) > 1:
         listed = "; ".join(f"{settings} for {', '.join(tags)}" for settings, tags in groups.items())
@@ -168,11 +175,25 @@ def _inferred(path: Path, settings: Settings, origin: str) -> Weights:
     return Weights(path, settings)
 
 
-def _settings_beside(path: Path, cfg: Mapping[str, Any]) -> tuple[Settings, Path] | None:
-    """Settings from the config beside a file that has the name of a model folder's weights, and that config.
+@dataclass(frozen=True)
+class _Known:
+    """Settings that a file has by its checksum or by the config beside it."""
 
-    None if there is none or it is of another architecture.
+    settings: Settings
+    origin: str
+    normalises: bool = True
+    """Whether mean and std are written there, not open_clip's default."""
+    activates: bool = True
+    """Whether the activation is."""
+
+
+def _known(path: Path, cfg: Mapping[str, Any]) -> _Known | None:
+    """What the config beside a file that has the name of a model folder's weights says, or what OpenAI's archives have.
+
+    None if there is no config or it is of another architecture than `cfg`.
     """
+    if path.suffix == ".pt" and _checksum(path) in openai_checksums():
+        return _Known(settings_of({}, quick_gelu=True), "tag openai, by its checksum")
     config, processor = path.with_name(FOLDER_CONFIG), path.with_name("preprocessor_config.json")
     if path.name not in WEIGHTS_NAMES:
         return None
@@ -182,7 +203,11 @@ def _settings_beside(path: Path, cfg: Mapping[str, Any]) -> tuple[Settings, Path
         if not isinstance(theirs, dict) or _architecture(theirs) != _architecture(cfg):
             return None
         preprocess = check_preprocess(content.get("preprocess_cfg") or {}, str(config))
-        return settings_of(preprocess, quick_gelu=bool(theirs.get("quick_gelu"))), config
+        check_size(preprocess, theirs, str(config))
+        settings = settings_of(preprocess, quick_gelu=bool(theirs.get("quick_gelu")))
+        return _Known(
+            settings, str(config), normalises={"mean", "std"} <= set(preprocess), activates="quick_gelu" in theirs
+        )
     if processor.is_file() and path.with_name("config.json").is_file():
         content = read_json(path.with_name("config.json"))
         vision = content.get("vision_config")
@@ -193,8 +218,47 @@ def _settings_beside(path: Path, cfg: Mapping[str, Any]) -> tuple[Settings, Path
         preprocess = from_image_processor(fields, image_size=size, source=str(processor))
         act = vision.get("hidden_act", "quick_gelu" if content.get("model_type") == "clip" else "gelu")
         quick_gelu = act == "quick_gelu"
-        return settings_of(asdict(preprocess), quick_gelu=quick_gelu), processor
+        return _Known(settings_of(asdict(preprocess), quick_gelu=quick_gelu), str(processor))
     return None
+
+
+def _refuse_other(path: Path, settings: Settings, cfg: Mapping[str, Any], *, origin: str, remedy: str) -> None:
+    """Raises: UserError if the settings that `origin` says contradict what is known of the file `path`."""
+    try:
+        known = _known(path, cfg)
+    except UserError:  # a config beside the file that cannot be read tells nothing
+        return
+    if known is None:
+        return
+    ours, theirs = settings.preprocess, known.settings.preprocess
+    pairs = [*zip(ours.mean, theirs.mean, strict=True), *zip(ours.std, theirs.std, strict=True)]
+    same_numbers = not known.normalises or all(abs(a - b) < 1e-3 for a, b in pairs)
+    if not same_numbers or (known.activates and settings.quick_gelu != known.settings.quick_gelu):
+        raise UserError(f"{path} has {known.settings} ({known.origin}), but {origin} says {settings}: {remedy}")
+
+
+def refuse_default(preprocess: Mapping[str, Any], cfg: Mapping[str, Any], source: str) -> None:
+    """Refuses open_clip's default mean and std for weights of an architecture of which no tag has them.
+
+    Args:
+        preprocess: checked, of the model whose config is in `source`; with a mean and a std nothing is compared.
+
+    Raises:
+        UserError: as above.
+    """
+    if {"mean", "std"} <= set(preprocess):
+        return
+    ours, default = _architecture(cfg), settings_of(preprocess, quick_gelu=False).preprocess
+    for architecture in open_clip.list_models():
+        theirs: Any = open_clip.get_model_config(architecture)
+        tags = _tags(architecture, theirs).values() if _architecture(theirs) == ours else ()
+        numbers = {(tag.preprocess.mean, tag.preprocess.std) for tag in tags}
+        if numbers and (default.mean, default.std) not in numbers:
+            mean, std = [list(values) for values in min(numbers)]
+            raise UserError(
+                f"{source} has no preprocess_cfg with mean and std, and its architecture, {architecture}, was not "
+                f'trained with the default: add those of the training, as "mean": {mean}, "std": {std}'
+            )
 
 
 def _architecture(cfg: Mapping[str, Any]) -> dict:
@@ -221,10 +285,6 @@ def openai_checksums() -> set[str]:
     return {url.split("/")[-2] for url in urls if "openaipublic" in url}
 
 
-def _openai_archive(path: Path, tags: Mapping[str, Settings]) -> Settings | None:
-    return tags.get("openai") if path.suffix == ".pt" and _checksum(path) in openai_checksums() else None
-
-
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         digest = hashlib.sha256()
@@ -243,16 +303,23 @@ def _read(path: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_weights(model: Any, path: Path, *, name: str, allow_pickle: bool) -> None:
+def load_weights(
+    model: Any, path: Path, *, name: str, cfg: Mapping[str, Any], config_file: str | None, allow_pickle: bool
+) -> None:
     """Loads an open_clip checkpoint into an open_clip model, as open_clip 3.3's `load_checkpoint`.
 
-    Position embeddings of another length are interpolated and a missing logit bias is set to 0, both with a notice.
+    The image tower's position embeddings of another grid are interpolated, with a notice. Unlike there, those of the
+    text tower are not, and a missing logit bias is not set to 0.
+
+    Args:
+        cfg: of the model.
+        config_file: that holds it, None for a named architecture.
 
     Raises:
         UserError: a file that cannot be read, tensors that do not fit.
     """
     if path.suffix == ".npz":
-        _load_big_vision(model, path, name)
+        _load_big_vision(model, path, name, config_file)
         return
     stored = convert_state_dict(model, _read(path, allow_pickle=allow_pickle))
     state = model.state_dict()
@@ -262,32 +329,24 @@ def load_weights(model: Any, path: Path, *, name: str, allow_pickle: bool) -> No
     for key in ("logit_scale", "logit_bias"):
         if key in stored and key in state and stored[key].numel() == 1:
             stored[key] = stored[key].reshape(state[key].shape)
-    if "logit_bias" in state and "logit_scale" in stored and "logit_bias" not in stored:
-        notice(f"{path} has no logit_bias: set to 0")
-        stored["logit_bias"] = torch.zeros_like(state["logit_bias"])
     _resize_positions(model, stored, state, path)
-    check_fit(state, stored, path=path, name=name, hint=_hint(stored, path))
+    hint = _hint(stored, path)
+    if hint is None:
+        hint = correction(cfg, state, stored, file=config_file)
+    check_fit(state, stored, path=path, name=name, hint=hint)
     model.load_state_dict(stored, strict=False)
 
 
 def _resize_positions(model: Any, stored: dict[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
-    for key, resized in (
-        ("visual.positional_embedding", resize_pos_embed),
-        ("positional_embedding", resize_text_pos_embed),
-        ("text.positional_embedding", resize_text_pos_embed),
-    ):
-        if key not in stored or key not in state or stored[key].ndim != 2:
-            continue
-        before, after = stored[key].shape, state[key].shape
-        if (
-            not stored[key].is_floating_point()
-            or not before[0]
-            or (resized is resize_pos_embed and not _is_grid(before[0] - 1))
-        ):
-            continue  # refused below
-        if before[0] != after[0] and before[1] == after[1]:
-            resized(stored, model)
-            notice(f"{path}: {key} interpolated from {before[0]} to {after[0]} positions")
+    key = "visual.positional_embedding"
+    if key not in stored or key not in state or stored[key].ndim != 2:
+        return
+    before, after = stored[key].shape, state[key].shape
+    if not stored[key].is_floating_point() or not before[0] or not _is_grid(before[0] - 1):
+        return  # refused by its caller
+    if before[0] != after[0] and before[1] == after[1]:
+        resize_pos_embed(stored, model)
+        notice(f"{path}: {key} interpolated from {before[0]} to {after[0]} positions")
 
 
 def _is_grid(patches: int) -> bool:
@@ -300,7 +359,12 @@ def _hint(stored: Mapping[str, Tensor], path: Path) -> str | None:
     return None
 
 
-def _load_big_vision(model: Any, path: Path, name: str) -> None:
+def _load_big_vision(model: Any, path: Path, name: str, config_file: str | None) -> None:
+    if model.logit_bias is None:
+        raise UserError(
+            f"weights {str(path)!r} are SigLIP's, whose logit_bias {name!r} lacks: set init_logit_bias to -10 (the "
+            f"weights replace it) in {place_of(config_file)}"
+        )
     try:
         open_clip.load_checkpoint(model, str(path))
     except Exception as error:  # a damaged archive or another architecture can raise anything

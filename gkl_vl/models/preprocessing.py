@@ -4,10 +4,12 @@ open_clip's evaluation transform resizes the shorter side and crops the centre (
 whatever the shape (`squash`), or resizes the longer side and pads (`longest`); then it scales to [0, 1] and normalises.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from open_clip.model import CLIPVisionCfg
 from open_clip.transform import PreprocessCfg
+from timm.layers.helpers import to_2tuple
 from transformers import CLIPImageProcessor
 
 from gkl_vl.errors import UserError
@@ -45,9 +47,21 @@ def check_preprocess(cfg: Any, source: str) -> dict:
             raise UserError(f"{place} is {value!r}: write one of {', '.join(_CHOICES[key])}")
         if key in ("mean", "std"):
             checked[key] = three_numbers(value, place, positive=key == "std")
+            if key == "mean":
+                _refuse_levels(checked[key], place)
         elif key in ("size", "fill_color") and not _is_size(value):
             raise UserError(f"{place} is {value!r}: expected a number of pixels or levels")
     return checked
+
+
+def check_size(preprocess: Mapping[str, Any], cfg: Mapping[str, Any], source: str) -> None:
+    """Raises: UserError if a `preprocess_cfg` has another size than the images of its model config."""
+    ours, theirs = preprocess.get("size"), CLIPVisionCfg(**cfg["vision_cfg"]).image_size
+    if ours is not None and tuple(to_2tuple(ours)) != tuple(to_2tuple(theirs)):
+        raise UserError(
+            f"preprocess_cfg.size in {source} is {ours}, vision_cfg.image_size is {theirs}: give both the size of "
+            "the training"
+        )
 
 
 def from_image_processor(fields: dict, *, image_size: int, source: str) -> PreprocessCfg:
@@ -87,9 +101,11 @@ def from_image_processor(fields: dict, *, image_size: int, source: str) -> Prepr
     if fields.get("do_normalize"):
         mean = three_numbers(fields.get("image_mean"), f"image_mean in {source}", positive=False)
         std = three_numbers(fields.get("image_std"), f"image_std in {source}", positive=True)
+    mean = tuple(value / scale for value in mean)
+    _refuse_levels(mean, f"image_mean in {source}")
     return PreprocessCfg(
         size=image_size,
-        mean=tuple(value / scale for value in mean),
+        mean=mean,
         std=tuple(value / scale for value in std),
         interpolation=interpolation,
         resize_mode=_resize_mode(fields, image_size, source),
@@ -154,6 +170,12 @@ def three_numbers(values: Any, place: str, *, positive: bool) -> tuple[float, fl
         raise UserError(f"{place} is {values!r}: expected three {'positive ' if positive else ''}numbers")
     red, green, blue = (float(v) for v in numbers)
     return red, green, blue
+
+
+def _refuse_levels(mean: Sequence[float], place: str) -> None:
+    """Raises: UserError for the mean of levels up to 255 where that of pixels in [0, 1] belongs."""
+    if max(mean) > 1:
+        raise UserError(f"{place} is {list(mean)} on pixels in [0, 1]: divide mean and std by 255")
 
 
 def is_number(value: Any) -> bool:

@@ -6,7 +6,7 @@ asks for code of its own is refused, because a stock class in its place could co
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from transformers.utils import logging
 
 from gkl_vl.errors import UserError, first_line, notice
+from gkl_vl.models.agreement import TRANSFORMERS_SIZES, explain_sizes
 from gkl_vl.models.preprocessing import is_number
 from gkl_vl.models.weights import (
     check_plain_floats,
@@ -148,35 +149,6 @@ def _check_tokenizer_files(folder: Path, source: str) -> None:
         _check_text_file(model)
 
 
-def check_vocabulary(tokenizer: Any, rows: int, source: str) -> None:
-    """Compares a transformers tokenizer with a text tower.
-
-    T5's `<extra_id_0>` and further special tokens may lie beyond the embeddings, as in SigLIP: no text has them.
-
-    Args:
-        rows: token embeddings of the text tower.
-
-    Raises:
-        UserError: a token that has no embedding, no padding token.
-    """
-    if tokenizer.pad_token_id is None:
-        raise UserError(f"the tokenizer of {source!r} has no padding token: set pad_token in its tokenizer_config.json")
-    unused = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    used = {
-        token: number
-        for token, number in tokenizer.get_vocab().items()
-        if token not in unused and not token.startswith("<extra_id_")
-    }
-    ends = (tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token, tokenizer.cls_token, tokenizer.sep_token)
-    used |= {token: tokenizer.convert_tokens_to_ids(token) for token in ends if token is not None}
-    token, highest = max(used.items(), key=lambda item: item[1])
-    if highest >= rows:
-        raise UserError(
-            f"the tokenizer of {source!r} gives ids up to {highest} ({token!r}), but the text tower has {rows} token "
-            "embeddings: take the tokenizer that it was trained with"
-        )
-
-
 def _cause(error: BaseException) -> str:
     return first_line(error).rstrip(":. ")
 
@@ -197,16 +169,25 @@ def load_transformers_model(folder: Path, config: Any, name: str, *, allow_pickl
     Raises:
         UserError: weights that are missing, damaged, pickled without `allow_pickle`, or do not fit the config.
     """
-    model, file, misfits = _read_model(folder, config, name, allow_pickle=allow_pickle)
+    model, file, misfits, stored = _read_model(folder, config, name, allow_pickle=allow_pickle)
     hint = None
     if any(key.startswith("visual.") for key in misfits["unexpected"]):
         hint = "these are open_clip's tensors, write local-dir:path with their open_clip_config.json"
+    built = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    shapes = {key: (stored[key] if key in stored else shape, shape) for key, shape in built.items()}
+    sizes = explain_sizes(shapes, TRANSFORMERS_SIZES)
+    if sizes and not misfits["missing"] and not misfits["unexpected"]:
+        steps = [f"set {setting} to {theirs}" for setting, (theirs, _) in sizes.items()]
+        hint = f"{', '.join(steps)} in {folder / 'config.json'}"
     refuse_misfits(misfits, file, name, hint)
     return model
 
 
-def _read_model(folder: Path, config: Any, name: str, *, allow_pickle: bool) -> tuple[Any, Path, dict[str, list[str]]]:
-    """The model, its (first) file, and the tensors that did not fit, as for `refuse_misfits`."""
+def _read_model(
+    folder: Path, config: Any, name: str, *, allow_pickle: bool
+) -> tuple[Any, Path, dict[str, list[str]], dict[str, Sequence[int]]]:
+    """The model, its (first) file, the tensors that did not fit, as for `refuse_misfits`, and the shapes in the weights
+    of those that have another one in the model."""
     files = _transformers_weights(folder)
     if not files:
         if list(folder.glob("open_clip*")):
@@ -245,6 +226,7 @@ def _read_model(folder: Path, config: Any, name: str, *, allow_pickle: bool) -> 
             "unexpected": unexpected,
             "of another shape": shapes,
         },
+        {key: ours for key, ours, _ in loading["mismatched_keys"]},
     )
 
 
@@ -379,7 +361,7 @@ def build_open_clip(cfg: Mapping[str, Any], source: str, *, pretrained_text: boo
         vision_cfg["timm_model_pretrained"] = False
     folder = None
     if text_cfg.get("hf_model_name"):
-        folder = _text_tower(text_cfg["hf_model_name"], source, weights=pretrained_text, allow_pickle=allow_pickle)
+        folder = _text_tower(text_cfg, source, weights=pretrained_text, allow_pickle=allow_pickle)
         text_cfg |= {"hf_model_name": str(folder), "hf_model_pretrained": False}
     model_class: Any = CLIP
     if custom_text or "multimodal_cfg" in cfg:
@@ -400,7 +382,7 @@ def _load_text_tower(tower: Any, folder: Path, *, allow_pickle: bool) -> None:
     The heads of a language model, outside the tower, are left out with a notice.
     """
     config = load_config(folder, str(folder))
-    loaded, file, misfits = _read_model(folder, config, str(folder), allow_pickle=allow_pickle)
+    loaded, file, misfits, _ = _read_model(folder, config, str(folder), allow_pickle=allow_pickle)
     prefix = "encoder." if config.is_encoder_decoder else ""
     expected = tower.state_dict()
     parts = {name for name, _ in loaded.named_children()} | {loaded.base_model_prefix}
@@ -414,8 +396,9 @@ def _load_text_tower(tower: Any, folder: Path, *, allow_pickle: bool) -> None:
     tower.load_state_dict({key: state[key] for key in expected})
 
 
-def _text_tower(name: str, source: str, *, weights: bool, allow_pickle: bool) -> Path:
+def _text_tower(text_cfg: Mapping[str, Any], source: str, *, weights: bool, allow_pickle: bool) -> Path:
     """The local folder of a transformers text tower, checked, for open_clip to load."""
+    name = text_cfg["hf_model_name"]
     files = ("config.json", *(("*.safetensors", "*.safetensors.index.json") if weights else ()))
     pickles = ("*.bin", "*.bin.index.json") if weights else ()
     folder = Path(name) if Path(name).is_dir() else fetch(name, files=files, pickles=pickles, allow_pickle=allow_pickle)
@@ -425,7 +408,24 @@ def _text_tower(name: str, source: str, *, weights: bool, allow_pickle: bool) ->
             f"text_cfg.hf_model_name {name!r} in {source} is a {config.model_type!r} model: open_clip supports "
             f"{', '.join(arch_dict)}"
         )
+    length, longest = _context_length(text_cfg), _positions(config)
+    if longest is not None and length > longest:
+        raise UserError(
+            f"text_cfg.context_length in {source} is {length}, but hf_model_name {name!r} takes up to {longest} "
+            f"tokens: set it to {longest}"
+        )
     return folder
+
+
+def _positions(config: Any) -> int | None:
+    """The longest text of a transformers text tower in tokens; None if its positions have no learnt embeddings."""
+    if config.model_type in ("roberta", "xlm-roberta"):  # which count positions from behind the padding id
+        return config.max_position_embeddings - config.pad_token_id - 1
+    return config.max_position_embeddings if config.model_type == "bert" else None
+
+
+def _context_length(text_cfg: Mapping[str, Any]) -> int:
+    return text_cfg.get("context_length", CLIPTextCfg.context_length)
 
 
 def tokenizer_for(cfg: Mapping[str, Any], *, folder: Path | None, source: str) -> Any:
@@ -438,7 +438,7 @@ def tokenizer_for(cfg: Mapping[str, Any], *, folder: Path | None, source: str) -
         UserError: a tokenizer that needs its own code, is damaged or cannot be fetched.
     """
     text_cfg = cfg["text_cfg"]
-    length = text_cfg.get("context_length", CLIPTextCfg.context_length)
+    length = _context_length(text_cfg)
     settings = dict(text_cfg.get("tokenizer_kwargs") or {})
     name = text_cfg.get("hf_tokenizer_name")
     if folder is not None:

@@ -71,9 +71,7 @@ def test_tables_and_folders_have_several_columns(tmp_path):
     assert read == (("real", "made"), (0, 1), "")
     with pytest.raises(UserError, match="names one twice"):
         open_source(f"{tmp_path}/t.csv", columns=["filepath", "title", "title"])
-    with pytest.raises(
-        UserError, match="none of the first 1,000 pairs .* has a caption in 'nosuch': check"
-    ):
+    with pytest.raises(UserError, match="none of the first 1,000 pairs .* has a caption in 'nosuch': check"):
         open_source(f"{tmp_path}/t.jsonl", columns=["image", "title", "nosuch"])
     with pytest.raises(UserError, match="nosuch"):
         open_source(f"{tmp_path}/t.csv", columns=["filepath", "title", "nosuch"])

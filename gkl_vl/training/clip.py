@@ -30,6 +30,7 @@ from gkl_vl.models.clip import BUNDLED_TEACHER, Clip, Student, clamp_scale, load
 from gkl_vl.objectives.clip import ClipKdWeights
 from gkl_vl.protocols import Objective, Record
 from gkl_vl.teachers.bank import Bank
+from gkl_vl.teachers.dataset_dr import DatasetDr
 from gkl_vl.teachers.online import Teacher, numbered
 from gkl_vl.training.checkpoint import RunFolder
 from gkl_vl.training.clip_teacher import (
@@ -383,8 +384,11 @@ def make_loader(
     tokenizers = {"text": student.tokenize}
     if teachers.store is None:
         tokenizers |= {numbered("teacher_text", number): clip.tokenize for number, clip in enumerate(teachers.clips)}
+    source, stored = data.source, teachers.store
+    if isinstance(stored, DatasetDr):
+        source, stored = stored.with_embeddings(source), stored.at_size(student.image_size)
     stream = PairStream(
-        data.source,
+        source,
         augment=augment,
         tokenizers=tokenizers,
         batch_size=config.optimisation.batch_size,
@@ -394,7 +398,7 @@ def make_loader(
         num_workers=run.flags.workers,
         captions_per_image=data.captions_per_image,
         caption_weights=data.caption_weights,
-        stored=teachers.store,
+        stored=stored,
         start=None if position is None else Position.of(position),
     )
     return PairLoader(stream, pin_memory=run.device.type == "cuda")

@@ -26,6 +26,7 @@ from gkl_vl.errors import UserError
 from gkl_vl.evaluation.embed import Embedder, zero_shot_classifier
 from gkl_vl.models.clip import Clip, load_clip
 from gkl_vl.models.modes import freeze
+from gkl_vl.teachers.dataset_dr import DatasetDr, read_dataset_dr
 from gkl_vl.teachers.embed_pairs import build_blocks, describe_store, finish_store
 from gkl_vl.teachers.embeddings import (
     JoinedStores,
@@ -47,7 +48,7 @@ class TeacherModels:
     """One teacher, or several whose soft targets are averaged."""
 
     teacher: tuple[str, ...] = ("bundled",)
-    """Each an open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, `bundled`, or `none` of them."""
+    """Each an open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, `bundled`; in a run also none."""
     teacher_pretrained: tuple[str, ...] | None = None
     """Of each teacher that is an open_clip name: open_clip's tag, a file of weights, or TAG=FILE; `none` of another."""
 
@@ -58,7 +59,7 @@ class ClipModels:
 
     teachers: Annotated[TeacherModels, tyro.conf.arg(name="")] = TeacherModels()
     teacher_store: tuple[str, ...] | None = None
-    """Folders that recipes/store_teacher.py wrote from the same data: their embeddings in place of --teacher's."""
+    """Folders that recipes/store_teacher.py wrote from the same data, or the .json of a data set of MobileCLIP's."""
     teacher_scale: tuple[float, ...] | None = None
     """Logit scale of each teacher in the loss. None = the model's own."""
     teacher_shares: tuple[float, ...] | None = None
@@ -80,7 +81,7 @@ class RunTeachers:
     """As they were named to `load_clip`."""
     clips: Sequence[Clip] = ()
     """Frozen, on their device; none where they are stored."""
-    store: JoinedStores | None = None
+    store: JoinedStores | DatasetDr | None = None
     """Their embeddings; beside loaded teachers those of the bundled data."""
     scales: Sequence[float] | None = None
     """Logit scales in place of their own."""
@@ -117,8 +118,7 @@ def open_teachers(
             named = " ".join(models.teachers.teacher)
             raise UserError(f"--teacher {named} has no effect with --teacher-store: leave one out")
         cli.refuse_unused(vars(models.teachers), ["teacher_pretrained"], "has no effect with --teacher-store")
-        store = open_stores(models.teacher_store)
-        store.check(source, augmentation(bundled=bundled, distils=True))
+        store = _checked_store(models.teacher_store, source, bundled=bundled)
         teachers = RunTeachers(names=[teacher.name for teacher in store.teachers], store=store)
     count = len(teachers.names)
     for flag, values in (("--teacher-scale", models.teacher_scale), ("--teacher-shares", models.teacher_shares)):
@@ -127,6 +127,20 @@ def open_teachers(
     shares = models.teacher_shares or (1.0,) * count
     total = math.fsum(shares)
     return replace(teachers, scales=models.teacher_scale, shares=tuple(share / total for share in shares))
+
+
+def _checked_store(names: Sequence[str], source: Source, *, bundled: bool) -> JoinedStores | DatasetDr:
+    """The stores of these names. Raises: UserError for one of other data."""
+    reinforced = [name for name in names if name.lower().endswith(".json")]
+    if not reinforced:
+        store = open_stores(names)
+        store.check(source, augmentation(bundled=bundled, distils=True))
+        return store
+    if len(names) > 1:
+        raise UserError(f"--teacher-store {' '.join(names)}: {reinforced[0]} has views of its own: name it alone")
+    reinforced_data = read_dataset_dr(reinforced[0])
+    reinforced_data.check(source)
+    return reinforced_data
 
 
 def load_teachers(models: TeacherModels, *, device: torch.device, allow_pickle: bool) -> list[Clip]:

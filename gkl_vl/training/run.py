@@ -338,7 +338,7 @@ def _input_file(flag: str, value: Any) -> list | None:
     if place is None:
         return None
     file = Path(place.rpartition("=")[2])
-    if flag == "teacher_store":
+    if flag == "teacher_store" and not file.is_file():  # a file is MobileCLIP's config
         file = file / MANIFEST
     if not file.is_file():
         return None

@@ -1,0 +1,322 @@
+"""Cost of a teacher in training: stored, online and none, beside open_clip's distillation; size and cost of a store.
+
+    python benchmarks/train_step.py                # eight minutes on two idle cores
+    python benchmarks/train_step.py --rounds 5 --steps 40
+
+Training: `recipes/clip_kd.py` with its default loss and `python -m open_clip_train.main --distill-model` train the same
+ViT student on the same table of JPEGs, with random weights, in float32 on the CPU, each run in a fresh process. The
+teacher has twice the student's widths, four times the operations. Both have the same batch, threads and workers, clip
+the gradient at norm 1 and crop 90 to 100 % of an image to the size that both models take. Every pair is seen once, so
+that no result of an earlier epoch is used again. Measured is the mean rate after the first ten steps, with the loader.
+What differs:
+
+    loss         clip_kd: contrastive, soft CE and feature mimicry through linear maps. open_clip: contrastive, soft CE
+    texts        clip_kd cuts a causal text tower's input behind the last end-of-text token of a quarter of the batch.
+                 open_clip computes all 77 positions. The head of the table has the mean number of tokens
+    tokens       clip_kd tokenises for student and online teacher, open_clip once for both
+    pixels       clip_kd normalises a batch in the training process, open_clip an image in the worker
+    workers      clip_kd keeps 4 batches ahead, open_clip 2
+    log          clip_kd every ten steps, open_clip every step
+
+Store: `build_blocks`, the work of `recipes/store_teacher.py`, against the teacher's forward pass alone on the same
+numbers of views and captions, prepared in advance; from the first forward pass on, without the start of the workers.
+Bytes are those of the block files, per pair; the manifest, some 40 KB a store, is left out.
+
+Measurements take turns. Given are ratios within a round: their median over the rounds, with the smallest and largest.
+Rates, on stderr, depend on the machine.
+"""
+
+import argparse
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import harmonic_mean, median
+
+import open_clip
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from gkl_vl.data.pairs import bundled_pairs, open_source
+from gkl_vl.data.sources import RawPair, Source, memory_source
+from gkl_vl.export.hub import CONFIG_NAME, WEIGHTS_NAME
+from gkl_vl.models.clip import Clip, load_clip
+from gkl_vl.models.modes import freeze
+from gkl_vl.teachers.embed_pairs import BATCH, build_blocks, describe_store, finish_store
+from gkl_vl.teachers.embeddings import StoreDtype
+from gkl_vl.training.clip_teacher import augmentation
+
+RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "clip_kd.py"
+TABLE = "train.tsv"
+JPEG_SIZE, IMAGE_SIZE = 128, 96
+LEFT_OUT = 10
+"""First steps of a run: kernels are chosen, memory is allocated, the workers fill their queues. clip_kd logs a rate
+for every ten steps."""
+SPARE = 4
+"""Batches beyond the last step, so that open_clip's worker, which reads the table once, has work in every step."""
+VIEWS, WIDE = 5, 768
+BUILT_BATCHES = 4
+RATIOS = (
+    ("time of a step, stored teacher / no teacher", "none", "stored", "at most 1.10"),
+    ("time of a step, online teacher / no teacher", "none", "online", ""),
+    ("building a store / forward pass alone, embeddings per second", "build", "forward", "at least 0.9"),
+    ("online teacher / open_clip, pairs per second", "online", "open_clip", "at least 1.2"),
+    ("stored teacher / open_clip, pairs per second", "stored", "open_clip", "at least 3"),
+)
+"""Name of each ratio, of what rates it is, and its target."""
+MOST_BYTES: dict[StoreDtype, int] = {"int8": 5000, "float16": 10_000}
+
+
+# ---- data and models ---------------------------------------------------------------------------------------------
+
+
+def write_table(folder: Path, pairs: list[RawPair]) -> None:
+    """Bundled drawings as JPEGs, each with all of its captions in one, and the table that both read."""
+    rows = ["filepath\ttitle"]
+    (folder / "images").mkdir()
+    for number, pair in enumerate(pairs):
+        path = folder / "images" / f"{number}.jpg"
+        drawing = Image.open(io.BytesIO(pair.image)).convert("RGB")
+        drawing.resize((JPEG_SIZE, JPEG_SIZE), Image.Resampling.BICUBIC).save(path, quality=90)
+        rows.append(f"{path}\t{', '.join(pair.captions)}")
+    (folder / TABLE).write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def vit(*, scale: int) -> dict:
+    """A ViT with six layers of width 192 * scale, whose text tower takes 0.6 of its operations, as in ViT-B-32."""
+    vision = {"image_size": IMAGE_SIZE, "patch_size": 16, "layers": 6, "width": 192 * scale}
+    text = {"context_length": 77, "vocab_size": 49408, "layers": 4, "width": 128 * scale, "heads": 2 * scale}
+    return {"embed_dim": 128 * scale, "vision_cfg": vision, "text_cfg": text}
+
+
+def tiny(*, embed_dim: int) -> dict:
+    """A model of one narrow layer, for the size of its embeddings alone."""
+    vision = {"image_size": 32, "patch_size": 16, "layers": 1, "width": 64}
+    text = {"context_length": 77, "vocab_size": 49408, "layers": 1, "width": 64, "heads": 1}
+    return {"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": text}
+
+
+def write_model(folder: Path, config: dict) -> Clip:
+    """Writes a folder with random weights that both toolkits read as local-dir:FOLDER."""
+    folder.mkdir()
+    (folder / CONFIG_NAME).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    clip = load_clip(str(folder / CONFIG_NAME))
+    save_file(clip.towers.model.state_dict(), folder / WEIGHTS_NAME)
+    return clip
+
+
+def operations(clip: Clip) -> int:
+    """Floating-point operations of the forward pass of an image and of all 77 positions of a text."""
+    with FlopCounterMode(display=False) as counter:
+        clip.towers.encode_image(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+        clip.towers.encode_text(clip.tokenize([""]))
+    return counter.get_total_flops()
+
+
+def parameters(clip: Clip) -> int:
+    """Parameters without the table of token embeddings, whose rows take no operations."""
+    return sum(p.numel() for p in clip.towers.parameters()) - clip.towers.model.token_embedding.weight.numel()
+
+
+# ---- training, each run in a process of its own ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Where runs are made, and what all have in common."""
+
+    folder: Path
+    steps: int
+    batch_size: int
+    threads: int
+    workers: int
+
+    def flags(self) -> list[str]:
+        """Flags that the two toolkits share."""
+        return [
+            *("--train-data", TABLE, "--batch-size", str(self.batch_size), "--workers", str(self.workers)),
+            *("--precision", "fp32"),
+        ]
+
+    def run(self, command: list[str]) -> None:
+        """Runs a command with these threads, on the CPU and offline."""
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(self.threads),
+            "ACCELERATE_USE_CPU": "true",
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HUB_OFFLINE": "1",
+        }
+        done = subprocess.run([sys.executable, *command], cwd=self.folder, env=environment, capture_output=True)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}: {done.stderr.decode()[-2000:]}")
+
+
+def clip_kd(settings: Settings, run: str, teacher: list[str]) -> float:
+    """Pairs per second of the recipe."""
+    flags = ["--student", "local-dir:student", "--columns", "filepath", "title", "--checkpoint-every-steps", "0"]
+    settings.run(
+        [str(RECIPE), *settings.flags(), *flags, *teacher, "--steps", str(settings.steps), "--output-dir", run]
+    )
+    records = map(json.loads, (settings.folder / run / "results.jsonl").read_text().splitlines())
+    rates = [record["train/images_per_second"] for record in records if record["step"] > LEFT_OUT]
+    return harmonic_mean(rates)  # each is of ten steps
+
+
+def open_clip_train(settings: Settings, run: str) -> float:
+    """Pairs per second of open_clip with an online teacher."""
+    teacher = ["--distill-model", "local-dir:teacher", "--distill-pretrained", "none"]  # the tag is not read
+    optimisation = ["--lr", "1e-3", "--warmup", "50", "--grad-clip-norm", "1.0", "--epochs", "1"]
+    output = ["--logs", "logs", "--name", run, "--log-every-n-steps", "1"]
+    flags = ["--dataset-type", "csv", "--model", "local-dir:student", "--device", "cpu"]
+    settings.run(["-m", "open_clip_train.main", *settings.flags(), *flags, *teacher, *optimisation, *output])
+    log = (settings.folder / "logs" / run / "out.log").read_text()
+    rates = [float(rate) for rate in re.findall(r"Batch \(t\): \S+ (\S+)/s,", log)]
+    return harmonic_mean(rates[LEFT_OUT : settings.steps])  # each is of one step
+
+
+# ---- stores ------------------------------------------------------------------------------------------------------
+
+
+def build(
+    folder: Path, teacher: Clip, source: Source, *, views: int, workers: int, dtype: StoreDtype = "float16"
+) -> float:
+    """Builds a store of one block; embeddings per second from its first forward pass to the end."""
+    augment = augmentation(bundled=False, distils=True)
+    manifest = describe_store([teacher], source, augment, views=views, dtype=dtype)
+    started: list[float] = []
+
+    def stamp() -> nullcontext:
+        started.append(time.perf_counter())
+        return nullcontext()
+
+    folder.mkdir()
+    build_blocks(folder, manifest, [0], [teacher], source, augment, num_workers=workers, autocast=stamp, quiet=True)
+    seconds = time.perf_counter() - started[0]
+    return finish_store(folder, manifest).pairs * (views + 1) / seconds  # each pair has one caption
+
+
+@torch.inference_mode()
+def forward(teacher: Clip, batches: list[tuple[Tensor, Tensor]]) -> float:
+    """Embeddings per second of the forward passes that a build makes, on prepared pixels and tokens."""
+    started = time.perf_counter()
+    for pixels, tokens in batches:
+        teacher.towers.encode_image(pixels)
+        teacher.towers.encode_text_by_length(tokens)
+    seconds = time.perf_counter() - started
+    return sum(len(pixels) + len(tokens) for pixels, tokens in batches) / seconds
+
+
+def prepared(teacher: Clip, source: Source) -> list[tuple[Tensor, Tensor]]:
+    """Batches of a build's sizes: random pixels, and the tokens of its captions."""
+    captions = [pair.captions[0] for pair in source.pairs.read(0)]
+    parts = [captions[start : start + BATCH // VIEWS] for start in range(0, len(captions), BATCH // VIEWS)]
+    pixels = [teacher.normalised(torch.rand(VIEWS * len(part), 3, IMAGE_SIZE, IMAGE_SIZE)) for part in parts]
+    return list(zip(pixels, map(teacher.tokenize, parts), strict=True))
+
+
+def bytes_of_a_pair(folder: Path, source: Source, dtype: StoreDtype) -> float:
+    """In a store of five views and one caption, with embeddings of 768 dimensions."""
+    config = folder / "tiny.json"
+    config.write_text(json.dumps(tiny(embed_dim=WIDE)))
+    store = folder / dtype
+    build(store, freeze(load_clip(str(config))), source, views=VIEWS, workers=0, dtype=dtype)
+    assert source.num_pairs is not None  # it is a list
+    return sum(path.stat().st_size for path in store.glob("*.safetensors")) / source.num_pairs
+
+
+# ---- all of them -------------------------------------------------------------------------------------------------
+
+
+def measure(settings: Settings, teacher: Clip, source: Source, rounds: int) -> list[dict[str, float]]:
+    """Rates of every round: pairs per second of training, embeddings per second of the teacher."""
+    batches = prepared(teacher, source)
+    forward(teacher, batches[:1])  # a warm-up
+    measured = []
+    for number in range(rounds):
+        store = settings.folder / f"built-{number}"
+        calls = {
+            "none": partial(clip_kd, settings, f"none-{number}", ["--teacher", "none"]),
+            "stored": partial(clip_kd, settings, f"stored-{number}", ["--teacher-store", "store"]),
+            "online": partial(clip_kd, settings, f"online-{number}", ["--teacher", "local-dir:teacher"]),
+            "open_clip": partial(open_clip_train, settings, f"open_clip-{number}"),
+            "build": partial(build, store, teacher, source, views=VIEWS, workers=settings.workers),
+            "forward": partial(forward, teacher, batches),
+        }
+        rates = {name: calls[name]() for name in (calls if number % 2 else reversed(calls))}
+        print(", ".join(f"{name} {rates[name]:.1f}/s" for name in calls), file=sys.stderr)
+        measured.append(rates)
+    return measured
+
+
+def print_models(student: Clip, teacher: Clip, captions: list[str]) -> None:
+    flops, size = operations(student), parameters(student)
+    tokens = student.tokenize(captions).argmax(dim=1) + 1
+    print(
+        f"student: {flops / 1e9:.2f} GFLOP a pair, {size / 1e6:.1f} M parameters without the token table\n"
+        f"teacher: {operations(teacher) / flops:.1f} and {parameters(teacher) / size:.1f} times these\n"
+        f"captions: {tokens.float().mean():.0f} of 77 tokens on average\n"
+    )
+
+
+def print_table(measured: list[dict[str, float]], sizes: dict[StoreDtype, float]) -> None:
+    print("| | median (smallest to largest) | target |\n| --- | --- | --- |")
+    for name, one, other, target in RATIOS:
+        ratios = sorted(rates[one] / rates[other] for rates in measured)
+        print(f"| {name} | {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {target} |")
+    for dtype, size in sizes.items():
+        name = f"bytes a pair, {VIEWS} views, 1 caption, {WIDE} dimensions, {dtype}"
+        print(f"| {name} | {size:,.0f} | at most {MOST_BYTES[dtype]:,} |")
+
+
+def report(settings: Settings, rounds: int) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(settings.threads)
+    folder = settings.folder
+    write_table(folder, bundled_pairs()[: (settings.steps + SPARE) * settings.batch_size])
+    student, teacher = write_model(folder / "student", vit(scale=1)), write_model(folder / "teacher", vit(scale=2))
+    table = open_source(str(folder / TABLE), columns=("filepath", "title"))
+    pairs = list(table.pairs.read(0))
+    load = os.getloadavg()[0]
+    print(
+        f"{rounds} rounds of {settings.steps} steps, batch {settings.batch_size}, {settings.threads} threads, "
+        f"{settings.workers} workers, open_clip {open_clip.__version__}, load {load:.1f}"
+    )
+    print_models(student, teacher, [pair.captions[0] for pair in pairs])
+    freeze(teacher)
+    build(folder / "store", teacher, table, views=1, workers=settings.workers)
+    some = memory_source("some", pairs[: BUILT_BATCHES * (BATCH // VIEWS)])
+    measured = measure(settings, teacher, some, rounds)
+    print_table(measured, {dtype: bytes_of_a_pair(folder, some, dtype) for dtype in MOST_BYTES})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of everything, in turns")
+    parser.add_argument("--steps", type=int, default=30, help="of a run, a multiple of ten; the first ten do not count")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1, help="data-loading processes of a run and of a build")
+    options = vars(parser.parse_args())
+    rounds = options.pop("rounds")
+    if options["steps"] <= LEFT_OUT or options["steps"] % 10:
+        parser.error(f"--steps {options['steps']} must be a multiple of ten above {LEFT_OUT}")
+    needed, available = (options["steps"] + SPARE) * options["batch_size"], len(bundled_pairs())
+    if needed > available:
+        parser.error(f"{needed:,} pairs are needed, and there are {available:,}: lower --steps or --batch-size")
+    with tempfile.TemporaryDirectory() as folder:
+        report(Settings(folder=Path(folder), **options), rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -181,17 +181,22 @@ def parse(config: Callable[..., ConfigT], argv: Sequence[str] | None) -> ConfigT
 def joined_lists(config: Callable[..., Any], words: Sequence[str]) -> list[str]:
     """The words, with a flag of any number of values that is given twice, `--a 1 --a 2`, as `--a 1 2`; tyro would drop
     the first."""
-    lists, joined = _list_flags(config), []
+    lists = _list_flags(config)
+    others: list[str] = []
     values: dict[str, list[str]] = {}
-    open_list: list[str] = joined
+    current = others  # where the values behind a flag go
     for word in words:
+        name, equals, value = word.partition("=")
+        flag = name.replace("_", "-")
+        if word.startswith("--") and flag in lists:
+            current = values.setdefault(flag, [])
+            if equals:
+                current.append(value)
+            continue
         if word.startswith("--"):
-            flag, equals, value = word.replace("_", "-").partition("=")
-            open_list = values.setdefault(flag, []) if flag in lists else joined
-            open_list += [word] if flag not in lists else [word.partition("=")[2]] if equals else []
-        else:
-            open_list.append(word)
-    return joined + [word for flag, given in values.items() for word in (flag, *given)]
+            current = others
+        current.append(word)
+    return others + [word for flag, given in values.items() for word in (flag, *given)]
 
 
 def _list_flags(config: Any) -> set[str]:

@@ -56,20 +56,20 @@ def explain_sizes(
 
     Returns None if these settings do not explain every difference.
     """
-    found = {}
+    explained = {}
     for setting, axes in places.items():
         sizes = {tuple(shape[axis] for shape in shapes[key]) for key, axis in axes.items() if _same_rank(shapes, key)}
         if len(sizes) > 1:
             return None
         if sizes and (pair := sizes.pop())[0] not in (0, pair[1]):
-            found[setting] = pair
+            explained[setting] = pair
     for key, (stored, built) in shapes.items():
         if tuple(stored) == tuple(built):
             continue
         differing = [pair for pair in zip(stored, built, strict=False) if pair[0] != pair[1]]
-        if not _same_rank(shapes, key) or len(differing) != 1 or differing[0] not in found.values():
+        if not _same_rank(shapes, key) or len(differing) != 1 or differing[0] not in explained.values():
             return None
-    return found
+    return explained
 
 
 def _same_rank(shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]], key: str) -> bool:

@@ -124,7 +124,7 @@ def open_teachers(
     for flag, values in (("--teacher-scale", models.teacher_scale), ("--teacher-shares", models.teacher_shares)):
         if values is not None and len(values) != count:
             raise UserError(f"{flag} has {len(values)} values for {count} teachers: give one for each")
-    shares = models.teacher_shares or (1.0,) * count
+    shares = (1.0,) * count if models.teacher_shares is None else models.teacher_shares
     total = math.fsum(shares)
     return replace(teachers, scales=models.teacher_scale, shares=tuple(share / total for share in shares))
 
@@ -150,7 +150,7 @@ def load_teachers(models: TeacherModels, *, device: torch.device, allow_pickle: 
         raise UserError(f"--teacher {' '.join(names)}: `none` has no place among teachers: leave it out")
     if len(set(names)) < len(names):
         raise UserError(f"--teacher {' '.join(names)} names one twice: leave one out")
-    tags = models.teacher_pretrained or ("none",) * len(names)
+    tags = ("none",) * len(names) if models.teacher_pretrained is None else models.teacher_pretrained
     if len(tags) != len(names):
         raise UserError(
             f"--teacher-pretrained has {len(tags)} values for {len(names)} teachers: give one for each, `none` for one "

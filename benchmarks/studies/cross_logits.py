@@ -4,6 +4,7 @@
     python benchmarks/studies/cross_logits.py --rivals               # other terms of equal weight, and other banks
     python benchmarks/studies/cross_logits.py --search --seeds 20 21 # what the settings were chosen by
     python benchmarks/studies/cross_logits.py --steps 1200           # four times as long
+    python benchmarks/studies/cross_logits.py --steps 3000 --student benchmarks/studies/vit_student.json --lr 1e-3
 
 Every arm is `cross_logits_arm.py`, which is `recipes/clip_kd.py` on the bundled default with further terms. Settings
 were chosen on seeds from 20 on, by top-1 on all test drawings, and are reported on seeds 0 to 4. Runs that are done
@@ -78,18 +79,20 @@ COLUMNS: dict[str, tuple[str | None, str]] = {
 
 def main() -> None:
     parser = make_clip_parser(__doc__, seeds=[0, 1, 2, 3, 4], folder="runs/study_cross_logits")
-    parser.add_argument("--student", default="emoji-student", help="another student, for a shorter search")
+    parser.add_argument("--student", default="emoji-student", help="another student")
+    parser.add_argument("--lr", help="its peak learning rate, of both towers")
     parser.add_argument("--rivals", action="store_true", help="the arms of the rivals")
     parser.add_argument("--search", action="store_true", help="the arms of the search")
     parser.add_argument("--arms", nargs="+", help="only these")
     options = parser.parse_args()
     arms = SEARCH if options.search else RIVALS if options.rivals else ARMS
+    rate = [] if options.lr is None else ["--lr", options.lr]
     study = make_clip_study(
         options,
         recipe="cross_logits_arm",
         arms={name: arm for name, arm in arms.items() if options.arms is None or name in options.arms},
         columns=COLUMNS,
-        flags=["--student", options.student],
+        flags=["--student", options.student, *rate],
     )
     print(study.table(study.run()))
 

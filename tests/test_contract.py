@@ -36,27 +36,39 @@ SIGMOID = {"sigmoid": True, "kl_weight": 0}
 KINDS = [SOFTMAX, SIGMOID, SIGMOID | {"teacher_sigmoid": True}]
 TWO_TEACHERS = {"teacher_weights": (3, 1)}
 OF_TWO_TEACHERS = [TWO_TEACHERS, SIGMOID | TWO_TEACHERS | {"teacher_sigmoid": (True, False)}]
+THREE_CAPTIONS = [{"captions": 3}, SIGMOID | {"captions": 3}, OF_TWO_TEACHERS[1] | {"captions": 3}]
 CASES = [
     case
     for case in itertools.product(LOSS_TOLERANCE, FORMS, (0, 0.5, 1), (True, False), KINDS)
-    # tiles of 1 are slow, round as tiles of 7 do, and meet other gammas in test_odd_sizes_tiles_and_missing_terms
-    if case[1]["tile_size"] != 1 or (case[0] == torch.float64 and case[2] == 0.5)
+    # tiles of 1 are slow, round as tiles of 7 do, and meet other settings in test_odd_sizes_tiles_and_missing_terms
+    if case[1]["tile_size"] != 1 or (case[0], *case[2:]) == (torch.float64, 0.5, True, SOFTMAX)
 ]
-CASES += itertools.product([torch.float64], FORMS, [0.5], [True], OF_TWO_TEACHERS)
+LARGER_TILES = [form for form in FORMS if form["tile_size"] != 1]
+CASES += itertools.product([torch.float64], LARGER_TILES, [0.5], [True], OF_TWO_TEACHERS + THREE_CAPTIONS)
 
 
-def embeddings(dtype, rows=ROWS) -> dict[str, torch.Tensor]:
+def embeddings(dtype, rows=ROWS, captions=None) -> dict[str, torch.Tensor]:
     """Student's and teacher's embeddings, of different dimensions, rounded to the precision of the case."""
+    if captions is not None:
+        images, texts = embeddings(dtype, rows), embeddings(dtype, rows * captions)
+        return {name: x.view(rows, captions, -1) if "text" in name else images[name] for name, x in texts.items()}
     draw = torch.Generator().manual_seed(1)
     widths = {"image": 5, "text": 5, "teacher_image": 7, "teacher_text": 7, "second_image": 4, "second_text": 4}
     drawn = {k: torch.randn(rows, width, generator=draw, dtype=torch.float64) for k, width in widths.items()}
     return {name: F.normalize(tensor).to(dtype) for name, tensor in drawn.items()}
 
 
+def ids_of(captions) -> torch.Tensor:
+    """Caption ids of all pairs; with several captions an image, [ROWS, captions], of which some are equal."""
+    ids = torch.tensor(IDS)
+    return ids if captions is None else torch.stack([(ids + 5 * k) % 29 for k in range(captions)], dim=1)
+
+
 def loss_and_gradients(
-    tensors, *, ids, tile_size, gamma, ring=False, scale=9.0, teacher_scale=13.0, bias=-3.0, **weights
+    tensors, *, ids, tile_size, gamma, ring=False, scale=9.0, teacher_scale=13.0, bias=-3.0, captions=None, **weights
 ):
     """(loss, gradients of "image", "text", "scale", "bias"), with an operation after the loss."""
+    assert tensors["text"].ndim == (2 if captions is None else 3)
     precision = torch.float64 if tensors["image"].dtype == torch.float64 else torch.float32
     leaves = {name: tensors[name].clone().requires_grad_() for name in ("image", "text")}
     leaves |= {"scale": torch.tensor(scale, dtype=precision, requires_grad=True)}
@@ -76,7 +88,7 @@ def loss_and_gradients(
         logit_scale=leaves["scale"],
         logit_bias=leaves["bias"],
         **teacher,
-        text_ids=None if ids is None else torch.tensor(ids),
+        text_ids=ids,
         tile_size=tile_size,
         ring=ring,
         gamma=gamma,
@@ -89,14 +101,18 @@ def loss_and_gradients(
 @cache
 def oracle(dtype, gamma, with_ids, *kind):
     """`kind` as pairs of a name and a value; the same for all forms and numbers of processes."""
-    tensors = {name: tensor.double() for name, tensor in embeddings(dtype).items()}
-    return loss_and_gradients(tensors, ids=IDS if with_ids else None, tile_size=None, gamma=gamma, **dict(kind))
+    captions = dict(kind).get("captions")
+    tensors = {name: tensor.double() for name, tensor in embeddings(dtype, captions=captions).items()}
+    ids = ids_of(captions) if with_ids else None
+    return loss_and_gradients(tensors, ids=ids, tile_size=None, gamma=gamma, **dict(kind))
 
 
 def rank_result(rank, world_size, dtype, form, gamma, with_ids, kind):
     own = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
-    tensors = {name: tensor[own] for name, tensor in embeddings(dtype).items()}
-    return loss_and_gradients(tensors, ids=IDS[own] if with_ids else None, gamma=gamma, **form, **kind)
+    captions = kind.get("captions")
+    tensors = {name: tensor[own] for name, tensor in embeddings(dtype, captions=captions).items()}
+    ids = ids_of(captions)[own] if with_ids else None
+    return loss_and_gradients(tensors, ids=ids, gamma=gamma, **form, **kind)
 
 
 def rank_results(rank, world_size):
@@ -134,10 +150,13 @@ def test_every_form_gives_the_same_loss(world_size):
     num_ids=st.integers(1, 41),
     off=st.sampled_from([None, "contrastive_weight", "soft_ce_weight", "wmse_weight", "kl_weight"]),
     kind=st.sampled_from(KINDS + OF_TWO_TEACHERS),
+    captions=st.sampled_from([None, 1, 2]),
 )
-def test_odd_sizes_tiles_and_missing_terms(rows, tile, gamma, num_ids, off, kind):
-    tensors = embeddings(torch.float64, rows)
-    options = {"ids": [i % num_ids for i in range(rows)], "gamma": gamma} | kind | ({off: 0} if off else {})
+def test_odd_sizes_tiles_and_missing_terms(rows, tile, gamma, num_ids, off, kind, captions):
+    tensors = embeddings(torch.float64, rows, captions)
+    ids = torch.arange(rows * (captions or 1)) % num_ids
+    options = {"ids": ids if captions is None else ids.view(rows, captions), "gamma": gamma, "captions": captions}
+    options |= kind | ({off: 0} if off else {})
     loss, gradients = loss_and_gradients(tensors, tile_size=tile, **options)
     exact, exact_gradients = loss_and_gradients(tensors, tile_size=None, **options)
     assert loss.item() == pytest.approx(exact.item(), rel=1e-10)
@@ -169,9 +188,12 @@ def test_scalars_for_the_log_are_the_same():
     teacher |= {"teacher_logit_scale": torch.tensor(13.0)}
     second = {"teacher_image": draw["second_image"], "teacher_text": draw["second_text"]}
     second |= {"teacher_logit_scale": torch.tensor(7.0)}
-    for teachers in ({}, teacher, {name: [teacher[name], second[name]] for name in teacher}):
-        given = student | teachers
-        (_, dense), (_, tiled) = (image_text_loss(**given, text_ids=torch.tensor(IDS), tile_size=t) for t in (None, 5))
+    cases = [student, student | teacher, student | {name: [teacher[name], second[name]] for name in teacher}]
+    several = {name: x for name, x in embeddings(torch.float64, captions=2).items() if "second" not in name}
+    cases.append(student | teacher | several)
+    for case in cases:
+        ids = ids_of(2 if case["text"].ndim == 3 else None)
+        (_, dense), (_, tiled) = (image_text_loss(**case, text_ids=ids, tile_size=t) for t in (None, 5))
         assert list(dense) == list(tiled)
         for name, value in dense.items():
             assert tiled[name].item() == pytest.approx(value.item(), rel=1e-6), name
@@ -190,7 +212,7 @@ def test_auto_is_dense_for_small_batches_and_tiled_for_large_ones(monkeypatch):
 
 def test_auto_takes_larger_batches_dense_and_larger_tiles_on_a_gpu():
     sizes = [
-        image_text._tile_size("auto", rows=rows, ring=ring, device=torch.device("cuda"))
+        image_text._tile_size("auto", pairs=rows**2, ring=ring, device=torch.device("cuda"))
         for rows, ring in ((2048, False), (2049, False), (8, True))
     ]
     assert sizes == [None, image_text.GPU_TILE, image_text.GPU_TILE]

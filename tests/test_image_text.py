@@ -23,17 +23,22 @@ def reference(
     *, image, text, scale, teacher_image, teacher_text, teacher_scale, ids, gamma, bias=0.0, weights=ALL_WEIGHTS,
     temperature=1.0, weight_temperature=1.0,
 ):  # fmt: skip
-    """The formulas of the docstring, with the [n, n, n] tensor of the released code for wMSE."""
+    """The formulas of the docstring, with the [n, m, m] tensor of the released code for wMSE.
+
+    `text` and `teacher_text` are [n, d] or [n, k, d], `ids` a list for each image.
+    """
     total = 0.0
-    for a, b, teacher_a, teacher_b in (
-        (image, text, teacher_image, teacher_text),
-        (text, image, teacher_text, teacher_image),
+    text, teacher_text = text.flatten(0, -2), teacher_text.flatten(0, -2)
+    positive = [[caption in own for own in ids] for of_image in ids for caption in of_image]  # texts, images
+    for a, b, teacher_a, teacher_b, positives in (
+        (image, text, teacher_image, teacher_text, list(zip(*positive, strict=True))),
+        (text, image, teacher_text, teacher_image, positive),
     ):
         s, t = scale * a @ b.T + bias, teacher_scale * teacher_a @ teacher_b.T
         n = len(s)
         contrastive = 0.0
         for i in range(n):
-            same = [j for j in range(n) if ids[j] == ids[i]]
+            same = [j for j, is_positive in enumerate(positives[i]) if is_positive]
             contrastive -= sum(torch.log_softmax(s[i], 0)[j] for j in same) / len(same) / n
         soft = F.softmax(t / temperature, 1)
         log_s = F.log_softmax(s / temperature, 1)
@@ -52,18 +57,28 @@ def embeddings(n, d, seed, dtype=torch.float64):
     return F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).to(dtype)
 
 
-def batch(n, dtype=torch.float64, d=5, e=7):
-    """Random normalised embeddings of student and teacher."""
+def batch(n, dtype=torch.float64, d=5, e=7, captions=None):
+    """Random normalised embeddings of student and teacher; with `captions` so many texts of each image."""
     names = ("image", "text", "teacher_image", "teacher_text")
-    return {name: embeddings(n, d if i < 2 else e, seed=i, dtype=dtype) for i, name in enumerate(names)}
+    rows = {name: n if captions is None or "image" in name else n * captions for name in names}
+    drawn = {name: embeddings(rows[name], d if i < 2 else e, seed=i, dtype=dtype) for i, name in enumerate(names)}
+    return {name: x if rows[name] == n else x.view(n, captions, -1) for name, x in drawn.items()}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("gamma", [0, 0.5, 1])
-@pytest.mark.parametrize("n, duplicates", [(1, False), (5, True), (7, False)])
-def test_the_loss_equals_its_formula_in_value_and_gradient(n, duplicates, gamma, dtype):
-    tensors = batch(n, dtype)
-    ids = [0, 1, 0, 2, 1][:n] if duplicates else list(range(n))
+@pytest.mark.parametrize(
+    "captions, ids",
+    [
+        (None, [[0]]),
+        (None, [[0], [1], [0], [2], [1]]),  # equal captions of two images
+        (None, [[i] for i in range(7)]),
+        (2, [[0, 1], [2, 0], [3, 3], [4, 5]]),  # of two images, and of one
+        (3, [[4, 8, 2], [7, 1, 0]]),
+    ],
+)
+def test_the_loss_equals_its_formula_in_value_and_gradient(captions, ids, gamma, dtype):
+    tensors = batch(len(ids), dtype, captions=captions)
     # scale and bias are parameters: at least fp32, also with embeddings in half precision
     scalar_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     scale, bias = torch.tensor(9.0, dtype=scalar_dtype), torch.tensor(-3.0, dtype=scalar_dtype)
@@ -78,7 +93,7 @@ def test_the_loss_equals_its_formula_in_value_and_gradient(n, duplicates, gamma,
         teacher_text=tensors["teacher_text"],
         teacher_logit_scale=torch.tensor(13.0, dtype=scalar_dtype),
         teacher_logit_bias=torch.tensor(5.0, dtype=scalar_dtype),
-        text_ids=torch.tensor(ids),
+        text_ids=torch.tensor(ids)[:, 0] if captions is None else torch.tensor(ids),
         gamma=gamma,
         **ALL_WEIGHTS,
         **TEMPERATURES,
@@ -108,26 +123,29 @@ def test_the_loss_equals_its_formula_in_value_and_gradient(n, duplicates, gamma,
 
 
 @pytest.mark.parametrize("teacher_sigmoid", [True, False])
-def test_the_sigmoid_form_equals_its_formula(teacher_sigmoid):
-    tensors, ids, n, temperature = batch(5), [0, 1, 0, 2, 1], 5, 2.0
+@pytest.mark.parametrize("captions", [1, 2])
+def test_the_sigmoid_form_equals_its_formula(teacher_sigmoid, captions):
+    ids = [[0, 6], [1, 7], [0, 8], [2, 2], [1, 9]]
+    tensors, n, m, temperature = batch(5, captions=captions), 5, 5 * captions, 2.0
     scale, bias = torch.tensor(9.0, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
-    s = scale * tensors["image"] @ tensors["text"].T + bias
-    t = 13.0 * tensors["teacher_image"] @ tensors["teacher_text"].T + (5.0 if teacher_sigmoid else 0.0)
+    s = scale * tensors["image"] @ tensors["text"].flatten(0, -2).T + bias
+    t = 13.0 * tensors["teacher_image"] @ tensors["teacher_text"].flatten(0, -2).T + (5.0 if teacher_sigmoid else 0.0)
     contrastive = soft_ce = 0.0
     for i in range(n):
-        for j in range(n):
-            contrastive -= F.logsigmoid(s[i, j] if ids[i] == ids[j] else -s[i, j]) / n
+        for j in range(m):
+            of_image = ids[j // captions][j % captions] in ids[i][:captions]
+            contrastive -= F.logsigmoid(s[i, j] if of_image else -s[i, j]) / m
             by_row, by_column = F.softmax(t[i] / temperature, 0)[j], F.softmax(t[:, j] / temperature, 0)[i]
             p = torch.sigmoid(t[i, j] / temperature) if teacher_sigmoid else (by_row + by_column) / 2
             yes, no = F.logsigmoid(s[i, j] / temperature), F.logsigmoid(-s[i, j] / temperature)
-            soft_ce -= (p * yes + (1 - p) * no) / n
+            soft_ce -= (p * yes + (1 - p) * no) / m
     _, scalars = image_text_loss(
         **tensors,
         logit_scale=scale,
         logit_bias=bias,
         teacher_logit_scale=torch.tensor(13.0, dtype=torch.float64),
         teacher_logit_bias=torch.tensor(5.0, dtype=torch.float64),
-        text_ids=torch.tensor(ids),
+        text_ids=torch.tensor(ids)[:, :captions],
         temperature=temperature,
         sigmoid=True,
         teacher_sigmoid=teacher_sigmoid,
@@ -203,6 +221,16 @@ def test_equal_captions_are_not_negatives():
     assert loss.item() == pytest.approx((sum(rows) / 3 + sum(columns) / 3) / 2, rel=1e-6)
 
 
+def test_the_captions_of_an_image_are_its_positives_and_not_each_others_negatives():
+    image, text = torch.eye(2), torch.eye(2)[torch.tensor([[0, 0], [1, 0]])]  # the second caption of image 1 is off
+    loss, _ = image_text_loss(image=image, text=text, logit_scale=torch.tensor(1.0))
+    # image 0: captions 1 1 0 1; image 1: 0 0 1 0, half each on the last two
+    rows = [-1 + math.log(3 * math.e + 1), -0.5 + math.log(3 + math.e)]
+    # captions 0, 1, 2 match their image; caption 3 the other one
+    columns = [-1 + math.log(math.e + 1)] * 3 + [math.log(math.e + 1)]
+    assert loss.item() == pytest.approx((sum(rows) / 2 + sum(columns) / 4) / 2, rel=1e-6)
+
+
 def test_a_bias_cancels_and_still_has_a_gradient():
     tensors = batch(4)
     scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
@@ -276,6 +304,9 @@ def test_with_all_weights_0_the_scalars_are_computed_and_every_parameter_is_in_t
         ({"teacher_image": torch.eye(2)}, "teacher_image has 2 rows, image has 3"),
         ({"text": torch.eye(3)[:2]}, "text has 2 rows"),
         ({"text_ids": torch.arange(4)}, "text_ids has 4 rows"),
+        ({"text": torch.eye(3)[:, None].expand(3, 2, 3)}, "teacher_text has 3 rows, text has 6"),
+        ({"text_ids": torch.zeros(3, 2, dtype=torch.long)}, "text_ids has 6 rows, text has 3"),
+        ({"teacher_text": torch.eye(3)[:, None].expand(3, 2, 3)}, "teacher_text has 6 rows, text has 3"),
         ({"teacher_text": None}, "must be given together: pass all three or none"),
         (ALONE | {"text": torch.eye(3)[:2]}, "text has 2 rows"),
         (ALONE | {"text_ids": torch.arange(4)}, "text_ids has 4 rows"),

@@ -62,17 +62,16 @@ def test_the_loss_on_captions_is_the_sum_over_teachers_of_the_naive_terms(studen
         leaf.requires_grad_()
 
     expected = torch.zeros((), dtype=torch.float64)
-    for caption in (0, 1):
-        s = 9 * image @ text[:, caption].T
-        t = [scale * i @ x[:, caption].T for scale, i, x in zip(SCALES, theirs_image, theirs_text, strict=True)]
-        for rows, teachers in ((s, t), (s.T, [logits.T for logits in t])):
-            mean = SHARES[0] * teachers[0] + SHARES[1] * teachers[1]
-            soft = SHARES[0] * teachers[0].softmax(1) + SHARES[1] * teachers[1].softmax(1)
-            contrastive = F.cross_entropy(rows, torch.arange(ROWS))
-            soft_ce = -(soft * rows.log_softmax(1)).sum(1).mean()
-            only_wmse = GklSettings(soft_ce_weight=0.0, wmse_weight=GKL.wmse_weight, gamma=GKL.gamma)
-            both = contrastive + GKL.soft_ce_weight * soft_ce + naive_gkl(rows, mean, only_wmse)
-            expected = expected + both / 4
+    s = 9 * image @ text.flatten(0, 1).T
+    t = [scale * i @ x.flatten(0, 1).T for scale, i, x in zip(SCALES, theirs_image, theirs_text, strict=True)]
+    of_texts = torch.eye(ROWS, dtype=torch.float64).repeat_interleave(2, dim=0)  # each caption has its image
+    for rows, teachers, own in ((s, t, of_texts.T / 2), (s.T, [logits.T for logits in t], of_texts)):
+        mean = SHARES[0] * teachers[0] + SHARES[1] * teachers[1]
+        soft = SHARES[0] * teachers[0].softmax(1) + SHARES[1] * teachers[1].softmax(1)
+        contrastive = -(own * rows.log_softmax(1)).sum(1).mean()
+        soft_ce = -(soft * rows.log_softmax(1)).sum(1).mean()
+        only_wmse = GklSettings(soft_ce_weight=0.0, wmse_weight=GKL.wmse_weight, gamma=GKL.gamma)
+        expected = expected + (contrastive + GKL.soft_ce_weight * soft_ce + naive_gkl(rows, mean, only_wmse)) / 2
     for k, share in enumerate(SHARES):
         images, texts = mapped["image"][k], mapped["text"][k].flatten(0, 1)
         goal, text_goal = theirs_image[k], theirs_text[k].flatten(0, 1)

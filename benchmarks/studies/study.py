@@ -19,6 +19,8 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 IN_BATCH = ["--wmse-weight", "0.5", "--cross-soft-ce-weight", "0", "--cross-wmse-weight", "0"]
 IN_BATCH += ["--mimicry-weight", "10000", "--captions-per-image", "1", "--lr", "6e-3"]
 """Terms and settings of the CLIP recipes that the studies of the batch's own logits were run with."""
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+"""Of every run: one thread, and glibc's memory kept as in the Makefile."""
 ONLY_AT_THE_END = ["--eval-every-steps", "0", "--checkpoint-every-steps", "0"]
 """No evaluation and no checkpoint before the last step."""
 EMOJI_COLUMNS: dict[str, tuple[str | None, str]] = {
@@ -86,7 +88,7 @@ class Study:
             flags = [*self.flags, "--seed", str(seed), "--output-dir", str(folder), *self.arms[arm].flags]
             name = f"{self.arms[arm].recipe or self.recipe}.py"
             script = next(path for path in (RECIPES / name, Path(__file__).with_name(name)) if path.is_file())
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            environment = os.environ | ENVIRONMENT
             done = subprocess.run([sys.executable, script, *flags], env=environment, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{arm}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")

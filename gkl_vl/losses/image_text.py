@@ -1,11 +1,12 @@
 """The losses of CLIP distillation on image and text embeddings, over the rows of all processes.
 
-Axis letters: n = rows of this process, N = rows of all processes, d = the student's embedding, e = the teacher's.
+Axis letters: n = images of this process, N = images of all processes, k = captions of an image, d = the student's
+embedding, e = the teacher's.
 
-Every term is a mean over N rows, or a ratio of two sums over N rows. A rank computes its own rows' share of it, times
-the number of ranks, against the columns of all ranks; `gather_rows` has gradients, so that DistributedDataParallel's
-averaging gives exactly the gradient of one process on the joined batch. The returned value is the global one on every
-rank. All ranks must have the same number of rows.
+Every term is a mean over rows of all processes, or a ratio of two sums over them. A rank computes its own rows' share
+of it, times the number of ranks, against the columns of all ranks; `gather_rows` has gradients, so that
+DistributedDataParallel's averaging gives exactly the gradient of one process on the joined batch. The returned value
+is the global one on every rank. All ranks must have the same number of rows.
 """
 
 import math
@@ -49,10 +50,10 @@ GPU_DENSE_ENTRIES = 2048**2
 def image_text_loss(
     *,
     image: Float[Tensor, "n d"],
-    text: Float[Tensor, "n d"],
+    text: Float[Tensor, "n *k d"],
     logit_scale: Float[Tensor, ""],
     teacher_image: Float[Tensor, "n e"] | Sequence[Float[Tensor, "n _e"]] | None = None,
-    teacher_text: Float[Tensor, "n e"] | Sequence[Float[Tensor, "n _e"]] | None = None,
+    teacher_text: Float[Tensor, "n *k e"] | Sequence[Float[Tensor, "n *k _e"]] | None = None,
     teacher_logit_scale: Float[Tensor, ""] | Sequence[Float[Tensor, ""]] | None = None,
     logit_bias: Float[Tensor, ""] | None = None,
     teacher_logit_bias: Float[Tensor, ""] | Sequence[Float[Tensor, ""] | None] | None = None,
@@ -64,7 +65,7 @@ def image_text_loss(
     gamma: float = 0.0,
     temperature: float = 1.0,
     weight_temperature: float = 1.0,
-    text_ids: Int[Tensor, " n"] | None = None,
+    text_ids: Int[Tensor, " n *k"] | None = None,
     tile_size: int | Literal["auto"] | None = "auto",
     ring: bool = False,
     sigmoid: bool = False,
@@ -89,8 +90,12 @@ def image_text_loss(
     sum_k a_k softmax(t_k/T), where KL is computed as sum_k a_k KL_k, which has the same gradient. wMSE is that of the
     mean logits t = sum_k a_k t_k.
 
+    An image may have several captions, the same number for all. Its row then has the captions of all images as columns,
+    and its contrastive target is spread evenly over its own; the row of a caption has the images as columns.
+
     Args:
-        image, text: the student's L2-normalised embeddings of this process's pairs; row i of both is one pair.
+        image: the student's L2-normalised embeddings of this process's images.
+        text: those of the captions of each, [n, d] or [n, k, d].
         logit_scale, teacher_logit_scale: factors of the cosine similarities, already exponentiated.
         teacher_image, teacher_text: the teacher's L2-normalised embeddings; their length may differ from the
             student's. None = no teacher: contrastive loss only. Of several teachers, lists with a tensor for each, as
@@ -99,16 +104,17 @@ def image_text_loss(
         teacher_weights: relative weights of several teachers, divided by their sum. None = equal.
         temperature: T, of the soft cross entropy and of KL. No factor T^2.
         weight_temperature: T2, of the weights.
-        text_ids: equal ids mark equal captions; the contrastive target is spread evenly over them, so that equal
+        text_ids: [n] or [n, k], equal ids mark equal captions. An image is a positive of a caption if one of its
+            captions is equal to it, and the contrastive target is spread evenly over a row's positives, so that equal
             captions are not negatives of each other. None = all captions differ.
         tile_size: side of the tiles in which the logits are computed, twice and never as a whole (`losses/tiles.py`):
             memory O(N) in place of O(nN), the same value. None = the [n, N] matrices, which have second derivatives;
             "auto" = these for small batches, tiles where they are smaller and faster.
         ring: texts are passed from rank to rank in place of being gathered: memory O(n) in place of O(N), with more
             and smaller messages, the same value. In tiles only.
-        sigmoid: the student is a SigLIP: each pair is a binary decision. With z = 1 for equal captions, else -1,
-            the contrastive term is sum_ij -log sigmoid(z_ij s_ij) / N, and soft CE the binary cross entropy
-            sum_ij -p_ij log sigmoid(s_ij / T) - (1 - p_ij) log sigmoid(-s_ij / T), / N. Its target p is
+        sigmoid: the student is a SigLIP: each pair is a binary decision. With z = 1 for positives, else -1,
+            the contrastive term is sum_ij -log sigmoid(z_ij s_ij) / (k N), and soft CE the binary cross entropy
+            sum_ij -p_ij log sigmoid(s_ij / T) - (1 - p_ij) log sigmoid(-s_ij / T), / (k N). Its target p is
             sigmoid(t / T) with `teacher_sigmoid`, otherwise the mean of the two directions' softmax(t / T).
             wMSE is the same. A softmax student takes a SigLIP teacher as any other, by the softmax of its logits.
         teacher_sigmoid: the teacher is a SigLIP too; its bias counts.
@@ -121,8 +127,8 @@ def image_text_loss(
         computed.
 
     Raises:
-        ValueError: teacher and student with different numbers of rows; part of a teacher missing; gamma < 0, a
-            temperature or a teacher's weight <= 0, a tile size below 1.
+        ValueError: teacher and student with different numbers of images or captions; part of a teacher missing;
+            gamma < 0, a temperature or a teacher's weight <= 0, a tile size below 1.
         RuntimeError: a second derivative of the tiled form.
 
     Source: Cui et al., arXiv 2305.13948 (NeurIPS 2024) and 2503.08038 (TPAMI 2026); Radford et al. 2021 and, for the
@@ -135,7 +141,9 @@ def image_text_loss(
         image=teacher_image, text=teacher_text, scale=teacher_logit_scale, bias=teacher_logit_bias,
         weights=teacher_weights, sigmoid=teacher_sigmoid,
     )  # fmt: skip
-    _check_rows(image, {"text": text, "text_ids": text_ids}, teachers)
+    student = _Side(image, text, logit_scale, logit_bias if sigmoid else None)
+    text_ids = _text_ids(text_ids, text)
+    _check_rows(student, text, text_ids, teachers)
     _check_forms(sigmoid=sigmoid, teacher_sigmoid=any(t.sigmoid for t in teachers), kl_weight=kl_weight)
     terms = Terms(
         contrastive_weight=contrastive_weight,
@@ -151,10 +159,7 @@ def image_text_loss(
         teacher_weights=tuple(teacher.weight for teacher in teachers),
         teacher_sigmoid=tuple(teacher.sigmoid for teacher in teachers),
     )
-    student = _Side(image, text, logit_scale, logit_bias if sigmoid else None)
-    if text_ids is None:
-        text_ids = torch.arange(rank() * len(image), (rank() + 1) * len(image), device=image.device)
-    size = _tile_size(tile_size, rows=len(image), ring=ring, device=image.device)
+    size = _tile_size(tile_size, pairs=len(image) * len(student.text), ring=ring, device=image.device)
     with torch.autocast(image.device.type, enabled=False):  # else products would be in half precision
         if size is None:
             share, scalars = _dense_loss(student, teachers, text_ids, terms)
@@ -228,17 +233,30 @@ def _check_forms(*, sigmoid: bool, teacher_sigmoid: bool, kl_weight: float) -> N
         )
 
 
-def _check_rows(image: Tensor, others: dict[str, Tensor | None], teachers: "Sequence[_Side]") -> None:
-    of_teachers = [{"teacher_image": teacher.image, "teacher_text": teacher.text} for teacher in teachers]
-    for name, value in (item for side in (others, *of_teachers) for item in side.items()):
-        if value is not None and value.shape[0] != image.shape[0]:
-            raise ValueError(
-                f"{name} has {value.shape[0]} rows, image has {image.shape[0]}: they must be the same pairs"
-            )
+def _text_ids(given: Tensor | None, text: Tensor) -> Tensor:
+    """[n, k]; where none are given, another number for each caption of all ranks."""
+    if given is not None:
+        return given.unsqueeze(1) if given.ndim == 1 else given
+    count = text[..., 0].numel()
+    return torch.arange(rank() * count, (rank() + 1) * count, device=text.device).view(len(text), -1)
+
+
+def _check_rows(student: "_Side", text: Tensor, text_ids: Tensor, teachers: "Sequence[_Side]") -> None:
+    images, texts = len(student.image), len(student.text)
+    rows = [("text", text, images, "image"), ("text_ids", text_ids, images, "image")]
+    rows += [("text_ids", text_ids.flatten(), texts, "text")]
+    rows += [("teacher_image", teacher.image, images, "image") for teacher in teachers]
+    rows += [("teacher_text", teacher.text, texts, "text") for teacher in teachers]
+    for name, value, count, other in rows:
+        if len(value) != count:
+            raise ValueError(f"{name} has {len(value)} rows, {other} has {count}: they must be the same pairs")
 
 
 class _Side:
-    """Embeddings of one model in float32 or float64, its scale, and its bias for the sigmoid forms."""
+    """Embeddings of one model in float32 or float64, its scale, and its bias for the sigmoid forms.
+
+    `image` is [n, d]; `text` is [k n, d], the captions of an image one behind the other.
+    """
 
     def __init__(
         self,
@@ -250,7 +268,7 @@ class _Side:
         weight: float = 1.0,
         sigmoid: bool = False,
     ):
-        self.image, self.text, self.scale, self.bias = upcast(image), upcast(text), scale, bias
+        self.image, self.text, self.scale, self.bias = upcast(image), upcast(text).flatten(0, -2), scale, bias
         self.weight, self.sigmoid = weight, sigmoid
         """Of a teacher: its share of the targets, and whether they are sigmoids."""
 
@@ -258,10 +276,11 @@ class _Side:
         return 0.0 if self.bias is None else self.bias
 
     def two_directions(self) -> tuple[Tensor, Tensor]:
-        """Own images against all texts, own texts against all images: [n, N] each, without the bias."""
-        rows = gather_rows(torch.cat([self.image, self.text], dim=1))  # one collective instead of two
-        all_images, all_texts = rows.split([self.image.shape[1], self.text.shape[1]], dim=1)
-        return self.scale * self.image @ all_texts.T, self.scale * self.text @ all_images.T
+        """Own images against all texts [n, k N], own texts against all images [k n, N], without the bias."""
+        (n, d), texts = self.image.shape, self.text
+        rows = gather_rows(torch.cat([self.image, texts.reshape(n, -1)], dim=1))  # one collective instead of two
+        all_images, all_texts = rows[:, :d], rows[:, d:].reshape(-1, texts.shape[1])
+        return self.scale * self.image @ all_texts.T, self.scale * texts @ all_images.T
 
 
 def _teachers(
@@ -301,11 +320,12 @@ def _teachers(
     ]
 
 
-def _tile_size(requested: int | Literal["auto"] | None, *, rows: int, ring: bool, device: torch.device) -> int | None:
+def _tile_size(requested: int | Literal["auto"] | None, *, pairs: int, ring: bool, device: torch.device) -> int | None:
+    """None = dense. `pairs`: logits of this process's images and texts."""
     if requested == "auto":
         on_cpu = device.type == "cpu"
         tile, dense_entries = (CPU_TILE, CPU_TILE**2) if on_cpu else (GPU_TILE, GPU_DENSE_ENTRIES)
-        return tile if ring or rows * rows * world_size() > dense_entries else None
+        return tile if ring or pairs * world_size() > dense_entries else None
     if requested is None and ring:
         raise ValueError("ring=True needs tiles: tile_size must not be None")
     if requested is not None and requested < 1:
@@ -316,23 +336,23 @@ def _tile_size(requested: int | Literal["auto"] | None, *, rows: int, ring: bool
 def _dense_loss(student: _Side, teachers: Sequence[_Side], text_ids: Tensor, terms: Terms) -> tuple[Tensor, Scalars]:
     """This rank's share of the loss times the number of ranks, and the scalars of its rows; reference of the tiles."""
     student_logits = student.two_directions()
-    same = (text_ids[:, None] == gather_rows(text_ids)).to(student.image.dtype)
+    same = [of_pairs.to(student.image.dtype) for of_pairs in _positives(text_ids)]
     scalars: Scalars = {}
     if terms.contrastive_weight:
-        rows = [_contrastive_rows(logits + student.shift(), same, terms) for logits in student_logits]
-        scalars["contrastive"] = _mean_of_rows(rows)
+        rows = [_contrastive_rows(s + student.shift(), of, terms) for s, of in zip(student_logits, same, strict=True)]
+        scalars["contrastive"] = _mean_of_rows(rows, terms)
     teacher_logits = [teacher.two_directions() for teacher in teachers]
     for side, teacher, logits in zip(terms.teachers, teachers, teacher_logits, strict=True):
         pairs, suffix = list(zip(student_logits, logits, strict=True)), side.removeprefix("teacher")
         if terms.gkl.soft_ce_weight and terms.sigmoid:
             rows = [_sigmoid_soft_rows(s + student.shift(), t + teacher.shift(), teacher, terms) for s, t in pairs]
-            scalars[f"soft_ce{suffix}"] = _mean_of_rows(rows)
+            scalars[f"soft_ce{suffix}"] = _mean_of_rows(rows, terms)
         elif terms.gkl.soft_ce_weight:
             rows = [soft_cross_entropy_rows(student=s, teacher=t, temperature=terms.gkl.temperature) for s, t in pairs]
-            scalars[f"soft_ce{suffix}"] = _mean_of_rows(rows)
+            scalars[f"soft_ce{suffix}"] = _mean_of_rows(rows, terms)
         if terms.kl_weight:
             rows = [kl_rows(student=s, teacher=t, temperature=terms.gkl.temperature) for s, t in pairs]
-            scalars[f"kl{suffix}"] = _mean_of_rows(rows)
+            scalars[f"kl{suffix}"] = _mean_of_rows(rows, terms)
     if terms.gkl.wmse_weight:
         ratios = []
         for s, *ts in zip(student_logits, *teacher_logits, strict=True):
@@ -343,7 +363,14 @@ def _dense_loss(student: _Side, teachers: Sequence[_Side], text_ids: Tensor, ter
     weights = {name: weight for name, weight in terms.by_scalar().items() if name in scalars}
     loss = sum((weight * scalars[name] for name, weight in weights.items()), student_logits[0].new_zeros(()))
     of_images = {side: logits[0] for side, logits in zip(terms.teachers, teacher_logits, strict=True)}
-    return loss, {name: scalars[name] for name in weights} | _diagnostics(student_logits[0], of_images, same)
+    return loss, {name: scalars[name] for name in weights} | _diagnostics(student_logits[0], of_images, same[0])
+
+
+def _positives(text_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether one of an image's captions is the caption: own images, all texts [n, k N]; own texts, all images."""
+    all_ids = gather_rows(text_ids)
+    of_images = (text_ids[:, :, None] == all_ids.flatten()).any(dim=1)
+    return of_images, (text_ids.flatten()[:, None, None] == all_ids).any(dim=2)
 
 
 def _contrastive_rows(student: Tensor, same: Tensor, terms: Terms) -> Tensor:
@@ -369,11 +396,14 @@ def _tiled_loss(
 
     of_teachers = tuple((teacher.scale * teacher.image, columns(teacher.text), teacher.bias) for teacher in teachers)
     student_tensors = student.image, columns(student.text), student.scale, student.bias
-    return TiledLoss.apply(*student_tensors, of_teachers, (text_ids, columns(text_ids)), terms, tile_size, ring)
+    ids = text_ids, columns(text_ids.flatten())
+    return TiledLoss.apply(*student_tensors, of_teachers, ids, terms, tile_size, ring)
 
 
-def _mean_of_rows(directions: list[Tensor]) -> Tensor:
-    return torch.stack([rows.mean() for rows in directions]).mean()
+def _mean_of_rows(directions: list[Tensor], terms: Terms) -> Tensor:
+    """The mean of both directions' mean over rows; a sigmoid student's sum over pairs, divided by the texts."""
+    counts = [len(directions[1])] * 2 if terms.sigmoid else map(len, directions)
+    return torch.stack([rows.sum() / count for rows, count in zip(directions, counts, strict=True)]).mean()
 
 
 def _mean_over_ranks(x: Tensor) -> Tensor:

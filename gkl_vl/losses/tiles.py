@@ -1,12 +1,13 @@
 """Memory-efficient losses of `image_text.py`, without [n, N] matrices: one pass for statistics, one for gradients.
 
-A pass iterates over tiles of the logits: images of this process (rows) against texts of all processes (columns). A tile
+A pass iterates over tiles of the logits: images of this process (rows) against texts of all processes (columns), of
+which there may be several for an image. A tile
 is computed once for both directions, image to text (its rows) and text to image (its columns). Each direction needs a
 few softmaxes of its logits: the log-sum-exp of each, and the mean and variance of some values under it, which are
 updated tile by tile. The second pass recomputes each tile and accumulates its gradient in the embeddings' gradients.
 
-Axis letters: n = rows of this process, N = rows of all processes, m = columns, r c = rows and columns of a tile,
-q = rows of one direction, k = values, d = the student's embedding, e = the teacher's.
+Axis letters: n = images of this process, N = images of all processes, k = texts of an image, m = columns, r c = rows
+and columns of a tile, q = rows of one direction, v = values, d = the student's embedding, e = the teacher's.
 
 Stability: the exponents of a running softmax are shifted by their running maximum; means and variances are updated by
 differences of means (Chan et al. 1979), so that no large sums are subtracted. Biases do not change a softmax and are
@@ -79,9 +80,9 @@ class Terms:
 
 
 class Softmax:
-    """Running softmax(factor * logits) of q rows, and the means of k values under it.
+    """Running softmax(factor * logits) of q rows, and the means of v values under it.
 
-    `maximum` and `sum_exp` [q]: the largest exponent, and the sum of exponentials relative to it. `mean` [k, q] has one
+    `maximum` and `sum_exp` [q]: the largest exponent, and the sum of exponentials relative to it. `mean` [v, q] has one
     row per value; `variance` [q] is the variance of the value "difference", if requested.
     """
 
@@ -133,8 +134,10 @@ class Direction:
     `with_metrics` also accumulates what the logged metrics need: entropies and the most similar columns.
     """
 
-    def __init__(self, terms: Terms, *, num_columns: int, with_metrics: bool, like: Float[Tensor, " q"]):
-        self.terms, self.num_columns, self.with_metrics = terms, num_columns, with_metrics
+    def __init__(self, terms: Terms, *, texts_per_row: int, with_metrics: bool, like: Float[Tensor, " q"]):
+        self.terms, self.with_metrics = terms, with_metrics
+        self.soft_share = 1 / texts_per_row if terms.sigmoid else 1
+        """A sigmoid student's soft CE is a sum over pairs, divided by the number of texts, not of rows."""
         self.distil_weight, self.wmse_weight = terms.gkl.soft_ce_weight + terms.kl_weight, terms.gkl.wmse_weight
         self.inverse_temperature = 1 / terms.gkl.temperature
         self.contrastive_weight = 0 if terms.sigmoid else terms.contrastive_weight
@@ -224,7 +227,7 @@ class Direction:
             by_row["contrastive"] = self.softmaxes["student", 1.0].log_sum_exp() - self.positive / self.num_positive
         for side in self.softmax_targets:
             teacher, suffix = self.softmaxes[side, factor], side.removeprefix("teacher")
-            by_row[f"soft_ce{suffix}"] = -factor * teacher.mean_of("student")
+            by_row[f"soft_ce{suffix}"] = -factor * self.soft_share * teacher.mean_of("student")
             if not self.terms.sigmoid:
                 by_row[f"soft_ce{suffix}"] += self.softmaxes["student", factor].log_sum_exp()
                 entropy = teacher.log_sum_exp() - factor * teacher.mean_of(side)
@@ -244,14 +247,15 @@ class Direction:
         softmax = self.softmaxes[side, 1.0]
         return softmax.log_sum_exp() - softmax.mean_of(side)
 
-    def prepare_gradient(self, *, row_weight: float, wmse_denominator: Float[Tensor, ""] | None) -> None:
+    def prepare_gradient(self, *, num_rows: int, wmse_denominator: Float[Tensor, ""] | None) -> None:
         """Computes the coefficients of `gradient` from the statistics.
 
-        `row_weight` is the weight of a row in a mean over rows; `wmse_denominator` is the sum over rows of all ranks.
+        `num_rows` is the number of this process's rows; `wmse_denominator` is the sum over rows of all ranks.
         """
+        row_weight = 0.5 / num_rows  # each direction counts half
         terms, factor = self.terms, self.inverse_temperature
         coefficients = dict.fromkeys(self.softmaxes, 0.0)
-        distillation = factor * row_weight * self.distil_weight
+        distillation = factor * row_weight * self.soft_share * self.distil_weight
         if self.contrastive_weight:
             coefficients["student", 1.0] += row_weight * self.contrastive_weight
         if not terms.sigmoid and self.distil_weight:
@@ -263,7 +267,7 @@ class Direction:
         """Coefficient of each unnormalised softmax in the gradient; positives, wMSE and `Pairs` are added apart."""
         self.positive_coefficient = row_weight * self.contrastive_weight / self.num_positive
         if wmse_denominator is not None:
-            scale = row_weight * self.num_columns * self.wmse_weight
+            scale = 0.5 * world_size() * self.wmse_weight
             coefficient = scale * self._total_weight().square() / wmse_denominator
             # exp(x - wmse_shift) is the softmax times the coefficient
             self.wmse_shift = self.softmaxes[self.wmse_key].log_sum_exp() - coefficient.log()
@@ -312,15 +316,15 @@ class Pairs:
             self.sums[side.replace("teacher", "soft_ce")] += entropy.sum()
 
     def add_gradient(
-        self, gradient: Float[Tensor, "r c"], logits: Logits, same: Float[Tensor, "r c"], *, row_weight: float
+        self, gradient: Float[Tensor, "r c"], logits: Logits, same: Float[Tensor, "r c"], *, pair_weight: float
     ) -> None:
-        """Adds to a tile's gradient in place; `row_weight` is the weight of a row in a mean over rows."""
+        """Adds to a tile's gradient in place; `pair_weight` is the weight of a pair in the mean."""
         if "contrastive" in self.sums:
-            coefficient = row_weight * self.terms.contrastive_weight
+            coefficient = pair_weight * self.terms.contrastive_weight
             sign = 1 - 2 * same
             gradient.addcmul_(torch.sigmoid(sign * logits["student"]), sign, value=coefficient)
         if self.soft_sides:
-            coefficient = row_weight * self.inverse_temperature * self.terms.gkl.soft_ce_weight
+            coefficient = pair_weight * self.inverse_temperature * self.terms.gkl.soft_ce_weight
             gradient.add_(torch.sigmoid(self.inverse_temperature * logits["student"]), alpha=coefficient)
             for side, weight in self.terms.sigmoid_targets.items():
                 target = torch.sigmoid(self.inverse_temperature * logits[side])
@@ -345,8 +349,8 @@ class Rows:
     """Multiplied by the logit scale."""
     teachers: tuple[Float[Tensor, "n _e"], ...]
     """Each multiplied by its scale."""
-    ids: Int[Tensor, " n"]
-    """Equal ids mark equal captions."""
+    ids: Int[Tensor, "n k"]
+    """Of the captions of each: equal ids mark equal captions."""
     bias: Float[Tensor, ""] | None
     teacher_biases: tuple[Float[Tensor, ""] | None, ...]
     """The biases are for sigmoids; a softmax does not depend on them."""
@@ -354,7 +358,10 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Text embeddings of all ranks, or in a ring of one rank at a time, with the statistics of their direction."""
+    """Text embeddings of all ranks, or in a ring of one rank at a time, with the statistics of their direction.
+
+    The texts of an image are one behind the other.
+    """
 
     student: Float[Tensor, "m d"]
     teachers: tuple[Float[Tensor, "m _e"], ...]
@@ -364,13 +371,16 @@ class Columns:
     direction: Direction
 
     def tiles(self, rows: Rows, size: int) -> Iterator[tuple[slice, slice, Logits, Float[Tensor, "r c"]]]:
-        """Yields (rows, columns, logits, 1 where the captions are equal and 0 elsewhere) of each tile."""
+        """Yields (rows, columns, logits, 1 where the image has the caption and 0 elsewhere) of each tile."""
         for start in range(0, len(rows.ids), size):
             for first in range(0, len(self.ids), size):
                 r, c = slice(start, start + size), slice(first, first + size)
+                first_ids, *other_ids = rows.ids[r, :, None].unbind(1)  # [r, 1] each
+                same = first_ids == self.ids[c]
+                for ids in other_ids:  # in turn: no [r, c, k]
+                    same |= ids == self.ids[c]
                 # Floats to multiply by: selecting with a boolean mask is ten times slower.
-                same = (rows.ids[r, None] == self.ids[c]).to(rows.student.dtype)
-                yield r, c, self._logits(rows, r, c), same
+                yield r, c, self._logits(rows, r, c), same.to(rows.student.dtype)
 
     def _logits(self, rows: Rows, r: slice, c: slice) -> Logits:
         logits, terms = {"student": rows.student[r] @ self.student[c].T}, self.direction.terms
@@ -416,7 +426,7 @@ class TiledLoss(torch.autograd.Function):
         scale: Float[Tensor, ""],
         bias: Float[Tensor, ""] | None,
         teachers: tuple[tuple[Float[Tensor, "n _e"], Float[Tensor, "m _e"], Float[Tensor, ""] | None], ...],
-        ids: tuple[Int[Tensor, " n"], Int[Tensor, " m"]],
+        ids: tuple[Int[Tensor, "n k"], Int[Tensor, " m"]],
         terms: Terms,
         tile_size: int,
         ring: bool,
@@ -426,9 +436,9 @@ class TiledLoss(torch.autograd.Function):
             student=scale * image, teachers=teacher_images, ids=ids[0], bias=bias, teacher_biases=teacher_biases
         )
         pairs = Pairs(terms, device=image.device)
-        num_columns = world_size() * len(image)
-        images = Direction(terms, num_columns=num_columns, with_metrics=True, like=rows.student[:, 0])
-        texts = Direction(terms, num_columns=num_columns, with_metrics=False, like=text[:, 0])
+        own_texts = ids[0].numel()
+        images = Direction(terms, texts_per_row=ids[0].shape[1], with_metrics=True, like=rows.student[:, 0])
+        texts = Direction(terms, texts_per_row=1, with_metrics=False, like=text[:, 0])
         first = rank() * len(text) if ring else 0
         columns = Columns(student=text, teachers=teacher_texts, ids=ids[1], first=first, direction=texts)
         for _ in range(world_size() if ring else 1):
@@ -441,13 +451,13 @@ class TiledLoss(torch.autograd.Function):
         if not ring:
             columns.direction.join_processes()  # all ranks
 
-        start = 0 if ring else rank() * len(image)
-        own = slice(start, start + len(image))
+        start = 0 if ring else rank() * own_texts
+        own = slice(start, start + own_texts)
         text_terms = {name: by_row[own] for name, by_row in columns.direction.terms_by_row().items()}
         directions = [images.terms_by_row(), text_terms]
         scalars = {name: torch.stack([by_row[name].mean() for by_row in directions]).mean() for name in directions[0]}
         for name, total in pairs.sums.items():
-            scalars[name] = scalars.get(name, 0.0) + (total / len(image)).to(image.dtype)
+            scalars[name] = scalars.get(name, 0.0) + (total / own_texts).to(image.dtype)
         denominators = (None, None)
         if "wmse" in scalars:
             sums = torch.stack([by_row["wmse_denominator"].sum() for by_row in directions])
@@ -465,7 +475,11 @@ class TiledLoss(torch.autograd.Function):
             raise RuntimeError("the tiled image_text_loss has no second derivative: pass tile_size=None")
         image, scale = ctx.saved_tensors
         rows, images, columns = ctx.rows, ctx.images, ctx.columns
-        for_images, for_texts = ({"row_weight": 0.5 / len(image), "wmse_denominator": d} for d in ctx.denominators)
+        own_texts = rows.ids.numel()
+        for_images, for_texts = (
+            {"num_rows": count, "wmse_denominator": denominator}
+            for count, denominator in zip((len(image), own_texts), ctx.denominators, strict=True)
+        )
         images.prepare_gradient(**for_images)
         image_grad, text_grad = torch.zeros_like(rows.student), torch.zeros_like(columns.student)
         bias_grad = torch.zeros_like(scale)
@@ -474,7 +488,7 @@ class TiledLoss(torch.autograd.Function):
             for r, c, logits, same in columns.tiles(rows, ctx.tile_size):
                 tile = images.gradient(r, logits, same)
                 tile += columns.direction.gradient(c, {name: part.T for name, part in logits.items()}, same.T).T
-                ctx.pairs.add_gradient(tile, logits, same, row_weight=1 / len(image))
+                ctx.pairs.add_gradient(tile, logits, same, pair_weight=1 / own_texts)
                 if rows.bias is not None:
                     bias_grad += tile.sum()
                 image_grad[r] += tile @ columns.student[c]

@@ -132,7 +132,7 @@ class ClipKd(Objective):
         if self.teacher is None or not self.weights.mapped:
             return loss, scalars | self._means(scalars)
         spaces = _teacher_spaces(outputs, targets)
-        banks = self._banks(outputs, targets) if self.weights.cross.counts else [{}] * len(spaces)  # all ranks
+        banks = self._banks(targets) if self.weights.cross.counts else [{}] * len(spaces)  # all ranks
         for number, (weight, space, bank) in enumerate(zip(self.teacher_weights, spaces, banks, strict=True)):
             terms: dict[str, Tensor] = {}
             if self.weights.mimicry_weight:
@@ -162,10 +162,10 @@ class ClipKd(Objective):
             for name, terms in by_teacher.items()
         }
 
-    def _banks(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """`text_bank` and `image_bank` of each teacher. All ranks."""
-        _, first = next(_by_caption(outputs, targets))
-        texts, images = by_teacher(first, "teacher_text"), by_teacher(targets, "teacher_image")
+    def _banks(self, targets: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """`text_bank` and `image_bank` of each teacher, with the first caption of each image. All ranks."""
+        texts, images = by_teacher(targets, "teacher_text"), by_teacher(targets, "teacher_image")
+        texts = [text if text.ndim == 2 else text[:, 0] for text in texts]
         columns = self.bank.columns(torch.cat(texts, dim=1), torch.cat(images, dim=1))  # all ranks
         by_kind = [bank.split([image.shape[1] for image in images], dim=1) for bank in columns]
         return [{"text_bank": text, "image_bank": image} for text, image in zip(*by_kind, strict=True)]
@@ -194,38 +194,20 @@ def _teacher_spaces(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> l
 def _logits_loss(
     outputs: dict[str, Tensor], targets: dict[str, Tensor], weights: ClipKdWeights, shares: Sequence[float]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`image_text_loss`, with several captions per image the mean over them."""
+    """`image_text_loss` of outputs and targets."""
     sigmoid = "logit_bias" in outputs
-    losses, scalars = [], []
-    for paired_outputs, paired_targets in _by_caption(outputs, targets):
-        teachers: dict[str, Any] = {}
-        if "teacher_image" in targets:
-            names = ("teacher_image", "teacher_text", "teacher_logit_scale")
-            teachers |= {name: by_teacher(paired_targets, name) for name in names}
-            biases = [targets.get(numbered("teacher_logit_bias", number)) for number in range(len(shares))]
-            teachers |= {"teacher_logit_bias": biases, "teacher_weights": shares}
-            teachers["teacher_sigmoid"] = [sigmoid and bias is not None for bias in biases]
-        loss, terms = image_text_loss(
-            **paired_outputs,
-            **teachers,
-            text_ids=paired_targets["text_ids"],
-            **vars(weights.gkl),
-            contrastive_weight=weights.contrastive_weight,
-            sigmoid=sigmoid,
-        )
-        losses.append(loss)
-        scalars.append(terms)
-    return torch.stack(losses).mean(), {name: torch.stack([of[name] for of in scalars]).mean() for name in scalars[0]}
-
-
-def _by_caption(
-    outputs: dict[str, Tensor], targets: dict[str, Tensor]
-) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Outputs and targets of the images with the first caption of each, with the second, and so on."""
-    if outputs["text"].ndim == 2:
-        yield outputs, targets
-        return
-    for number, text in enumerate(outputs["text"].unbind(1)):
-        texts = [name for name in targets if name == "text_ids" or name.startswith("teacher_text")]
-        of_texts = {name: targets[name][:, number] for name in texts}
-        yield outputs | {"text": text}, targets | of_texts
+    teachers: dict[str, Any] = {}
+    if "teacher_image" in targets:
+        names = ("teacher_image", "teacher_text", "teacher_logit_scale")
+        teachers |= {name: by_teacher(targets, name) for name in names}
+        biases = [targets.get(numbered("teacher_logit_bias", number)) for number in range(len(shares))]
+        teachers |= {"teacher_logit_bias": biases, "teacher_weights": shares}
+        teachers["teacher_sigmoid"] = [sigmoid and bias is not None for bias in biases]
+    return image_text_loss(
+        **outputs,
+        **teachers,
+        text_ids=targets["text_ids"],
+        **vars(weights.gkl),
+        contrastive_weight=weights.contrastive_weight,
+        sigmoid=sigmoid,
+    )

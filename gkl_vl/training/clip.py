@@ -78,7 +78,7 @@ class CaptionData:
 
     pairs: Annotated[PairData, tyro.conf.arg(name="")] = PairData()
     captions_per_image: int | None = None
-    """Captions drawn for an image in a step; the loss is their mean. None = 1; bundled data with a teacher: 2."""
+    """Captions drawn for an image in a step, all of them its positives. None = 1; bundled data with a teacher: 2."""
     caption_weights: tuple[float, ...] | None = None
     """Share of each of several caption columns in the captions drawn, such as real and synthetic. None = equal."""
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from gkl_vl.losses.cross_logits import CHUNK_ENTRIES, cross_logits_loss
 from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
-from gkl_vl.models.clip import Student, load_clip
+from gkl_vl.models.clip import load_clip
+from gkl_vl.models.student import Student
 from gkl_vl.teachers.bank import Bank
 
 SCALE = torch.tensor(50.0)

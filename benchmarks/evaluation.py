@@ -92,7 +92,7 @@ def write_models(folder: Path) -> dict[str, str]:
     random = folder / "vit"
     random.mkdir()
     torch.manual_seed(0)
-    save_file(load_clip("ViT-T-16").towers.model.state_dict(), random / "open_clip_model.safetensors")
+    save_file(load_clip("ViT-T-16").towers.get_submodule("model").state_dict(), random / "open_clip_model.safetensors")
     config = {"model_cfg": json.loads((MODEL_CONFIGS / "ViT-T-16.json").read_text()), "preprocess_cfg": {}}
     (random / "open_clip_config.json").write_text(json.dumps(config))
     shutil.copytree(BUNDLED_TEACHER.removeprefix("local-dir:"), folder / "teacher")

@@ -119,7 +119,7 @@ def write_model(folder: Path, config: dict) -> Clip:
     folder.mkdir()
     (folder / CONFIG_NAME).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     clip = load_clip(str(folder / CONFIG_NAME))
-    save_file(clip.towers.model.state_dict(), folder / WEIGHTS_NAME)
+    save_file(clip.towers.get_submodule("model").state_dict(), folder / WEIGHTS_NAME)
     return clip
 
 
@@ -133,7 +133,8 @@ def operations(clip: Clip) -> int:
 
 def parameters(clip: Clip) -> int:
     """Parameters without the table of token embeddings, whose rows take no operations."""
-    return sum(p.numel() for p in clip.towers.parameters()) - clip.towers.model.token_embedding.weight.numel()
+    tokens = clip.towers.get_parameter("model.token_embedding.weight")
+    return sum(p.numel() for p in clip.towers.parameters()) - tokens.numel()
 
 
 # ---- training, each run in a process of its own ------------------------------------------------------------------

@@ -9,7 +9,8 @@ from open_clip.transform import PreprocessCfg
 from small_sets import COLOURS
 from torch import nn
 
-from gkl_vl.models.clip import Clip, OpenClipTowers, load_clip
+from gkl_vl.models.clip import Clip, load_clip
+from gkl_vl.models.towers import OpenClipTowers
 
 CONFIG = {
     "embed_dim": 12,

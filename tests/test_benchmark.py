@@ -27,7 +27,8 @@ from gkl_vl.evaluation.benchmark import (
 from gkl_vl.evaluation.embed import Embedder
 from gkl_vl.evaluation.sets import load_benchmark_set
 from gkl_vl.evaluation.tables import results_text
-from gkl_vl.models.clip import BUNDLED_TEACHER, Clip, OpenClipTowers, load_clip
+from gkl_vl.models.clip import BUNDLED_TEACHER, Clip, load_clip
+from gkl_vl.models.towers import OpenClipTowers
 
 CLASSIFICATION, RETRIEVAL, CHOICE = "zeroshot_classification", "zeroshot_retrieval", "image_caption_selection"
 

@@ -31,7 +31,8 @@ from gkl_vl.evaluation.benchmark import evaluate, measure, measure_probe, metric
 from gkl_vl.evaluation.embed import Embedder
 from gkl_vl.evaluation.sets import load_benchmark_set
 from gkl_vl.models.classifiers import Classifier, load_classifier
-from gkl_vl.models.clip import Clip, OpenClipTowers
+from gkl_vl.models.clip import Clip
+from gkl_vl.models.towers import OpenClipTowers
 from gkl_vl.robustness.targets import Target, in_model_order
 from gkl_vl.training.classifiers import in_order_of, in_training_order
 

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from gkl_vl.assets.build_tokenizer import build
 from gkl_vl.errors import UserError
-from gkl_vl.models.clip import MODEL_CONFIGS, Student, clamp_scale, list_students, load_clip, resize
+from gkl_vl.models.clip import MODEL_CONFIGS, list_students, load_clip, resize
 from gkl_vl.models.modes import freeze
+from gkl_vl.models.student import Student
+from gkl_vl.models.towers import clamp_scale
 
 TINY = {
     "embed_dim": 24,

@@ -18,7 +18,9 @@ from helpers import RankFailed, run_ranks
 from torch.distributed.tensor import DTensor
 
 from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
-from gkl_vl.models.clip import Student, clamp_scale, load_clip
+from gkl_vl.models.clip import load_clip
+from gkl_vl.models.student import Student
+from gkl_vl.models.towers import clamp_scale
 from gkl_vl.protocols import Objective
 from gkl_vl.training.checkpoint import RunFolder
 from gkl_vl.training.engine import FitConfig, fit, moving_average

@@ -124,7 +124,7 @@ SOURCES = sorted(
 )
 BREACHES = [
     ("gkl_vl/losses/gkl.py", "import numpy"),
-    ("gkl_vl/losses/gkl.py", "from gkl_vl.models.clip import Towers"),
+    ("gkl_vl/losses/gkl.py", "from gkl_vl.models.towers import Towers"),
     ("gkl_vl/losses/gkl.py", "from . import image_text"),
     ("gkl_vl/losses/tiles.py", "from gkl_vl.errors import UserError"),
     ("gkl_vl/data/pairs.py", "from gkl_vl.losses import gkl"),

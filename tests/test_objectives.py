@@ -11,8 +11,9 @@ from open_clip.transform import PreprocessCfg
 from gkl_vl.losses.cross_logits import cross_logits_loss
 from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
-from gkl_vl.models.clip import MODEL_CONFIGS, Clip, Student, load_clip
+from gkl_vl.models.clip import MODEL_CONFIGS, Clip, load_clip
 from gkl_vl.models.modes import freeze
+from gkl_vl.models.student import Student
 from gkl_vl.objectives.clip import ClipKd, ClipKdWeights
 from gkl_vl.teachers.bank import Bank
 from gkl_vl.teachers.online import online_teacher, teacher_scales

@@ -9,7 +9,8 @@ from small_models import tiny_clip
 from transformers import CLIPConfig, CLIPModel
 
 from gkl_vl.models.classifiers import load_classifier
-from gkl_vl.models.clip import Student, TransformersTowers
+from gkl_vl.models.student import Student
+from gkl_vl.models.towers import TransformersTowers
 from gkl_vl.training.optim import (
     clip_adamw,
     layered_adamw,

@@ -26,7 +26,8 @@ from gkl_vl.evaluation.benchmark import evaluate
 from gkl_vl.evaluation.sets import load_benchmark_set
 from gkl_vl.export.cards import ClipCard, RunFacts
 from gkl_vl.export.hub import export_clip
-from gkl_vl.models.clip import Student, load_clip
+from gkl_vl.models.clip import load_clip
+from gkl_vl.models.student import Student
 from gkl_vl.training.clip import ClipOptimisation, peak_rates
 from gkl_vl.training.label_kd import LabelConfig, find_pair
 from gkl_vl.training.run import RunFlags, default_folder

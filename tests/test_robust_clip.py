@@ -27,7 +27,9 @@ from gkl_vl.evaluation.embed import Embedder
 from gkl_vl.evaluation.sets import load_benchmark_set
 from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
-from gkl_vl.models.clip import TEXT_PARTS, Clip, OpenClipTowers, Student, load_clip, resize
+from gkl_vl.models.clip import Clip, load_clip, resize
+from gkl_vl.models.student import Student
+from gkl_vl.models.towers import TEXT_PARTS, OpenClipTowers
 from gkl_vl.objectives.clip import ClipKd, ClipKdWeights, ImageAttack, image_attack
 from gkl_vl.robustness import pgd, zero_shot
 from gkl_vl.robustness.results import wilson_interval

@@ -15,7 +15,8 @@ from test_teacher_store import pattern_shards
 from gkl_vl.data.pairs import open_source
 from gkl_vl.export.hub import export_clip
 from gkl_vl.losses.gkl import GklSettings
-from gkl_vl.models.clip import Student, load_clip
+from gkl_vl.models.clip import load_clip
+from gkl_vl.models.student import Student
 from gkl_vl.objectives.clip import ClipKd, ClipKdWeights
 from gkl_vl.objectives.zero_shot import ZeroShotKd
 from gkl_vl.teachers.bank import Bank

@@ -28,8 +28,9 @@ from gkl_vl.errors import UserError
 from gkl_vl.evaluation.embed import Embedder, zero_shot_classifier
 from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.losses.image_text import class_logits
-from gkl_vl.models.clip import Clip, Student, load_clip
+from gkl_vl.models.clip import Clip, load_clip
 from gkl_vl.models.modes import freeze
+from gkl_vl.models.student import Student
 from gkl_vl.objectives.common import EpochPrior
 from gkl_vl.objectives.zero_shot import ZeroShotKd, prompt_tokens
 from gkl_vl.teachers.online import online_teacher

@@ -42,7 +42,7 @@ from gkl_vl.evaluation.metrics import (
 from gkl_vl.evaluation.set_collections import BenchmarkTask
 from gkl_vl.evaluation.sets import TARGET_OF, BenchmarkSet, Kind, load_benchmark_sets
 from gkl_vl.evaluation.sources import Target
-from gkl_vl.models.clip import Clip, load_clip
+from gkl_vl.models.clip import Clip, comes_with_weights, load_clip
 from gkl_vl.provenance import git_commit
 
 Task = BenchmarkTask | Literal["linear_probe"]
@@ -431,7 +431,7 @@ def refuse_random_weights(model: str, pretrained: str | None) -> None:
     Raises:
         UserError: no weights.
     """
-    if ":" not in model and model != "bundled" and not pretrained and not Path(model).is_dir():
+    if not pretrained and not comes_with_weights(model):
         raise UserError(f"model {model!r} has random weights: give a tag or a checkpoint as --pretrained")
 
 

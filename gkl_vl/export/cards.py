@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -41,6 +42,8 @@ class ClipCard:
     run: RunFacts
     attack: str | None = None
     """Radius and norm of the attacks in adversarial training, e.g. 4/255 in linf; None = no attacks."""
+    one_tower: Literal["image", "text"] | None = None
+    """The only tower that was trained; the other one and the logit scale are the teacher's. None = both were."""
 
     def render(self, *, transformers: bool = False) -> str:
         """Returns the text of README.md. `transformers`: the folder also contains transformers' format."""
@@ -87,7 +90,15 @@ class ClipCard:
         training = f"distilled from {self._teachers()}" if self.teachers else "trained without a teacher"
         purpose = "zero-shot image classification and image-text retrieval"
         attacks = f", against attacks on its images within {self.attack}," if self.attack else ""
-        return f"A CLIP model for {purpose}: `{self.student}`, {training}{attacks} with gkl-vl."
+        text = f"A CLIP model for {purpose}: `{self.student}`, {training}{attacks} with gkl-vl."
+        if self.one_tower is None:
+            return text
+        other = "text" if self.one_tower == "image" else "image"
+        return (
+            f"{text}\n\nOnly the {self.one_tower} tower was trained, into the teacher's embedding space. The {other} "
+            f"tower and the logit scale are the teacher's own: {self.one_tower} embeddings of this model can be "
+            f"compared with {other} embeddings that the teacher computed, and with an index of them."
+        )
 
     def _usage(self, transformers: bool) -> str:
         name = f"hf-hub:{self.run.repo_id}" if self.run.repo_id else "local-dir:path/to/this/folder"

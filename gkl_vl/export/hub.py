@@ -26,6 +26,7 @@ from gkl_vl.export.text_cleaning import save_tokenizer
 from gkl_vl.export.transformers_format import exported_tokenizer, fits_transformers, write_transformers
 from gkl_vl.models.classifiers import Classifier
 from gkl_vl.models.clip import Clip
+from gkl_vl.models.towers import OpenClipTowers
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -52,10 +53,10 @@ def export_clip(
         UserError: not an open_clip model; `folder` contains other files.
         OSError: no permission, disk full; an existing export is left unchanged.
     """
-    if clip.model_cfg is None:
+    if clip.model_cfg is None or not isinstance(clip.towers, OpenClipTowers):
         raise UserError(f"{clip.name!r} is a transformers model, which cannot be exported: use an open_clip student")
     with _replacing(folder) as scratch:
-        tensors = _stored_tensors(clip, dtype)
+        tensors = _stored_tensors(clip.towers, dtype)
         save_file(tensors, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
         as_transformers = transformers and fits_transformers(clip)
         if clip.hf_tokenizer is not None:
@@ -175,9 +176,9 @@ def _holds_classifier(folder: Path) -> bool:
     return isinstance(config, dict) and {"architecture", "num_classes"} <= config.keys()
 
 
-def _stored_tensors(clip: Clip, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _stored_tensors(towers: OpenClipTowers, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """State dict on the CPU with contiguous, separate tensors: safetensors refuses shared and strided ones."""
-    state = clip.towers.model.state_dict()
+    state = towers.model.state_dict()
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     if dtype is None:
         return tensors

@@ -1,12 +1,11 @@
-"""CLIP models of open_clip and transformers with one interface: loading, preprocessing, embeddings, the student.
+"""CLIP models of open_clip and transformers with one interface: loading, preprocessing, embeddings.
 
 Axis letters: n = rows of this process, d = embedding, h w = pixels, r = side of a square uint8 image, s = side after
 resizing.
 """
 
 import copy
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,120 +46,18 @@ from gkl_vl.models.pretrained import (
     load_transformers_model,
     tokenizer_for,
 )
+from gkl_vl.models.towers import OpenClipTowers, PairedTowers, Towers, TransformersTowers
 from gkl_vl.models.weights import fetch, refuse_pickle
 from gkl_vl.reading import read_json
 
 PACKAGE = Path(__file__).parents[1]
 BUNDLED_TEACHER = f"local-dir:{PACKAGE / 'assets' / 'teacher'}"
 MODEL_CONFIGS = PACKAGE / "model_configs"
-TEXT_PARTS = 4
-"""Parts of a batch's texts by length. On bundled captions 2, 4 and 8 parts take 0.66, 0.52 and 0.46 of the time of one
-(512 texts, forward and backward on a CPU); smaller parts use a GPU less well."""
 
 _HUB_FILES = {
     "files": ("*.json", "*.txt", "*.model", "*.safetensors"),
     "pickles": ("*.bin", "*.pt", "*.pth"),
 }
-
-
-class OpenClipTowers(nn.Module):
-    """The towers of an open_clip model (`CLIP`, `CustomTextCLIP`); embeddings are L2-normalised."""
-
-    def __init__(self, model: Any):  # Any: CLIP and CustomTextCLIP have no common type
-        super().__init__()
-        self.model: Any = model
-
-    def encode_image(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
-        return self.model.encode_image(pixels, normalize=True)
-
-    def encode_text(self, tokens: Int[Tensor, "n length"]) -> Float[Tensor, "n d"]:
-        return self.model.encode_text(tokens, normalize=True)
-
-    def encode_text_by_length(self, tokens: Int[Tensor, "*n length"]) -> Float[Tensor, "*n d"]:
-        """`encode_text` in `TEXT_PARTS` parts of similar lengths, each cut behind its last end-of-text token.
-
-        CLIP's text tower has causal attention and pools the end-of-text token, so that the padding behind it changes no
-        embedding. For other towers this is `encode_text`.
-        """
-        shape, tokens = tokens.shape[:-1], tokens.flatten(0, -2)
-        if not self._ends_early():
-            return self.encode_text(tokens).unflatten(0, shape)
-        ends, order = tokens.argmax(dim=1).sort(stable=True)
-        num_parts = min(TEXT_PARTS, len(tokens))  # equal on all ranks: FSDP gathers its shards for every part
-        longest = torch.stack([part[-1] for part in ends.tensor_split(num_parts)]).tolist()
-        parts = zip(order.tensor_split(num_parts), longest, strict=True)
-        rows = torch.cat([self._encode_shortened(tokens[part, : end + 1]) for part, end in parts])
-        return rows[order.argsort()].unflatten(0, shape)
-
-    def _encode_shortened(self, tokens: Int[Tensor, "n length"]) -> Float[Tensor, "n d"]:
-        # as open_clip 3.3.0's `CLIP.encode_text`, which needs the whole context
-        model, length = self.model, tokens.shape[1]
-        dtype = model.transformer.get_cast_dtype()
-        x = model.token_embedding(tokens).to(dtype) + model.positional_embedding[:length].to(dtype)
-        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
-        x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]
-        projection = model.text_projection
-        return F.normalize(projection(x) if isinstance(projection, nn.Linear) else x @ projection, dim=-1)
-
-    def _ends_early(self) -> bool:
-        model = self.model
-        causal = isinstance(model, open_clip.CLIP) and model.attn_mask is not None
-        return causal and model.text_pool_type == "argmax" and model.text_projection is not None
-
-    def log_scale(self) -> Float[Tensor, ""]:
-        """Logarithm of the logit scale, a parameter; under FSDP and in some checkpoints its shape is [1]."""
-        return self.model.logit_scale.reshape(())
-
-    def bias(self) -> Float[Tensor, ""] | None:
-        bias = self.model.logit_bias
-        return None if bias is None else bias.reshape(())
-
-    def image_parameters(self) -> Iterator[nn.Parameter]:
-        return self.model.visual.parameters()
-
-    def text_parameters(self) -> Iterator[nn.Parameter]:
-        for name, parameter in self.model.named_parameters():
-            if not name.startswith(("visual.", "logit_")):
-                yield parameter
-
-
-class TransformersTowers(nn.Module):
-    """The towers of a transformers `CLIPModel` or `SiglipModel`; embeddings are L2-normalised."""
-
-    def __init__(self, model: Any):  # Any: CLIPModel and SiglipModel have no common type
-        super().__init__()
-        self.model: Any = model
-
-    def encode_image(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
-        return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
-
-    def encode_text(self, tokens: Int[Tensor, "n length"]) -> Float[Tensor, "n d"]:
-        return F.normalize(self.model.get_text_features(input_ids=tokens).pooler_output, dim=-1)
-
-    def encode_text_by_length(self, tokens: Int[Tensor, "*n length"]) -> Float[Tensor, "*n d"]:
-        """`encode_text`."""
-        return self.encode_text(tokens.flatten(0, -2)).unflatten(0, tokens.shape[:-1])
-
-    def log_scale(self) -> Float[Tensor, ""]:
-        """Logarithm of the logit scale, a parameter; SigLIP stores it with shape [1]."""
-        return self.model.logit_scale.reshape(())
-
-    def bias(self) -> Float[Tensor, ""] | None:
-        bias = dict(self.model.named_parameters(recurse=False)).get("logit_bias")
-        return None if bias is None else bias.reshape(())
-
-    def image_parameters(self) -> Iterator[nn.Parameter]:
-        for name, parameter in self.model.named_parameters():
-            if name.startswith(("vision_model.", "visual_projection.")):
-                yield parameter
-
-    def text_parameters(self) -> Iterator[nn.Parameter]:
-        for name, parameter in self.model.named_parameters():
-            if name.startswith(("text_model.", "text_projection.")):
-                yield parameter
-
-
-Towers = OpenClipTowers | TransformersTowers
 
 
 @dataclass(frozen=True)
@@ -192,6 +89,8 @@ class Clip:
         if isinstance(self.towers, OpenClipTowers):
             with torch.inference_mode():
                 return self.towers.encode_text(self.tokenize([""]).to(self.towers.log_scale().device)).shape[1]
+        if isinstance(self.towers, PairedTowers):
+            return self.towers.embed_dim
         config = self.towers.model.config
         return config.projection_dim if config.model_type == "clip" else config.vision_config.hidden_size
 
@@ -248,58 +147,6 @@ class ImageTower(nn.Module):
         return self.towers.encode_image(self.clip.normalised(pixels))
 
 
-class Student(nn.Module):
-    """The trained module: the towers and, where dimensions differ, linear maps into the teachers' embedding spaces.
-
-    The maps are checkpointed with the model and not exported. `forward` computes all outputs because
-    DistributedDataParallel supports one forward per step.
-
-    Args:
-        embed_dim: of the student.
-        teacher_dims: of each teacher.
-        mapped: the sides, "image" and "text", whose embeddings the loss compares with the teachers'.
-    """
-
-    def __init__(self, towers: Towers, *, embed_dim: int, teacher_dims: Sequence[int] = (), mapped: Sequence[str] = ()):
-        super().__init__()
-        self.towers = towers
-        self.mapped = tuple(mapped)
-        self.dims = list(teacher_dims) or [embed_dim]
-        width = sum(self.dims)  # the maps of all teachers are one matrix
-        needed = self.mapped if self.dims != [embed_dim] else ()  # DDP waits for the gradient of every parameter
-        self.image_map = nn.Linear(embed_dim, width, bias=False) if "image" in needed else nn.Identity()
-        self.text_map = nn.Linear(embed_dim, width, bias=False) if "text" in needed else nn.Identity()
-
-    def text_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the text tower and of its map."""
-        return [*self.towers.text_parameters(), *self.text_map.parameters()]
-
-    def forward(self, pixels: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "*m length"]) -> dict[str, Tensor]:
-        """Embeddings [n, d] of the images and [*m, d] of any number of texts.
-
-        "mapped_image" and "mapped_text" are those in the teacher's space, also normalised, of the sides in `mapped`;
-        with several teachers those in each space, one behind the other.
-        """
-        text = self.towers.encode_text_by_length(tokens)  # first: it waits for the device, which has nothing to do yet
-        image = self.towers.encode_image(pixels)
-        output = {"image": image, "text": text, "logit_scale": self.towers.log_scale().exp()}
-        if "image" in self.mapped:
-            output["mapped_image"] = self._normalised(self.image_map(image))
-        if "text" in self.mapped:
-            output["mapped_text"] = self._normalised(self.text_map(text))
-        bias = self.towers.bias()
-        return output if bias is None else output | {"logit_bias": bias}
-
-    def _normalised(self, mapped: Float[Tensor, "*m width"]) -> Float[Tensor, "*m width"]:
-        return torch.cat([F.normalize(part, dim=-1) for part in mapped.split(self.dims, dim=-1)], dim=-1)
-
-
-@torch.no_grad()
-def clamp_scale(towers: Towers) -> None:
-    """Clamps the logit scale to [1, 100] after an update, as CLIP does; the parameter is its logarithm."""
-    towers.model.logit_scale.clamp_(0, math.log(100))  # in place on the parameter: FSDP's shards allow no views
-
-
 def list_students() -> list[str]:
     """Names of the bundled model configs."""
     return sorted(path.stem for path in MODEL_CONFIGS.glob("*.json"))
@@ -342,6 +189,11 @@ def load_clip(name: str, pretrained: str | None = None, *, allow_pickle: bool = 
         _refuse_pretrained(name, pretrained)
         return _load_open_clip_folder(name, "local-dir", str(exported), allow_pickle=allow_pickle)
     return _load_open_clip(name, pretrained, allow_pickle=allow_pickle)
+
+
+def comes_with_weights(name: str) -> bool:
+    """Whether `load_clip` finds weights for this name without `pretrained`."""
+    return ":" in name or name == "bundled" or Path(name).is_dir()
 
 
 def as_clip(model: nn.Module, tokenizer: Any, *, name: str = "model") -> Clip:

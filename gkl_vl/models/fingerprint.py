@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from gkl_vl.disk_cache import tensor_bytes
-from gkl_vl.models.clip import Clip, TransformersTowers
+from gkl_vl.models.clip import Clip
+from gkl_vl.models.towers import TransformersTowers
 
 PACKAGES = ("torch", "torchvision", "pillow", "open_clip_torch", "timm", "transformers")
 """Packages whose version decides the numbers: layers, resizing, decoding, architectures."""

@@ -24,9 +24,11 @@ from gkl_vl.evaluation.embed import Embedder, milliseconds_per_image, top_names
 from gkl_vl.evaluation.set_collections import BenchmarkTask
 from gkl_vl.evaluation.sets import BUNDLED, BenchmarkSet, load_benchmark_set, load_benchmark_sets
 from gkl_vl.export import hub
-from gkl_vl.export.cards import ClipCard
+from gkl_vl.export.cards import ClipCard, RunFacts
 from gkl_vl.losses.gkl import GklSettings
-from gkl_vl.models.clip import BUNDLED_TEACHER, Clip, Student, clamp_scale, load_clip
+from gkl_vl.models.clip import BUNDLED_TEACHER, Clip, load_clip
+from gkl_vl.models.student import OneTower, Side, Student, with_tower_of
+from gkl_vl.models.towers import clamp_scale
 from gkl_vl.objectives.clip import ClipKdWeights
 from gkl_vl.protocols import Objective, Record
 from gkl_vl.teachers.bank import Bank
@@ -38,6 +40,7 @@ from gkl_vl.training.clip_teacher import (
     RunTeachers,
     make_teacher,
     open_teachers,
+    teacher_of,
     views_at,
     with_bundled_store,
 )
@@ -246,6 +249,7 @@ def train_clip(
     make_objective: Callable[[ClipSetup], Objective],
     bundled_rates: tuple[float, float] = (LR, LR),
     mapped: Sequence[str] = (),
+    one_tower: Side | None = None,
     detail: str = "",
     attack: str | None = None,
     check: Callable[[int], None] = lambda images: None,
@@ -256,6 +260,7 @@ def train_clip(
         recipe: run folders are runs/RECIPE-TIME.
         bundled_rates: defaults of --lr and --text-lr on bundled data.
         mapped: for `Student`: the sides whose embeddings the objective compares with the teacher's.
+        one_tower: the only tower that is trained; the other one is the teacher's.
         detail: part of the run's title, behind the teacher.
         attack: for the card: radius and norm of attacks in training. FSDP is then refused.
         check: called before the run folder is made with the number of images that the run will see.
@@ -264,9 +269,14 @@ def train_clip(
     if attack is not None:
         run.refuse_shards("attacks")
     teachers = open_teachers(
-        config.model, data.source, bundled=data.bundled, device=run.device, allow_pickle=config.run.allow_pickle
+        config.model,
+        data.source,
+        bundled=data.bundled,
+        device=run.device,
+        allow_pickle=config.run.allow_pickle,
+        loaded_too=one_tower is not None,
     )
-    student = load_student(config)
+    student = load_student(config, teachers, one_tower)
     sets = evaluation_sets(config.evaluation, bundled=data.bundled)
     steps = count_steps(config.optimisation, data, run.num_processes)
     count_warmup(config.optimisation, steps)  # raises before there is a run folder
@@ -277,8 +287,7 @@ def train_clip(
     augment = views_at(student, teachers, bundled=data.bundled)
     if data.bundled:
         teachers = with_bundled_store(run, teachers, student)
-    sides = mapped if teachers.names else ()
-    model = Student(student.towers, embed_dim=student.embed_dim, teacher_dims=teachers.embed_dims, mapped=sides)
+    model = make_model(student, teachers, mapped, one_tower)
     run.seed_ranks()
     rates = peak_rates(config.optimisation, bundled_rates if data.bundled and teachers.names else (LR, LR))
     teach = make_teacher(teachers, run.device)
@@ -310,22 +319,39 @@ def train_clip(
         records = evaluate(clip, role, sets, run.device, cache_folder("embeddings"))
         log_teacher(run.folder, steps, role, records)
     if run.accelerator.is_main_process:
-        finish(config, run, data, replace(student, towers=exported.towers), teachers, steps, attack)
+        card = partial(make_card, config, data, teachers, attack, one_tower)
+        finish(run, replace(student, towers=exported.towers), teachers, card, steps=steps, bundled=data.bundled)
     run.end()
 
 
 # ---- before the first step ---------------------------------------------------------------------------------------
 
 
-def load_student(config: ClipFlags) -> Clip:
-    """The student. Raises: UserError for a model that cannot be exported."""
+def load_student(config: ClipFlags, teachers: RunTeachers, one_tower: Side | None) -> Clip:
+    """The student, or its tower of one side with the teacher's other one.
+
+    Raises: UserError for a model that cannot be exported, or whose towers cannot be joined.
+    """
     student = load_clip(config.model.student, allow_pickle=config.run.allow_pickle)
+    if one_tower is not None:
+        teacher = teacher_of(teachers, config.model.teachers, allow_pickle=config.run.allow_pickle)
+        student = with_tower_of(student, teacher, one_tower)
     if student.model_cfg is None:
         raise UserError(
             f"--student {config.model.student} is a transformers model, which cannot be exported: take an open_clip one"
         )
     student.towers.to(memory_format=torch.channels_last)
     return student
+
+
+def make_model(
+    student: Clip, teachers: RunTeachers, mapped: Sequence[str], one_tower: Side | None
+) -> Student | OneTower:
+    """The trained module."""
+    if one_tower is not None:
+        return OneTower(student.towers, one_tower)
+    sides = mapped if teachers.names else ()
+    return Student(student.towers, embed_dim=student.embed_dim, teacher_dims=teachers.embed_dims, mapped=sides)
 
 
 def evaluation_sets(evaluation: ClipEvaluation, *, bundled: bool) -> list[BenchmarkSet]:
@@ -439,22 +465,40 @@ def log_teacher(folder: RunFolder, step: int, role: str, records: Iterator[Recor
             folder.log({"step": step} | record)
 
 
-def finish(
-    config: ClipFlags, run: Run, data: ClipData, student: Clip, teachers: RunTeachers, steps: int, attack: str | None
-) -> None:
-    """Exports the student, draws the report, prints the table. Main process."""
-    student.towers.eval()
-    facts, folder = run.facts(steps=steps), run.folder.path
-    card = ClipCard(
+def make_card(
+    config: ClipFlags,
+    data: ClipData,
+    teachers: RunTeachers,
+    attack: str | None,
+    one_tower: Side | None,
+    facts: RunFacts,
+) -> ClipCard:
+    """The exported student's model card."""
+    return ClipCard(
         student=config.model.student,
         teachers=teachers.names,
         license="mit" if data.bundled else "other",  # of other data the licence is not known
         datasets=["bundled emoji (Noto, Twemoji)" if data.name is None else data.name],
         run=facts,
         attack=attack,
+        one_tower=one_tower,
     )
-    hub.export_clip(clip=student, folder=folder / "model", card=card)
-    sheet = draw_sheet(student, run.device) if data.bundled else []
+
+
+def finish(
+    run: Run,
+    student: Clip,
+    teachers: RunTeachers,
+    card: Callable[[RunFacts], ClipCard],
+    *,
+    steps: int,
+    bundled: bool,
+) -> None:
+    """Exports the student, draws the report, prints the table. Main process."""
+    student.towers.eval()
+    facts, folder = run.facts(steps=steps), run.folder.path
+    hub.export_clip(clip=student, folder=folder / "model", card=card(facts))
+    sheet = draw_sheet(student, run.device) if bundled else []
     report.draw_report(path=folder / "report.png", records=run.folder.records(), sheet=sheet, title=run.title)
     models = {teacher_role(number): clip for number, clip in enumerate(teachers.clips)} | {"student": student}
     print(report.results_table([table_row(role, clip, facts.metrics, run.device) for role, clip in models.items()]))

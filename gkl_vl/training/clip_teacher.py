@@ -100,9 +100,17 @@ class RunTeachers:
 
 
 def open_teachers(
-    models: ClipModels, source: Source, *, bundled: bool, device: torch.device, allow_pickle: bool
+    models: ClipModels,
+    source: Source,
+    *,
+    bundled: bool,
+    device: torch.device,
+    allow_pickle: bool,
+    loaded_too: bool = False,
 ) -> RunTeachers:
     """The teachers that the flags name.
+
+    With `loaded_too` --teacher may name a stored teacher as well, which is not loaded here.
 
     Raises: UserError for one that cannot be loaded, for a store of other data, and for flags that exclude each other.
     """
@@ -114,10 +122,8 @@ def open_teachers(
         clips = load_teachers(models.teachers, device=device, allow_pickle=allow_pickle)
         teachers = RunTeachers(names=models.teachers.teacher, clips=clips)
     else:
-        if models.teachers.teacher != TeacherModels().teacher:
-            named = " ".join(models.teachers.teacher)
-            raise UserError(f"--teacher {named} has no effect with --teacher-store: leave one out")
-        cli.refuse_unused(vars(models.teachers), ["teacher_pretrained"], "has no effect with --teacher-store")
+        if not loaded_too:
+            _refuse_beside_store(models.teachers)
         store = _checked_store(models.teacher_store, source, bundled=bundled)
         teachers = RunTeachers(names=[teacher.name for teacher in store.teachers], store=store)
     count = len(teachers.names)
@@ -127,6 +133,12 @@ def open_teachers(
     shares = (1.0,) * count if models.teacher_shares is None else models.teacher_shares
     total = math.fsum(shares)
     return replace(teachers, scales=models.teacher_scale, shares=tuple(share / total for share in shares))
+
+
+def _refuse_beside_store(models: TeacherModels) -> None:
+    if models.teacher != TeacherModels().teacher:
+        raise UserError(f"--teacher {' '.join(models.teacher)} has no effect with --teacher-store: leave one out")
+    cli.refuse_unused(vars(models), ["teacher_pretrained"], "has no effect with --teacher-store")
 
 
 def _checked_store(names: Sequence[str], source: Source, *, bundled: bool) -> JoinedStores | DatasetDr:
@@ -162,6 +174,29 @@ def load_teachers(models: TeacherModels, *, device: torch.device, allow_pickle: 
         clip.towers.to(device).to(memory_format=torch.channels_last)
         loaded.append(clip)
     return loaded
+
+
+def teacher_of(teachers: RunTeachers, models: TeacherModels, *, allow_pickle: bool) -> Clip:
+    """The only teacher of a run, loaded where it is stored: by --teacher, or by the name in the store.
+
+    Raises: UserError for several teachers, and for another one than the stored.
+    """
+    if len(teachers.names) != 1:
+        raise UserError(f"{len(teachers.names)} teachers, and a tower can join one of them alone: name one")
+    if teachers.clips:
+        return teachers.clips[0]
+    assert teachers.store is not None
+    (stored,) = teachers.store.teachers
+    named = models if models.teacher != TeacherModels().teacher else replace(models, teacher=(stored.name,))
+    (clip,) = load_teachers(named, device=torch.device("cpu"), allow_pickle=allow_pickle)
+    scale = clip.towers.log_scale().exp().item()
+    if clip.embed_dim != stored.embed_dim or not math.isclose(scale, stored.logit_scale, rel_tol=1e-5):
+        raise UserError(
+            f"--teacher {clip.name} has embeddings of length {clip.embed_dim} and a logit scale of {scale:.4g}, the "
+            f"stored {stored.name} {stored.embed_dim} and {stored.logit_scale:.4g}: name the store's teacher with "
+            "--teacher and --teacher-pretrained"
+        )
+    return clip
 
 
 def class_embeddings(clips: Sequence[Clip], prompts: Prompts, device: torch.device) -> list[Float[Tensor, "C _e"]]:

@@ -1,0 +1,171 @@
+"""The trained modules: a student with towers of its own, or one tower in the embedding space of a teacher.
+
+Axis letters: n = rows of this process, d = the student's embedding, e = the teacher's, h w = pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gkl_vl.errors import UserError
+from gkl_vl.models.clip import Clip, comes_with_weights
+from gkl_vl.models.pretrained import build_open_clip
+from gkl_vl.models.towers import OpenClipTowers, PairedTowers, Towers, TransformersTowers
+
+Side = Literal["image", "text"]
+
+
+class Student(nn.Module):
+    """The trained module: the towers and, where dimensions differ, linear maps into the teachers' embedding spaces.
+
+    The maps are checkpointed with the model and not exported. `forward` computes all outputs because
+    DistributedDataParallel supports one forward per step.
+
+    Args:
+        embed_dim: of the student.
+        teacher_dims: of each teacher.
+        mapped: the sides, "image" and "text", whose embeddings the loss compares with the teachers'.
+    """
+
+    def __init__(self, towers: Towers, *, embed_dim: int, teacher_dims: Sequence[int] = (), mapped: Sequence[str] = ()):
+        super().__init__()
+        self.towers = towers
+        self.mapped = tuple(mapped)
+        self.dims = list(teacher_dims) or [embed_dim]
+        width = sum(self.dims)  # the maps of all teachers are one matrix
+        needed = self.mapped if self.dims != [embed_dim] else ()  # DDP waits for the gradient of every parameter
+        self.image_map = nn.Linear(embed_dim, width, bias=False) if "image" in needed else nn.Identity()
+        self.text_map = nn.Linear(embed_dim, width, bias=False) if "text" in needed else nn.Identity()
+
+    def text_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the text tower and of its map."""
+        return [*self.towers.text_parameters(), *self.text_map.parameters()]
+
+    def forward(self, pixels: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "*m length"]) -> dict[str, Tensor]:
+        """Embeddings [n, d] of the images and [*m, d] of any number of texts.
+
+        "mapped_image" and "mapped_text" are those in the teacher's space, also normalised, of the sides in `mapped`;
+        with several teachers those in each space, one behind the other.
+        """
+        text = self.towers.encode_text_by_length(tokens)  # first: it waits for the device, which has nothing to do yet
+        image = self.towers.encode_image(pixels)
+        output = {"image": image, "text": text, "logit_scale": self.towers.log_scale().exp()}
+        if "image" in self.mapped:
+            output["mapped_image"] = self._normalised(self.image_map(image))
+        if "text" in self.mapped:
+            output["mapped_text"] = self._normalised(self.text_map(text))
+        bias = self.towers.bias()
+        return output if bias is None else output | {"logit_bias": bias}
+
+    def _normalised(self, mapped: Float[Tensor, "*m width"]) -> Float[Tensor, "*m width"]:
+        return torch.cat([F.normalize(part, dim=-1) for part in mapped.split(self.dims, dim=-1)], dim=-1)
+
+
+class OneTower(nn.Module):
+    """The trained module where one tower is trained, in a teacher's space, and the other is the teacher's own.
+
+    Args:
+        towers: those of `with_tower_of`; all parameters but the trained tower's are frozen.
+        side: of the trained tower.
+    """
+
+    def __init__(self, towers: Towers, side: Side):
+        super().__init__()
+        self.towers, self.side = towers, side
+        trained = set(towers.image_parameters() if side == "image" else towers.text_parameters())
+        for parameter in towers.parameters():
+            parameter.requires_grad_(parameter in trained)
+
+    def text_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the text tower."""
+        return list(self.towers.text_parameters())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Embeddings [n, e] of pixels [n, 3, h, w], or [*n, e] of tokens [*n, length]; L2-normalised."""
+        return self.towers.encode_image(inputs) if self.side == "image" else self.towers.encode_text_by_length(inputs)
+
+
+def with_tower_of(student: Clip, teacher: Clip, side: Side) -> Clip:
+    """The student's tower of this side with the teacher's other tower, logit scale and bias, as one open_clip model.
+
+    The embeddings have the teacher's length. A student's tower keeps its weights, but for a last layer of another
+    width, which is drawn anew. Size and normalisation of images, or the tokenizer, are those of the student's tower.
+
+    Raises:
+        UserError: a model of transformers; a student with weights for another activation than the teacher's.
+    """
+    configs = [_open_clip_config(role, clip) for role, clip in (("student", student), ("teacher", teacher))]
+    quick = [bool(config.get("quick_gelu")) for config in configs]
+    if quick[0] != quick[1] and comes_with_weights(student.name):
+        own, others = ("QuickGELU" if is_quick else "GELU" for is_quick in quick)
+        raise UserError(
+            f"--student {student.name} was trained with {own} and its teacher with {others}, and a model has one "
+            "activation: take another student, or the name of an architecture, which has random weights"
+        )
+    of_student, of_teacher = configs
+    key = "vision_cfg" if side == "image" else "text_cfg"
+    config = of_teacher | {key: of_student[key]}
+    if side == "text":  # the key decides the class of the text tower
+        config = {name: value for name, value in config.items() if name != "custom_text"}
+        config |= {name: value for name, value in of_student.items() if name == "custom_text"}
+    model = build_open_clip(config, student.name, pretrained_text=False, allow_pickle=False)
+    weights = model.state_dict()
+    sources = {side: student.towers.state_dict(), _other(side): teacher.towers.state_dict()}
+    for name, drawn in weights.items():
+        of_side = "image" if name.startswith("visual.") else "text"
+        stored = sources[_other(side) if name.startswith("logit_") else of_side][f"model.{name}"]
+        if stored.shape == drawn.shape:
+            weights[name] = stored
+    model.load_state_dict(weights)
+    images, texts = (student, teacher) if side == "image" else (teacher, student)
+    return Clip(
+        name=student.name,
+        towers=OpenClipTowers(model),
+        preprocess=images.preprocess,
+        tokenize=texts.tokenize,
+        hf_tokenizer=texts.hf_tokenizer,
+        model_cfg=config,
+    )
+
+
+def _other(side: Side) -> Side:
+    return "text" if side == "image" else "image"
+
+
+def _open_clip_config(role: str, clip: Clip) -> dict:
+    if clip.model_cfg is None:
+        raise UserError(
+            f"--{role} {clip.name} is a transformers model, whose towers cannot join another's: take an open_clip one"
+        )
+    return clip.model_cfg
+
+
+def paired(*, image_of: Clip, text_of: Clip) -> Clip:
+    """The images of one model with the texts and the scale of another, whose space they share. For evaluation.
+
+    Raises:
+        UserError: embeddings of different lengths.
+    """
+    if image_of.embed_dim != text_of.embed_dim:
+        raise UserError(
+            f"{image_of.name} has embeddings of length {image_of.embed_dim} and {text_of.name} of {text_of.embed_dim}: "
+            "its images and texts cannot be compared; recipes/clip_image_tower.py trains a tower for another's space"
+        )
+    towers = PairedTowers(_single(image_of), _single(text_of), embed_dim=text_of.embed_dim)
+    return replace(
+        image_of,
+        towers=towers,
+        tokenize=text_of.tokenize,
+        hf_tokenizer=text_of.hf_tokenizer,
+        model_cfg=None,
+    )
+
+
+def _single(clip: Clip) -> OpenClipTowers | TransformersTowers:
+    assert not isinstance(clip.towers, PairedTowers)  # made here alone
+    return clip.towers

@@ -12,6 +12,10 @@ Your student, compared with its teacher; sets from the Hub (https://huggingface.
     python eval/zero_shot.py --model runs/NAME --dataset wds/imagenet1k wds/vtab/cifar100
     python eval/zero_shot.py --model RN50 --pretrained openai --dataset a b --dataset_root "sets/{dataset}"
 
+Its images with the texts of its teacher, as in a search index that the teacher made:
+
+    python eval/zero_shot.py --model runs/NAME --teacher bundled --texts-of teacher
+
 An adversarially trained student under APGD with radius 4/255:
 
     python eval/zero_shot.py --model runs/NAME --attack apgd --epsilon 4/255
@@ -24,7 +28,7 @@ Results are appended to --output, one JSON line per dataset. `clip_benchmark bui
 --output "{dataset}_{pretrained}_{model}_{language}_{task}.json". For a collection of sets: eval/suite.py.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from accelerate import Accelerator
@@ -32,11 +36,12 @@ from accelerate import Accelerator
 from gkl_vl.atomic import append_line
 from gkl_vl.cli import run
 from gkl_vl.errors import UserError
-from gkl_vl.evaluation.benchmark import evaluate_set, result_path
+from gkl_vl.evaluation.benchmark import Subject, evaluate_set, result_path
 from gkl_vl.evaluation.embed import Embedder
 from gkl_vl.evaluation.flags import EvalFlags, load_sets, load_subjects
 from gkl_vl.evaluation.sets import BUNDLED, BenchmarkSet
 from gkl_vl.evaluation.tables import print_results
+from gkl_vl.models.student import paired
 from gkl_vl.robustness.autoattack import import_autoattack
 from gkl_vl.robustness.pgd import USUAL_CLIP_EPSILON, Norm, radius
 from gkl_vl.robustness.zero_shot import attack_zero_shot
@@ -54,6 +59,8 @@ class Config:
     """open_clip's tag or a checkpoint, for models given by name."""
     teacher: str | None = None
     """Teacher to compare with on the same images, named as for --model; `bundled` is the bundled one."""
+    texts_of: Literal["model", "teacher"] = "model"
+    """`teacher`: the model's images with the texts and the scale of --teacher, whose embedding space they share."""
     evaluation: EvalFlags = field(default_factory=EvalFlags)
     attack: Literal["none", "apgd"] = "none"
     """Also accuracy under a white-box attack, an upper bound: APGD, 100 steps on the zero-shot cross entropy."""
@@ -78,6 +85,8 @@ def main(config: Config) -> None:
     subject, teacher = load_subjects(
         config.model, config.pretrained, config.teacher, config.evaluation, accelerator.device
     )
+    if config.texts_of == "teacher":
+        subject = with_texts_of(subject, teacher)
     lines, attack_lines = [], []
     for name, dataset, path in zip(config.dataset, sets, paths, strict=True):
         (line,) = evaluate_set(subject, teacher, dataset, [TASK], name=name, seed=config.evaluation.seed)
@@ -88,12 +97,22 @@ def main(config: Config) -> None:
                 attack_line(config, dataset.name, metrics),
                 *(f"warning: {warning}" for warning in warnings),
             ]
+        if config.texts_of == "teacher":
+            line["texts_of"] = config.teacher
         lines.append(line)
         if accelerator.is_main_process:
             append_line(path, line)
     if accelerator.is_main_process:
         print_results(lines, paths, *attack_lines)
     accelerator.end_training()
+
+
+def with_texts_of(subject: Subject, teacher: Subject | None) -> Subject:
+    """The images of one model and the texts of the other. Raises: UserError without a teacher, or in another space."""
+    if teacher is None:
+        raise UserError("--texts-of teacher needs a teacher: name it with --teacher")
+    clip = paired(image_of=subject.embedder.clip, text_of=teacher.embedder.clip)
+    return replace(subject, embedder=replace(subject.embedder, clip=clip))
 
 
 def find_epsilon(config: Config) -> float | None:

@@ -417,6 +417,16 @@ def metrics_by_dataset(records: list[dict], role: str) -> dict[str, dict[str, fl
     }
 
 
+def pairing_lines(results: dict[str, dict[str, float]]) -> list[str]:
+    """Below `results_table`: accuracy of the student's images with the texts of its teacher, in their common space."""
+    lines = []
+    for dataset, metrics in results.items():
+        scores = {key: metrics.get(key, math.nan) for key in ("acc1", "acc5")}
+        known = [f"{key} {100 * score:.1f} %" for key, score in scores.items() if not math.isnan(score)]
+        lines.append(f"{shorten(dataset, 12)}  {', '.join(known)}")
+    return ["", "The student's images with the teacher's texts:", *lines] if lines else []
+
+
 def _cost_line(label: str, key: str, sides: dict[str, dict], better: str) -> list[str]:
     cells = [f"{row[key]:,.2f}" if isinstance(row[key], float) else f"{row[key]:,}" for row in sides.values()]
     note = f"{sides['teacher'][key] / sides['student'][key]:.1f}x {better}" if len(sides) == 2 else ""

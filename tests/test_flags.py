@@ -109,6 +109,7 @@ REFUSED = [
     ("clip_kd", ["--eval-every-steps", "-5"], "--eval-every-steps -5 must be at least 0"),
     ("clip_kd", ["--seed", "-1"], "--seed -1 must be at least 0"),
     ("clip_robust", ["--ema-decay", "1"], "--ema-decay 1.0 must be at least 0 and below 1"),
+    ("clip_image_tower", ["--mimicry-weight", "-1"], "--mimicry-weight -1.0 must be at least 0"),
     ("clip_unlabelled", ["--weight-temperature", "0"], "--weight-temperature 0.0 must be above 0"),
     ("cifar_kd", [*LABELS, "--ce-weight", "-1"], "--ce-weight -1.0 must be at least 0"),
     ("imagenet_kd", ["--pair", "x", "--warmup-epochs", "-1"], "--warmup-epochs -1 must be at least 0"),
@@ -148,6 +149,8 @@ REFUSED = [
     ("clip_kd", [*CLIP, "--teacher-pretrained", "openai"], "which carries its own weights: leave it out"),
     ("clip_kd", [*NO_TEACHER, "--columns", "a", "b"], "has no effect without --train-data: leave it out"),
     ("clip_robust", [*NO_TEACHER, "--columns", "a", "b"], "has no effect without --train-data: leave it out"),
+    ("clip_image_tower", [*CLIP, "--columns", "a"], "--columns a has no effect without --train-data"),
+    ("zero_shot", ["--texts-of", "teacher"], "--texts-of teacher needs a teacher: name it with --teacher"),
     ("clip_unlabelled", [*CLIP, "--image-column", "a"], "--image-column a has no effect without --train-data"),
     ("clip_kd", [*NO_TEACHER, "--warmup", "3"], "--warmup 3 is longer than the run of 2 steps: lower it"),
     (

@@ -42,6 +42,11 @@ class Student(nn.Module):
         self.image_map = nn.Linear(embed_dim, width, bias=False) if "image" in needed else nn.Identity()
         self.text_map = nn.Linear(embed_dim, width, bias=False) if "text" in needed else nn.Identity()
 
+    @property
+    def in_teachers_space(self) -> bool:
+        """Whether images are trained into the space of a single teacher as they are, without a map."""
+        return "image" in self.mapped and isinstance(self.image_map, nn.Identity)
+
     def text_parameters(self) -> list[nn.Parameter]:
         """Parameters of the text tower and of its map."""
         return [*self.towers.text_parameters(), *self.text_map.parameters()]

@@ -27,7 +27,7 @@ from gkl_vl.export import hub
 from gkl_vl.export.cards import ClipCard, RunFacts
 from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.models.clip import BUNDLED_TEACHER, Clip, load_clip
-from gkl_vl.models.student import OneTower, Side, Student, with_tower_of
+from gkl_vl.models.student import OneTower, Side, Student, paired, with_tower_of
 from gkl_vl.models.towers import clamp_scale
 from gkl_vl.objectives.clip import ClipKdWeights
 from gkl_vl.protocols import Objective, Record
@@ -57,6 +57,8 @@ BANK_SIZE = 2048
 LR = 1e-3
 WARMUP_STEPS = 50
 SHEET_IMAGES = 12
+TEXTS_OF_TEACHER = "student, texts of teacher"
+"""Name, in records, of the student's images with the texts of its only teacher."""
 
 # ---- flags -------------------------------------------------------------------------------------------------------
 
@@ -314,13 +316,14 @@ def train_clip(
         average=moving_average(model, config.optimisation.ema_decay),
         checkpoint=run.checkpoint(),
     )
-    for number, clip in enumerate(teachers.clips):
-        role = teacher_role(number)
-        records = evaluate(clip, role, sets, run.device, cache_folder("embeddings"))
-        log_teacher(run.folder, steps, role, records)
+    trained = replace(student, towers=exported.towers)
+    beside = {teacher_role(number): clip for number, clip in enumerate(teachers.clips)}
+    if isinstance(model, Student) and model.in_teachers_space and teachers.clips:
+        beside[TEXTS_OF_TEACHER] = paired(image_of=trained, text_of=teachers.clips[0])
+    log_once(run.folder, steps, beside, sets, run.device)
     if run.accelerator.is_main_process:
         card = partial(make_card, config, data, teachers, attack, one_tower)
-        finish(run, replace(student, towers=exported.towers), teachers, card, steps=steps, bundled=data.bundled)
+        finish(run, trained, teachers, card, steps=steps, bundled=data.bundled)
     run.end()
 
 
@@ -457,11 +460,14 @@ def teacher_role(number: int) -> str:
     return "teacher" if number == 0 else f"teacher {number + 1}"
 
 
-def log_teacher(folder: RunFolder, step: int, role: str, records: Iterator[Record]) -> None:
-    """Logs a teacher's metrics once per run, also after a resume. All processes measure, the main one writes."""
-    measured = list(records)  # all ranks
-    if not any(record.get("model") == role for record in folder.records()):
-        for record in measured:
+def log_once(
+    folder: RunFolder, step: int, models: dict[str, Clip], sets: list[BenchmarkSet], device: torch.device
+) -> None:
+    """Logs models' metrics, by role, once per run, also after a resume. All processes measure, the main one writes."""
+    logged = {record.get("model") for record in folder.records()}
+    for role, clip in models.items():
+        records = list(evaluate(clip, role, sets, device, cache_folder("embeddings")))  # all ranks
+        for record in records if role not in logged else ():
             folder.log({"step": step} | record)
 
 
@@ -497,11 +503,14 @@ def finish(
     """Exports the student, draws the report, prints the table. Main process."""
     student.towers.eval()
     facts, folder = run.facts(steps=steps), run.folder.path
-    hub.export_clip(clip=student, folder=folder / "model", card=card(facts))
+    own = [record for record in facts.metrics if record["model"] != TEXTS_OF_TEACHER]
+    hub.export_clip(clip=student, folder=folder / "model", card=card(replace(facts, metrics=own)))
     sheet = draw_sheet(student, run.device) if bundled else []
     report.draw_report(path=folder / "report.png", records=run.folder.records(), sheet=sheet, title=run.title)
     models = {teacher_role(number): clip for number, clip in enumerate(teachers.clips)} | {"student": student}
     print(report.results_table([table_row(role, clip, facts.metrics, run.device) for role, clip in models.items()]))
+    for line in report.pairing_lines(report.metrics_by_dataset(facts.metrics, TEXTS_OF_TEACHER)):
+        print(line)
     print(f"\nLoad the student:\n\n    import open_clip\n    model, _, preprocess = "
           f'open_clip.create_model_and_transforms("local-dir:{folder / "model"}")\n')  # fmt: skip
     print(f"Pictures: {folder / 'report.png'}")

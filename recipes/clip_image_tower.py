@@ -68,8 +68,7 @@ class Config:
     model: ClipModels = ClipModels()
     data: CaptionData = CaptionData()
     prompts: str | None = None
-    """Texts that images are compared with: .json of `classnames` and `templates`, .txt of templates. None = none, or
-    the bundled ones."""
+    """Texts that images are compared with, as in clip_unlabelled.py. None = none; for bundled data their names."""
     loss: Loss = Loss()
     optimisation: ClipOptimisation = ClipOptimisation()
     run: RunFlags = RunFlags(workers=1)

@@ -275,9 +275,8 @@ def test_a_text_tower_from_a_store_resumes_and_keeps_the_teachers_images(place, 
     data = ["--train-data", place / "pairs.tar"]
     code, _, errors = call(*data, *teacher, "--views", "1", "--out", "store", "--workers", "0", recipe="store_teacher")
     assert code == 0, errors
-    flags = flags_of(
-        place, "--text-only", "--teacher-store", "store", "--checkpoint-every-steps", "3", "--bank-size", "12"
-    )
+    flags = flags_of(place, "--text-only", "--teacher-store", "store", "--bank-size", "12", "--ema-decay", "0.5")
+    flags += ["--checkpoint-every-steps", "3"]
     for name in ("whole", "stopped"):
         code, told, errors = call(*flags, "--output-dir", name, recipe=RECIPE)
         assert code == 0, errors

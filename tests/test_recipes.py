@@ -254,8 +254,12 @@ def test_the_default_command_distils_the_bundled_teacher(tmp_path, monkeypatch, 
     assert "train/cross_wmse" in records[0] and not {"train/mimicry", "train/wmse"} & records[0].keys()
     assert records[-1]["step"] == 2 and [seen.shape[1] for seen in texts] == [2, 2]
     evaluated = {(record["model"], record["dataset"]) for record in records if "model" in record}
-    assert evaluated == {(m, d) for m in ("student", "teacher") for d in ("emoji", "emoji_unseen")}
-    assert "teacher" in capsys.readouterr().out and (folder / "report.png").stat().st_size > 10_000
+    models = ("student", "teacher", "student, texts of teacher")
+    assert evaluated == {(m, d) for m in models for d in ("emoji", "emoji_unseen")}
+    out = capsys.readouterr().out
+    assert "teacher bundled" in out and "The student's images with the teacher's texts:\nemoji  acc1 " in out
+    assert "texts of teacher" not in (folder / "model" / "README.md").read_text()  # of the student alone
+    assert (folder / "report.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

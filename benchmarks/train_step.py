@@ -8,13 +8,15 @@ Training: `recipes/clip_kd.py` with its default loss and `python -m open_clip_tr
 ViT student on the same table of JPEGs, with random weights, each run in a fresh process: on the CPU in float32, with a
 teacher of twice the student's widths and four times its operations; on a GPU ViT-S-16 from ViT-L-14 under bfloat16
 autocast. Both have the same batch, threads and workers, clip the gradient at norm 1 and crop 90 to 100 % of an image to
-the size that both models take. Every file is read once, so that no result of an earlier epoch is used again. Measured
-is the mean rate after the first ten steps, with the loader. What differs:
+the size that both models take. Every file is read once, so that no image of an earlier epoch is used again; on a GPU
+drawings and captions repeat under other names. Measured is the mean rate after the first ten steps, with the loader.
+What differs:
 
     loss         clip_kd: contrastive, soft CE and feature mimicry through linear maps. open_clip: contrastive, soft CE
     texts        clip_kd cuts a causal text tower's input behind the last end-of-text token of a quarter of the batch.
                  open_clip computes all 77 positions. The head of the table has the mean number of tokens
-    tokens       clip_kd tokenises for student and online teacher, open_clip once for both
+    tokens       clip_kd tokenises for student and online teacher, and a worker keeps the tokens of its last captions;
+                 open_clip tokenises once for both
     pixels       clip_kd normalises a batch in the training process, open_clip an image in the worker
     workers      clip_kd keeps 4 batches ahead, open_clip 2
     log          clip_kd every ten steps, open_clip every step

@@ -423,7 +423,7 @@ def pairing_lines(results: dict[str, dict[str, float]]) -> list[str]:
     for dataset, metrics in results.items():
         scores = {key: metrics.get(key, math.nan) for key in ("acc1", "acc5")}
         known = [f"{key} {100 * score:.1f} %" for key, score in scores.items() if not math.isnan(score)]
-        lines.append(f"{shorten(dataset, 12)}  {', '.join(known)}")
+        lines += [f"{shorten(dataset, 12)}  {', '.join(known)}"] if known else []
     return ["", "The student's images with the teacher's texts:", *lines] if lines else []
 
 

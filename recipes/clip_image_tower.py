@@ -28,6 +28,7 @@ from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.models.student import Side
 from gkl_vl.objectives.one_tower import OneTowerKd
 from gkl_vl.teachers.bank import Bank
+from gkl_vl.teachers.embeddings import open_stores
 from gkl_vl.training.clip import (
     BANK_SIZE,
     CaptionData,
@@ -84,6 +85,10 @@ def main(config: Config) -> None:
     cross = cross_settings(config.loss, compared=config.text_only or prompts is not None)
     if not (config.loss.mimicry_weight or cross.counts):
         raise UserError("every weight is 0, so there is nothing to train on: set --mimicry-weight")
+    if not config.text_only:
+        cli.refuse_unused(vars(config.optimisation), ["text_lr"], "has no effect without --text-only")
+    elif not cross.counts:
+        cli.refuse_unused(vars(config.loss), ["bank_size"], "has no effect where both cross weights are 0")
     train_clip(
         config,
         recipe="clip_text_tower" if config.text_only else "clip_image_tower",
@@ -92,6 +97,7 @@ def main(config: Config) -> None:
         bundled_rates=(1.4e-2, 3e-3),
         one_tower=side,
         detail=f", {side} tower",
+        check=lambda images: check_store(config, prompts, cross),
     )
 
 
@@ -119,6 +125,12 @@ def find_prompts(config: Config, data: ClipData) -> Prompts | None:
     if config.prompts is not None:
         return read_prompts(config.prompts, classnames=data.source.classnames)
     return bundled_prompts() if data.bundled else None
+
+
+def check_store(config: Config, prompts: Prompts | None, cross: GklSettings) -> None:
+    """Raises: UserError for a store of other prompts."""
+    if config.model.teacher_store is not None and prompts is not None and cross.counts:
+        open_stores(config.model.teacher_store).classes(prompts)
 
 
 def cross_settings(loss: Loss, *, compared: bool) -> GklSettings:

@@ -129,7 +129,8 @@ def test_shards_train_like_the_whole_model_and_resume(tmp_path):
     for of_whole, of_shards in zip(whole[0][0], sharded[0][0], strict=True):
         for name, tensor in of_whole[0].items():
             # A softmax does not depend on the keys' bias: its gradient is rounding, which Adam divides by its own size.
-            atol = 1e-5 if name.endswith("in_proj_bias") else 1e-6
+            # Elsewhere few gradients are as small; three updates at 1e-3 move a weight by up to 3e-3.
+            atol = 1e-5 if name.endswith("in_proj_bias") else 3e-6
             torch.testing.assert_close(
                 of_shards[0][name], tensor, rtol=1e-5, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
             )

@@ -421,8 +421,8 @@ def test_run_ranks_notices_a_rank_that_died():
 
 
 def test_run_ranks_notices_a_rank_that_hangs():
-    with pytest.raises(RankFailed, match=r"ranks \[1\] did not finish within 2 s"):
-        run_ranks(hang_on_rank_1, 2, timeout_seconds=2)
+    with pytest.raises(RankFailed, match=r"ranks \[1\] did not finish within 6 s"):
+        run_ranks(hang_on_rank_1, 2, timeout_seconds=6)
 
 
 @pytest.mark.parametrize("host", ["huggingface.co", "192.0.2.1"])

@@ -143,7 +143,7 @@ def test_every_file_of_a_run_is_strict(place, sets, call):
     assert_strict(Path("run"), "config.json", "results.jsonl", "loop.json", "open_clip_config.json")
     assert '"acc5": null' in Path("run/results.jsonl").read_text() and "nan" not in out
     evaluations = [record for record in RunFolder(Path("run"), is_main=False).records() if "model" in record]
-    assert len(evaluations) == 2 and all(math.isnan(record["acc5"]) for record in evaluations)
+    assert len(evaluations) == 3 and all(math.isnan(record["acc5"]) for record in evaluations)
 
 
 EVALUATIONS = [

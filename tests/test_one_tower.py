@@ -1,6 +1,8 @@
 """One tower trained into a teacher's space: the joined model, the loss, the recipe, and search in a teacher's index."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import open_clip
@@ -23,6 +25,7 @@ from gkl_vl.models.student import OneTower, paired, with_tower_of
 from gkl_vl.models.towers import clamp_scale
 from gkl_vl.objectives.one_tower import OneTowerKd
 from gkl_vl.teachers.bank import Bank
+from gkl_vl.training.optim import clip_adamw
 
 call = test_recipes.call  # the fixture
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,6 +109,8 @@ def test_one_tower_trains_it_alone(place, side):
     model(inputs)[:, 0].sum().backward()
     optimizer.step()
     clamp_scale(joined.towers)
+    groups = clip_adamw(model, of_text=model.text_parameters(), lr=1.0, text_lr=1.0, wd=0.1).param_groups
+    assert len(groups) == 2 and all(group["params"] for group in groups)  # torch restores no sharded empty ones
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     of_side = [name for name in before if name.startswith("towers.model.visual.") == (side == "image")]
     assert changed and changed <= {name for name in of_side if "logit_" not in name}
@@ -117,7 +122,15 @@ def test_models_that_cannot_be_joined_are_refused_in_one_line(place, tmp_path):
     with_weights = tmp_path / "plain"
     export_clip(clip=student, folder=with_weights, card=test_recipes.CARD)
     trained = load_clip(f"local-dir:{with_weights}")
+    coca = dataclasses.replace(teacher, model_cfg=TEACHER | {"multimodal_cfg": {}}, name="coca")
+    flat = {"image_size": 32, "timm_model_name": "test_vit", "timm_pool": "avg", "timm_proj": "none"}
+    (tmp_path / "flat.json").write_text(json.dumps(CONFIG | {"embed_dim": 64, "vision_cfg": flat}))
     for parts, message in (
+        ((student, coca), "--teacher coca is a CoCa, whose towers return tokens as well"),
+        (
+            (load_clip(str(tmp_path / "flat.json")), teacher),
+            "has no projection and a width of 64, .* of 20",
+        ),
         ((trained, teacher), "was trained with GELU and its teacher with QuickGELU, and a model has one activation"),
         ((student, paired(image_of=teacher, text_of=teacher)), "is a transformers model, whose towers cannot join"),
     ):
@@ -294,6 +307,28 @@ def test_a_text_tower_from_a_store_resumes_and_keeps_the_teachers_images(place, 
 
 
 @pytest.mark.parametrize(
+    "named, message",
+    [
+        (["--teacher", "local-dir:other"], "with a cosine of -?0.* it is not the local-dir:.*teacher of the store"),
+        (["--teacher", "local-dir:other", "bundled"], "the store has one teacher, so name that one"),
+    ],
+)
+def test_another_teacher_than_the_stored_is_refused(place, call, named, message):
+    """With the same logit scale and length of embeddings."""
+    torch.manual_seed(7)
+    other = load_clip(str(place / "teacher.json"))
+    with torch.no_grad():
+        other.towers.model.logit_scale.fill_(5.0)
+    export_clip(clip=other, folder=Path("other"), card=test_recipes.CARD)
+    data = ["--train-data", place / "pairs.tar", "--teacher", f"local-dir:{place}/teacher", "--workers", "0"]
+    code, _, errors = call(*data, "--views", "1", "--out", "store", recipe="store_teacher")
+    assert code == 0, errors
+    code, _, errors = call(*flags_of(place, "--text-only", "--teacher-store", "store", *named), recipe=RECIPE)
+    assert code == 2 and re.search(message, errors) and errors.count("\n") == 1, errors
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
     "flags, message",
     [
         (["--teacher", "none"], "--teacher none: a tower is trained into its teacher's space, so name a teacher"),
@@ -303,6 +338,11 @@ def test_a_text_tower_from_a_store_resumes_and_keeps_the_teachers_images(place, 
         (["--captions-per-image", "2"], "--captions-per-image 2 is of captions, and an image tower is trained without"),
         (["--columns", "a", "b"], "--columns a b: the second is of captions"),
         (["--bank-size", "9"], "--bank-size 9 has no effect without --text-only"),
+        (["--text-lr", "1"], "--text-lr 1.0 has no effect without --text-only"),
+        (
+            ["--text-only", "--bank-size", "9", "--cross-soft-ce-weight", "0", "--cross-wmse-weight", "0"],
+            "--bank-size 9 has no effect where both cross weights are 0",
+        ),
         (["--text-only", "--prompts", "{place}/colours.json"], "is for images, and has no effect with --text-only"),
     ],
 )

@@ -194,11 +194,17 @@ def mimicry_loss(
     for name, ours, theirs in (("image", image, teacher_image), ("text", text, teacher_text)):
         if ours.shape != theirs.shape:
             raise ValueError(f"{name} {tuple(ours.shape)} and teacher_{name} {tuple(theirs.shape)} differ in shape")
-    return feature_mse(image, teacher_image) + feature_mse(text, teacher_text)
+    pairs = ((image, teacher_image), (text, teacher_text))
+    return global_value(sum(F.mse_loss(upcast(ours), upcast(theirs)) for ours, theirs in pairs))
 
 
 def feature_mse(student: Float[Tensor, "n e"], teacher: Float[Tensor, "n e"]) -> Float[Tensor, ""]:
-    """One side of `mimicry_loss`: mean_ik (student_ik - teacher_ik)^2. Equal on all ranks."""
+    """One side of `mimicry_loss`: mean_ik (student_ik - teacher_ik)^2. Equal on all ranks.
+
+    Raises: ValueError where shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape")
     return global_value(F.mse_loss(upcast(student), upcast(teacher)))
 
 
@@ -406,8 +412,9 @@ def _tiled_loss(
 
 def _mean_of_rows(directions: list[Tensor], terms: Terms) -> Tensor:
     """The mean of both directions' mean over rows; a sigmoid student's sum over pairs, divided by the texts."""
-    counts = [len(directions[1])] * 2 if terms.sigmoid else map(len, directions)
-    return torch.stack([rows.sum() / count for rows, count in zip(directions, counts, strict=True)]).mean()
+    if terms.sigmoid:
+        return torch.stack([rows.sum() for rows in directions]).mean() / len(directions[1])
+    return torch.stack([rows.mean() for rows in directions]).mean()
 
 
 def _mean_over_ranks(x: Tensor) -> Tensor:

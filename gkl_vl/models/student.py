@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gkl_vl.errors import UserError
 from gkl_vl.models.clip import Clip, comes_with_weights
+from gkl_vl.models.modes import evaluating
 from gkl_vl.models.pretrained import build_open_clip
 from gkl_vl.models.towers import OpenClipTowers, PairedTowers, Towers, TransformersTowers
 
@@ -84,7 +85,8 @@ class OneTower(nn.Module):
         self.towers, self.side = towers, side
         trained = set(towers.image_parameters() if side == "image" else towers.text_parameters())
         for parameter in towers.parameters():
-            parameter.requires_grad_(parameter in trained)
+            if parameter not in trained:  # of the trained, fixed positions stay fixed
+                parameter.requires_grad_(False)
 
     def text_parameters(self) -> list[nn.Parameter]:
         """Parameters of the text tower."""
@@ -98,15 +100,17 @@ class OneTower(nn.Module):
 def with_tower_of(student: Clip, teacher: Clip, side: Side) -> Clip:
     """The student's tower of this side with the teacher's other tower, logit scale and bias, as one open_clip model.
 
-    The embeddings have the teacher's length. A student's tower keeps its weights, but for a last layer of another
-    width, which is drawn anew. Size and normalisation of images, or the tokenizer, are those of the student's tower.
+    The embeddings have the teacher's length. A student's tower keeps its weights, but for the last layers where they
+    have another width, which are drawn anew. Size and normalisation of images, or the tokenizer, are those of the
+    student's tower.
 
     Raises:
-        UserError: a model of transformers; a student with weights for another activation than the teacher's.
+        UserError: a model of transformers, a CoCa; a student with weights for another activation than the teacher's; a
+            student's tower without projection, of another width.
     """
     configs = [_open_clip_config(role, clip) for role, clip in (("student", student), ("teacher", teacher))]
     quick = [bool(config.get("quick_gelu")) for config in configs]
-    if quick[0] != quick[1] and comes_with_weights(student.name):
+    if quick[0] != quick[1] and comes_with_weights(student.name) and _has_gelu_flag(configs[0], side):
         own, others = ("QuickGELU" if is_quick else "GELU" for is_quick in quick)
         raise UserError(
             f"--student {student.name} was trained with {own} and its teacher with {others}, and a model has one "
@@ -128,7 +132,7 @@ def with_tower_of(student: Clip, teacher: Clip, side: Side) -> Clip:
             weights[name] = stored
     model.load_state_dict(weights)
     images, texts = (student, teacher) if side == "image" else (teacher, student)
-    return Clip(
+    joined = Clip(
         name=student.name,
         towers=OpenClipTowers(model),
         preprocess=images.preprocess,
@@ -136,6 +140,31 @@ def with_tower_of(student: Clip, teacher: Clip, side: Side) -> Clip:
         hf_tokenizer=texts.hf_tokenizer,
         model_cfg=config,
     )
+    width = _width(joined, side)
+    if width != teacher.embed_dim:
+        raise UserError(
+            f"the {side} tower of --student {student.name} has no projection and a width of {width}, and the teacher's "
+            f"embeddings have a length of {teacher.embed_dim}: set timm_proj, proj_type or hf_proj_type in its config "
+            "to 'linear'"
+        )
+    return joined
+
+
+@torch.inference_mode()
+def _width(clip: Clip, side: Side) -> int:
+    """Length of the embeddings of one tower."""
+    with evaluating(clip.towers):
+        if side == "text":
+            return clip.towers.encode_text(clip.tokenize(["a"])).shape[1]
+        return clip.towers.encode_image(torch.zeros(1, 3, clip.image_size, clip.image_size)).shape[1]
+
+
+def _has_gelu_flag(config: dict, side: Side) -> bool:
+    """Whether a tower has the activation that `quick_gelu` names: timm's, transformers' and ResNets have their own."""
+    if side == "text":
+        return not config["text_cfg"].get("hf_model_name")
+    vision = config["vision_cfg"]
+    return not vision.get("timm_model_name") and not isinstance(vision.get("layers"), list)
 
 
 def _other(side: Side) -> Side:
@@ -147,6 +176,10 @@ def _open_clip_config(role: str, clip: Clip) -> dict:
         raise UserError(
             f"--{role} {clip.name} is a transformers model, whose towers cannot join another's: take an open_clip one"
         )
+    if "multimodal_cfg" in clip.model_cfg or any(
+        clip.model_cfg[key].get("output_tokens") for key in ("vision_cfg", "text_cfg")
+    ):
+        raise UserError(f"--{role} {clip.name} is a CoCa, whose towers return tokens as well: take a CLIP or a SigLIP")
     return clip.model_cfg
 
 

@@ -278,7 +278,7 @@ def train_clip(
         allow_pickle=config.run.allow_pickle,
         loaded_too=one_tower is not None,
     )
-    student = load_student(config, teachers, one_tower)
+    student = load_student(config, teachers, data, one_tower)
     sets = evaluation_sets(config.evaluation, bundled=data.bundled)
     steps = count_steps(config.optimisation, data, run.num_processes)
     count_warmup(config.optimisation, steps)  # raises before there is a run folder
@@ -292,6 +292,8 @@ def train_clip(
     model = make_model(student, teachers, mapped, one_tower)
     run.seed_ranks()
     rates = peak_rates(config.optimisation, bundled_rates if data.bundled and teachers.names else (LR, LR))
+    if one_tower is not None:
+        rates = (rates[one_tower == "text"],) * 2
     teach = make_teacher(teachers, run.device)
     exported = fit(
         accelerator=run.accelerator,
@@ -330,14 +332,15 @@ def train_clip(
 # ---- before the first step ---------------------------------------------------------------------------------------
 
 
-def load_student(config: ClipFlags, teachers: RunTeachers, one_tower: Side | None) -> Clip:
+def load_student(config: ClipFlags, teachers: RunTeachers, data: ClipData, one_tower: Side | None) -> Clip:
     """The student, or its tower of one side with the teacher's other one.
 
     Raises: UserError for a model that cannot be exported, or whose towers cannot be joined.
     """
     student = load_clip(config.model.student, allow_pickle=config.run.allow_pickle)
     if one_tower is not None:
-        teacher = teacher_of(teachers, config.model.teachers, allow_pickle=config.run.allow_pickle)
+        flags, allow_pickle = config.model.teachers, config.run.allow_pickle
+        teacher = teacher_of(teachers, flags, data.source, bundled=data.bundled, allow_pickle=allow_pickle)
         student = with_tower_of(student, teacher, one_tower)
     if student.model_cfg is None:
         raise UserError(
@@ -466,7 +469,8 @@ def log_once(
     """Logs models' metrics, by role, once per run, also after a resume. All processes measure, the main one writes."""
     logged = {record.get("model") for record in folder.records()}
     for role, clip in models.items():
-        records = list(evaluate(clip, role, sets, device, cache_folder("embeddings")))  # all ranks
+        cache = None if role == TEXTS_OF_TEACHER else cache_folder("embeddings")  # a student's are not used again
+        records = list(evaluate(clip, role, sets, device, cache))  # all ranks
         for record in records if role not in logged else ():
             folder.log({"step": step} | record)
 

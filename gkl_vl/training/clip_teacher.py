@@ -17,7 +17,15 @@ from torch import Tensor
 
 from gkl_vl import cli
 from gkl_vl.atomic import replacing_folder
-from gkl_vl.data.augment import Augmentation, drawing_augmentation, light_augmentation, mild_drawing_augmentation
+from gkl_vl.data.augment import (
+    Augmentation,
+    apply_seeded,
+    drawing_augmentation,
+    light_augmentation,
+    mild_drawing_augmentation,
+    view_seed,
+)
+from gkl_vl.data.images import BrokenSample, decode
 from gkl_vl.data.pairs import bundled_pairs
 from gkl_vl.data.prompts import Prompts
 from gkl_vl.data.sources import Source, memory_source
@@ -35,12 +43,15 @@ from gkl_vl.teachers.embeddings import (
     open_stores,
     pair_digest,
     stored_teacher,
+    unpacked,
 )
 from gkl_vl.teachers.online import Teacher, online_teacher, with_scales
 from gkl_vl.training.run import Run
 
 BUNDLED_VIEWS = 6
 """The bundled set is small: with a fixed number of views the teacher embeds each once, and the views are kept."""
+SAME_TEACHER = 0.98
+"""Smallest cosine between a teacher's embedding and its stored one; int8 and half precision have at least 0.999."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +187,9 @@ def load_teachers(models: TeacherModels, *, device: torch.device, allow_pickle: 
     return loaded
 
 
-def teacher_of(teachers: RunTeachers, models: TeacherModels, *, allow_pickle: bool) -> Clip:
+def teacher_of(
+    teachers: RunTeachers, models: TeacherModels, source: Source, *, bundled: bool, allow_pickle: bool
+) -> Clip:
     """The only teacher of a run, loaded where it is stored: by --teacher, or by the name in the store.
 
     Raises: UserError for several teachers, and for another one than the stored.
@@ -185,18 +198,40 @@ def teacher_of(teachers: RunTeachers, models: TeacherModels, *, allow_pickle: bo
         raise UserError(f"{len(teachers.names)} teachers, and a tower can join one of them alone: name one")
     if teachers.clips:
         return teachers.clips[0]
-    assert teachers.store is not None
+    if not isinstance(teachers.store, JoinedStores):
+        raise UserError(
+            "--teacher-store names a data set of MobileCLIP's, and a tower joins a model whose weights are known: give "
+            "--teacher in its place"
+        )
     (stored,) = teachers.store.teachers
     named = models if models.teacher != TeacherModels().teacher else replace(models, teacher=(stored.name,))
+    if len(named.teacher) != 1:
+        raise UserError(f"--teacher {' '.join(named.teacher)}: the store has one teacher, so name that one")
     (clip,) = load_teachers(named, device=torch.device("cpu"), allow_pickle=allow_pickle)
-    scale = clip.towers.log_scale().exp().item()
-    if clip.embed_dim != stored.embed_dim or not math.isclose(scale, stored.logit_scale, rel_tol=1e-5):
+    cosine = _cosine_with_store(clip, teachers.store, source, augmentation(bundled=bundled, distils=True))
+    if cosine < SAME_TEACHER:
         raise UserError(
-            f"--teacher {clip.name} has embeddings of length {clip.embed_dim} and a logit scale of {scale:.4g}, the "
-            f"stored {stored.name} {stored.embed_dim} and {stored.logit_scale:.4g}: name the store's teacher with "
-            "--teacher and --teacher-pretrained"
+            f"--teacher {clip.name} embeds the first image of {source.name!r} with a cosine of {cosine:.3f} to its "
+            f"stored embedding: it is not the {stored.name} of the store, name that with --teacher and "
+            "--teacher-pretrained"
         )
     return clip
+
+
+@torch.inference_mode()
+def _cosine_with_store(clip: Clip, store: JoinedStores, source: Source, augment: Augmentation) -> float:
+    """Between a teacher's embedding of the first whole pair's first view and the stored one; 0 for other lengths."""
+    for pair in source.pairs.read(0):
+        try:
+            outputs = store.of_pair(pair, 0, [])
+            image = decode(pair.image)
+        except BrokenSample:
+            continue
+        stored = unpacked(outputs["teacher_image"], outputs.get("teacher_image_scale"))
+        view = apply_seeded(augment(clip.image_size), image, view_seed(pair.key, 0))
+        own = clip.towers.encode_image(clip.prepare(view[None]))[0].float()
+        return float(own @ stored) if own.shape == stored.shape else 0.0
+    return 1.0  # no pair is whole: training refuses the data
 
 
 def class_embeddings(clips: Sequence[Clip], prompts: Prompts, device: torch.device) -> list[Float[Tensor, "C _e"]]:

@@ -32,6 +32,7 @@ def clip_adamw(
         group | {"lr_scale": rate / peak if peak else 1.0}
         for parameters, rate in ((others, lr), (of_text, text_lr))
         for group in parameter_groups(parameters, wd)
+        if group["params"]  # torch restores no sharded optimizer that has empty groups, as of a frozen tower
     ]
     return _open_clip_adamw(groups, peak)
 

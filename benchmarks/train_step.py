@@ -228,7 +228,7 @@ def build(
     dtype: StoreDtype = "float16",
     precision: Callable[[], AbstractContextManager] = nullcontext,
 ) -> float:
-    """Builds a store of one block; embeddings per second from its first forward pass to the end."""
+    """Builds a store; embeddings per second from its first forward pass to the end."""
     augment = augmentation(bundled=False, distils=True)
     manifest = describe_store([teacher], source, augment, views=views, dtype=dtype)
     started: list[float] = []

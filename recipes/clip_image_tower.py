@@ -28,7 +28,6 @@ from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.models.student import Side
 from gkl_vl.objectives.one_tower import OneTowerKd
 from gkl_vl.teachers.bank import Bank
-from gkl_vl.teachers.embeddings import open_stores
 from gkl_vl.training.clip import (
     BANK_SIZE,
     CaptionData,
@@ -40,7 +39,7 @@ from gkl_vl.training.clip import (
     open_captions,
     train_clip,
 )
-from gkl_vl.training.clip_teacher import class_embeddings
+from gkl_vl.training.clip_teacher import RunTeachers
 from gkl_vl.training.run import RunFlags
 
 
@@ -97,7 +96,7 @@ def main(config: Config) -> None:
         bundled_rates=(1.4e-2, 3e-3),
         one_tower=side,
         detail=f", {side} tower",
-        check=lambda images: check_store(config, prompts, cross),
+        check=lambda images, teachers: check_store(teachers, prompts, cross),
     )
 
 
@@ -127,10 +126,10 @@ def find_prompts(config: Config, data: ClipData) -> Prompts | None:
     return bundled_prompts() if data.bundled else None
 
 
-def check_store(config: Config, prompts: Prompts | None, cross: GklSettings) -> None:
+def check_store(teachers: RunTeachers, prompts: Prompts | None, cross: GklSettings) -> None:
     """Raises: UserError for a store of other prompts."""
-    if config.model.teacher_store is not None and prompts is not None and cross.counts:
-        open_stores(config.model.teacher_store).classes(prompts)
+    if teachers.store is not None and prompts is not None and cross.counts:
+        teachers.store.classes(prompts)
 
 
 def cross_settings(loss: Loss, *, compared: bool) -> GklSettings:
@@ -150,17 +149,12 @@ def make_objective(
     config: Config, setup: ClipSetup, side: Side, prompts: Prompts | None, cross: GklSettings
 ) -> OneTowerKd:
     """The objective with the teacher's class embeddings, which all ranks compute together, or a queue of its images."""
-    teachers, columns = setup.teachers, None
+    columns = None
     assert setup.teach is not None  # main refuses --teacher none
     if side == "text":
         columns = Bank(BANK_SIZE if config.loss.bank_size is None else config.loss.bank_size)
     elif prompts is not None and cross.counts:
-        if teachers.clips:
-            (classes,) = class_embeddings(teachers.clips, prompts, setup.device)  # all ranks
-        else:
-            assert teachers.store is not None
-            (classes,) = teachers.store.classes(prompts)
-        columns = classes.to(setup.device)
+        (columns,) = setup.teachers.classes(prompts, setup.device)  # all ranks
     return OneTowerKd(
         student=setup.student,
         teacher=setup.teach,

@@ -28,9 +28,8 @@ from gkl_vl.errors import UserError
 from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.objectives.common import EpochPrior
 from gkl_vl.objectives.zero_shot import ZeroShotKd, prompt_tokens
-from gkl_vl.teachers.embeddings import open_stores
 from gkl_vl.training.clip import ClipData, ClipEvaluation, ClipModels, ClipOptimisation, ClipSetup, train_clip
-from gkl_vl.training.clip_teacher import class_embeddings
+from gkl_vl.training.clip_teacher import RunTeachers
 from gkl_vl.training.run import RunFlags
 
 
@@ -95,7 +94,7 @@ def main(config: Config) -> None:
         bundled_rates=(3e-3, 3e-3),
         mapped=("image",) if cross_settings(config.loss).counts else (),
         detail=f" on images of {source.name}",
-        check=lambda images: check_run(config, source, prompts, images),
+        check=lambda images, teachers: check_run(config, source, prompts, images, teachers),
     )
 
 
@@ -111,11 +110,11 @@ def find_prompts(data: ImageData, source: Source) -> Prompts:
     return read_prompts(data.prompts, classnames=source.classnames)
 
 
-def check_run(config: Config, source: Source, prompts: Prompts, images: int) -> None:
+def check_run(config: Config, source: Source, prompts: Prompts, images: int, teachers: RunTeachers) -> None:
     """Raises: UserError for stores of other prompts, and where a run that sees so many images never uses the class
     prior."""
-    if config.model.teacher_store is not None:
-        open_stores(config.model.teacher_store).classes(prompts)
+    if teachers.store is not None:
+        teachers.store.classes(prompts)
     if not config.loss.class_prior:
         return
     if not (config.loss.gkl.wmse_weight or config.loss.cross_wmse_weight):
@@ -136,16 +135,11 @@ def make_objective(config: Config, setup: ClipSetup, prompts: Prompts, source: S
     """The objective with the teachers' class embeddings, which all ranks compute together."""
     teachers = setup.teachers
     assert setup.teach is not None  # main refuses --teacher none
-    if teachers.clips:
-        classes = class_embeddings(teachers.clips, prompts, setup.device)  # all ranks
-    else:
-        assert teachers.store is not None
-        classes = teachers.store.classes(prompts)
     prior = EpochPrior(len(prompts.classnames), config.loss.gkl.weight_temperature) if config.loss.class_prior else None
     return ZeroShotKd(
         student=setup.student,
         teacher=setup.teach,
-        classes=[rows.to(setup.device) for rows in classes],
+        classes=teachers.classes(prompts, setup.device),  # all ranks
         teacher_weights=teachers.shares,
         tokens=prompt_tokens(prompts, setup.student, setup.device),
         gkl=config.loss.gkl,

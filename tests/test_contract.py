@@ -154,7 +154,7 @@ def test_every_form_gives_the_same_loss(world_size):
 )
 def test_odd_sizes_tiles_and_missing_terms(rows, tile, gamma, num_ids, off, kind, captions):
     tensors = embeddings(torch.float64, rows, captions)
-    ids = torch.arange(rows * (captions or 1)) % num_ids
+    ids = torch.arange(rows if captions is None else rows * captions) % num_ids
     options = {"ids": ids if captions is None else ids.view(rows, captions), "gamma": gamma, "captions": captions}
     options |= kind | ({off: 0} if off else {})
     loss, gradients = loss_and_gradients(tensors, tile_size=tile, **options)

@@ -83,14 +83,13 @@ def main() -> None:
     parser.add_argument("--lr", help="its peak learning rate, of both towers")
     parser.add_argument("--rivals", action="store_true", help="the arms of the rivals")
     parser.add_argument("--search", action="store_true", help="the arms of the search")
-    parser.add_argument("--arms", nargs="+", help="only these")
     options = parser.parse_args()
     arms = SEARCH if options.search else RIVALS if options.rivals else ARMS
     rate = [] if options.lr is None else ["--lr", options.lr]
     study = make_clip_study(
         options,
         recipe="cross_logits_arm",
-        arms={name: arm for name, arm in arms.items() if options.arms is None or name in options.arms},
+        arms=arms,
         columns=COLUMNS,
         flags=["--student", options.student, *rate],
     )

@@ -27,10 +27,8 @@ COLUMNS: dict[str, tuple[str | None, str]] = {
 
 def main() -> None:
     parser = make_clip_parser(__doc__, seeds=[0, 1, 2], folder="runs/study_one_tower")
-    parser.add_argument("--arms", nargs="+", help="only these")
     options = parser.parse_args()
-    arms = {name: arm for name, arm in ARMS.items() if options.arms is None or name in options.arms}
-    study = make_clip_study(options, recipe="clip_image_tower", arms=arms, columns=COLUMNS)
+    study = make_clip_study(options, recipe="clip_image_tower", arms=ARMS, columns=COLUMNS)
     print(study.table(study.run()))
 
 

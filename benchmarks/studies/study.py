@@ -140,8 +140,9 @@ def make_parser(description: str | None, *, seeds: list[int], folder: str) -> ar
 
 
 def make_clip_parser(description: str | None, *, seeds: list[int], folder: str) -> argparse.ArgumentParser:
-    """The flags of every study, and --steps of the CLIP recipes."""
+    """The flags of every study, --steps of the CLIP recipes, and --arms."""
     parser = make_parser(description, seeds=seeds, folder=folder)
+    parser.add_argument("--arms", nargs="+", help="only these")
     parser.add_argument("--steps", type=int, default=300, help="updates of every run")
     return parser
 
@@ -157,7 +158,7 @@ def make_clip_study(
     """A study on the bundled data from the options of `make_clip_parser`. `flags`: further ones of all arms."""
     return Study(
         recipe=recipe,
-        arms=arms,
+        arms={name: arm for name, arm in arms.items() if options.arms is None or name in options.arms},
         flags=["--steps", str(options.steps), "--workers", "0", *ONLY_AT_THE_END, *flags],
         columns=columns,
         seeds=options.seeds,

@@ -5,9 +5,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from huggingface_hub import EvalResult, ModelCardData
+
+from gkl_vl.models.student import Side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class ClipCard:
     run: RunFacts
     attack: str | None = None
     """Radius and norm of the attacks in adversarial training, e.g. 4/255 in linf; None = no attacks."""
-    one_tower: Literal["image", "text"] | None = None
+    one_tower: Side | None = None
     """The only tower that was trained; the other one and the logit scale are the teacher's. None = both were."""
 
     def render(self, *, transformers: bool = False) -> str:

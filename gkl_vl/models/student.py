@@ -16,7 +16,7 @@ from gkl_vl.errors import UserError
 from gkl_vl.models.clip import Clip, comes_with_weights
 from gkl_vl.models.modes import evaluating
 from gkl_vl.models.pretrained import build_open_clip
-from gkl_vl.models.towers import OpenClipTowers, PairedTowers, Towers, TransformersTowers
+from gkl_vl.models.towers import OpenClipTowers, PairedTowers, Towers
 
 Side = Literal["image", "text"]
 
@@ -124,10 +124,10 @@ def with_tower_of(student: Clip, teacher: Clip, side: Side) -> Clip:
         config |= {name: value for name, value in of_student.items() if name == "custom_text"}
     model = build_open_clip(config, student.name, pretrained_text=False, allow_pickle=False)
     weights = model.state_dict()
-    sources = {side: student.towers.state_dict(), _other(side): teacher.towers.state_dict()}
+    students, teachers = student.towers.state_dict(), teacher.towers.state_dict()
     for name, drawn in weights.items():
-        of_side = "image" if name.startswith("visual.") else "text"
-        stored = sources[_other(side) if name.startswith("logit_") else of_side][f"model.{name}"]
+        trained = name.startswith("visual.") == (side == "image") and not name.startswith("logit_")
+        stored = (students if trained else teachers)[f"model.{name}"]
         if stored.shape == drawn.shape:
             weights[name] = stored
     model.load_state_dict(weights)
@@ -167,10 +167,6 @@ def _has_gelu_flag(config: dict, side: Side) -> bool:
     return not vision.get("timm_model_name") and not isinstance(vision.get("layers"), list)
 
 
-def _other(side: Side) -> Side:
-    return "text" if side == "image" else "image"
-
-
 def _open_clip_config(role: str, clip: Clip) -> dict:
     if clip.model_cfg is None:
         raise UserError(
@@ -194,16 +190,10 @@ def paired(*, image_of: Clip, text_of: Clip) -> Clip:
             f"{image_of.name} has embeddings of length {image_of.embed_dim} and {text_of.name} of {text_of.embed_dim}: "
             "its images and texts cannot be compared; recipes/clip_image_tower.py trains a tower for another's space"
         )
-    towers = PairedTowers(_single(image_of), _single(text_of), embed_dim=text_of.embed_dim)
     return replace(
         image_of,
-        towers=towers,
+        towers=PairedTowers(image_of.towers, text_of.towers, embed_dim=text_of.embed_dim),
         tokenize=text_of.tokenize,
         hf_tokenizer=text_of.hf_tokenizer,
         model_cfg=None,
     )
-
-
-def _single(clip: Clip) -> OpenClipTowers | TransformersTowers:
-    assert not isinstance(clip.towers, PairedTowers)  # made here alone
-    return clip.towers

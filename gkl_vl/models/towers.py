@@ -118,13 +118,7 @@ class TransformersTowers(nn.Module):
 class PairedTowers(nn.Module):
     """The image tower of one model with the text tower, scale and bias of another, both in one embedding space."""
 
-    def __init__(
-        self,
-        image_of: OpenClipTowers | TransformersTowers,
-        text_of: OpenClipTowers | TransformersTowers,
-        *,
-        embed_dim: int,
-    ):
+    def __init__(self, image_of: "Towers", text_of: "Towers", *, embed_dim: int):
         super().__init__()
         self.image_of, self.text_of, self.embed_dim = image_of, text_of, embed_dim
 

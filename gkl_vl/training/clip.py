@@ -3,38 +3,31 @@
 A recipe opens its data, builds its objective and calls `train_clip`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 import tyro
-from torch import nn
 
-from gkl_vl import cli, report
+from gkl_vl import cli
 from gkl_vl.data.pair_stream import PairLoader, PairStream, Position
 from gkl_vl.data.pairs import open_source
 from gkl_vl.data.sources import Source
-from gkl_vl.disk_cache import cache_folder
 from gkl_vl.errors import UserError
-from gkl_vl.evaluation.benchmark import TASK_OF, measure, metrics_of
-from gkl_vl.evaluation.embed import Embedder, milliseconds_per_image, top_names
-from gkl_vl.evaluation.set_collections import BenchmarkTask
-from gkl_vl.evaluation.sets import BUNDLED, BenchmarkSet, load_benchmark_set, load_benchmark_sets
-from gkl_vl.export import hub
+from gkl_vl.evaluation.sets import BUNDLED, BenchmarkSet, load_benchmark_sets
 from gkl_vl.export.cards import ClipCard, RunFacts
 from gkl_vl.losses.gkl import GklSettings
-from gkl_vl.models.clip import BUNDLED_TEACHER, Clip, load_clip
-from gkl_vl.models.student import OneTower, Side, Student, paired, with_tower_of
+from gkl_vl.models.clip import Clip, load_clip
+from gkl_vl.models.student import OneTower, Side, Student, with_tower_of
 from gkl_vl.models.towers import clamp_scale
 from gkl_vl.objectives.clip import ClipKdWeights
-from gkl_vl.protocols import Objective, Record
+from gkl_vl.protocols import Objective
 from gkl_vl.teachers.bank import Bank
 from gkl_vl.teachers.dataset_dr import DatasetDr
 from gkl_vl.teachers.online import Teacher, numbered
-from gkl_vl.training.checkpoint import RunFolder
+from gkl_vl.training.clip_results import evaluate_student, finish, log_once, models_beside
 from gkl_vl.training.clip_teacher import (
     ClipModels,
     RunTeachers,
@@ -56,9 +49,6 @@ LOSS = {"mimicry_weight": 2000.0, "cross_soft_ce_weight": 0.0, "cross_wmse_weigh
 BANK_SIZE = 2048
 LR = 1e-3
 WARMUP_STEPS = 50
-SHEET_IMAGES = 12
-TEXTS_OF_TEACHER = "student, texts of teacher"
-"""Name, in records, of the student's images with the texts of its only teacher."""
 
 # ---- flags -------------------------------------------------------------------------------------------------------
 
@@ -254,7 +244,7 @@ def train_clip(
     one_tower: Side | None = None,
     detail: str = "",
     attack: str | None = None,
-    check: Callable[[int], None] = lambda images: None,
+    check: Callable[[int, RunTeachers], None] = lambda images, teachers: None,
 ) -> None:
     """Trains a student from flags to the exported folder.
 
@@ -265,7 +255,7 @@ def train_clip(
         one_tower: the only tower that is trained; the other one is the teacher's.
         detail: part of the run's title, behind the teacher.
         attack: for the card: radius and norm of attacks in training. FSDP is then refused.
-        check: called before the run folder is made with the number of images that the run will see.
+        check: called before the run folder is made, with the number of images that the run will see and its teachers.
     """
     run = Run(config, recipe=recipe)
     if attack is not None:
@@ -283,7 +273,7 @@ def train_clip(
     steps = count_steps(config.optimisation, data, run.num_processes)
     count_warmup(config.optimisation, steps)  # raises before there is a run folder
     images_per_step = config.optimisation.batch_size * config.optimisation.accum_steps
-    check(steps * images_per_step * run.num_processes)
+    check(steps * images_per_step * run.num_processes, teachers)
     origin = "" if teachers.title is None else f" distilled from {teachers.title}"
     run.begin(f"{config.model.student}{origin}{detail} · {steps:,} steps of {images_per_step:,}")
     augment = views_at(student, teachers, bundled=data.bundled)
@@ -319,10 +309,7 @@ def train_clip(
         checkpoint=run.checkpoint(),
     )
     trained = replace(student, towers=exported.towers)
-    beside = {teacher_role(number): clip for number, clip in enumerate(teachers.clips)}
-    if isinstance(model, Student) and model.in_teachers_space and teachers.clips:
-        beside[TEXTS_OF_TEACHER] = paired(image_of=trained, text_of=teachers.clips[0])
-    log_once(run.folder, steps, beside, sets, run.device)
+    log_once(run.folder, steps, models_beside(model, trained, teachers), sets, run.device)
     if run.accelerator.is_main_process:
         card = partial(make_card, config, data, teachers, attack, one_tower)
         finish(run, trained, teachers, card, steps=steps, bundled=data.bundled)
@@ -436,45 +423,6 @@ def make_loader(
     return PairLoader(stream, pin_memory=run.device.type == "cuda")
 
 
-# ---- evaluation and export ---------------------------------------------------------------------------------------
-
-
-def evaluate_student(
-    sets: list[BenchmarkSet], student: Clip, device: torch.device, model: nn.Module
-) -> Iterator[Record]:
-    """Records of the student with the current weights of `model`."""
-    yield from evaluate(replace(student, towers=model.towers), "student", sets, device, cache=None)
-
-
-def evaluate(
-    clip: Clip, role: str, sets: list[BenchmarkSet], device: torch.device, cache: Path | None
-) -> Iterator[Record]:
-    """A record per set, with CLIP_benchmark's keys. All processes share the work."""
-    embedder = Embedder(clip=clip, device=device, batch_size=256, cache=cache)
-    for dataset in sets:
-        tasks: list[BenchmarkTask] = [TASK_OF[dataset.kind]]
-        if dataset.name in BUNDLED:  # they have captions too
-            tasks.append("zeroshot_retrieval")
-        yield {"model": role, "dataset": dataset.name} | metrics_of(measure(embedder, dataset, tasks))
-
-
-def teacher_role(number: int) -> str:
-    """Name of a teacher in records and tables."""
-    return "teacher" if number == 0 else f"teacher {number + 1}"
-
-
-def log_once(
-    folder: RunFolder, step: int, models: dict[str, Clip], sets: list[BenchmarkSet], device: torch.device
-) -> None:
-    """Logs models' metrics, by role, once per run, also after a resume. All processes measure, the main one writes."""
-    logged = {record.get("model") for record in folder.records()}
-    for role, clip in models.items():
-        cache = None if role == TEXTS_OF_TEACHER else cache_folder("embeddings")  # a student's are not used again
-        records = list(evaluate(clip, role, sets, device, cache))  # all ranks
-        for record in records if role not in logged else ():
-            folder.log({"step": step} | record)
-
-
 def make_card(
     config: ClipFlags,
     data: ClipData,
@@ -493,53 +441,3 @@ def make_card(
         attack=attack,
         one_tower=one_tower,
     )
-
-
-def finish(
-    run: Run,
-    student: Clip,
-    teachers: RunTeachers,
-    card: Callable[[RunFacts], ClipCard],
-    *,
-    steps: int,
-    bundled: bool,
-) -> None:
-    """Exports the student, draws the report, prints the table. Main process."""
-    student.towers.eval()
-    facts, folder = run.facts(steps=steps), run.folder.path
-    own = [record for record in facts.metrics if record["model"] != TEXTS_OF_TEACHER]
-    hub.export_clip(clip=student, folder=folder / "model", card=card(replace(facts, metrics=own)))
-    sheet = draw_sheet(student, run.device) if bundled else []
-    report.draw_report(path=folder / "report.png", records=run.folder.records(), sheet=sheet, title=run.title)
-    models = {teacher_role(number): clip for number, clip in enumerate(teachers.clips)} | {"student": student}
-    print(report.results_table([table_row(role, clip, facts.metrics, run.device) for role, clip in models.items()]))
-    for line in report.pairing_lines(report.metrics_by_dataset(facts.metrics, TEXTS_OF_TEACHER)):
-        print(line)
-    print(f"\nLoad the student:\n\n    import open_clip\n    model, _, preprocess = "
-          f'open_clip.create_model_and_transforms("local-dir:{folder / "model"}")\n')  # fmt: skip
-    print(f"Pictures: {folder / 'report.png'}")
-    run.push()
-
-
-def table_row(role: str, clip: Clip, records: list[Record], device: torch.device) -> dict[str, Any]:
-    """A model in the closing table: parameters, time per image, metrics."""
-    return {
-        "model": role,
-        "name": "bundled" if clip.name == BUNDLED_TEACHER else clip.name,
-        "image_parameters": sum(p.numel() for p in clip.towers.image_parameters()),
-        "parameters": sum(p.numel() for p in clip.towers.parameters()),
-        "ms_per_image": milliseconds_per_image(clip=clip, device=device),
-        "results": report.metrics_by_dataset(records, role),
-    }
-
-
-def draw_sheet(student: Clip, device: torch.device) -> list[report.SheetItem]:
-    """Held-out drawings, evenly spaced through the set, with the student's three likeliest names."""
-    dataset = load_benchmark_set(BUNDLED[0])
-    names = dataset.classnames
-    assert names is not None  # the bundled set has them
-    drawings: list[Any] = list(dataset)
-    chosen = drawings[:: max(len(drawings) // SHEET_IMAGES, 1)][:SHEET_IMAGES]
-    embedder = Embedder(clip=student, device=device, batch_size=256)
-    best = top_names(embedder, images=[image for image, _ in chosen], dataset=dataset, k=3)
-    return [report.SheetItem(image, names[label], top) for (image, label), top in zip(chosen, best, strict=True)]

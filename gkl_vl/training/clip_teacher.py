@@ -109,6 +109,16 @@ class RunTeachers:
         """Length of the embeddings of each."""
         return [teacher.embed_dim for teacher in (self.clips if self.store is None else self.store.teachers)]
 
+    def classes(self, prompts: Prompts, device: torch.device) -> list[Float[Tensor, "C _e"]]:
+        """Class embeddings of each, computed or stored, on the device. All ranks.
+
+        Raises: UserError for a store of other prompts.
+        """
+        if self.clips:
+            return class_embeddings(self.clips, prompts, device)  # all ranks
+        assert self.store is not None  # there is a teacher
+        return [rows.to(device) for rows in self.store.classes(prompts)]
+
 
 def open_teachers(
     models: ClipModels,

@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -88,11 +88,16 @@ BOUNDS: dict[str, Bounds] = {
     # optimizer
     **dict.fromkeys(("lr", "text_lr", "wd"), SIZE),
     "layer_decay": Bounds(above=0, at_most=1),
+    "interpolate": Bounds(at_least=0, at_most=1),
     "ema_decay": Bounds(at_least=0, below=1),
     # loss
     **dict.fromkeys(("contrastive_weight", "mimicry_weight", "soft_ce_weight", "wmse_weight", "gamma"), SIZE),
     **dict.fromkeys(("cross_soft_ce_weight", "cross_wmse_weight", "bank_size"), SIZE),
     **dict.fromkeys(("ce_weight", "kl_weight", "unlabelled_weight", "awp_gamma"), SIZE),
+    **dict.fromkeys(("inherit_layers", "inherit_text_layers", "unlocked_groups"), SIZE),
+    "lora_rank": COUNT,
+    "lora_alpha": Bounds(above=0),
+    "patch_dropout": Bounds(at_least=0, below=1),
     **dict.fromkeys(("temperature", "weight_temperature"), Bounds(above=0)),
     **dict.fromkeys(("teacher_scale", "teacher_shares", "caption_weights"), Bounds(above=0)),
     "threshold": Bounds(at_least=0, at_most=1),
@@ -116,7 +121,7 @@ BOUNDS: dict[str, Bounds] = {
 """Limits of all numeric flags by name, which mean the same in every script."""
 
 
-MAY_BE_EMPTY = ("eval_data", "report_to", "milestones", "pretrained")
+MAY_BE_EMPTY = ("eval_data", "old_data", "report_to", "milestones", "pretrained")
 """Flags of any number of values for which none means something."""
 
 
@@ -248,6 +253,18 @@ def flat(config: Any) -> dict[str, Any]:
     flags: dict[str, Any] = {}
     for name, value in vars(config).items():
         flags |= flat(value) if is_dataclass(value) else {name: value}
+    return flags
+
+
+def defaults(config: Any) -> dict[str, Any]:
+    """The defaults of the flags of a config by name, without flags that have none."""
+    flags: dict[str, Any] = {}
+    for field in fields(config):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if default is not MISSING:
+            flags |= flat(default) if is_dataclass(default) else {field.name: default}
+        elif is_dataclass(group := getattr(config, field.name)):
+            flags |= defaults(group)
     return flags
 
 

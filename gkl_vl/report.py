@@ -154,6 +154,47 @@ def draw_tradeoff(*, path: Path, points: list[dict]) -> None:
     _save(figure, path)
 
 
+def draw_interpolation(
+    *, path: Path, lines: dict[str, list[tuple[float, float]]], old: Sequence[str], share: float
+) -> None:
+    """Writes a PNG with the accuracy of averages of two models' weights over the share of the fine-tuned ones.
+
+    Args:
+        path: the .png to write.
+        lines: set -> (share in [0, 1], percent), in ascending order.
+        old: the sets that are drawn dashed, those that the start was made for.
+        share: of the exported model, marked by a vertical line.
+
+    Raises:
+        OSError: no permission, disk full; an existing file is untouched.
+    """
+    figure = Figure(figsize=(8, 5.2), dpi=100, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.085, 0.115, 0.88, 0.68))
+    _style(axes)
+    axes.set_xlabel("share of the fine-tuned weights, the rest is the start's", fontsize=10.5, color=_MUTED)
+    handles = []
+    for number, (name, points) in enumerate((name, points) for name, points in lines.items() if points):
+        xs, ys = zip(*points, strict=True)
+        dashes = (0, (5, 3)) if name in old else "-"
+        (line,) = axes.plot(xs, ys, color=_COLOURS[number % len(_COLOURS)], linewidth=2, marker="o", linestyle=dashes)
+        at = dict(points)[share]
+        line.set_label(f"{shorten(name, 34)}  {ys[0]:.1f} → {at:.1f} → {ys[-1]:.1f} %")
+        handles.append(line)
+    axes.axvline(share, color=_MUTED, linewidth=1)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
+    title = f"Top-1 accuracy: start, exported ({share:g}), fine-tuned; old sets dashed"
+    if handles:
+        _add_title_and_legend(axes, title, handles, columns=1)
+        axes.set_xlim(-0.03, 1.03)
+    else:
+        _draw_placeholder(axes, "Accuracy: not measured")
+    _save(figure, path)
+
+
 # ---- parts of figures
 
 

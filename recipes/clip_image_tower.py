@@ -25,7 +25,7 @@ from gkl_vl.data.pairs import open_images
 from gkl_vl.data.prompts import Prompts, bundled_prompts, read_prompts
 from gkl_vl.errors import UserError
 from gkl_vl.losses.gkl import GklSettings
-from gkl_vl.models.student import Side
+from gkl_vl.models.towers import Side
 from gkl_vl.objectives.one_tower import OneTowerKd
 from gkl_vl.teachers.bank import Bank
 from gkl_vl.training.clip import (
@@ -33,12 +33,12 @@ from gkl_vl.training.clip import (
     CaptionData,
     ClipData,
     ClipEvaluation,
-    ClipModels,
     ClipOptimisation,
     ClipSetup,
     open_captions,
     train_clip,
 )
+from gkl_vl.training.clip_models import ClipModels
 from gkl_vl.training.clip_teacher import RunTeachers
 from gkl_vl.training.run import RunFlags
 

@@ -24,13 +24,13 @@ from gkl_vl.training.clip import (
     CaptionData,
     CaptionLoss,
     ClipEvaluation,
-    ClipModels,
     ClipOptimisation,
     caption_weights,
     make_bank,
     open_captions,
     train_clip,
 )
+from gkl_vl.training.clip_models import ClipModels
 from gkl_vl.training.run import RunFlags
 
 

@@ -28,7 +28,8 @@ from gkl_vl.errors import UserError
 from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.objectives.common import EpochPrior
 from gkl_vl.objectives.zero_shot import ZeroShotKd, prompt_tokens
-from gkl_vl.training.clip import ClipData, ClipEvaluation, ClipModels, ClipOptimisation, ClipSetup, train_clip
+from gkl_vl.training.clip import ClipData, ClipEvaluation, ClipOptimisation, ClipSetup, train_clip
+from gkl_vl.training.clip_models import ClipModels
 from gkl_vl.training.clip_teacher import RunTeachers
 from gkl_vl.training.run import RunFlags
 

@@ -36,9 +36,9 @@ from gkl_vl.errors import UserError
 from gkl_vl.teachers.embed_pairs import build_blocks, describe_store, finish_store, missing_blocks
 from gkl_vl.teachers.embeddings import MANIFEST, Manifest, StoreDtype, write_classes
 from gkl_vl.training.clip import PairData, open_pairs
+from gkl_vl.training.clip_models import TeacherModels
 from gkl_vl.training.clip_teacher import (
     BUNDLED_VIEWS,
-    TeacherModels,
     augmentation,
     class_embeddings,
     load_teachers,

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
 from gkl_vl.models.clip import load_clip
+from gkl_vl.models.depth import lock, rate_scales
 from gkl_vl.models.student import Student
 from gkl_vl.models.towers import clamp_scale
 from gkl_vl.protocols import Objective
@@ -89,6 +90,7 @@ def train(rank, world_size, folder, sharded, steps, resume=None):
     accelerator = sharding_accelerator() if sharded else Accelerator(cpu=True)
     torch.manual_seed(0)
     clip = load_clip("emoji-student")
+    lock(clip.towers, "image", unlocked_groups=4)  # the stem and the first stage
     length, seen = clip.model_cfg["text_cfg"]["context_length"], []
     model = Student(clip.towers, embed_dim=clip.embed_dim, teacher_dims=[24], mapped=("image", "text"))
 
@@ -110,7 +112,14 @@ def train(rank, world_size, folder, sharded, steps, resume=None):
         objective=Distil(),
         make_loader=make_loader,
         run=run,
-        make_optimizer=partial(clip_adamw, of_text=model.text_parameters(), lr=1e-3, text_lr=5e-4, wd=0.1),
+        make_optimizer=partial(
+            clip_adamw,
+            of_text=model.text_parameters(),
+            lr=1e-3,
+            text_lr=5e-4,
+            wd=0.1,
+            scales=rate_scales(clip.towers, 0.9),
+        ),
         learning_rate=partial(warmup_cosine, lr=1e-3, steps=steps, warmup_steps=0),
         config=FitConfig(steps=steps, **CONFIG),
         evaluate=evaluate,

@@ -42,7 +42,7 @@ from gkl_vl.training.clip import (
     open_captions,
     train_clip,
 )
-from gkl_vl.training.clip_teacher import ClipModels
+from gkl_vl.training.clip_models import ClipModels
 from gkl_vl.training.run import RunFlags
 
 BankKind = Literal["queue", "store", "names", "half", "keywords"]

@@ -67,6 +67,8 @@ class Study:
     """Runs at a time, one thread each."""
     folder: Path
     """Folder of the runs. Finished runs are not repeated."""
+    model: str = "student"
+    """Whose records count."""
 
     def run(self) -> dict[tuple[str, int], dict[str, float]]:
         """Percent by arm, seed and column."""
@@ -103,7 +105,7 @@ class Study:
         if not (folder / "report.png").is_file():
             return None
         records = RunFolder(folder, is_main=False).records()
-        student = [record for record in records if record.get("model") == "student"]
+        student = [record for record in records if record.get("model") == self.model]
         by_heading: dict[str, float] = {}
         for heading, (dataset, key) in self.columns.items():
             values = [r[key] for r in student if dataset in (None, r["dataset"]) and key in r]
@@ -139,11 +141,13 @@ def make_parser(description: str | None, *, seeds: list[int], folder: str) -> ar
     return parser
 
 
-def make_clip_parser(description: str | None, *, seeds: list[int], folder: str) -> argparse.ArgumentParser:
+def make_clip_parser(
+    description: str | None, *, seeds: list[int], folder: str, steps: int = 300
+) -> argparse.ArgumentParser:
     """The flags of every study, --steps of the CLIP recipes, and --arms."""
     parser = make_parser(description, seeds=seeds, folder=folder)
     parser.add_argument("--arms", nargs="+", help="only these")
-    parser.add_argument("--steps", type=int, default=300, help="updates of every run")
+    parser.add_argument("--steps", type=int, default=steps, help="updates of every run")
     return parser
 
 

@@ -200,5 +200,14 @@ def _pair_of_row(row: Row, folder: Path) -> RawPair:
 
 def bundled_pairs() -> list[RawPair]:
     """The training split of the bundled emoji, in memory (7 MB encoded)."""
+    return _bundled("train")
+
+
+def bundled_style(half: int) -> list[RawPair]:
+    """Every other drawing of the bundled test split, which has one style, from position 0 or 1."""
+    return _bundled("test")[half::2]
+
+
+def _bundled(split: str) -> list[RawPair]:
     rule = CaptionRule(lines=True)
-    return [pair for shard in sorted((BUNDLED / "train").glob("*.tar")) for pair in read_shard(str(shard), rule=rule)]
+    return [pair for shard in sorted((BUNDLED / split).glob("*.tar")) for pair in read_shard(str(shard), rule=rule)]

@@ -18,6 +18,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,6 +162,23 @@ class _Relabelled:
             if "cls" in record.targets:
                 record = replace(record, targets=record.targets | {"cls": self.labels[record.targets["cls"]]})
             yield record
+
+
+@dataclass(frozen=True)
+class _EveryOther:
+    """Every other sample, from position 0 or 1."""
+
+    samples: Samples
+    first: int
+
+    def __call__(self, targets: Sequence[Target]) -> Iterator[Record]:
+        return islice(self.samples(targets), self.first, None, 2)
+
+
+def half_of(dataset: BenchmarkSet, half: int) -> BenchmarkSet:
+    """Every other sample of a set, from position 0 or 1, with all its classes."""
+    name = f"{dataset.name}, {('even', 'odd')[half]}"
+    return replace(dataset, name=name, samples=_EveryOther(dataset.samples, half), release=None)
 
 
 def load_benchmark_set(

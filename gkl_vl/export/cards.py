@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from gkl_vl.models.student import Side
+from gkl_vl.models.towers import Side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +46,26 @@ class ClipCard:
     one_tower: Side | None = None
     """The only tower that was trained; the other one and the logit scale are the teacher's. None = both were."""
 
-    def render(self, *, transformers: bool = False) -> str:
-        """Returns the text of README.md. `transformers`: the folder also contains transformers' format."""
+    def render(self, *, transformers: bool = False, model_class: str | None = None) -> str:
+        """Returns the text of README.md.
+
+        Args:
+            transformers: the folder also contains transformers' format, that of CLIPModel.
+            model_class: CLIPModel or SiglipModel for a folder in transformers' format alone; None = open_clip's.
+        """
+        usage = self._usage(transformers) if model_class is None else self._transformers_usage(model_class)
         sections = [
-            f"---\n{self._metadata().to_yaml()}\n---",
+            f"---\n{self._metadata('open_clip' if model_class is None else 'transformers').to_yaml()}\n---",
             f"# {self.run.repo_id.split('/')[1] if self.run.repo_id else self.student}",
             self._summary(),
             f"## Results\n\n{results_markdown(self.run.metrics)}",
-            f"## Usage\n\n{self._usage(transformers)}",
+            f"## Usage\n\n{usage}",
             f"## Training\n\n```bash\n{self.run.command}\n```\n\n{self._training()}",
             f"## Licence and limitations\n\n{self._limits()}",
         ]
         return "\n\n".join(sections) + "\n"
 
-    def _metadata(self) -> ModelCardData:
+    def _metadata(self, library: str) -> ModelCardData:
         base_models = [name for name in map(hub_id, self.teachers) if name]
         results = [
             EvalResult(
@@ -75,7 +81,7 @@ class ClipCard:
             for key, value in _scores(row).items()
         ]
         return ModelCardData(
-            library_name="open_clip",
+            library_name=library,
             pipeline_tag="zero-shot-image-classification",
             tags=["clip", "knowledge-distillation", "gkl"] if self.teachers else ["clip", "gkl"],
             license=self.license,
@@ -109,19 +115,17 @@ import open_clip
 model, _, preprocess = open_clip.create_model_and_transforms("{name}")
 tokenizer = open_clip.get_tokenizer("{name}")
 ```"""
-        if transformers:
-            text += f"""
+        return f"{text}\n\nWith transformers:\n\n{self._transformers_usage('CLIPModel')}" if transformers else text
 
-With transformers:
+    def _transformers_usage(self, model_class: str) -> str:
+        processor_class, name = model_class.replace("Model", "Processor"), self.run.repo_id or "path/to/this/folder"
+        return f"""```python
+from transformers import {model_class}, {processor_class}
 
-```python
-from transformers import CLIPModel, CLIPProcessor
-
-model = CLIPModel.from_pretrained("{self.run.repo_id or "path/to/this/folder"}")
-processor = CLIPProcessor.from_pretrained("{self.run.repo_id or "path/to/this/folder"}")
+model = {model_class}.from_pretrained("{name}")
+processor = {processor_class}.from_pretrained("{name}")
 # inputs = processor(text=texts, images=images, padding="max_length", truncation=True, return_tensors="pt")
 ```"""
-        return text
 
     def _teachers(self) -> str:
         return ", ".join(f"`{name}`" for name in self.teachers)

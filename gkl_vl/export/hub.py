@@ -1,6 +1,7 @@
 """Exports trained models to folders and pushes these to the Hub.
 
-A CLIP is written in open_clip's and transformers' formats, a classifier in timm's format or that of `load_classifier`.
+A CLIP is written in the format of its library, an open_clip one also in transformers'; a classifier in timm's format
+or that of `load_classifier`.
 """
 
 import copy
@@ -23,13 +24,19 @@ from gkl_vl.atomic import json_text, replacing_folder, write_json
 from gkl_vl.errors import UserError, first_line
 from gkl_vl.export.cards import ClassifierCard, ClipCard
 from gkl_vl.export.text_cleaning import save_tokenizer
-from gkl_vl.export.transformers_format import exported_tokenizer, fits_transformers, write_transformers
+from gkl_vl.export.transformers_format import (
+    exported_tokenizer,
+    fits_transformers,
+    write_own_format,
+    write_transformers,
+)
 from gkl_vl.models.classifiers import Classifier
-from gkl_vl.models.clip import Clip
-from gkl_vl.models.towers import OpenClipTowers
+from gkl_vl.models.clip import Clip, holds_transformers_config
+from gkl_vl.models.towers import OpenClipTowers, PairedTowers, TransformersTowers
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
+TRANSFORMERS_WEIGHTS_NAME = "model.safetensors"
 CLASSIFIER_CONFIG_NAME = "config.json"
 CLASSIFIER_WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
@@ -38,33 +45,48 @@ CARD_NAME = "README.md"
 def export_clip(
     *, clip: Clip, folder: Path, card: ClipCard, dtype: torch.dtype | None = None, transformers: bool = True
 ) -> None:
-    """Writes `folder` in open_clip's Hub format; `local-dir:folder` loads it, after a push also `hf-hub:org/name`.
+    """Writes `folder` in the Hub format of the model's library.
 
+    That of open_clip is loaded as `local-dir:folder`, after a push also as `hf-hub:org/name`; that of transformers as
+    `transformers:folder` and `transformers:org/name`, and by its `AutoModel`, `AutoTokenizer` and `AutoImageProcessor`.
     Writes to a temporary folder and renames it: an existing export is replaced by a complete one or not at all.
 
     Args:
-        clip: an open_clip model with known `model_cfg`; a transformers model has none.
+        clip: an open_clip model with known `model_cfg` or a transformers model; it stays as it is.
         folder: a new or empty folder, or an earlier export.
         card: contents of README.md; its `run.repo_id` is also stored as the tokenizer's repository for open_clip.
         dtype: precision of the stored weights; None = unchanged, which is fp32 after training.
-        transformers: also write transformers' CLIPModel format if the architecture fits; doubles the size.
+        transformers: also write an open_clip model in transformers' CLIPModel format if the architecture fits; doubles
+            the size.
 
     Raises:
-        UserError: not an open_clip model; `folder` contains other files.
+        UserError: a model of unknown configuration (`as_clip`); `folder` contains other files.
         OSError: no permission, disk full; an existing export is left unchanged.
     """
-    if clip.model_cfg is None or not isinstance(clip.towers, OpenClipTowers):
-        raise UserError(f"{clip.name!r} is a transformers model, which cannot be exported: use an open_clip student")
+    towers = clip.towers
+    if isinstance(towers, PairedTowers) or (isinstance(towers, OpenClipTowers) and clip.model_cfg is None):
+        raise UserError(f"{clip.name!r} has no known configuration, which an export needs: load it with load_clip")
     with _replacing(folder) as scratch:
-        tensors = _stored_tensors(clip.towers, dtype)
-        save_file(tensors, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
-        as_transformers = transformers and fits_transformers(clip)
-        if clip.hf_tokenizer is not None:
-            save_tokenizer(exported_tokenizer(clip), scratch)
-        if as_transformers:
-            write_transformers(clip=clip, folder=scratch, tensors=tensors)
-        (scratch / CONFIG_NAME).write_text(json_text(_open_clip_config(clip, card.run.repo_id), indent=2))
-        (scratch / CARD_NAME).write_text(card.render(transformers=as_transformers), encoding="utf-8")
+        tensors = _stored_tensors(towers, dtype)
+        if isinstance(towers, TransformersTowers):
+            text = card.render(model_class=write_own_format(clip=clip, folder=scratch, tensors=tensors))
+        else:
+            text = card.render(transformers=_write_open_clip(clip, scratch, tensors, card.run.repo_id, transformers))
+        (scratch / CARD_NAME).write_text(text, encoding="utf-8")
+
+
+def _write_open_clip(
+    clip: Clip, folder: Path, tensors: dict[str, Tensor], repo_id: str | None, transformers: bool
+) -> bool:
+    """Writes open_clip's format, and transformers' if wanted and possible. Returns whether it has written both."""
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    both = transformers and fits_transformers(clip)
+    if clip.hf_tokenizer is not None:
+        save_tokenizer(exported_tokenizer(clip), folder)
+    if both:
+        write_transformers(clip=clip, folder=folder, tensors=tensors)
+    (folder / CONFIG_NAME).write_text(json_text(_open_clip_config(clip, repo_id), indent=2))
+    return both
 
 
 def export_classifier(*, classifier: Classifier, folder: Path, card: ClassifierCard) -> None:
@@ -127,7 +149,9 @@ def push_to_hub(*, folder: Path, repo_id: str, private: bool = False, token: str
     """
     check_repo_id(repo_id, token=token)
     if not _holds_model(folder):
-        raise UserError(f"{folder} holds no {CONFIG_NAME} and no classifier: push the model/ folder of a run")
+        raise UserError(
+            f"{folder} holds no {CONFIG_NAME}, no CLIP of transformers, no classifier: push the model/ folder of a run"
+        )
     if (folder / CONFIG_NAME).is_file():
         _set_tokenizer_name(folder, repo_id)
     api = HfApi(token=token)
@@ -162,7 +186,12 @@ def _check_replaceable(folder: Path) -> None:
 
 def _holds_model(folder: Path) -> bool:
     """Whether the folder contains an exported CLIP or classifier."""
-    return (folder / CONFIG_NAME).is_file() or _holds_classifier(folder)
+    return (folder / CONFIG_NAME).is_file() or _holds_transformers(folder) or _holds_classifier(folder)
+
+
+def _holds_transformers(folder: Path) -> bool:
+    """Whether the folder contains a CLIP in transformers' format: its config alone may be anybody's."""
+    return (folder / TRANSFORMERS_WEIGHTS_NAME).is_file() and holds_transformers_config(folder)
 
 
 def _holds_classifier(folder: Path) -> bool:
@@ -176,7 +205,7 @@ def _holds_classifier(folder: Path) -> bool:
     return isinstance(config, dict) and {"architecture", "num_classes"} <= config.keys()
 
 
-def _stored_tensors(towers: OpenClipTowers, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _stored_tensors(towers: OpenClipTowers | TransformersTowers, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """State dict on the CPU with contiguous, separate tensors: safetensors refuses shared and strided ones."""
     state = towers.model.state_dict()
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}

@@ -1,9 +1,13 @@
-"""Exports an open_clip CLIP as a transformers `CLIPModel`, if transformers can compute the same function.
+"""Transformers' format: of an open_clip CLIP as a `CLIPModel`, if transformers can compute the same function, and of
+models that are of transformers themselves.
 
 Axis letters: d = embedding.
 """
 
+import copy
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,13 +16,15 @@ import open_clip
 import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import save_file
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from torch import Tensor
-from transformers import CLIPConfig, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+from transformers import AutoModel, CLIPConfig, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
-from gkl_vl.export.text_cleaning import save_tokenizer, with_cleaning
-from gkl_vl.models.clip import Clip
+from gkl_vl.errors import UserError, notice
+from gkl_vl.export.text_cleaning import cleaning, save_tokenizer, with_cleaning
+from gkl_vl.models.clip import Clip, cleaning_of
 from gkl_vl.models.preprocessing import has_image_processor, to_image_processor
+from gkl_vl.models.towers import TransformersTowers
 
 # Fields of open_clip's configs with an equivalent in transformers. All other fields must have their defaults.
 _MODEL_KEYS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale"}
@@ -85,6 +91,44 @@ def write_transformers(*, clip: Clip, folder: Path, tensors: dict[str, Tensor]) 
     _config(clip, dtype=renamed["logit_scale"].dtype).save_pretrained(folder)
     to_image_processor(clip.preprocess).save_pretrained(folder)
     save_tokenizer(exported_tokenizer(clip), folder)
+
+
+def write_own_format(*, clip: Clip, folder: Path, tensors: dict[str, Tensor]) -> str:
+    """Writes the files of `write_transformers` for a model that is of transformers itself.
+
+    `AutoModel.from_pretrained(folder)` then computes the same embeddings, before the L2 normalisation. With a tokenizer
+    in Python alone, such as sentencepiece's, a notice says that `AutoTokenizer` does not clean texts as in training.
+
+    Args:
+        tensors: the model's state dict in the precision to be stored.
+
+    Returns:
+        The model's class, CLIPModel or SiglipModel.
+
+    Raises:
+        UserError: preprocessing that no image processor has.
+    """
+    if not has_image_processor(clip.preprocess):
+        raise UserError(
+            f"the preprocessing of {clip.name!r} has resize_mode {clip.preprocess.resize_mode!r}, which no image "
+            "processor of transformers has: use shortest or squash"
+        )
+    assert isinstance(clip.towers, TransformersTowers)
+    config = copy.deepcopy(clip.towers.model.config)  # written to by `from_config` and `save_pretrained`
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, dtype=tensors["logit_scale"].dtype)
+    # A scale without axes has one under FSDP.
+    shaped = {name: tensors[name].reshape(built.shape) for name, built in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=shaped)
+    to_image_processor(clip.preprocess).save_pretrained(folder)
+    tokenizer = exported_tokenizer(clip)
+    save_tokenizer(tokenizer, folder)
+    if not tokenizer.is_fast:
+        notice(
+            f"the tokenizer of {clip.name!r} has no tokenizer.json, which could clean texts as in training (HTML "
+            "entities, curly quotes): load_clip does, AutoTokenizer alone does not"
+        )
+    return type(model).__name__
 
 
 def rename_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -167,16 +211,58 @@ def _config(clip: Clip, dtype: torch.dtype) -> CLIPConfig:
 
 
 def exported_tokenizer(clip: Clip) -> Any:
-    """The model's tokenizer, or CLIP's BPE, for transformers: with open_clip's cleaning and the context length."""
+    """The model's tokenizer, or CLIP's BPE, for transformers: with open_clip's cleaning and the context length.
+
+    A tokenizer in Python alone, without a `tokenizers` backend, has no cleaning.
+    """
+    if isinstance(clip.towers, TransformersTowers):
+        config = clip.towers.model.config
+        tokenizer = _cleaned(clip.hf_tokenizer, cleaning_of(config))
+        if config.model_type == "siglip":  # trained with padding as text: a mask would change the embeddings
+            _set_saved(tokenizer, "model_input_names", ["input_ids"])
+        tokenizer.model_max_length = config.text_config.max_position_embeddings
+        return tokenizer
     assert clip.model_cfg is not None
     text_cfg = clip.model_cfg["text_cfg"]
     kwargs = text_cfg.get("tokenizer_kwargs") or {}
     if clip.hf_tokenizer is not None:
-        tokenizer = with_cleaning(clip.hf_tokenizer, kwargs.get("clean", "whitespace"))
+        tokenizer = _cleaned(clip.hf_tokenizer, kwargs.get("clean", "whitespace"))
     else:
-        tokenizer = with_cleaning(_clip_bpe(), kwargs.get("clean", "lower"))
+        tokenizer = _cleaned(_clip_bpe(), kwargs.get("clean", "lower"))
     tokenizer.model_max_length = CLIPTextCfg(**text_cfg).context_length
     return tokenizer
+
+
+def _cleaned(tokenizer: Any, clean: str) -> Any:
+    """A copy of a transformers tokenizer for saving, `with_cleaning`, which finds no token that the cleaning removes.
+
+    Added tokens are found in a text before all steps, for example Gemma's `<b>` and its double line break.
+    """
+    cleaned = with_cleaning(tokenizer, clean) if tokenizer.is_fast else copy.deepcopy(tokenizer)
+    for attribute in ("padding_side", "truncation_side"):  # of a class, which is not stored
+        _set_saved(cleaned, attribute, getattr(tokenizer, attribute))
+    if not tokenizer.is_fast:
+        return cleaned
+    steps = normalizers.Sequence(cleaning(clean))
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    content = json.loads(cleaned.backend_tokenizer.to_str())
+    added = content["added_tokens"]
+    lasting = {token["content"] for token in added if steps.normalize_str(token["content"]) == token["content"]}
+    # Special tokens would be added again when the tokenizer is loaded. `with_cleaning` makes all that last special.
+    content["added_tokens"] = [
+        token | {"special": token["content"] in special} for token in added if token["content"] in special | lasting
+    ]
+    content |= {"padding": None, "truncation": None}  # of the last call
+    cleaned._tokenizer = Tokenizer.from_str(json.dumps(content))
+    if clean == "canonicalize" and not special & lasting:
+        _set_saved(cleaned, "split_special_tokens", True)
+    return cleaned
+
+
+def _set_saved(tokenizer: Any, attribute: str, value: bool | str | Sequence[str]) -> None:
+    """Sets an attribute that `save_pretrained` stores, which does so for arguments of the constructor."""
+    setattr(tokenizer, attribute, value)
+    tokenizer.init_kwargs[attribute] = value
 
 
 def _clip_bpe() -> CLIPTokenizer:

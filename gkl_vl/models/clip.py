@@ -44,20 +44,21 @@ from gkl_vl.models.pretrained import (
     load_image_processor,
     load_tokenizer,
     load_transformers_model,
+    random_transformers_model,
     tokenizer_for,
 )
 from gkl_vl.models.towers import OpenClipTowers, PairedTowers, Towers, TransformersTowers
-from gkl_vl.models.weights import fetch, refuse_pickle
+from gkl_vl.models.weights import fetch, read_json_or_none, refuse_pickle
 from gkl_vl.reading import read_json
 
 PACKAGE = Path(__file__).parents[1]
 BUNDLED_TEACHER = f"local-dir:{PACKAGE / 'assets' / 'teacher'}"
 MODEL_CONFIGS = PACKAGE / "model_configs"
 
-_HUB_FILES = {
-    "files": ("*.json", "*.txt", "*.model", "*.safetensors"),
-    "pickles": ("*.bin", "*.pt", "*.pth"),
-}
+_CONFIG_FILES = ("*.json", "*.txt", "*.model")
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+_PREFIXES = ("transformers", "hf-hub", "local-dir")
+_TRANSFORMERS_TYPES = ("clip", "siglip")  # SigLIP 2 of fixed size is a siglip, NaFlex a siglip2
 
 
 @dataclass(frozen=True)
@@ -152,43 +153,65 @@ def list_students() -> list[str]:
     return sorted(path.stem for path in MODEL_CONFIGS.glob("*.json"))
 
 
-def load_clip(name: str, pretrained: str | None = None, *, allow_pickle: bool = False) -> Clip:
+def load_clip(
+    name: str, pretrained: str | None = None, *, allow_pickle: bool = False, random_weights: bool = False
+) -> Clip:
     """Loads a CLIP by name.
 
     Args:
         name: an open_clip name (`ViT-B-32`) or a bundled config (`ViT-T-16`, see `list_students`), `hf-hub:org/repo`
             or `local-dir:path` in open_clip's format, `transformers:org/repo` or `transformers:path` for transformers'
-            CLIPModel and SiglipModel, a run folder (its exported student), a JSON model config, bare or with the
-            preprocessing as in open_clip_config.json, or `bundled`, the bundled teacher.
+            CLIPModel and SiglipModel, a run folder (its exported student, in either format), a JSON model config, bare
+            or with the preprocessing as in open_clip_config.json, or `bundled`, the bundled teacher.
         pretrained: open_clip's tag (`openai`), the path of a checkpoint, or TAG=PATH, a checkpoint trained as that
             tag; None = random weights. Only for open_clip names and model configs: all others come with weights.
             Preprocessing and QuickGELU are those of the weights, see `open_clip_weights.py`.
         allow_pickle: read weights stored as a pickle (.bin, .pt), still with `weights_only=True`.
+        random_weights: build a model that comes with weights from its config alone, with its tokenizer and its
+            preprocessing; its weights are neither needed nor read nor downloaded. They are initialised as open_clip
+            does, of `transformers:` as transformers does, which starts SigLIP at a logit scale of 1 and a bias of 0.
+            Open_clip names and model configs have random weights anyway, except for the text tower of a config with
+            `hf_model_name`, which is pretrained unless `random_weights`.
 
     Raises:
-        UserError: unknown name or tag, folder without weights, weights that are damaged or do not fit, a file whose
-            preprocessing is not known, pickled weights without `allow_pickle`, a folder that asks to run its code, a
-            config that its weights, tokenizer or folder contradict (`agreement.py`).
+        UserError: unknown name or tag, `random_weights` with `pretrained`, folder without weights, weights that are
+            damaged or do not fit, a file whose preprocessing is not known, pickled weights without `allow_pickle`, a
+            folder that asks to run its code, a config that its weights, tokenizer or folder contradict
+            (`agreement.py`).
     """
     if name == "bundled":
-        return load_clip(BUNDLED_TEACHER, pretrained, allow_pickle=allow_pickle)
+        return load_clip(BUNDLED_TEACHER, pretrained, allow_pickle=allow_pickle, random_weights=random_weights)
+    if pretrained and random_weights:
+        raise UserError(f"pretrained {pretrained!r} does not go with random weights for {name!r}: leave one out")
     prefix, _, rest = name.partition(":")
+    if prefix not in _PREFIXES and Path(name).is_dir():
+        prefix, rest = _format_of_run(name), str(Path(name) / "model")
     if prefix == "transformers":
         _refuse_pretrained(name, pretrained)
-        return _load_transformers(name, rest, allow_pickle=allow_pickle)
+        return _load_transformers(name, rest, allow_pickle=allow_pickle, random_weights=random_weights)
     if prefix in ("hf-hub", "local-dir"):
         _refuse_pretrained(name, pretrained)
-        return _load_open_clip_folder(name, prefix, rest, allow_pickle=allow_pickle)
-    if Path(name).is_dir():
-        exported = Path(name) / "model"
-        if not (exported / "open_clip_config.json").is_file():
-            raise UserError(
-                f"model {name!r} is a folder but not a finished run: write local-dir:{name} (open_clip's format) or "
-                f"transformers:{name}"
-            )
-        _refuse_pretrained(name, pretrained)
-        return _load_open_clip_folder(name, "local-dir", str(exported), allow_pickle=allow_pickle)
-    return _load_open_clip(name, pretrained, allow_pickle=allow_pickle)
+        return _load_open_clip_folder(name, prefix, rest, allow_pickle=allow_pickle, random_weights=random_weights)
+    return _load_open_clip(name, pretrained, allow_pickle=allow_pickle, random_weights=random_weights)
+
+
+def _format_of_run(name: str) -> str:
+    """The prefix of the format of a run folder's exported student: local-dir or transformers."""
+    exported = Path(name) / "model"
+    if (exported / FOLDER_CONFIG).is_file():
+        return "local-dir"
+    if holds_transformers_config(exported):
+        return "transformers"
+    raise UserError(
+        f"model {name!r} is a folder but not a finished run: write local-dir:{name} (open_clip's format) or "
+        f"transformers:{name}"
+    )
+
+
+def holds_transformers_config(folder: Path) -> bool:
+    """Whether the folder's config.json is that of a transformers CLIPModel or SiglipModel."""
+    config = read_json_or_none(folder / "config.json")
+    return isinstance(config, dict) and config.get("model_type") in _TRANSFORMERS_TYPES
 
 
 def comes_with_weights(name: str) -> bool:
@@ -212,7 +235,7 @@ def _refuse_pretrained(name: str, pretrained: str | None) -> None:
         )
 
 
-def _load_open_clip(name: str, pretrained: str | None, *, allow_pickle: bool) -> Clip:
+def _load_open_clip(name: str, pretrained: str | None, *, allow_pickle: bool, random_weights: bool) -> Clip:
     cfg, own, source, tags_of = _named_config(name)
     model_cfg = copy.deepcopy(cfg)
     weights = None
@@ -221,7 +244,8 @@ def _load_open_clip(name: str, pretrained: str | None, *, allow_pickle: bool) ->
         if weights.settings.quick_gelu != bool(cfg.get("quick_gelu")):
             model_cfg["quick_gelu"] = weights.settings.quick_gelu
     settings = weights.settings if weights else own
-    model = build_open_clip(model_cfg, source, pretrained_text=weights is None, allow_pickle=allow_pickle)
+    pretrained_text = weights is None and not random_weights
+    model = build_open_clip(model_cfg, source, pretrained_text=pretrained_text, allow_pickle=allow_pickle)
     check_widths(model, model_cfg, source)
     _set_preprocess(model, asdict(settings.preprocess) if settings else {}, source)
     if weights:
@@ -254,8 +278,19 @@ def _named_config(name: str) -> tuple[dict, Settings | None, str, str]:
     return check_model_config(cfg, name), None, name, architecture
 
 
-def _load_open_clip_folder(name: str, prefix: str, rest: str, *, allow_pickle: bool) -> Clip:
-    folder = Path(rest) if prefix == "local-dir" else fetch(rest, **_HUB_FILES, allow_pickle=allow_pickle)
+def _fetch_model(repo: str, *, allow_pickle: bool, random_weights: bool) -> Path:
+    """The local folder of a Hub repository, without its weights for random ones."""
+    if random_weights:
+        return fetch(repo, files=_CONFIG_FILES, pickles=(), allow_pickle=False)
+    return fetch(repo, files=(*_CONFIG_FILES, "*.safetensors"), pickles=_PICKLES, allow_pickle=allow_pickle)
+
+
+def _load_open_clip_folder(name: str, prefix: str, rest: str, *, allow_pickle: bool, random_weights: bool) -> Clip:
+    folder = (
+        Path(rest)
+        if prefix == "local-dir"
+        else _fetch_model(rest, allow_pickle=allow_pickle, random_weights=random_weights)
+    )
     if not folder.is_dir():
         raise UserError(f"folder {rest!r} of {name!r} does not exist")
     config_path = folder / FOLDER_CONFIG
@@ -263,20 +298,24 @@ def _load_open_clip_folder(name: str, prefix: str, rest: str, *, allow_pickle: b
         is_transformers = (folder / "config.json").is_file()
         remedy = f"try transformers:{rest}" if is_transformers else "name a folder in open_clip's Hub format"
         raise UserError(f"{rest!r} holds no open_clip_config.json: {remedy}")
-    weights = _weights_file(folder)
-    if weights is None:  # open_clip would silently use random weights
+    weights = None if random_weights else _weights_file(folder)
+    if weights is not None:
+        refuse_pickle(weights, allow_pickle=allow_pickle)
+    elif not random_weights:  # open_clip would silently use random weights
         raise UserError(f"{rest!r} holds no weights: expected open_clip_model.safetensors")
-    refuse_pickle(weights, allow_pickle=allow_pickle)
     source, content = str(config_path), read_json(config_path)
     model_cfg = check_model_config(content.get("model_cfg"), source)
     preprocess = check_preprocess(content.get("preprocess_cfg") or {}, source)
     check_size(preprocess, model_cfg, source)
     check_formats(config_path)
-    refuse_default(preprocess, model_cfg, source)
+    if weights is not None:
+        refuse_default(preprocess, model_cfg, source)
     model = build_open_clip(model_cfg, source, pretrained_text=False, allow_pickle=allow_pickle)
     check_widths(model, model_cfg, source)
     _set_preprocess(model, preprocess, source)
-    load_weights(model, weights, name=name, cfg=model_cfg, config_file=source, allow_pickle=allow_pickle)
+    if weights is not None:
+        load_weights(model, weights, name=name, cfg=model_cfg, config_file=source, allow_pickle=allow_pickle)
+    # Also of random weights: an export of them is loaded as trained ones.
     tokenizer = _tokenizer(model, model_cfg, folder, source, trained=True)
     return _wrap_open_clip(name, model, tokenizer, model_cfg)
 
@@ -303,21 +342,19 @@ def _weights_file(folder: Path) -> Path | None:
     return next(iter([*named, *others]), None)
 
 
-def _load_transformers(name: str, source: str, *, allow_pickle: bool) -> Clip:
-    folder = Path(source) if Path(source).is_dir() else fetch(source, **_HUB_FILES, allow_pickle=allow_pickle)
+def _load_transformers(name: str, source: str, *, allow_pickle: bool, random_weights: bool) -> Clip:
+    folder = (
+        Path(source)
+        if Path(source).is_dir()
+        else _fetch_model(source, allow_pickle=allow_pickle, random_weights=random_weights)
+    )
     config = load_config(folder, name)
-    if config.model_type == "siglip2":
-        raise UserError(
-            f"{name!r} is a NaFlex SigLIP 2, whose images have no fixed size: take one of fixed size, "
-            "such as transformers:google/siglip2-base-patch16-224"
-        )
-    if config.model_type not in ("clip", "siglip"):
-        raise UserError(
-            f"{name!r} is a {config.model_type!r} model: only clip, siglip and SigLIP 2 of fixed size are supported"
-        )
-    check_transformers_config(config, folder / "config.json")
+    _check_towers(config, folder / "config.json", name)
     check_formats(folder / FOLDER_CONFIG)
-    model = load_transformers_model(folder, config, name, allow_pickle=allow_pickle)
+    if random_weights:
+        model = random_transformers_model(config, name)
+    else:
+        model = load_transformers_model(folder, config, name, allow_pickle=allow_pickle)
     tokenizer = load_tokenizer(folder, name)
     check_vocabulary(tokenizer, config.text_config.vocab_size, name, trained=True)
     # CLIP pools a text at this token; 2 is an old config's and means the highest token id.
@@ -327,16 +364,41 @@ def _load_transformers(name: str, source: str, *, allow_pickle: bool) -> Clip:
             f"text_config.eos_token_id in {folder / 'config.json'} is {eos}, its tokenizer's is "
             f"{tokenizer.eos_token_id}: correct it"
         )
+    processor, size = load_image_processor(folder, name), config.vision_config.image_size
+    preprocess = from_image_processor(processor, image_size=size, source=f"the image processor of {name!r}")
+    tokenize = _Tokenize(tokenizer, get_clean_fn(cleaning_of(config)), config.text_config.max_position_embeddings)
+    return Clip(name, TransformersTowers(model), preprocess, tokenize, tokenizer, model_cfg=None)
+
+
+def cleaning_of(config: Any) -> str:
+    """open_clip's name of the cleaning of texts before the tokenizer of a transformers model.
+
+    CLIP was trained on text cleaned by ftfy and without HTML entities; SigLIP 1 and 2, in open_clip and in big_vision's
+    zero-shot evaluation, also without case and punctuation.
+    """
+    return "canonicalize" if config.model_type == "siglip" else "whitespace"
+
+
+def _check_towers(config: Any, file: Path, name: str) -> None:
+    """Raises: UserError for a transformers config of another kind of model than two towers with one embedding."""
+    if config.model_type == "siglip2":
+        raise UserError(
+            f"{name!r} is a NaFlex SigLIP 2, whose images have no fixed size: take one of fixed size, "
+            "such as transformers:google/siglip2-base-patch16-224"
+        )
+    if config.model_type not in _TRANSFORMERS_TYPES:
+        raise UserError(
+            f"{name!r} is a {config.model_type!r} model: only clip, siglip and SigLIP 2 of fixed size are supported"
+        )
+    check_transformers_config(config, file)
+    if config.model_type == "siglip" and not config.vision_config.vision_use_head:
+        raise UserError(
+            f"vision_config.vision_use_head in {file} is false, and this head makes the image embeddings: take a "
+            "model that has it"
+        )
     size = config.vision_config.image_size
     if not isinstance(size, int):
-        raise UserError(f"image_size in {folder / 'config.json'} is {size!r}: only square models are supported")
-    processor = load_image_processor(folder, name)
-    preprocess = from_image_processor(processor, image_size=size, source=f"the image processor of {name!r}")
-    # CLIP was trained on text cleaned by ftfy and without HTML entities; SigLIP 1 and 2, in open_clip and in
-    # big_vision's zero-shot evaluation, also without case and punctuation.
-    clean = get_clean_fn("canonicalize" if config.model_type == "siglip" else "whitespace")
-    tokenize = _Tokenize(tokenizer, clean, config.text_config.max_position_embeddings)
-    return Clip(name, TransformersTowers(model), preprocess, tokenize, tokenizer, model_cfg=None)
+        raise UserError(f"image_size in {file} is {size!r}: only square models are supported")
 
 
 @dataclass(frozen=True)

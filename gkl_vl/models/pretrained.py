@@ -14,6 +14,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import timm
+import torch
 from open_clip import CLIP, CoCa, CustomTextCLIP
 from open_clip.coca_model import MultimodalCfg
 from open_clip.hf_configs import arch_dict
@@ -183,6 +184,23 @@ def load_transformers_model(folder: Path, config: Any, name: str, *, allow_pickl
     return model
 
 
+def random_transformers_model(config: Any, name: str) -> Any:
+    """The transformers model of `config` with random weights, as transformers initialises them, in fp32.
+
+    Raises:
+        UserError: a config that transformers cannot build.
+    """
+    try:
+        # Without dtype it would have that of the weights beside the config.
+        return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:  # values that do not go together raise anything
+        raise UserError(_cannot_build(name, error)) from error
+
+
+def _cannot_build(name: str, error: Exception) -> str:
+    return f"transformers cannot build {name!r} ({type(error).__name__}: {_cause(error)}): correct its config.json"
+
+
 def _read_model(
     folder: Path, config: Any, name: str, *, allow_pickle: bool
 ) -> tuple[Any, Path, dict[str, list[str]], dict[str, Sequence[int]]]:
@@ -212,8 +230,7 @@ def _read_model(
     except Exception as error:  # a damaged pickle can raise anything
         if files[0].suffix != ".safetensors":
             raise UserError(f"weights {str(files[0])!r} cannot be read: {why_unreadable(files[0], error)}") from error
-        cause = f"{type(error).__name__}: {_cause(error)}"
-        raise UserError(f"transformers cannot build {name!r} ({cause}): correct its config.json") from error
+        raise UserError(_cannot_build(name, error)) from error
     finally:
         logging.set_verbosity(verbosity)
     shapes = [f"{key} has {list(ours)}, not {list(theirs)}" for key, ours, theirs in sorted(loading["mismatched_keys"])]

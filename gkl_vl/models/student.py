@@ -5,7 +5,6 @@ Axis letters: n = rows of this process, d = the student's embedding, e = the tea
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +13,9 @@ from torch import Tensor, nn
 
 from gkl_vl.errors import UserError
 from gkl_vl.models.clip import Clip, comes_with_weights
-from gkl_vl.models.modes import evaluating
+from gkl_vl.models.modes import evaluating, fix_statistics
 from gkl_vl.models.pretrained import build_open_clip
-from gkl_vl.models.towers import OpenClipTowers, PairedTowers, Towers
-
-Side = Literal["image", "text"]
+from gkl_vl.models.towers import OpenClipTowers, PairedTowers, Side, Towers
 
 
 class Student(nn.Module):
@@ -31,11 +28,20 @@ class Student(nn.Module):
         embed_dim: of the student.
         teacher_dims: of each teacher.
         mapped: the sides, "image" and "text", whose embeddings the loss compares with the teachers'.
+        fixed_statistics: batch norms whose parameters are frozen stay in evaluation mode.
     """
 
-    def __init__(self, towers: Towers, *, embed_dim: int, teacher_dims: Sequence[int] = (), mapped: Sequence[str] = ()):
+    def __init__(
+        self,
+        towers: Towers,
+        *,
+        embed_dim: int,
+        teacher_dims: Sequence[int] = (),
+        mapped: Sequence[str] = (),
+        fixed_statistics: bool = False,
+    ):
         super().__init__()
-        self.towers = towers
+        self.towers, self.fixed_statistics = towers, fixed_statistics
         self.mapped = tuple(mapped)
         self.dims = list(teacher_dims) or [embed_dim]
         width = sum(self.dims)  # the maps of all teachers are one matrix
@@ -51,6 +57,13 @@ class Student(nn.Module):
     def text_parameters(self) -> list[nn.Parameter]:
         """Parameters of the text tower and of its map."""
         return [*self.towers.text_parameters(), *self.text_map.parameters()]
+
+    def train(self, mode: bool = True) -> "Student":
+        """Training mode, but for batch norms that stay fixed."""
+        super().train(mode)
+        if self.fixed_statistics:
+            fix_statistics(self.towers)
+        return self
 
     def forward(self, pixels: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "*m length"]) -> dict[str, Tensor]:
         """Embeddings [n, d] of the images and [*m, d] of any number of texts.
@@ -78,11 +91,12 @@ class OneTower(nn.Module):
     Args:
         towers: those of `with_tower_of`; all parameters but the trained tower's are frozen.
         side: of the trained tower.
+        fixed_statistics: as of `Student`.
     """
 
-    def __init__(self, towers: Towers, side: Side):
+    def __init__(self, towers: Towers, side: Side, *, fixed_statistics: bool = False):
         super().__init__()
-        self.towers, self.side = towers, side
+        self.towers, self.side, self.fixed_statistics = towers, side, fixed_statistics
         trained = set(towers.image_parameters() if side == "image" else towers.text_parameters())
         for parameter in towers.parameters():
             if parameter not in trained:  # of the trained, fixed positions stay fixed
@@ -91,6 +105,13 @@ class OneTower(nn.Module):
     def text_parameters(self) -> list[nn.Parameter]:
         """Parameters of the text tower."""
         return list(self.towers.text_parameters())
+
+    def train(self, mode: bool = True) -> "OneTower":
+        """Training mode, but for batch norms that stay fixed."""
+        super().train(mode)
+        if self.fixed_statistics:
+            fix_statistics(self.towers)
+        return self
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Embeddings [n, e] of pixels [n, 3, h, w], or [*n, e] of tokens [*n, length]; L2-normalised."""

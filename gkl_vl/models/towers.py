@@ -5,7 +5,7 @@ Axis letters: n = rows of this process, d = embedding, h w = pixels.
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+Side = Literal["image", "text"]
 TEXT_PARTS = 4
 """Parts of a batch's texts by length. On bundled captions 2, 4 and 8 parts take 0.66, 0.52 and 0.46 of the time of one
 (512 texts, forward and backward on a CPU); smaller parts use a GPU less well."""

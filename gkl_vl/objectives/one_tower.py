@@ -11,7 +11,7 @@ from gkl_vl.losses.cross_logits import cross_logits_loss
 from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.losses.image_text import feature_mse, scalars_of_all_ranks
 from gkl_vl.models.clip import Clip
-from gkl_vl.models.student import Side
+from gkl_vl.models.towers import Side
 from gkl_vl.protocols import Batch, Objective
 from gkl_vl.teachers.bank import Bank
 from gkl_vl.teachers.online import Teacher

@@ -10,6 +10,7 @@ runs/clip_kd-20260102-030405/
     report.png
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from accelerate.utils.constants import RNG_STATE_NAME
+from accelerate.utils.constants import RNG_STATE_NAME, SAFE_WEIGHTS_NAME
 from accelerate.utils.other import load
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -41,9 +42,12 @@ from gkl_vl.atomic import (
     write_json,
     write_text,
 )
+from gkl_vl.disk_cache import tensor_bytes
 from gkl_vl.errors import UserError
 
 _PREFIX, _INCOMPLETE = "step_", "writing_"
+OTHER_CHECKPOINT = "resume from another checkpoints/step_* folder"
+"""Remedy for a damaged checkpoint."""
 
 
 class RunFolder:
@@ -241,6 +245,7 @@ def best_step(records: list[dict[str, Any]], steps: Collection[int]) -> int | No
 def save_checkpoint(
     accelerator: Accelerator,
     run: RunFolder,
+    model: nn.Module,
     *,
     step: int,
     position: dict[str, Any],
@@ -249,6 +254,7 @@ def save_checkpoint(
 ) -> None:
     """Saves everything that the loop needs to continue after `step`. All ranks, each with its own `memory`.
 
+    Frozen parameters are those of the run's start and left out, but for FSDP's shards; their hash is kept.
     Written under another name and renamed when complete, so that a kill leaves a complete checkpoint or none.
     """
     scratch = run.checkpoints / f"{_INCOMPLETE}{step:08d}"
@@ -257,7 +263,9 @@ def save_checkpoint(
         shutil.rmtree(scratch, ignore_errors=True)  # left by a kill
         run.checkpoints.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()  # all ranks
+    hook = accelerator.register_save_state_pre_hook(_leave_out_frozen)
     accelerator.save_state(str(scratch))  # all ranks: model, optimizer, scaler, RNG of every rank
+    hook.remove()
     if memory:
         save_file(
             {name: _contiguous_copy(tensor) for name, tensor in memory.items()},
@@ -266,11 +274,11 @@ def save_checkpoint(
     positions = gather_object([position])  # all ranks: and all have written
     if accelerator.is_main_process:
         if ema is not None:
-            save_file(
-                {name: _contiguous_copy(tensor) for name, tensor in ema.state_dict().items()},
-                scratch / "ema.safetensors",
-            )
-        (scratch / "loop.json").write_text(json_text({"step": step, "positions": positions}))
+            average = ema.state_dict()
+            _leave_out_frozen([ema], [average])
+            save_file({n: _contiguous_copy(tensor) for n, tensor in average.items()}, scratch / "ema.safetensors")
+        frozen = {} if accelerator.is_fsdp2 else {"frozen": frozen_weights(model)}
+        (scratch / "loop.json").write_text(json_text({"step": step, "positions": positions} | frozen))
         replace_folder(scratch, final)
         run.remove_old()
     accelerator.wait_for_everyone()  # all ranks
@@ -281,7 +289,7 @@ def read_loop_state(checkpoint: Path, *, rank: int, world_size: int) -> tuple[in
 
     Raises: UserError for another number of processes, and for a damaged file.
     """
-    path, remedy = checkpoint / "loop.json", "resume from another checkpoints/step_* folder"
+    path, remedy = checkpoint / "loop.json", OTHER_CHECKPOINT
     state = read_json(path, remedy=remedy)
     step, positions = state.get("step"), state.get("positions")
     whole = isinstance(positions, list) and all(isinstance(each, dict) for each in positions)
@@ -295,19 +303,31 @@ def read_loop_state(checkpoint: Path, *, rank: int, world_size: int) -> tuple[in
     return state["step"], state["positions"][rank]
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, ema: nn.Module | None) -> dict[str, Tensor]:
+def load_checkpoint(
+    accelerator: Accelerator, checkpoint: Path, model: nn.Module, *, ema: nn.Module | None
+) -> dict[str, Tensor]:
     """Restores model, optimizer, scaler, RNG and EMA; returns the objective's state of this rank. All ranks.
 
-    Raises: UserError for a checkpoint that is damaged or of another model.
+    Raises: UserError for a checkpoint that is damaged or of another model, and for one whose frozen weights, which it
+        does not hold, were others.
     """
+    loop = read_json(checkpoint / "loop.json", remedy=OTHER_CHECKPOINT)
+    frozen = loop.get("frozen")  # None with FSDP, and in earlier checkpoints
+    if frozen is not None and frozen != frozen_weights(model):
+        raise UserError(
+            f"checkpoint {str(checkpoint)!r} was trained beside other frozen weights than those that --student and "
+            "--teacher have now: restore these, or start a new run"
+        )
     ema_path, memory_path = checkpoint / "ema.safetensors", checkpoint / _memory(accelerator.process_index)
     if ema is not None and not ema_path.is_file():
         raise UserError(f"{str(checkpoint)!r} holds no moving average: resume without --ema-decay")
     try:
         load(checkpoint / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl")  # load_state goes on without it
+        hook = accelerator.register_load_state_pre_hook(_load_trained)
         accelerator.load_state(str(checkpoint))  # all ranks
+        hook.remove()
         if ema is not None:
-            ema.load_state_dict(load_file(ema_path, device=str(accelerator.device)))
+            _load_around_frozen(ema, load_file(ema_path, device=str(accelerator.device)))
         return load_file(memory_path) if memory_path.is_file() else {}
     except torch.OutOfMemoryError:
         raise
@@ -316,6 +336,39 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, ema: nn.Modul
             f"checkpoint {str(checkpoint)!r} cannot be loaded ({type(error).__name__}: {error}): resume from another "
             "checkpoints/step_* folder"
         ) from error
+
+
+def frozen_weights(model: nn.Module) -> str:
+    """A hash of the parameters that are not trained; empty without any."""
+    digest, frozen = hashlib.sha256(), {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    for name, parameter in frozen.items():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(tensor_bytes(parameter.detach()))
+    return digest.hexdigest() if frozen else ""
+
+
+def _leave_out_frozen(models: list[Any], states: list[Any], folder: str = "") -> None:
+    """Removes frozen parameters from state dicts in place. With FSDP Accelerate gives no state dicts."""
+    for model, state in zip(models, states, strict=False):
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                del state[name]
+
+
+def _load_trained(models: list[Any], folder: str) -> None:
+    """Loads models with frozen parameters, and leaves the others to Accelerate. With FSDP it gives none."""
+    for model in list(models):
+        if not all(parameter.requires_grad for parameter in model.parameters()):
+            _load_around_frozen(model, load_file(Path(folder) / SAFE_WEIGHTS_NAME))
+            models.remove(model)
+
+
+def _load_around_frozen(model: nn.Module, stored: dict[str, Tensor]) -> None:
+    """Loads all of a model but its frozen parameters, which older checkpoints hold as well."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    fit = model.load_state_dict({name: t for name, t in stored.items() if name not in frozen}, strict=False)
+    if others := [*fit.unexpected_keys, *(set(fit.missing_keys) - frozen)]:
+        raise ValueError(f"tensors of another model, such as {others[0]}")
 
 
 def _memory(rank: int) -> str:

@@ -3,6 +3,7 @@
 A recipe opens its data, builds its objective and calls `train_clip`.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 import tyro
+from torch import nn
 
 from gkl_vl import cli
 from gkl_vl.data.pair_stream import PairLoader, PairStream, Position
@@ -19,21 +21,24 @@ from gkl_vl.errors import UserError
 from gkl_vl.evaluation.sets import BUNDLED, BenchmarkSet, load_benchmark_sets
 from gkl_vl.export.cards import ClipCard, RunFacts
 from gkl_vl.losses.gkl import GklSettings
-from gkl_vl.models.clip import Clip, load_clip
-from gkl_vl.models.student import OneTower, Side, Student, with_tower_of
-from gkl_vl.models.towers import clamp_scale
+from gkl_vl.models.clip import Clip
+from gkl_vl.models.depth import rate_scales
+from gkl_vl.models.lora import save_adapters, trainable_table
+from gkl_vl.models.student import OneTower, Student
+from gkl_vl.models.towers import Side, clamp_scale
 from gkl_vl.objectives.clip import ClipKdWeights
 from gkl_vl.protocols import Objective
 from gkl_vl.teachers.bank import Bank
 from gkl_vl.teachers.dataset_dr import DatasetDr
 from gkl_vl.teachers.online import Teacher, numbered
-from gkl_vl.training.clip_results import evaluate_student, finish, log_once, models_beside
+from gkl_vl.training.clip_mixing import Interpolation, export_mixed, role_of
+from gkl_vl.training.clip_models import ClipModels
+from gkl_vl.training.clip_results import STUDENT, evaluate_student, finish, log_once, models_beside
+from gkl_vl.training.clip_student import is_partly_frozen, load_student, make_model, whole
 from gkl_vl.training.clip_teacher import (
-    ClipModels,
     RunTeachers,
     make_teacher,
     open_teachers,
-    teacher_of,
     views_at,
     with_bundled_store,
 )
@@ -115,6 +120,8 @@ class ClipOptimisation:
     """Weight decay; none on biases, norms and the logit scale."""
     warmup: int | None = None
     """Warm-up steps. None = 50, at most all."""
+    layer_decay: float = 1.0
+    """The rate falls by this factor from each group of layers to the one before it. 1 = one rate for a tower."""
     ema_decay: float = 0.0
     """Decay per step of a moving average of the weights, which is evaluated and exported; 0 = none."""
 
@@ -245,6 +252,8 @@ def train_clip(
     detail: str = "",
     attack: str | None = None,
     check: Callable[[int, RunTeachers], None] = lambda images, teachers: None,
+    sets: Sequence[BenchmarkSet] | None = None,
+    interpolation: Interpolation | None = None,
 ) -> None:
     """Trains a student from flags to the exported folder.
 
@@ -256,30 +265,28 @@ def train_clip(
         detail: part of the run's title, behind the teacher.
         attack: for the card: radius and norm of attacks in training. FSDP is then refused.
         check: called before the run folder is made, with the number of images that the run will see and its teachers.
+        sets: evaluation sets in place of those of the flags.
+        interpolation: the average with the initial weights that is exported, in place of the trained ones.
     """
-    run = Run(config, recipe=recipe)
+    models = config.model
+    run = Run(config, recipe=recipe, compiled=models.memory.torchcompile)
     if attack is not None:
         run.refuse_shards("attacks")
-    teachers = open_teachers(
-        config.model,
-        data.source,
-        bundled=data.bundled,
-        device=run.device,
-        allow_pickle=config.run.allow_pickle,
-        loaded_too=one_tower is not None,
-    )
-    student = load_student(config, teachers, data, one_tower)
-    sets = evaluation_sets(config.evaluation, bundled=data.bundled)
+    teachers, student, inherited = load_models(config, data, run.device, one_tower)
+    start = None if interpolation is None else copy.deepcopy(whole(student, models.adaptation).towers)
+    sets = evaluation_sets(config.evaluation, bundled=data.bundled) if sets is None else list(sets)
     steps = count_steps(config.optimisation, data, run.num_processes)
     count_warmup(config.optimisation, steps)  # raises before there is a run folder
     images_per_step = config.optimisation.batch_size * config.optimisation.accum_steps
     check(steps * images_per_step * run.num_processes, teachers)
     origin = "" if teachers.title is None else f" distilled from {teachers.title}"
-    run.begin(f"{config.model.student}{origin}{detail} · {steps:,} steps of {images_per_step:,}")
+    run.begin(f"{models.student}{origin}{detail} · {steps:,} steps of {images_per_step:,}")
     augment = views_at(student, teachers, bundled=data.bundled)
     if data.bundled:
         teachers = with_bundled_store(run, teachers, student)
-    model = make_model(student, teachers, mapped, one_tower)
+    model = make_model(student, teachers, models.adaptation, mapped=mapped, one_tower=one_tower)
+    for line in [*inherited, *([trainable_table(model)] if is_partly_frozen(model) else [])]:
+        run.accelerator.print(line)
     run.seed_ranks()
     rates = peak_rates(config.optimisation, bundled_rates if data.bundled and teachers.names else (LR, LR))
     if one_tower is not None:
@@ -289,9 +296,7 @@ def train_clip(
         accelerator=run.accelerator,
         model=model,
         objective=make_objective(ClipSetup(student=student, teachers=teachers, teach=teach, device=run.device)),
-        make_optimizer=partial(
-            clip_adamw, of_text=model.text_parameters(), lr=rates[0], text_lr=rates[1], wd=config.optimisation.wd
-        ),
+        make_optimizer=partial(make_optimizer, config.optimisation, student, model.text_parameters(), rates),
         learning_rate=partial(
             warmup_cosine, lr=max(rates), steps=steps, warmup_steps=count_warmup(config.optimisation, steps)
         ),
@@ -308,43 +313,40 @@ def train_clip(
         average=moving_average(model, config.optimisation.ema_decay),
         checkpoint=run.checkpoint(),
     )
-    trained = replace(student, towers=exported.towers)
-    log_once(run.folder, steps, models_beside(model, trained, teachers), sets, run.device)
+    assert isinstance(exported, Student | OneTower)  # the model or its average
+    trained, role = whole(replace(student, towers=exported.towers), models.adaptation), STUDENT
+    if interpolation is not None and start is not None:
+        trained = export_mixed(run, start, trained, interpolation, sets, step=steps)  # all ranks
+        role = role_of(interpolation.share)
+    log_once(run.folder, steps, models_beside(model, trained, teachers), sets, run.device)  # all ranks
     if run.accelerator.is_main_process:
+        if models.adaptation.lora_rank is not None:
+            save_adapters(exported.towers, run.folder.path / "adapter", base=models.student)
         card = partial(make_card, config, data, teachers, attack, one_tower)
-        finish(run, trained, teachers, card, steps=steps, bundled=data.bundled)
+        finish(run, trained, teachers, card, steps=steps, bundled=data.bundled, role=role)
     run.end()
 
 
+def load_models(
+    config: ClipFlags, data: ClipData, device: torch.device, one_tower: Side | None
+) -> tuple[RunTeachers, Clip, list[str]]:
+    """Teachers, student, and lines on what it inherited. Raises: UserError as `open_teachers` and `load_student`."""
+    models, allow_pickle = config.model, config.run.allow_pickle
+    teachers = open_teachers(
+        models,
+        data.source,
+        bundled=data.bundled,
+        device=device,
+        allow_pickle=allow_pickle,
+        loaded_too=one_tower is not None or models.start.init_from_teacher,
+    )
+    student, inherited = load_student(
+        models, teachers, data.source, bundled=data.bundled, allow_pickle=allow_pickle, one_tower=one_tower
+    )
+    return teachers, student, inherited
+
+
 # ---- before the first step ---------------------------------------------------------------------------------------
-
-
-def load_student(config: ClipFlags, teachers: RunTeachers, data: ClipData, one_tower: Side | None) -> Clip:
-    """The student, or its tower of one side with the teacher's other one.
-
-    Raises: UserError for a model that cannot be exported, or whose towers cannot be joined.
-    """
-    student = load_clip(config.model.student, allow_pickle=config.run.allow_pickle)
-    if one_tower is not None:
-        flags, allow_pickle = config.model.teachers, config.run.allow_pickle
-        teacher = teacher_of(teachers, flags, data.source, bundled=data.bundled, allow_pickle=allow_pickle)
-        student = with_tower_of(student, teacher, one_tower)
-    if student.model_cfg is None:
-        raise UserError(
-            f"--student {config.model.student} is a transformers model, which cannot be exported: take an open_clip one"
-        )
-    student.towers.to(memory_format=torch.channels_last)
-    return student
-
-
-def make_model(
-    student: Clip, teachers: RunTeachers, mapped: Sequence[str], one_tower: Side | None
-) -> Student | OneTower:
-    """The trained module."""
-    if one_tower is not None:
-        return OneTower(student.towers, one_tower)
-    sides = mapped if teachers.names else ()
-    return Student(student.towers, embed_dim=student.embed_dim, teacher_dims=teachers.embed_dims, mapped=sides)
 
 
 def evaluation_sets(evaluation: ClipEvaluation, *, bundled: bool) -> list[BenchmarkSet]:
@@ -388,6 +390,19 @@ def peak_rates(optimisation: ClipOptimisation, usual: tuple[float, float]) -> tu
     if lr is None:
         return usual[0], usual[1] if text_lr is None else text_lr
     return lr, lr if text_lr is None else text_lr
+
+
+def make_optimizer(
+    optimisation: ClipOptimisation,
+    student: Clip,
+    of_text: Sequence[nn.Parameter],
+    rates: Sequence[float],
+    model: nn.Module,
+) -> torch.optim.AdamW:
+    """AdamW with the rates of both towers and of their layers."""
+    decay = optimisation.layer_decay
+    scales = rate_scales(student.towers, decay) if decay != 1 else {}
+    return clip_adamw(model, of_text=of_text, lr=rates[0], text_lr=rates[1], wd=optimisation.wd, scales=scales)
 
 
 def make_loader(

@@ -18,12 +18,15 @@ from gkl_vl.export import hub
 from gkl_vl.export.cards import ClipCard, RunFacts
 from gkl_vl.models.clip import BUNDLED_TEACHER, Clip
 from gkl_vl.models.student import OneTower, Student, paired
+from gkl_vl.models.towers import TransformersTowers
 from gkl_vl.protocols import Record
 from gkl_vl.training.checkpoint import RunFolder
 from gkl_vl.training.clip_teacher import RunTeachers
 from gkl_vl.training.run import Run
 
 SHEET_IMAGES = 12
+STUDENT = "student"
+"""Name, in records, of the student with its trained weights."""
 TEXTS_OF_TEACHER = "student, texts of teacher"
 """Name, in records, of the student's images with the texts of its only teacher."""
 
@@ -32,7 +35,7 @@ def evaluate_student(
     sets: list[BenchmarkSet], student: Clip, device: torch.device, model: nn.Module
 ) -> Iterator[Record]:
     """Records of the student with the current weights of `model`."""
-    yield from evaluate(replace(student, towers=model.towers), "student", sets, device, cache=None)
+    yield from evaluate(replace(student, towers=model.towers), STUDENT, sets, device, cache=None)
 
 
 def evaluate(
@@ -66,7 +69,7 @@ def log_once(
     """Logs models' metrics, by role, once per run, also after a resume. All processes measure, the main one writes."""
     logged = {record.get("model") for record in folder.records()}
     for role, clip in models.items():
-        cache = None if role == TEXTS_OF_TEACHER else cache_folder("embeddings")  # a student's are not used again
+        cache = cache_folder("embeddings") if role.startswith("teacher") else None  # a student's are not used again
         records = list(evaluate(clip, role, sets, device, cache))  # all ranks
         for record in records if role not in logged else ():
             folder.log({"step": step} | record)
@@ -80,22 +83,33 @@ def finish(
     *,
     steps: int,
     bundled: bool,
+    role: str,
 ) -> None:
-    """Exports the student, draws the report, prints the table. Main process."""
+    """Exports the student, draws the report, prints the table. Main process. `role`: of the student in records."""
     student.towers.eval()
     facts, folder = run.facts(steps=steps), run.folder.path
-    own = [record for record in facts.metrics if record["model"] != TEXTS_OF_TEACHER]
+    roles = [teacher_role(number) for number in range(len(teachers.clips))]
+    own = [record for record in facts.metrics if record["model"] in roles]
+    own += [record | {"model": STUDENT} for record in facts.metrics if record["model"] == role]
     hub.export_clip(clip=student, folder=folder / "model", card=card(replace(facts, metrics=own)))
     sheet = draw_sheet(student, run.device) if bundled else []
     report.draw_report(path=folder / "report.png", records=run.folder.records(), sheet=sheet, title=run.title)
-    models = {teacher_role(number): clip for number, clip in enumerate(teachers.clips)} | {"student": student}
-    print(report.results_table([table_row(role, clip, facts.metrics, run.device) for role, clip in models.items()]))
+    models = {teacher_role(number): clip for number, clip in enumerate(teachers.clips)} | {STUDENT: student}
+    print(report.results_table([table_row(name, clip, own, run.device) for name, clip in models.items()]))
     for line in report.pairing_lines(report.metrics_by_dataset(facts.metrics, TEXTS_OF_TEACHER)):
         print(line)
-    print(f"\nLoad the student:\n\n    import open_clip\n    model, _, preprocess = "
-          f'open_clip.create_model_and_transforms("local-dir:{folder / "model"}")\n')  # fmt: skip
-    print(f"Pictures: {folder / 'report.png'}")
+    print(f"\nLoad the student:\n\n{loading(student, folder / 'model')}\n")
+    print(f"Pictures: {', '.join(map(str, sorted(folder.glob('*.png'))))}")
     run.push()
+
+
+def loading(student: Clip, folder: Path) -> str:
+    """The code that loads an exported student."""
+    if isinstance(student.towers, TransformersTowers):
+        name = type(student.towers.model).__name__
+        return f'    from transformers import {name}\n    model = {name}.from_pretrained("{folder}")'
+    created = f'open_clip.create_model_and_transforms("local-dir:{folder}")'
+    return f"    import open_clip\n    model, _, preprocess = {created}"
 
 
 def table_row(role: str, clip: Clip, records: list[Record], device: torch.device) -> dict[str, Any]:

@@ -8,10 +8,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 from jaxtyping import Float
 from torch import Tensor
 
@@ -46,42 +44,13 @@ from gkl_vl.teachers.embeddings import (
     unpacked,
 )
 from gkl_vl.teachers.online import Teacher, online_teacher, with_scales
+from gkl_vl.training.clip_models import ClipModels, TeacherModels
 from gkl_vl.training.run import Run
 
 BUNDLED_VIEWS = 6
 """The bundled set is small: with a fixed number of views the teacher embeds each once, and the views are kept."""
 SAME_TEACHER = 0.98
 """Smallest cosine between a teacher's embedding and its stored one; int8 and half precision have at least 0.999."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherModels:
-    """One teacher, or several whose soft targets are averaged."""
-
-    teacher: tuple[str, ...] = ("bundled",)
-    """Each an open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, `bundled`; in a run also none."""
-    teacher_pretrained: tuple[str, ...] | None = None
-    """Of each teacher that is an open_clip name: open_clip's tag, a file of weights, or TAG=FILE; `none` of another."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipModels:
-    """Teachers and student."""
-
-    teachers: Annotated[TeacherModels, tyro.conf.arg(name="")] = TeacherModels()
-    teacher_store: tuple[str, ...] | None = None
-    """Folders that recipes/store_teacher.py wrote from the same data, or the .json of a data set of MobileCLIP's."""
-    teacher_scale: tuple[float, ...] | None = None
-    """Logit scale of each teacher in the loss. None = the model's own."""
-    teacher_shares: tuple[float, ...] | None = None
-    """Relative share of each of several teachers in the targets. None = equal."""
-    student: str = "emoji-student"
-    """As --teacher, or a shipped config: ViT-T-16, FastViT-T8, emoji-student. A plain name has random weights."""
-
-    @property
-    def distils(self) -> bool:
-        """Whether there is a teacher, loaded or stored; --teacher none = the student learns alone."""
-        return self.teachers.teacher != ("none",) or self.teacher_store is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,12 +174,12 @@ def teacher_of(
     Raises: UserError for several teachers, and for another one than the stored.
     """
     if len(teachers.names) != 1:
-        raise UserError(f"{len(teachers.names)} teachers, and a tower can join one of them alone: name one")
+        raise UserError(f"{len(teachers.names)} teachers, and the student can take weights of one alone: name one")
     if teachers.clips:
         return teachers.clips[0]
     if not isinstance(teachers.store, JoinedStores):
         raise UserError(
-            "--teacher-store names a data set of MobileCLIP's, and a tower joins a model whose weights are known: give "
+            "--teacher-store names a data set of MobileCLIP's, which has no weights that a student can take: give "
             "--teacher in its place"
         )
     (stored,) = teachers.store.teachers

@@ -87,7 +87,7 @@ def fit(
         )
     loader = make_loader(position)  # may refuse the position, and then nothing is rewound
     if checkpoint is not None:
-        objective.load_state(load_checkpoint(accelerator, checkpoint, ema=average))
+        objective.load_state(load_checkpoint(accelerator, checkpoint, plain, ema=average))
         run.rewind(step)
     started_at = step
     batches = iter(loader)
@@ -110,7 +110,7 @@ def fit(
                     bar.write(evaluation_line(record, step))
         if fresh and saving:
             save_checkpoint(  # all ranks
-                accelerator, run, step=step, position=loader.position(), ema=average, memory=objective.state()
+                accelerator, run, plain, step=step, position=loader.position(), ema=average, memory=objective.state()
             )
         if last:
             break

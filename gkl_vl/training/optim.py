@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules for `engine.fit`."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,24 +16,37 @@ def adamw(model: nn.Module, *, lr: float, wd: float) -> torch.optim.AdamW:
 
 
 def clip_adamw(
-    model: nn.Module, *, of_text: Sequence[nn.Parameter], lr: float, text_lr: float, wd: float
+    model: nn.Module,
+    *,
+    of_text: Sequence[nn.Parameter],
+    lr: float,
+    text_lr: float,
+    wd: float,
+    scales: Mapping[nn.Parameter, float] | None = None,
 ) -> torch.optim.AdamW:
     """`adamw` with a rate for the text tower; the image tower and the logit scale have `lr`.
 
-    `lr_scale` of each group is relative to the larger rate, which `engine.fit` needs as its learning rate.
+    `lr_scale` of each group is relative to the larger rate, which `engine.fit` needs as its learning rate. Frozen
+    parameters are in no group.
 
     Args:
         of_text: the text tower's part of the model, see `Student.text_parameters`.
+        scales: factors of the rates of parameters, see `rate_scales`; 1 for all others.
     """
     peak = max(lr, text_lr)
-    members = set(of_text)
+    members, scales = set(of_text), {} if scales is None else scales
     others = [p for p in model.parameters() if p not in members]
-    groups = [
-        group | {"lr_scale": rate / peak if peak else 1.0}
-        for parameters, rate in ((others, lr), (of_text, text_lr))
-        for group in parameter_groups(parameters, wd)
-        if group["params"]  # torch restores no sharded optimizer that has empty groups, as of a frozen tower
-    ]
+    groups = []
+    for parameters, rate in ((others, lr), (of_text, text_lr)):
+        by_scale: dict[float, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            by_scale.setdefault((rate / peak if peak else 1.0) * scales.get(parameter, 1.0), []).append(parameter)
+        groups += [
+            group | {"lr_scale": scale}
+            for scale, of_scale in by_scale.items()
+            for group in parameter_groups(of_scale, wd)
+            if group["params"]  # torch restores no sharded optimizer that has empty groups, as of a frozen tower
+        ]
     return _open_clip_adamw(groups, peak)
 
 

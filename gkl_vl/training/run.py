@@ -137,12 +137,13 @@ class Run:
     Args:
         config: flags of the recipe. They are recorded in config.json and compared with it on resume.
         recipe: the run folder is runs/RECIPE-TIME where `output_dir` is None.
+        compiled: the model is compiled by torch.compile.
 
     Raises: UserError for numbers out of bounds, a tracker that is not installed, a malformed `push_to_hub`, a folder
         that holds another run or is in use, a resume with other flags.
     """
 
-    def __init__(self, config: HasRunFlags, *, recipe: str):
+    def __init__(self, config: HasRunFlags, *, recipe: str, compiled: bool = False):
         self.flags = flags = config.run
         cli.check_values(cli.flat(config))
         if flags.push_to_hub is not None:
@@ -152,12 +153,16 @@ class Run:
             mixed_precision=ACCELERATE_PRECISION[flags.precision],
             log_with=list(flags.report_to) or None,
             project_dir="runs",  # until `begin`, which knows the folder
+            dynamo_backend="inductor" if compiled else None,  # None = as set by `accelerate launch`
         )
         check_all_processes_joined(self.accelerator)
         record = json.loads(json.dumps(cli.flat(config), default=str))
         record |= {"inputs": input_files(record)}
         record |= {"mixed_precision": self.accelerator.mixed_precision, "cwd": str(Path.cwd())}
-        path, self._checkpoint = on_main(self.accelerator, lambda: open_folder(flags, recipe, record))  # all ranks
+        usual = json.loads(json.dumps(cli.defaults(config), default=str))
+        path, self._checkpoint = on_main(
+            self.accelerator, lambda: open_folder(flags, recipe, record, usual)
+        )  # all ranks
         self._use(path)
         self.title = recipe
         # The commit at the start of the run, whatever is checked out when it ends.
@@ -262,8 +267,12 @@ def check_trackers(names: tuple[str, ...]) -> None:
 # ---- the folder, and what a resumed run may change
 
 
-def open_folder(flags: RunFlags, recipe: str, record: dict[str, Any]) -> tuple[Path, Path | None]:
+def open_folder(
+    flags: RunFlags, recipe: str, record: dict[str, Any], usual: dict[str, Any]
+) -> tuple[Path, Path | None]:
     """The run folder, and the checkpoint to resume from; None for a new run. Writes nothing. Main process.
+
+    `usual` are the defaults of the flags in `record`.
 
     Raises: UserError for a folder that cannot be used, and for a run that cannot be resumed with these flags.
     """
@@ -274,7 +283,7 @@ def open_folder(flags: RunFlags, recipe: str, record: dict[str, Any]) -> tuple[P
             folder.check_free()
         return path, None
     checkpoint = folder.find_checkpoint(flags.resume) if flags.resume != "latest" else None
-    check_same_flags(record, folder.config())
+    check_same_flags(record, usual | folder.config())  # a flag that did not exist then had its default
     if (holder := holder_of(path)) is not None:
         raise UserError(in_use(path, holder))
     return path, checkpoint or folder.find_checkpoint("latest")

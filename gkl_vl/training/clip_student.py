@@ -1,0 +1,179 @@
+"""The student of a CLIP run: its initial weights, which of them are trained, and the plain model at the end."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from gkl_vl import cli
+from gkl_vl.data.sources import Source
+from gkl_vl.errors import UserError
+from gkl_vl.models.clip import Clip, comes_with_weights, load_clip
+from gkl_vl.models.depth import lock
+from gkl_vl.models.inherit import inherit
+from gkl_vl.models.lora import add_lora, merged
+from gkl_vl.models.modes import checkpoint_activations, drop_patches
+from gkl_vl.models.student import OneTower, Student, with_tower_of
+from gkl_vl.models.towers import Side
+from gkl_vl.training.clip_models import Adaptation, ClipModels, InitialWeights
+from gkl_vl.training.clip_teacher import RunTeachers, teacher_of
+
+
+def load_student(
+    models: ClipModels,
+    teachers: RunTeachers,
+    source: Source,
+    *,
+    bundled: bool,
+    allow_pickle: bool,
+    one_tower: Side | None = None,
+) -> tuple[Clip, list[str]]:
+    """The student with its initial weights, of which those that are not trained are frozen.
+
+    Args:
+        one_tower: the side whose tower alone is the student's; the other one is the teacher's.
+
+    Returns:
+        The student, and lines that say what it inherited.
+
+    Raises: UserError for a model that cannot be exported, joined, cut out of its teacher or adapted as the flags say,
+        and where nothing would be trained.
+    """
+    start, adaptation = models.start, models.adaptation
+    _check_flags(models, one_tower)
+    student = load_clip(
+        models.student,
+        start.student_pretrained,
+        allow_pickle=allow_pickle,
+        random_weights=start.student_init == "random",
+    )
+    lines: list[str] = []
+    if start.init_from_teacher or one_tower is not None:
+        teacher = teacher_of(teachers, models.teachers, source, bundled=bundled, allow_pickle=allow_pickle)
+        if start.init_from_teacher:
+            lines = inherit(student, teacher, layers=start.inherit_layers, text_layers=start.inherit_text_layers)
+            _refuse_locked_cut(student, teacher, adaptation)
+        if one_tower is not None:
+            student = with_tower_of(student, teacher, one_tower)
+    if models.memory.grad_checkpointing:
+        checkpoint_activations(student)
+    if models.memory.patch_dropout:
+        drop_patches(student, models.memory.patch_dropout)
+    _adapt(student, adaptation, one_tower)
+    _check_trained(student, one_tower)
+    student.towers.to(memory_format=torch.channels_last)
+    return student, lines
+
+
+def make_model(
+    student: Clip, teachers: RunTeachers, adaptation: Adaptation, *, mapped: Sequence[str], one_tower: Side | None
+) -> Student | OneTower:
+    """The trained module."""
+    fixed = adaptation.freeze_norm_stats or adaptation.lora_rank is not None
+    if one_tower is not None:
+        return OneTower(student.towers, one_tower, fixed_statistics=fixed)
+    return Student(
+        student.towers,
+        embed_dim=student.embed_dim,
+        teacher_dims=teachers.embed_dims,
+        mapped=mapped if teachers.names else (),
+        fixed_statistics=fixed,
+    )
+
+
+def whole(clip: Clip, adaptation: Adaptation) -> Clip:
+    """The student with its adapters merged: a plain model."""
+    return clip if adaptation.lora_rank is None else replace(clip, towers=merged(clip.towers))
+
+
+def is_partly_frozen(model: nn.Module) -> bool:
+    """Whether some parameters are not trained."""
+    return not all(parameter.requires_grad for parameter in model.parameters())
+
+
+def _adapt(student: Clip, adaptation: Adaptation, one_tower: Side | None) -> None:
+    if adaptation.lora_rank is not None:
+        alpha = 2 * adaptation.lora_rank if adaptation.lora_alpha is None else adaptation.lora_alpha
+        sides: Sequence[Side] = ("image", "text") if one_tower is None else (one_tower,)
+        add_lora(student, rank=adaptation.lora_rank, alpha=alpha, targets=adaptation.lora_targets, sides=sides)
+    for side, is_locked in _locks(adaptation).items():
+        if is_locked:
+            lock(student.towers, side, unlocked_groups=adaptation.unlocked_groups)
+
+
+def _locks(adaptation: Adaptation) -> dict[Side, bool]:
+    return {"image": adaptation.lock_image, "text": adaptation.lock_text}
+
+
+def _check_flags(models: ClipModels, one_tower: Side | None) -> None:
+    """Raises: UserError for flags that contradict each other or have no effect."""
+    start, adaptation = models.start, models.adaptation
+    _check_start(models, start)
+    locked = [side for side, is_locked in _locks(adaptation).items() if is_locked]
+    lora = adaptation.lora_rank is not None
+    if not lora:
+        cli.refuse_unused(vars(adaptation), ["lora_alpha", "lora_targets"], "has no effect without --lora-rank")
+    if locked and lora:
+        raise UserError(
+            f"--lock-{locked[0]} has no effect with --lora-rank, which trains adapters alone: name the layers that get "
+            "some with --lora-targets"
+        )
+    if one_tower is not None and set(locked) - {one_tower}:
+        raise UserError(f"--lock-{locked[0]} has no effect, for this tower is the teacher's: leave it out")
+    if adaptation.unlocked_groups and not locked:
+        raise UserError(
+            f"--unlocked-groups {adaptation.unlocked_groups} has no effect without --lock-image or --lock-text"
+        )
+    if adaptation.freeze_norm_stats and not locked:
+        raise UserError(
+            "--freeze-norm-stats is of frozen layers, and none is without --lock-image or --lock-text: leave it out"
+        )
+    has_weights = start.student_pretrained is not None or start.init_from_teacher
+    if start.student_init is None:
+        has_weights = has_weights or comes_with_weights(models.student)
+    if (locked or lora) and not has_weights:
+        flag = "--lora-rank" if lora else f"--lock-{locked[0]}"
+        raise UserError(
+            f"{flag} keeps weights of --student {models.student} that are random: add --student-pretrained, or take a "
+            "student that comes with weights"
+        )
+
+
+def _check_start(models: ClipModels, start: InitialWeights) -> None:
+    if not start.init_from_teacher:
+        flags = ["inherit_layers", "inherit_text_layers"]
+        cli.refuse_unused(vars(start), flags, "has no effect without --init-from-teacher")
+        return
+    if not models.distils:
+        raise UserError("--init-from-teacher needs a teacher to take weights from: leave out --teacher none")
+    reason = "is of other weights than those of --init-from-teacher"
+    cli.refuse_unused(vars(start), ["student_pretrained", "student_init"], reason)
+    if comes_with_weights(models.student):
+        raise UserError(
+            f"--student {models.student} comes with weights, which --init-from-teacher would replace: leave one out"
+        )
+
+
+def _refuse_locked_cut(student: Clip, teacher: Clip, adaptation: Adaptation) -> None:
+    """Raises: UserError where a locked tower would be a part of the teacher's, which has to be trained."""
+    state, theirs = student.towers.state_dict(), teacher.towers.state_dict()
+    for side, is_locked in _locks(adaptation).items():
+        of_side = [n for n in state if n.startswith("model.visual.") == (side == "image") and "logit_" not in n]
+        if is_locked and any(n not in theirs or theirs[n].shape != state[n].shape for n in of_side):
+            raise UserError(
+                f"--lock-{side} would freeze a tower that --init-from-teacher cuts out of a larger one, and that "
+                "has to be trained: leave one out"
+            )
+
+
+def _check_trained(student: Clip, one_tower: Side | None) -> None:
+    """Raises: UserError where no parameter of the trained towers is left to train."""
+    sides = {"image": student.towers.image_parameters(), "text": student.towers.text_parameters()}
+    trained = [p for side, parameters in sides.items() if one_tower in (None, side) for p in parameters]
+    if not any(parameter.requires_grad for parameter in trained):
+        raise UserError(
+            "--lock-image and --lock-text leave nothing to train: leave one out, or give --unlocked-groups"
+            if one_tower is None
+            else f"--lock-{one_tower} leaves nothing to train: leave it out, or give --unlocked-groups"
+        )

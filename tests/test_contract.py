@@ -115,8 +115,13 @@ def rank_result(rank, world_size, dtype, form, gamma, with_ids, kind):
     return loss_and_gradients(tensors, ids=ids, gamma=gamma, **form, **kind)
 
 
+def cases_of(world_size: int) -> list:
+    """On several ranks one gamma will do for lower precisions: what they add is rounding."""
+    return [case for case in CASES if world_size == 1 or case[0] == torch.float64 or case[2] == 0.5]
+
+
 def rank_results(rank, world_size):
-    return [rank_result(rank, world_size, *case) for case in CASES]
+    return [rank_result(rank, world_size, *case) for case in cases_of(world_size)]
 
 
 def joined(ranks):
@@ -134,7 +139,7 @@ def max_error(actual: dict, expected: dict) -> float:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_form_gives_the_same_loss(world_size):
     by_rank = [rank_results(0, 1)] if world_size == 1 else run_ranks(rank_results, world_size)
-    for case, *ranks in zip(CASES, *by_rank, strict=True):
+    for case, *ranks in zip(cases_of(world_size), *by_rank, strict=True):
         dtype, _, gamma, with_ids, kind = case
         loss, gradients = oracle(dtype, gamma, with_ids, *kind.items())
         for value, _ in ranks:

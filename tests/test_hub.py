@@ -267,12 +267,6 @@ def test_other_files_are_not_replaced(tmp_path: Path):
         export_clip(clip=clip, folder=tmp_path / "small_bpe.json", card=CARD)
 
 
-def test_a_transformers_model_is_refused_by_name(tmp_path: Path):
-    clip = dataclasses.replace(make_clip(tmp_path, "small_bpe"), name="transformers:x/y", model_cfg=None)
-    with pytest.raises(UserError, match="'transformers:x/y' is a transformers model"):
-        export_clip(clip=clip, folder=tmp_path / "model", card=CARD)
-
-
 def test_card_metadata_is_what_the_hub_reads():
     data = HubCard(CARD.render()).data.to_dict()
     assert data["library_name"] == "open_clip"

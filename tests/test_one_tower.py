@@ -332,7 +332,7 @@ def test_another_teacher_than_the_stored_is_refused(place, call, named, message)
     "flags, message",
     [
         (["--teacher", "none"], "--teacher none: a tower is trained into its teacher's space, so name a teacher"),
-        (["--teacher", "bundled", "local-dir:{place}/teacher"], "2 teachers, and a tower can join one of them alone"),
+        (["--teacher", "bundled", "local-dir:{place}/teacher"], "2 teachers, and the student can take weights of one"),
         (["--cross-wmse-weight", "3"], "--cross-wmse-weight 3 compares images with texts, and there are none"),
         (["--mimicry-weight", "0"], "every weight is 0, so there is nothing to train on: set --mimicry-weight"),
         (["--captions-per-image", "2"], "--captions-per-image 2 is of captions, and an image tower is trained without"),

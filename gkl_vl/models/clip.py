@@ -169,7 +169,7 @@ def load_clip(
         allow_pickle: read weights stored as a pickle (.bin, .pt), still with `weights_only=True`.
         random_weights: build a model that comes with weights from its config alone, with its tokenizer and its
             preprocessing; its weights are neither needed nor read nor downloaded. They are initialised as open_clip
-            does, of `transformers:` as transformers does, which starts SigLIP at a logit scale of 1 and a bias of 0.
+            does, of `transformers:` as transformers does, but for SigLIP's scale and bias, which start at 10 and -10.
             Open_clip names and model configs have random weights anyway, except for the text tower of a config with
             `hf_model_name`, which is pretrained unless `random_weights`.
 

@@ -6,6 +6,7 @@ asks for code of its own is refused, because a stock class in its place could co
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from inspect import signature
@@ -187,14 +188,22 @@ def load_transformers_model(folder: Path, config: Any, name: str, *, allow_pickl
 def random_transformers_model(config: Any, name: str) -> Any:
     """The transformers model of `config` with random weights, as transformers initialises them, in fp32.
 
+    A SigLIP's logit scale and bias are those that its paper starts with, 10 and -10 (arXiv 2303.15343);
+    transformers starts at 1 and 0, where every logit is about the same.
+
     Raises:
         UserError: a config that transformers cannot build.
     """
     try:
         # Without dtype it would have that of the weights beside the config.
-        return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # values that do not go together raise anything
         raise UserError(_cannot_build(name, error)) from error
+    if config.model_type == "siglip":
+        with torch.no_grad():
+            model.logit_scale.fill_(math.log(10))
+            model.logit_bias.fill_(-10)
+    return model
 
 
 def _cannot_build(name: str, error: Exception) -> str:

@@ -40,7 +40,7 @@ from gkl_vl.training.clip import (
     train_clip,
 )
 from gkl_vl.training.clip_mixing import Interpolation
-from gkl_vl.training.clip_models import ClipModels
+from gkl_vl.training.clip_models import ClipModels, StudentFlags
 from gkl_vl.training.run import RunFlags, StepIntervals
 
 BUNDLED_STEPS = 60
@@ -64,6 +64,7 @@ class Config:
     """Fine-tune a CLIP on your own pairs. Without flags: the bundled teacher, on drawings of another style."""
 
     model: ClipModels = ClipModels(student="bundled")
+    student: StudentFlags = StudentFlags()
     data: CaptionData = CaptionData()
     loss: CaptionLoss = CaptionLoss()
     averaging: Averaging = Averaging()
@@ -117,7 +118,7 @@ def check_start(config: Config) -> None:
     if pairs.train_data is None:
         cli.refuse_unused(vars(pairs), ["columns", "quoted"], "has no effect without --train-data")
         cli.refuse_unused(vars(config.data), ["caption_weights"], "has no effect without --train-data")
-    start = models.start
+    start = config.student.start
     inherits = start.student_pretrained is not None or start.init_from_teacher
     if start.student_init == "random" or not (inherits or comes_with_weights(models.student)):
         raise UserError(

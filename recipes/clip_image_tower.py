@@ -38,7 +38,7 @@ from gkl_vl.training.clip import (
     open_captions,
     train_clip,
 )
-from gkl_vl.training.clip_models import ClipModels
+from gkl_vl.training.clip_models import ClipModels, StudentFlags
 from gkl_vl.training.clip_teacher import RunTeachers
 from gkl_vl.training.run import RunFlags
 
@@ -66,6 +66,7 @@ class Config:
     text_only: bool = False
     """Train the text tower, on captions. Without it the image tower, on images alone."""
     model: ClipModels = ClipModels()
+    student: StudentFlags = StudentFlags()
     data: CaptionData = CaptionData()
     prompts: str | None = None
     """Texts that images are compared with, as in clip_unlabelled.py. None = none; for bundled data their names."""

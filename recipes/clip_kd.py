@@ -36,7 +36,7 @@ from gkl_vl.training.clip import (
     open_captions,
     train_clip,
 )
-from gkl_vl.training.clip_models import ClipModels
+from gkl_vl.training.clip_models import ClipModels, StudentFlags
 from gkl_vl.training.run import RunFlags
 
 
@@ -45,6 +45,7 @@ class Config:
     """Distil a CLIP teacher into a small student with GKL. Without flags: the bundled default."""
 
     model: ClipModels = ClipModels()
+    student: StudentFlags = StudentFlags()
     data: CaptionData = CaptionData()
     loss: CaptionLoss = CaptionLoss()
     optimisation: ClipOptimisation = ClipOptimisation()

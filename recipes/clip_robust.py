@@ -30,7 +30,7 @@ from gkl_vl.training.clip import (
     open_captions,
     train_clip,
 )
-from gkl_vl.training.clip_models import ClipModels
+from gkl_vl.training.clip_models import ClipModels, StudentFlags
 from gkl_vl.training.run import RunFlags
 
 
@@ -49,6 +49,7 @@ class Config:
     """Distil a CLIP teacher into a student that resists attacks. Without flags: the bundled default."""
 
     model: ClipModels = ClipModels()
+    student: StudentFlags = StudentFlags()
     data: CaptionData = CaptionData()
     loss: CaptionLoss = CaptionLoss()
     attack: AttackFlags = AttackFlags()

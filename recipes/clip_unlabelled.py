@@ -29,7 +29,7 @@ from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.objectives.common import EpochPrior
 from gkl_vl.objectives.zero_shot import ZeroShotKd, prompt_tokens
 from gkl_vl.training.clip import ClipData, ClipEvaluation, ClipOptimisation, ClipSetup, train_clip
-from gkl_vl.training.clip_models import ClipModels
+from gkl_vl.training.clip_models import ClipModels, StudentFlags
 from gkl_vl.training.clip_teacher import RunTeachers
 from gkl_vl.training.run import RunFlags
 
@@ -66,6 +66,7 @@ class Config:
     """Distil a CLIP teacher on images without captions. Without flags: the bundled default."""
 
     model: ClipModels = ClipModels()
+    student: StudentFlags = StudentFlags()
     data: ImageData = ImageData()
     loss: Loss = Loss()
     optimisation: ClipOptimisation = ClipOptimisation()

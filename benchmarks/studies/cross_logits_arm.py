@@ -42,7 +42,7 @@ from gkl_vl.training.clip import (
     open_captions,
     train_clip,
 )
-from gkl_vl.training.clip_models import ClipModels
+from gkl_vl.training.clip_models import ClipModels, StudentFlags
 from gkl_vl.training.run import RunFlags
 
 BankKind = Literal["queue", "store", "names", "half", "keywords"]
@@ -82,6 +82,7 @@ class Config:
     """Distil the bundled teacher with further terms on cross logits."""
 
     model: ClipModels = ClipModels()
+    student: StudentFlags = StudentFlags()
     loss: CaptionLoss = CaptionLoss()
     cross: CrossTerms = CrossTerms()
     optimisation: ClipOptimisation = ClipOptimisation()

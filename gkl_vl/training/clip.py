@@ -32,7 +32,7 @@ from gkl_vl.teachers.bank import Bank
 from gkl_vl.teachers.dataset_dr import DatasetDr
 from gkl_vl.teachers.online import Teacher, numbered
 from gkl_vl.training.clip_mixing import Interpolation, export_mixed, role_of
-from gkl_vl.training.clip_models import ClipModels
+from gkl_vl.training.clip_models import ClipModels, StudentFlags
 from gkl_vl.training.clip_results import STUDENT, evaluate_student, finish, log_once, models_beside
 from gkl_vl.training.clip_student import is_partly_frozen, load_student, make_model, whole
 from gkl_vl.training.clip_teacher import (
@@ -145,6 +145,8 @@ class ClipFlags(Protocol):
 
     @property
     def model(self) -> ClipModels: ...
+    @property
+    def student(self) -> StudentFlags: ...
     @property
     def optimisation(self) -> ClipOptimisation: ...
     @property
@@ -268,23 +270,22 @@ def train_clip(
         sets: evaluation sets in place of those of the flags.
         interpolation: the average with the initial weights that is exported, in place of the trained ones.
     """
-    models = config.model
-    run = Run(config, recipe=recipe, compiled=models.memory.torchcompile)
+    run = Run(config, recipe=recipe, compiled=config.student.memory.torchcompile)
     if attack is not None:
         run.refuse_shards("attacks")
     teachers, student, inherited = load_models(config, data, run.device, one_tower)
-    start = None if interpolation is None else copy.deepcopy(whole(student, models.adaptation).towers)
+    start = None if interpolation is None else copy.deepcopy(whole(student, config.student.adaptation).towers)
     sets = evaluation_sets(config.evaluation, bundled=data.bundled) if sets is None else list(sets)
     steps = count_steps(config.optimisation, data, run.num_processes)
     count_warmup(config.optimisation, steps)  # raises before there is a run folder
     images_per_step = config.optimisation.batch_size * config.optimisation.accum_steps
     check(steps * images_per_step * run.num_processes, teachers)
     origin = "" if teachers.title is None else f" distilled from {teachers.title}"
-    run.begin(f"{models.student}{origin}{detail} · {steps:,} steps of {images_per_step:,}")
+    run.begin(f"{config.model.student}{origin}{detail} · {steps:,} steps of {images_per_step:,}")
     augment = views_at(student, teachers, bundled=data.bundled)
     if data.bundled:
         teachers = with_bundled_store(run, teachers, student)
-    model = make_model(student, teachers, models.adaptation, mapped=mapped, one_tower=one_tower)
+    model = make_model(student, teachers, config.student.adaptation, mapped=mapped, one_tower=one_tower)
     for line in [*inherited, *([trainable_table(model)] if is_partly_frozen(model) else [])]:
         run.accelerator.print(line)
     run.seed_ranks()
@@ -314,14 +315,14 @@ def train_clip(
         checkpoint=run.checkpoint(),
     )
     assert isinstance(exported, Student | OneTower)  # the model or its average
-    trained, role = whole(replace(student, towers=exported.towers), models.adaptation), STUDENT
+    trained, role = whole(replace(student, towers=exported.towers), config.student.adaptation), STUDENT
     if interpolation is not None and start is not None:
         trained = export_mixed(run, start, trained, interpolation, sets, step=steps)  # all ranks
         role = role_of(interpolation.share)
     log_once(run.folder, steps, models_beside(model, trained, teachers), sets, run.device)  # all ranks
     if run.accelerator.is_main_process:
-        if models.adaptation.lora_rank is not None:
-            save_adapters(exported.towers, run.folder.path / "adapter", base=models.student)
+        if config.student.adaptation.lora_rank is not None:
+            save_adapters(exported.towers, run.folder.path / "adapter", base=config.model.student)
         card = partial(make_card, config, data, teachers, attack, one_tower)
         finish(run, trained, teachers, card, steps=steps, bundled=data.bundled, role=role)
     run.end()
@@ -331,17 +332,23 @@ def load_models(
     config: ClipFlags, data: ClipData, device: torch.device, one_tower: Side | None
 ) -> tuple[RunTeachers, Clip, list[str]]:
     """Teachers, student, and lines on what it inherited. Raises: UserError as `open_teachers` and `load_student`."""
-    models, allow_pickle = config.model, config.run.allow_pickle
+    allow_pickle = config.run.allow_pickle
     teachers = open_teachers(
-        models,
+        config.model,
         data.source,
         bundled=data.bundled,
         device=device,
         allow_pickle=allow_pickle,
-        loaded_too=one_tower is not None or models.start.init_from_teacher,
+        loaded_too=one_tower is not None or config.student.start.init_from_teacher,
     )
     student, inherited = load_student(
-        models, teachers, data.source, bundled=data.bundled, allow_pickle=allow_pickle, one_tower=one_tower
+        config.model,
+        config.student,
+        teachers,
+        data.source,
+        bundled=data.bundled,
+        allow_pickle=allow_pickle,
+        one_tower=one_tower,
     )
     return teachers, student, inherited
 

@@ -65,6 +65,15 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudentFlags:
+    """The student's initial weights, the part of it that is trained, and the cost of its passes."""
+
+    start: Annotated[InitialWeights, tyro.conf.arg(name="")] = InitialWeights()
+    adaptation: Annotated[Adaptation, tyro.conf.arg(name="")] = Adaptation()
+    memory: Annotated[Memory, tyro.conf.arg(name="")] = Memory()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClipModels:
     """Teachers and student."""
 
@@ -77,9 +86,6 @@ class ClipModels:
     """Relative share of each of several teachers in the targets. None = equal."""
     student: str = "emoji-student"
     """As --teacher, or a shipped config: ViT-T-16, FastViT-T8, emoji-student. A plain name has random weights."""
-    start: Annotated[InitialWeights, tyro.conf.arg(name="")] = InitialWeights()
-    adaptation: Annotated[Adaptation, tyro.conf.arg(name="")] = Adaptation()
-    memory: Annotated[Memory, tyro.conf.arg(name="")] = Memory()
 
     @property
     def distils(self) -> bool:

@@ -16,12 +16,13 @@ from gkl_vl.models.lora import add_lora, merged
 from gkl_vl.models.modes import checkpoint_activations, drop_patches
 from gkl_vl.models.student import OneTower, Student, with_tower_of
 from gkl_vl.models.towers import Side
-from gkl_vl.training.clip_models import Adaptation, ClipModels, InitialWeights
+from gkl_vl.training.clip_models import Adaptation, ClipModels, InitialWeights, StudentFlags
 from gkl_vl.training.clip_teacher import RunTeachers, teacher_of
 
 
 def load_student(
     models: ClipModels,
+    flags: StudentFlags,
     teachers: RunTeachers,
     source: Source,
     *,
@@ -40,8 +41,8 @@ def load_student(
     Raises: UserError for a model that cannot be exported, joined, cut out of its teacher or adapted as the flags say,
         and where nothing would be trained.
     """
-    start, adaptation = models.start, models.adaptation
-    _check_flags(models, one_tower)
+    start, adaptation = flags.start, flags.adaptation
+    _check_flags(models, flags, one_tower)
     student = load_clip(
         models.student,
         start.student_pretrained,
@@ -56,10 +57,10 @@ def load_student(
             _refuse_locked_cut(student, teacher, adaptation)
         if one_tower is not None:
             student = with_tower_of(student, teacher, one_tower)
-    if models.memory.grad_checkpointing:
+    if flags.memory.grad_checkpointing:
         checkpoint_activations(student)
-    if models.memory.patch_dropout:
-        drop_patches(student, models.memory.patch_dropout)
+    if flags.memory.patch_dropout:
+        drop_patches(student, flags.memory.patch_dropout)
     _adapt(student, adaptation, one_tower)
     _check_trained(student, one_tower)
     student.towers.to(memory_format=torch.channels_last)
@@ -106,9 +107,9 @@ def _locks(adaptation: Adaptation) -> dict[Side, bool]:
     return {"image": adaptation.lock_image, "text": adaptation.lock_text}
 
 
-def _check_flags(models: ClipModels, one_tower: Side | None) -> None:
+def _check_flags(models: ClipModels, flags: StudentFlags, one_tower: Side | None) -> None:
     """Raises: UserError for flags that contradict each other or have no effect."""
-    start, adaptation = models.start, models.adaptation
+    start, adaptation = flags.start, flags.adaptation
     _check_start(models, start)
     locked = [side for side, is_locked in _locks(adaptation).items() if is_locked]
     lora = adaptation.lora_rank is not None

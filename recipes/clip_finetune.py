@@ -3,16 +3,17 @@
     accelerate launch recipes/clip_finetune.py
 
 fine-tunes the bundled teacher on drawings of a third style, those of every other concept, with itself as the teacher;
-N minutes on two CPU cores. Without --train-data the evaluation is on the drawings of the other concepts (the new set)
+two minutes on two CPU cores. Without --train-data the evaluation is on the drawings of the other concepts (the new set)
 and on `emoji_unseen` (the old one). With your own pairs:
 
     accelerate launch recipes/clip_finetune.py --student ViT-B-32 --student-pretrained openai \
-        --teacher ViT-B-32 --teacher-pretrained openai --train-data pairs.csv --epochs 5 \
+        --train-data pairs.csv --epochs 5 \
         --eval-data pets --old-data imagenet1k --dataset-root '/data/{dataset}'
 
-The rates are low and fall from the output to the input (`--layer-decay`), evaluation is frequent, and the exported
-weights are `--interpolate` parts fine-tuned and the rest the start's; RUN/interpolation.png shows the accuracy on new
-and old sets along the line between the two. `--lock-image`, `--lock-text` and `--lora-rank` train a part of the model.
+The teacher is the student's own start (`--teacher start`) unless another one is named. The rates are low and fall from
+the output to the input (`--layer-decay`), evaluation is frequent, and the exported weights are `--interpolate` parts
+fine-tuned and the rest the start's; RUN/interpolation.png shows the accuracy on new and old sets along the line between
+the two. `--lock-image`, `--lock-text` and `--lora-rank` train a part of the model.
 
 Papers: WiSE-FT (Wortsman et al., CVPR 2022, arXiv 2109.01903) for the average; BEiT (arXiv 2106.08254) for rates by
 layer. Results, with commands and spread: recipes/README.md.
@@ -25,7 +26,6 @@ from gkl_vl.data.pairs import bundled_style
 from gkl_vl.data.sources import memory_source
 from gkl_vl.errors import UserError
 from gkl_vl.evaluation.sets import BenchmarkSet, half_of, load_benchmark_set, load_benchmark_sets
-from gkl_vl.models.clip import comes_with_weights
 from gkl_vl.objectives.clip import ClipKd
 from gkl_vl.training.clip import (
     CaptionData,
@@ -34,16 +34,18 @@ from gkl_vl.training.clip import (
     ClipEvaluation,
     ClipOptimisation,
     caption_weights,
-    evaluation_sets,
     make_bank,
     open_captions,
     train_clip,
 )
 from gkl_vl.training.clip_mixing import Interpolation
-from gkl_vl.training.clip_models import ClipModels, StudentFlags
+from gkl_vl.training.clip_models import ClipModels, StudentFlags, TeacherModels
+from gkl_vl.training.clip_student import has_weights, remedy
 from gkl_vl.training.run import RunFlags, StepIntervals
 
-BUNDLED_STEPS = 60
+START = "start"
+"""Name of the teacher that is the student's own start."""
+BUNDLED_STEPS, BUNDLED_WARMUP = 40, 10
 BUNDLED_OLD = ("emoji_unseen",)
 OWN_HALF = 0
 """Half of the concepts, by position, that is trained on; the other one is the new evaluation set."""
@@ -63,7 +65,7 @@ class Averaging:
 class Config:
     """Fine-tune a CLIP on your own pairs. Without flags: the bundled teacher, on drawings of another style."""
 
-    model: ClipModels = ClipModels(student="bundled")
+    model: ClipModels = ClipModels(teachers=TeacherModels(teacher=(START,)), student="bundled")
     student: StudentFlags = StudentFlags()
     data: CaptionData = CaptionData()
     loss: CaptionLoss = CaptionLoss()
@@ -76,12 +78,13 @@ class Config:
 
 
 def main(config: Config) -> None:
-    data = own_style() if config.data.pairs.train_data is None else open_captions(config.data, distils=False)
     check_start(config)
+    config = completed(config)
+    data = own_style(config) if config.data.pairs.train_data is None else open_captions(config.data, distils=False)
     weights = caption_weights(config.loss, distils=config.model.distils, bundled=False)
     new, old = open_sets(config)
     train_clip(
-        with_length(config),
+        config,
         recipe="clip_finetune",
         data=data,
         make_objective=lambda setup: ClipKd(
@@ -97,49 +100,62 @@ def main(config: Config) -> None:
     )
 
 
-def own_style() -> ClipData:
-    """Drawings of the third style, of every other concept."""
-    return ClipData(
-        source=memory_source("emoji of one style", bundled_style(OWN_HALF)), name="bundled emoji, one style"
-    )
-
-
-def with_length(config: Config) -> Config:
-    """The flags with the steps of the bundled data, where these are trained on and no length is given."""
-    optimisation = config.optimisation
-    if config.data.pairs.train_data is not None or optimisation.steps is not None or optimisation.epochs is not None:
-        return config
-    return replace(config, optimisation=replace(optimisation, steps=BUNDLED_STEPS))
-
-
 def check_start(config: Config) -> None:
     """Raises: UserError for flags of data without data, and for a student whose start is random."""
-    models, pairs = config.model, config.data.pairs
+    pairs, start = config.data.pairs, config.student.start
     if pairs.train_data is None:
         cli.refuse_unused(vars(pairs), ["columns", "quoted"], "has no effect without --train-data")
         cli.refuse_unused(vars(config.data), ["caption_weights"], "has no effect without --train-data")
-    start = config.student.start
-    inherits = start.student_pretrained is not None or start.init_from_teacher
-    if start.student_init == "random" or not (inherits or comes_with_weights(models.student)):
+        if pairs.caption_lines:
+            raise UserError("--caption-lines has no effect without --train-data: leave it out")
+    if not has_weights(config.model, start):
         raise UserError(
-            f"--student {models.student} has random weights, and fine-tuning starts from trained ones: add "
-            "--student-pretrained, or train it with recipes/clip_kd.py"
+            f"--student {config.model.student} has random weights, and fine-tuning starts from trained ones: "
+            f"{remedy(start)}"
         )
 
 
+def completed(config: Config) -> Config:
+    """The flags with the student's start as teacher, and for the bundled data with the length of the run."""
+    model, given = config.model, config.optimisation
+    if START in model.teachers.teacher and model.teacher_store is None:
+        if config.student.start.init_from_teacher:
+            raise UserError("--init-from-teacher starts from the teacher, and --teacher start is the start: name one")
+        tag = "none" if config.student.start.student_pretrained is None else config.student.start.student_pretrained
+        names = tuple(model.student if name == START else name for name in model.teachers.teacher)
+        tags = (tag,) if model.teachers.teacher_pretrained is None else model.teachers.teacher_pretrained
+        model = replace(model, teachers=TeacherModels(teacher=names, teacher_pretrained=tags))
+    elif model.teacher_store is not None and model.teachers.teacher == (START,):
+        model = replace(model, teachers=TeacherModels())
+    if config.data.pairs.train_data is None and given.steps is None and given.epochs is None:
+        given = replace(given, steps=BUNDLED_STEPS, warmup=BUNDLED_WARMUP if given.warmup is None else given.warmup)
+    return replace(config, model=model, optimisation=given)
+
+
+def own_style(config: Config) -> ClipData:
+    """Drawings of the third style, of every other concept."""
+    captions = 1 if config.data.captions_per_image is None else config.data.captions_per_image
+    source = memory_source("emoji of one style", bundled_style(OWN_HALF))
+    return ClipData(source=source, name="emoji of one style", captions_per_image=captions)
+
+
 def open_sets(config: Config) -> tuple[list[BenchmarkSet], list[BenchmarkSet]]:
-    """New and old evaluation sets. Raises: UserError for a set that is both."""
-    evaluation, old = config.evaluation, config.averaging.old_data
-    bundled = config.data.pairs.train_data is None
-    if old is None:
-        old = BUNDLED_OLD if bundled and evaluation.eval_data is None else ()
-    if bundled and evaluation.eval_data is None:
-        new = [half_of(load_benchmark_set("emoji"), 1 - OWN_HALF)]
-    else:
-        new = evaluation_sets(evaluation, bundled=False)
-    if both := [dataset.name for dataset in new if dataset.name in old]:
-        raise UserError(f"{both[0]} is in --eval-data and in --old-data: leave it out of one")
-    return new, load_benchmark_sets(old, root=evaluation.dataset_root, split="test")
+    """New and old evaluation sets. Raises: UserError for a set that is both, or that is trained on."""
+    root, bundled = config.evaluation.dataset_root, config.data.pairs.train_data is None
+    names, old_names = config.evaluation.eval_data, config.averaging.old_data
+    usual = bundled and names is None
+    if usual and old_names is None:
+        old_names = BUNDLED_OLD
+    if not names and not old_names:
+        reason = "has no effect without sets in --eval-data or --old-data"
+        cli.refuse_unused(vars(config.evaluation), ["dataset_root"], reason)
+    new = load_benchmark_sets(names or (), root=root, split="test")
+    old = load_benchmark_sets(old_names or (), root=root, split="test")
+    if bundled and (trained_on := [dataset.name for dataset in [*new, *old] if dataset.name == "emoji"]):
+        raise UserError(f"half of {trained_on[0]} is trained on: leave it out, its other half is measured by default")
+    if both := {dataset.name for dataset in new} & {dataset.name for dataset in old}:
+        raise UserError(f"{min(both)} is in --eval-data and in --old-data: leave it out of one")
+    return [half_of(load_benchmark_set("emoji"), 1 - OWN_HALF)] if usual else new, old
 
 
 if __name__ == "__main__":

@@ -7,14 +7,15 @@ import pytest
 import torch
 from small_models import CONFIG
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+from transformers import AutoConfig, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from gkl_vl.errors import UserError
 from gkl_vl.models.clip import load_clip
 from gkl_vl.models.depth import depth_groups, lock, rate_scales
 from gkl_vl.models.modes import checkpoint_activations, drop_patches, evaluating
+from gkl_vl.models.pretrained import build_open_clip
 from gkl_vl.models.student import Student
-from gkl_vl.models.towers import TransformersTowers
+from gkl_vl.models.towers import OpenClipTowers, TransformersTowers
 from gkl_vl.training.optim import clip_adamw
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,6 +98,25 @@ def test_locks_are_open_clips(build, kind, side, unlocked):
     trained = {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, parameter in theirs.named_parameters() if parameter.requires_grad}
     assert "model.logit_scale" in trained and len(trained) < len(list(ours.named_parameters()))
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_groups_of_text_towers_of_transformers(tmp_path, kind):
+    """The embeddings beside the tokens' are in the first group as well."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    AutoConfig.for_model(kind, vocab_size=60, max_position_embeddings=20, **sizes).save_pretrained(tmp_path / "text")
+    text = {"hf_model_name": str(tmp_path / "text"), "hf_proj_type": "linear", "context_length": 8, "vocab_size": 60}
+    model = build_open_clip(CONFIG | {"text_cfg": text}, "test", pretrained_text=False, allow_pickle=False)
+    groups = names_in(model, depth_groups(OpenClipTowers(model), "text"))
+    assert len(groups) == 4 and all("embeddings" in name for name in groups[0]) and len(groups[0]) >= 5
+    assert all(".layer.0." in name for name in groups[1]) and "text.proj.weight" in groups[3]
+
+
+def test_an_image_tower_of_unknown_depth_is_refused(tmp_path):
+    vision = {"image_size": 32, "timm_model_name": "caformer_s18", "timm_proj": "linear"}
+    (tmp_path / "model.json").write_text(json.dumps(CONFIG | {"vision_cfg": vision}))
+    with pytest.raises(UserError, match="timm's MetaFormer does not say which of its layers is how deep: leave out"):
+        depth_groups(load_clip(str(tmp_path / "model.json")).towers, "image")
 
 
 def test_a_lock_of_nothing_is_refused(build):

@@ -378,7 +378,7 @@ def test_targets_without_effect_are_refused_in_one_line():
         (pooled, "attnpool.c_proj", "attn, c_fc, c_proj, conv1, conv2, conv3"),
     ):
         with pytest.raises(
-            UserError, match=f"LoRA target '{target}' names no layer of .*: .* such as {ends}$"
+            UserError, match=f"--lora-targets '{target}' names no layer of .*: .* such as {ends}$"
         ) as caught:
             add_lora(clip, rank=RANK, alpha=ALPHA, targets=["attn", target])
         assert "\n" not in str(caught.value)

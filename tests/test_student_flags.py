@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import open_clip
+import peft
 import pytest
 import test_recipes
 import test_resume
@@ -29,6 +30,10 @@ TEACHER = CONFIG | {"embed_dim": 12}
 TEACHER["vision_cfg"] = CONFIG["vision_cfg"] | {"layers": 3, "width": 64}
 TEACHER["text_cfg"] = CONFIG["text_cfg"] | {"layers": 2, "width": 64, "heads": 4, "context_length": 16}
 SMALLER = CONFIG | {"vision_cfg": CONFIG["vision_cfg"] | {"layers": 2}}
+SHALLOW = TEACHER | {"vision_cfg": TEACHER["vision_cfg"] | {"layers": 2}}
+COCA = CONFIG | {"embed_dim": 16, "multimodal_cfg": {"width": 32, "heads": 2, "layers": 1}}
+COCA["vision_cfg"] = CONFIG["vision_cfg"] | {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+COCA["text_cfg"] = CONFIG["text_cfg"] | {"embed_cls": True, "output_tokens": True}
 CONV = CONFIG | {"vision_cfg": {"image_size": 32, "timm_model_name": "test_resnet", "timm_proj": "linear"}}
 
 
@@ -36,7 +41,8 @@ CONV = CONFIG | {"vision_cfg": {"image_size": 32, "timm_model_name": "test_resne
 def place(tmp_path_factory) -> Path:
     """A teacher with weights, configs of students, coloured squares with captions, a set to evaluate on."""
     place = tmp_path_factory.mktemp("student_flags")
-    for name, config in (("teacher", TEACHER), ("smaller", SMALLER), ("equal", TEACHER), ("conv", CONV)):
+    configs = {"teacher": TEACHER, "smaller": SMALLER, "equal": TEACHER, "conv": CONV, "shallow": SHALLOW, "coca": COCA}
+    for name, config in (configs | {"other_space": SMALLER | {"embed_dim": 8}}).items():
         (place / f"{name}.json").write_text(json.dumps(config))
     torch.manual_seed(1)
     for name in ("teacher", "conv"):
@@ -222,6 +228,47 @@ def test_fine_tuning_exports_the_average_with_the_start(place, call):
     assert f"{100 * by_role['mixed 0.25']:.1f}" in card
 
 
+def test_adapters_of_an_average_are_a_share_of_the_trained(place, call):
+    """The start and the saved adapters give the exported model."""
+    flags = ["--lora-rank", "2", "--lr", "0.1", "--interpolate", "0.25", "--steps", "3", "--output-dir", "run"]
+    trained(call, place, *flags, recipe="clip_finetune")
+    start, exported = load_clip(f"local-dir:{place}/teacher"), load_clip("run")
+    adapted = peft.PeftModel.from_pretrained(start.towers.model, "run/adapter")
+    pixels, tokens = torch.rand(3, 3, 16, 16), exported.tokenize(["a red square", "b", "c d"])
+    with torch.no_grad():
+        image, text = adapted.encode_image(pixels), adapted.encode_text(tokens)
+        torch.testing.assert_close(image, exported.towers.eval().model.encode_image(pixels), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(text, exported.towers.model.encode_text(tokens), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(weights("run/model")["transformer.resblocks.0.mlp.c_fc.weight"],
+                           weights(place / "teacher")["transformer.resblocks.0.mlp.c_fc.weight"])  # fmt: skip
+    config = json.loads(Path("run/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == f"local-dir:{place}/teacher"
+
+
+def test_a_run_does_not_average_with_another_start(place, call):
+    student = Path("student")
+    export_clip(clip=load_clip(f"local-dir:{place}/teacher"), folder=student, card=test_recipes.CARD)
+    flags = ["--checkpoint-every-steps", "3", "--output-dir", "run"]
+    trained(call, place, *flags, student="local-dir:student", recipe="clip_finetune")
+    Path("run/checkpoints/step_00000006").rename("later")
+    changed = weights(student)
+    changed["visual.proj"] = changed["visual.proj"] + 1e-6
+    save_file(changed, student / WEIGHTS)
+    flags = flags_of(place, *flags, "--resume", "latest", student="local-dir:student")
+    code, _, errors = call(*flags, recipe="clip_finetune")
+    assert code == 2 and "--student has other weights than at its start: restore them" in errors, errors
+
+
+def test_a_pretrained_scale_above_100_stays(place, call):
+    """As SigLIP's are; CLIP's bound is for scales that grow."""
+    loud = load_clip(f"local-dir:{place}/teacher")
+    with torch.no_grad():
+        loud.towers.model.logit_scale.fill_(4.8)
+    export_clip(clip=loud, folder=Path("loud"), card=test_recipes.CARD)
+    trained(call, place, *STILL, "--output-dir", "run", student="local-dir:loud")
+    assert weights("run/model")["logit_scale"].item() == pytest.approx(4.8)
+
+
 def test_the_average_keeps_infinities_and_integers():
     class Model(torch.nn.Module):
         def __init__(self, weight: float, count: int):
@@ -287,7 +334,7 @@ OF_TEACHER = "local-dir:{place}/teacher"
         ("clip_kd", OF_TEACHER, ["--lora-alpha", "2"], "--lora-alpha 2.0 has no effect without --lora-rank"),
         ("clip_kd", OF_TEACHER, ["--lora-rank", "2", "--lock-text"], "--lock-text has no effect with --lora-rank"),
         ("clip_kd", OF_TEACHER, ["--unlocked-groups", "2"], "--unlocked-groups 2 has no effect without --lock-image"),
-        ("clip_kd", OF_TEACHER, ["--freeze-norm-stats"], "--freeze-norm-stats is of frozen layers, and none is"),
+        ("clip_kd", OF_TEACHER, ["--freeze-norm-stats"], "--freeze-norm-stats has no effect without --lock-image"),
         ("clip_kd", OF_TEACHER, ["--lock-image", "--lock-text"], "--lock-image and --lock-text leave nothing to train"),
         ("clip_kd", OF_TEACHER, ["--lora-rank", "2", "--lora-targets", "qqq"], "such as"),
         ("clip_kd", "{place}/equal.json", ["--lock-image"], "--lock-image keeps weights of --student .* are random"),
@@ -320,6 +367,22 @@ OF_TEACHER = "local-dir:{place}/teacher"
         ("clip_kd", OF_TEACHER, ["--student-pretrained", "openai"], "pretrained 'openai' does not go with"),
         ("clip_image_tower", OF_TEACHER, ["--lock-text"], "--lock-text has no effect, for this tower is the teacher's"),
         ("clip_image_tower", OF_TEACHER, ["--lock-image"], "--lock-image leaves nothing to train"),
+        ("clip_image_tower", OF_TEACHER, ["--text-only", "--patch-dropout", "0.5"], "--patch-dropout 0.5 is of images"),
+        ("clip_image_tower", "{place}/other_space.json", ["--init-from-teacher"], "take a student of this embed_dim"),
+        (
+            "clip_kd",
+            "{place}/shallow.json",
+            ["--init-from-teacher", "--lock-image"],
+            "--lock-image would freeze a tower",
+        ),
+        (
+            "clip_kd",
+            "{place}/smaller.json",
+            ["--init-from-teacher", "--lora-rank", "2"],
+            "--lora-rank would freeze a tower",
+        ),
+        ("clip_kd", OF_TEACHER, ["--student-init", "random", "--lock-text"], "random: leave out --student-init random"),
+        ("clip_kd", "{place}/coca.json", ["--teacher", "none"], "is a CoCa, whose captioner no loss here trains"),
         ("clip_finetune", "{place}/equal.json", [], "has random weights, and fine-tuning starts from trained ones"),
         ("clip_finetune", OF_TEACHER, ["--interpolate", "1.5"], "--interpolate 1.5 must be at least 0 and at most 1"),
         (

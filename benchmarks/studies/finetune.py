@@ -3,7 +3,7 @@
     python benchmarks/studies/finetune.py
 
 `recipes/clip_finetune.py` without flags, on equal seeds: with the start as teacher, without a teacher, with a locked
-text tower. The start is the same on all seeds. Runs that are done already are not run again.
+text tower, with adapters alone. The start is the same on all seeds. Runs that are done already are not run again.
 """
 
 from dataclasses import replace
@@ -15,6 +15,7 @@ ARMS: Arms = {
     HELD: Arm([], None),
     "no teacher": Arm(["--teacher", "none"], HELD),
     "locked text tower": Arm(["--lock-text"], HELD),
+    "adapters": Arm(["--lora-rank", "8", "--lora-targets", "conv", "attn", "c_fc", "c_proj", "--lr", "1e-3"], HELD),
 }
 COLUMNS: dict[str, tuple[str | None, str]] = {
     "new acc1": ("emoji, odd", "acc1"),
@@ -25,9 +26,10 @@ COLUMNS: dict[str, tuple[str | None, str]] = {
 
 
 def main() -> None:
-    parser = make_clip_parser(__doc__, seeds=[0, 1, 2], folder="runs/study_finetune", steps=60)
+    parser = make_clip_parser(__doc__, seeds=[0, 1, 2], folder="runs/study_finetune", steps=40)
     options = parser.parse_args()
-    study = make_clip_study(options, recipe="clip_finetune", arms=ARMS, columns=COLUMNS)
+    flags = ["--warmup", "10"]
+    study = make_clip_study(options, recipe="clip_finetune", arms=ARMS, columns=COLUMNS, flags=flags)
     for model in ("mixed 0", "mixed 0.5", "student"):
         of_model = replace(study, model=model)
         print(f"{model}:\n{of_model.table(of_model.run())}\n")

@@ -45,6 +45,10 @@ class ClipCard:
     """Radius and norm of the attacks in adversarial training, e.g. 4/255 in linf; None = no attacks."""
     one_tower: Side | None = None
     """The only tower that was trained; the other one and the logit scale are the teacher's. None = both were."""
+    start: str | None = None
+    """Name of the initial weights; None = unknown."""
+    averaged: float | None = None
+    """Share of the trained weights, the rest is the start's; None = no average."""
 
     def render(self, *, transformers: bool = False, model_class: str | None = None) -> str:
         """Returns the text of README.md.
@@ -135,6 +139,8 @@ processor = {processor_class}.from_pretrained("{name}")
             "Steps": f"{self.run.steps:,}",
             "Seed": str(self.run.seed),
             "Training data": ", ".join(self.datasets),
+            "Initial weights": self.start,
+            "Average": None if self.averaged is None else f"{self.averaged:g} trained, the rest initial weights",
             "Teacher" if len(self.teachers) < 2 else "Teachers": self._teachers() or "none",
             "Commit of gkl-vl": self.run.commit,
         }

@@ -26,6 +26,8 @@ def depth_groups(towers: Towers, side: Side) -> list[list[nn.Parameter]]:
     stem, stages and attention pooling. A part that none of these names is in the first group. These are the groups of
     open_clip's `lock_image_tower` and `lock_text_tower`, but for the projection behind a timm tower, which open_clip
     never locks.
+
+    Raises: UserError for a model of timm without `group_matcher`.
     """
     of_side = list(towers.image_parameters() if side == "image" else towers.text_parameters())
     model: Any = towers.get_submodule("model")
@@ -43,6 +45,11 @@ def _parts(towers: Towers, model: Any, side: Side) -> list[list[Part]]:
     visual = model.visual
     if isinstance(visual, TimmModel):
         trunk: Any = visual.trunk
+        if not hasattr(trunk, "group_matcher"):
+            raise UserError(
+                f"timm's {type(trunk).__name__} does not say which of its layers is how deep: leave out --lock-image "
+                "and --layer-decay, or take another image tower"
+            )
         by_depth = group_parameters(trunk, trunk.group_matcher())
         return [*([trunk.get_parameter(name) for name in by_depth[k]] for k in sorted(by_depth)), [visual.head]]
     if isinstance(visual, ModifiedResNet):
@@ -59,11 +66,10 @@ def _parts(towers: Towers, model: Any, side: Side) -> list[list[Part]]:
 def _text_parts(text: Any) -> list[list[Part]]:
     if isinstance(text, HFTextEncoder):
         tower: Any = text.transformer
-        names = arch_dict[tower.config.model_type]["config_names"]
         encoder = getattr(tower, "encoder", tower)
         return _blocks(
-            [getattr(tower, names["token_embeddings_attr"])],
-            getattr(encoder, names["layer_attr"]),
+            [tower.get_input_embeddings()],
+            getattr(encoder, arch_dict[tower.config.model_type]["config_names"].get("layer_attr", "layer")),
             [getattr(encoder, "final_layer_norm", None)],
             [getattr(tower, "pooler", None), text.proj],
         )
@@ -98,7 +104,7 @@ def _parameters(parts: Iterable[Part]) -> Iterable[nn.Parameter]:
 def lock(towers: Towers, side: Side, *, unlocked_groups: int = 0) -> None:
     """Freezes one tower, but for its last `unlocked_groups` groups of `depth_groups`.
 
-    Raises: UserError for as many groups as there are, which would lock nothing.
+    Raises: UserError for as many groups as there are, which would lock nothing, and for a tower of unknown depth.
     """
     groups = depth_groups(towers, side)
     if unlocked_groups >= len(groups):

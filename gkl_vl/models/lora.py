@@ -112,16 +112,18 @@ def merged(towers: Towers) -> Towers:
     return plain
 
 
-def save_adapters(towers: Towers, folder: Path, *, base: str) -> None:
+def save_adapters(towers: Towers, folder: Path, *, base: str, share: float = 1.0) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, which `peft.PeftModel.from_pretrained` loads onto the
     model without adapters.
 
     Args:
         base: the name of that model.
+        share: of the update in what is saved, a factor of alpha.
     """
     model = _towers_of_one_model(towers).model
     config = copy.copy(model.peft_config[_ADAPTER])
     config.base_model_name_or_path, config.inference_mode = base, True
+    config.lora_alpha *= share
     # Not "auto": that looks for a config of the model on the Hub.
     adapters = get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
     folder.mkdir(parents=True, exist_ok=True)
@@ -190,8 +192,8 @@ def _in_blocks(clip: Clip, side: Side, layers: dict[str, nn.Module]) -> list[str
     names = [name for name in layers if re.search(r"\.\d+\.", name) and not isinstance(layers[name], nn.Conv2d)]
     if not names:
         raise UserError(
-            f"the {side} tower of {clip.name} has no linear layers or attention in its blocks: name LoRA targets, from "
-            f"{_ends(layers)}"
+            f"the {side} tower of {clip.name} has no linear layers or attention in its blocks: give --lora-targets, "
+            f"from {_ends(layers)}"
         )
     return names
 
@@ -201,8 +203,8 @@ def _named(clip: Clip, target: str, layers: dict[str, nn.Module]) -> list[str]:
     names = [target] if target in layers else [name for name in layers if name.endswith(f".{target}")]
     if not names:
         raise UserError(
-            f"LoRA target {target!r} names no layer of {clip.name} that can have an adapter: write full names, such as "
-            f"{next(iter(layers))}, or their ends, such as {_ends(layers)}"
+            f"--lora-targets {target!r} names no layer of {clip.name} that can have an adapter: write full names, such "
+            f"as {next(iter(layers))}, or their ends, such as {_ends(layers)}"
         )
     return names
 

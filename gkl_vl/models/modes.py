@@ -1,10 +1,11 @@
 """Modes of a model: frozen, in evaluation, with checkpointed activations, with dropped patches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import open_clip.transformer
+from open_clip.hf_model import HFTextEncoder
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from timm.layers.patch_dropout import PatchDropout
@@ -14,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gkl_vl.errors import UserError
 from gkl_vl.models.clip import Clip
-from gkl_vl.models.towers import TransformersTowers
+from gkl_vl.models.towers import Side, TransformersTowers
 
 
 def freeze(clip: Clip) -> Clip:
@@ -42,8 +43,8 @@ def fix_statistics(model: nn.Module) -> None:
             module.eval()
 
 
-def checkpoint_activations(clip: Clip) -> None:
-    """Both towers compute their activations again in the backward pass: the same gradients in less memory.
+def checkpoint_activations(clip: Clip, sides: Sequence[Side] = ("image", "text")) -> None:
+    """The towers of these sides compute their activations again in the backward pass: equal gradients, less memory.
 
     Batch norms see each batch twice, which moves their running statistics at twice the rate.
 
@@ -53,9 +54,24 @@ def checkpoint_activations(clip: Clip) -> None:
     if isinstance(clip.towers, TransformersTowers):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return
+    if "image" in sides:
+        _checkpoint_images(model, clip.name)
+    if "text" not in sides:
+        return
+    text = getattr(model, "text", None)
+    if text is None:
+        model.transformer.grad_checkpointing = True
+    elif isinstance(text, HFTextEncoder):
+        tower: Any = text.transformer
+        tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        text.set_grad_checkpointing(True)
+
+
+def _checkpoint_images(model: Any, name: str) -> None:
     if isinstance(model.visual, ModifiedResNet):  # for which open_clip's method does nothing
         raise UserError(
-            f"--grad-checkpointing: the ResNet of {clip.name} does not support it: leave it out, and lower "
+            f"--grad-checkpointing: the ResNet of {name} does not support it: leave it out, and lower "
             "--batch-size with more --accum-steps"
         )
     if isinstance(model.visual, TimmModel):  # whose method logs a failure and goes on
@@ -64,16 +80,11 @@ def checkpoint_activations(clip: Clip) -> None:
             trunk.set_grad_checkpointing(True)
         except (AssertionError, AttributeError, NotImplementedError) as error:
             raise UserError(
-                f"--grad-checkpointing: timm's image tower of {clip.name} does not support it: leave it out, and lower "
+                f"--grad-checkpointing: timm's image tower of {name} does not support it: leave it out, and lower "
                 "--batch-size with more --accum-steps"
             ) from error
     else:
         model.visual.set_grad_checkpointing(True)
-    text = getattr(model, "text", None)
-    if text is None:
-        model.transformer.grad_checkpointing = True
-    else:
-        text.set_grad_checkpointing(True)
 
 
 def drop_patches(clip: Clip, share: float) -> None:

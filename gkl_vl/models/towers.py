@@ -149,11 +149,14 @@ Towers = OpenClipTowers | TransformersTowers | PairedTowers
 
 
 @torch.no_grad()
-def clamp_scale(towers: Towers) -> None:
-    """Clamps a trained logit scale to [1, 100] after an update, as CLIP does; the parameter is its logarithm.
+def clamp_scale(towers: Towers, *, largest: float = 100.0) -> None:
+    """Clamps a trained logit scale to [1, largest] after an update, as CLIP does; the parameter is its logarithm.
 
     A frozen one is a teacher's and stays: SigLIP's are above 100.
+
+    Args:
+        largest: 100 as in CLIP, or the scale that training starts with where that is larger.
     """
     scale = towers.get_parameter("model.logit_scale")
     if scale.requires_grad:
-        scale.clamp_(0, math.log(100))  # in place on the parameter: FSDP's shards allow no views
+        scale.clamp_(0, math.log(largest))  # in place on the parameter: FSDP's shards allow no views

@@ -7,14 +7,15 @@ runs/clip_kd-20260102-030405/
     results.jsonl        one line per log and per evaluation
     checkpoints/step_00000600/   Accelerate's state, loop.json, ema.safetensors, memory_RANK.safetensors
     model/               the exported student
-    report.png
+    adapter/             LoRA: its adapters, in peft's format
+    report.png           and interpolation.png of a fine-tuning run
 """
 
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -340,11 +341,21 @@ def load_checkpoint(
 
 def frozen_weights(model: nn.Module) -> str:
     """A hash of the parameters that are not trained; empty without any."""
-    digest, frozen = hashlib.sha256(), {n: p for n, p in model.named_parameters() if not p.requires_grad}
-    for name, parameter in frozen.items():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(tensor_bytes(parameter.detach()))
-    return digest.hexdigest() if frozen else ""
+    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return _hash(frozen) if frozen else ""
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A hash of all parameters and buffers."""
+    return _hash(model.state_dict())
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
 
 
 def _leave_out_frozen(models: list[Any], states: list[Any], folder: str = "") -> None:

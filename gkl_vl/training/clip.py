@@ -11,7 +11,6 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 import tyro
-from torch import nn
 
 from gkl_vl import cli
 from gkl_vl.data.pair_stream import PairLoader, PairStream, Position
@@ -21,7 +20,7 @@ from gkl_vl.errors import UserError
 from gkl_vl.evaluation.sets import BUNDLED, BenchmarkSet, load_benchmark_sets
 from gkl_vl.export.cards import ClipCard, RunFacts
 from gkl_vl.losses.gkl import GklSettings
-from gkl_vl.models.clip import Clip
+from gkl_vl.models.clip import Clip, comes_with_weights
 from gkl_vl.models.depth import rate_scales
 from gkl_vl.models.lora import save_adapters, trainable_table
 from gkl_vl.models.student import OneTower, Student
@@ -31,6 +30,7 @@ from gkl_vl.protocols import Objective
 from gkl_vl.teachers.bank import Bank
 from gkl_vl.teachers.dataset_dr import DatasetDr
 from gkl_vl.teachers.online import Teacher, numbered
+from gkl_vl.training.checkpoint import weights_hash
 from gkl_vl.training.clip_mixing import Interpolation, export_mixed, role_of
 from gkl_vl.training.clip_models import ClipModels, StudentFlags
 from gkl_vl.training.clip_results import STUDENT, evaluate_student, finish, log_once, models_beside
@@ -275,12 +275,17 @@ def train_clip(
         run.refuse_shards("attacks")
     teachers, student, inherited = load_models(config, data, run.device, one_tower)
     start = None if interpolation is None else copy.deepcopy(whole(student, config.student.adaptation).towers)
+    decay = config.optimisation.layer_decay
+    scales = rate_scales(student.towers, decay) if decay != 1 else {}
+    largest_scale = max(student.towers.log_scale().exp().item(), 100.0)
     sets = evaluation_sets(config.evaluation, bundled=data.bundled) if sets is None else list(sets)
     steps = count_steps(config.optimisation, data, run.num_processes)
     count_warmup(config.optimisation, steps)  # raises before there is a run folder
     images_per_step = config.optimisation.batch_size * config.optimisation.accum_steps
     check(steps * images_per_step * run.num_processes, teachers)
     origin = "" if teachers.title is None else f" distilled from {teachers.title}"
+    if start is not None:
+        run.hold_start(weights_hash(start))
     run.begin(f"{config.model.student}{origin}{detail} · {steps:,} steps of {images_per_step:,}")
     augment = views_at(student, teachers, bundled=data.bundled)
     if data.bundled:
@@ -297,7 +302,14 @@ def train_clip(
         accelerator=run.accelerator,
         model=model,
         objective=make_objective(ClipSetup(student=student, teachers=teachers, teach=teach, device=run.device)),
-        make_optimizer=partial(make_optimizer, config.optimisation, student, model.text_parameters(), rates),
+        make_optimizer=partial(
+            clip_adamw,
+            of_text=model.text_parameters(),
+            lr=rates[0],
+            text_lr=rates[1],
+            wd=config.optimisation.wd,
+            scales=scales,
+        ),
         learning_rate=partial(
             warmup_cosine, lr=max(rates), steps=steps, warmup_steps=count_warmup(config.optimisation, steps)
         ),
@@ -310,7 +322,7 @@ def train_clip(
             **vars(config.evaluation.intervals),
         ),
         evaluate=partial(evaluate_student, sets, student, run.device),
-        after_step=partial(clamp_scale, student.towers),
+        after_step=partial(clamp_scale, student.towers, largest=largest_scale),
         average=moving_average(model, config.optimisation.ema_decay),
         checkpoint=run.checkpoint(),
     )
@@ -322,8 +334,9 @@ def train_clip(
     log_once(run.folder, steps, models_beside(model, trained, teachers), sets, run.device)  # all ranks
     if run.accelerator.is_main_process:
         if config.student.adaptation.lora_rank is not None:
-            save_adapters(exported.towers, run.folder.path / "adapter", base=config.model.student)
-        card = partial(make_card, config, data, teachers, attack, one_tower)
+            share = 1.0 if interpolation is None else interpolation.share
+            save_adapters(exported.towers, run.folder.path / "adapter", base=initial_weights(config), share=share)
+        card = partial(make_card, config, data, teachers, attack, one_tower, interpolation)
         finish(run, trained, teachers, card, steps=steps, bundled=data.bundled, role=role)
     run.end()
 
@@ -399,19 +412,6 @@ def peak_rates(optimisation: ClipOptimisation, usual: tuple[float, float]) -> tu
     return lr, lr if text_lr is None else text_lr
 
 
-def make_optimizer(
-    optimisation: ClipOptimisation,
-    student: Clip,
-    of_text: Sequence[nn.Parameter],
-    rates: Sequence[float],
-    model: nn.Module,
-) -> torch.optim.AdamW:
-    """AdamW with the rates of both towers and of their layers."""
-    decay = optimisation.layer_decay
-    scales = rate_scales(student.towers, decay) if decay != 1 else {}
-    return clip_adamw(model, of_text=of_text, lr=rates[0], text_lr=rates[1], wd=optimisation.wd, scales=scales)
-
-
 def make_loader(
     config: ClipFlags,
     run: Run,
@@ -451,15 +451,35 @@ def make_card(
     teachers: RunTeachers,
     attack: str | None,
     one_tower: Side | None,
+    interpolation: Interpolation | None,
     facts: RunFacts,
 ) -> ClipCard:
     """The exported student's model card."""
+    ours = data.bundled and set(teachers.names) <= {"bundled"} and start_is_ours(config)
     return ClipCard(
         student=config.model.student,
         teachers=teachers.names,
-        license="mit" if data.bundled else "other",  # of other data the licence is not known
+        license="mit" if ours else "other",  # of other data and weights the licence is not known
         datasets=["bundled emoji (Noto, Twemoji)" if data.name is None else data.name],
         run=facts,
         attack=attack,
         one_tower=one_tower,
+        start=initial_weights(config),
+        averaged=None if interpolation is None else interpolation.share,
     )
+
+
+def initial_weights(config: ClipFlags) -> str:
+    """The student's name, and that of the weights that it starts from."""
+    start, name = config.student.start, config.model.student
+    if start.init_from_teacher:
+        return f"{name} from its teacher"
+    if start.student_init == "random" or not (start.student_pretrained or comes_with_weights(name)):
+        return f"{name}, random"
+    return name if start.student_pretrained is None else f"{name} {start.student_pretrained}"
+
+
+def start_is_ours(config: ClipFlags) -> bool:
+    """Whether the student's initial weights are random, its teacher's, or bundled."""
+    name = config.model.student
+    return name == "bundled" or initial_weights(config).startswith((f"{name}, random", f"{name} from its teacher"))

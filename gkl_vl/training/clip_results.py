@@ -93,7 +93,8 @@ def finish(
     own += [record | {"model": STUDENT} for record in facts.metrics if record["model"] == role]
     hub.export_clip(clip=student, folder=folder / "model", card=card(replace(facts, metrics=own)))
     sheet = draw_sheet(student, run.device) if bundled else []
-    report.draw_report(path=folder / "report.png", records=run.folder.records(), sheet=sheet, title=run.title)
+    title = run.title if role == STUDENT else f"{run.title} · before averaging"
+    report.draw_report(path=folder / "report.png", records=run.folder.records(), sheet=sheet, title=title)
     models = {teacher_role(number): clip for number, clip in enumerate(teachers.clips)} | {STUDENT: student}
     print(report.results_table([table_row(name, clip, own, run.device) for name, clip in models.items()]))
     for line in report.pairing_lines(report.metrics_by_dataset(facts.metrics, TEXTS_OF_TEACHER)):

@@ -10,7 +10,7 @@ from gkl_vl import cli
 from gkl_vl.data.sources import Source
 from gkl_vl.errors import UserError
 from gkl_vl.models.clip import Clip, comes_with_weights, load_clip
-from gkl_vl.models.depth import lock
+from gkl_vl.models.depth import depth_groups, lock
 from gkl_vl.models.inherit import inherit
 from gkl_vl.models.lora import add_lora, merged
 from gkl_vl.models.modes import checkpoint_activations, drop_patches
@@ -49,19 +49,23 @@ def load_student(
         allow_pickle=allow_pickle,
         random_weights=start.student_init == "random",
     )
+    _refuse_frozen_noise(student, models, flags)
     lines: list[str] = []
     if start.init_from_teacher or one_tower is not None:
         teacher = teacher_of(teachers, models.teachers, source, bundled=bundled, allow_pickle=allow_pickle)
         if start.init_from_teacher:
             lines = inherit(student, teacher, layers=start.inherit_layers, text_layers=start.inherit_text_layers)
-            _refuse_locked_cut(student, teacher, adaptation)
+            _refuse_frozen_cut(student, teacher, adaptation)
         if one_tower is not None:
+            _check_projection(student, teacher, flags)
+            lines = [line for line in lines if not line.startswith("text" if one_tower == "image" else "image")]
             student = with_tower_of(student, teacher, one_tower)
+    sides: Sequence[Side] = ("image", "text") if one_tower is None else (one_tower,)
     if flags.memory.grad_checkpointing:
-        checkpoint_activations(student)
+        checkpoint_activations(student, sides)
     if flags.memory.patch_dropout:
         drop_patches(student, flags.memory.patch_dropout)
-    _adapt(student, adaptation, one_tower)
+    _adapt(student, adaptation, sides)
     _check_trained(student, one_tower)
     student.towers.to(memory_format=torch.channels_last)
     return student, lines
@@ -93,10 +97,9 @@ def is_partly_frozen(model: nn.Module) -> bool:
     return not all(parameter.requires_grad for parameter in model.parameters())
 
 
-def _adapt(student: Clip, adaptation: Adaptation, one_tower: Side | None) -> None:
+def _adapt(student: Clip, adaptation: Adaptation, sides: Sequence[Side]) -> None:
     if adaptation.lora_rank is not None:
         alpha = 2 * adaptation.lora_rank if adaptation.lora_alpha is None else adaptation.lora_alpha
-        sides: Sequence[Side] = ("image", "text") if one_tower is None else (one_tower,)
         add_lora(student, rank=adaptation.lora_rank, alpha=alpha, targets=adaptation.lora_targets, sides=sides)
     for side, is_locked in _locks(adaptation).items():
         if is_locked:
@@ -111,6 +114,8 @@ def _check_flags(models: ClipModels, flags: StudentFlags, one_tower: Side | None
     """Raises: UserError for flags that contradict each other or have no effect."""
     start, adaptation = flags.start, flags.adaptation
     _check_start(models, start)
+    if one_tower == "text" and flags.memory.patch_dropout:
+        raise UserError(f"--patch-dropout {flags.memory.patch_dropout:g} is of images, and the text tower is trained")
     locked = [side for side, is_locked in _locks(adaptation).items() if is_locked]
     lora = adaptation.lora_rank is not None
     if not lora:
@@ -120,25 +125,41 @@ def _check_flags(models: ClipModels, flags: StudentFlags, one_tower: Side | None
             f"--lock-{locked[0]} has no effect with --lora-rank, which trains adapters alone: name the layers that get "
             "some with --lora-targets"
         )
-    if one_tower is not None and set(locked) - {one_tower}:
-        raise UserError(f"--lock-{locked[0]} has no effect, for this tower is the teacher's: leave it out")
+    if one_tower is not None and (others := set(locked) - {one_tower}):
+        raise UserError(f"--lock-{min(others)} has no effect, for this tower is the teacher's: leave it out")
     if adaptation.unlocked_groups and not locked:
         raise UserError(
             f"--unlocked-groups {adaptation.unlocked_groups} has no effect without --lock-image or --lock-text"
         )
     if adaptation.freeze_norm_stats and not locked:
-        raise UserError(
-            "--freeze-norm-stats is of frozen layers, and none is without --lock-image or --lock-text: leave it out"
-        )
-    has_weights = start.student_pretrained is not None or start.init_from_teacher
-    if start.student_init is None:
-        has_weights = has_weights or comes_with_weights(models.student)
-    if (locked or lora) and not has_weights:
-        flag = "--lora-rank" if lora else f"--lock-{locked[0]}"
-        raise UserError(
-            f"{flag} keeps weights of --student {models.student} that are random: add --student-pretrained, or take a "
-            "student that comes with weights"
-        )
+        reason = "is what --lora-rank does anyway" if lora else "has no effect without --lock-image or --lock-text"
+        raise UserError(f"--freeze-norm-stats {reason}: leave it out")
+
+
+def _refuse_frozen_noise(student: Clip, models: ClipModels, flags: StudentFlags) -> None:
+    """Raises: UserError where random weights would be frozen."""
+    start, adaptation = flags.start, flags.adaptation
+    frozen = [f"--lock-{side}" for side, is_locked in _locks(adaptation).items() if is_locked]
+    frozen += ["--lora-rank"] if adaptation.lora_rank is not None else []
+    text_cfg = {} if student.model_cfg is None else student.model_cfg["text_cfg"]
+    if text_cfg.get("hf_model_name") and start.student_init is None:  # which load_clip loads with its weights
+        frozen = [flag for flag in frozen if flag != "--lock-text"]
+    if frozen and not has_weights(models, start):
+        raise UserError(f"{frozen[0]} keeps weights of --student {models.student} that are random: {remedy(start)}")
+
+
+def has_weights(models: ClipModels, start: InitialWeights) -> bool:
+    """Whether the student starts from weights that were trained."""
+    if start.student_init == "random":
+        return False
+    return start.student_pretrained is not None or start.init_from_teacher or comes_with_weights(models.student)
+
+
+def remedy(start: InitialWeights) -> str:
+    """For a student without."""
+    if start.student_init == "random":
+        return "leave out --student-init random"
+    return "add --student-pretrained, or take a student that comes with weights"
 
 
 def _check_start(models: ClipModels, start: InitialWeights) -> None:
@@ -156,22 +177,39 @@ def _check_start(models: ClipModels, start: InitialWeights) -> None:
         )
 
 
-def _refuse_locked_cut(student: Clip, teacher: Clip, adaptation: Adaptation) -> None:
-    """Raises: UserError where a locked tower would be a part of the teacher's, which has to be trained."""
-    state, theirs = student.towers.state_dict(), teacher.towers.state_dict()
-    for side, is_locked in _locks(adaptation).items():
-        of_side = [n for n in state if n.startswith("model.visual.") == (side == "image") and "logit_" not in n]
-        if is_locked and any(n not in theirs or theirs[n].shape != state[n].shape for n in of_side):
+def _refuse_frozen_cut(student: Clip, teacher: Clip, adaptation: Adaptation) -> None:
+    """Raises: UserError where a frozen tower would be a part of the teacher's, which has to be trained."""
+    frozen: dict[str, list[Side]] = {f"--lock-{side}": [side] for side, locked in _locks(adaptation).items() if locked}
+    if adaptation.lora_rank is not None:
+        frozen = {"--lora-rank": list(_locks(adaptation))}
+    for flag, sides in frozen.items():
+        if any(_shapes(student, side) != _shapes(teacher, side) for side in sides):
             raise UserError(
-                f"--lock-{side} would freeze a tower that --init-from-teacher cuts out of a larger one, and that "
-                "has to be trained: leave one out"
+                f"{flag} would freeze a tower that --init-from-teacher cuts out of a larger one, and that has to be "
+                "trained: leave one out"
             )
 
 
+def _shapes(clip: Clip, side: Side) -> list[list[torch.Size]]:
+    return [[parameter.shape for parameter in group] for group in depth_groups(clip.towers, side)]
+
+
+def _check_projection(student: Clip, teacher: Clip, flags: StudentFlags) -> None:
+    """Raises: UserError where joining the towers would draw a projection anew that was inherited or is frozen."""
+    flag = "--init-from-teacher" if flags.start.init_from_teacher else "--lora-rank"
+    if student.embed_dim != teacher.embed_dim and (flags.start.init_from_teacher or flags.adaptation.lora_rank):
+        raise UserError(
+            f"{flag}: --student {student.name} has embeddings of length {student.embed_dim}, and in its teacher's "
+            f"space of {teacher.embed_dim} its projection would be random: take a student of this embed_dim"
+        )
+
+
 def _check_trained(student: Clip, one_tower: Side | None) -> None:
-    """Raises: UserError where no parameter of the trained towers is left to train."""
+    """Raises: UserError for a CoCa, and where no parameter of the trained towers is left to train."""
     sides = {"image": student.towers.image_parameters(), "text": student.towers.text_parameters()}
     trained = [p for side, parameters in sides.items() if one_tower in (None, side) for p in parameters]
+    if student.model_cfg is not None and "multimodal_cfg" in student.model_cfg:
+        raise UserError(f"--student {student.name} is a CoCa, whose captioner no loss here trains: take a CLIP")
     if not any(parameter.requires_grad for parameter in trained):
         raise UserError(
             "--lock-image and --lock-text leave nothing to train: leave one out, or give --unlocked-groups"

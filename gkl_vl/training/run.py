@@ -191,6 +191,19 @@ class Run:
                 f"FSDP keeps a model in shards, and {what} need it whole: use accelerate_configs/multi_gpu.yaml"
             )
 
+    def hold_start(self, weights: str) -> None:
+        """Records the hash of the initial weights, which the end of the run needs again; call it before `begin`.
+
+        Raises: UserError where a resumed run has others than at its start.
+        """
+        if self.flags.resume is None:
+            self._record |= {"start_weights": weights}
+        elif self.folder.config().get("start_weights", weights) != weights:
+            raise UserError(
+                "--resume continues a run as it was, but --student has other weights than at its start: restore them, "
+                "or start a new run"
+            )
+
     def begin(self, title: str) -> None:
         """Takes the run folder, writes config.json unless the run is resumed, and prints a line. All ranks.
 

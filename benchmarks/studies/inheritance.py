@@ -26,22 +26,34 @@ ARMS: Arms = {
 }
 
 
-def train_teacher(folder: Path) -> Path:
-    """The run of the ViT teacher."""
-    run = folder / "teacher"
+def train(run: Path, *flags: str | Path) -> Path:
+    """The folder of a run of clip_kd.py; one that is complete is not repeated."""
     if not (run / "model").is_dir():
-        flags = ["--student", HERE / "vit_teacher.json", "--lr", "1e-3", "--seed", "20", "--output-dir", run]
-        command = [sys.executable, RECIPES / "clip_kd.py", *flags, *ONLY_AT_THE_END, "--workers", "0"]
-        subprocess.run(command, check=True, env=os.environ | ENVIRONMENT)
+        command = [
+            sys.executable,
+            RECIPES / "clip_kd.py",
+            *flags,
+            "--output-dir",
+            run,
+            *ONLY_AT_THE_END,
+            "--workers",
+            "0",
+        ]
+        subprocess.run(command, check=True, env=os.environ | ENVIRONMENT, stdout=subprocess.DEVNULL)
     return run
 
 
 def main() -> None:
     parser = make_clip_parser(__doc__, seeds=[0, 1, 2], folder="runs/study_inheritance", steps=100)
     options = parser.parse_args()
-    teacher = train_teacher(options.output_dir)
-    flags = ["--teacher", str(teacher), "--student", str(HERE / "vit_half.json"), "--lr", "1e-3"]
-    study = make_clip_study(options, recipe="clip_kd", arms=ARMS, flags=flags)
+    teacher = train(
+        options.output_dir / "teacher", "--student", HERE / "vit_teacher.json", "--lr", "1e-3", "--seed", "20"
+    )
+    exported = train(options.output_dir / "exported", "--student", HERE / "vit_half.json", *START)
+    flags = ["--teacher", str(teacher), "--lr", "1e-3", "--student", str(HERE / "vit_half.json")]
+    own = ["--student", f"transformers:{exported}/model", "--student-init", "random"]
+    arms = ARMS | {"random weights, transformers' CLIPModel": Arm(own, RANDOM)}
+    study = make_clip_study(options, recipe="clip_kd", arms=arms, flags=flags)
     print(study.table(study.run()))
 
 

@@ -3,6 +3,7 @@
     python benchmarks/train_step.py                # eight minutes on two idle cores
     python benchmarks/train_step.py --rounds 5 --steps 40
     python benchmarks/train_step.py --device cuda --batch-size 512 --workers 15
+    python benchmarks/train_step.py --memory       # the student alone, with the flags that change its passes
 
 Training: `recipes/clip_kd.py` with its default loss and `python -m open_clip_train.main --distill-model` train the same
 ViT student on the same table of JPEGs, with random weights, each run in a fresh process: on the CPU in float32, with a
@@ -38,7 +39,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -79,6 +80,13 @@ RATIOS = (
     ("stored teacher / open_clip, pairs per second", "stored", "open_clip", "at least 3"),
 )
 """Name of each ratio, of what rates it is, and its target."""
+MEMORY = {
+    "checkpointed": ["--grad-checkpointing"],
+    "dropped": ["--patch-dropout", "0.5"],
+    "compiled": ["--torchcompile"],
+}
+"""Name of a run of --memory: its flags. The steps that compile for a new shape are not left out."""
+MEMORY_RATIOS = tuple((f"time of a step, {' '.join(flags)} / plain", "none", run, "") for run, flags in MEMORY.items())
 MOST_BYTES: dict[StoreDtype, int] = {"int8": 5000, "float16": 10_000}
 
 
@@ -312,6 +320,19 @@ def measure(settings: Settings, teacher: Clip, source: Source, rounds: int) -> l
     return measured
 
 
+def measure_memory(settings: Settings, rounds: int) -> list[dict[str, float]]:
+    """Pairs per second of training without a teacher, in every round."""
+    measured = []
+    for number in range(rounds):
+        runs = {"none": [], **MEMORY}
+        rates = {}
+        for name in runs if number % 2 else reversed(runs):
+            rates[name] = clip_kd(settings, f"{name}-{number}", ["--teacher", "none", *runs[name]])
+            print(f"{name} {rates[name]:.1f}/s", file=sys.stderr, flush=True)
+        measured.append(rates)
+    return measured
+
+
 def print_models(student: Clip, teacher: Clip, captions: list[str]) -> None:
     flops, size = operations(student), parameters(student)
     tokens = student.tokenize(captions).argmax(dim=1) + 1
@@ -322,9 +343,13 @@ def print_models(student: Clip, teacher: Clip, captions: list[str]) -> None:
     )
 
 
-def print_table(measured: list[dict[str, float]], sizes: dict[StoreDtype, float]) -> None:
+def print_table(
+    measured: list[dict[str, float]],
+    sizes: dict[StoreDtype, float],
+    rows: Sequence[tuple[str, str, str, str]] = RATIOS,
+) -> None:
     print("| | median (smallest to largest) | target |\n| --- | --- | --- |")
-    for name, one, other, target in RATIOS:
+    for name, one, other, target in rows:
         ratios = sorted(rates[one] / rates[other] for rates in measured)
         print(f"| {name} | {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {target} |")
     for dtype, size in sizes.items():
@@ -332,7 +357,7 @@ def print_table(measured: list[dict[str, float]], sizes: dict[StoreDtype, float]
         print(f"| {name} | {size:,.0f} | at most {MOST_BYTES[dtype]:,} |")
 
 
-def report(settings: Settings, rounds: int) -> None:
+def report(settings: Settings, rounds: int, *, memory: bool) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(settings.threads)
     folder = settings.folder
@@ -348,6 +373,9 @@ def report(settings: Settings, rounds: int) -> None:
         f"open_clip {open_clip.__version__}, load {load:.1f}"
     )
     print_models(student, teacher, [pair.captions[0] for pair in pairs])
+    if memory:
+        print_table(measure_memory(settings, rounds), {}, MEMORY_RATIOS)
+        return
     freeze(teacher).towers.to(settings.device)
     precision = partial(autocast, settings)
     build(folder / "store", teacher, table, views=1, workers=settings.workers, precision=precision)
@@ -360,16 +388,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="measurements of everything, in turns")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--memory", action="store_true", help="only the runs of MEMORY, beside a plain one")
     parser.add_argument("--steps", type=int, default=30, help="of a run, a multiple of ten; the first ten do not count")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1, help="data-loading processes of a run and of a build")
     options = vars(parser.parse_args())
-    rounds = options.pop("rounds")
+    rounds, memory = options.pop("rounds"), options.pop("memory")
     if options["steps"] <= LEFT_OUT or options["steps"] % 10:
         parser.error(f"--steps {options['steps']} must be a multiple of ten above {LEFT_OUT}")
     with tempfile.TemporaryDirectory() as folder:
-        report(Settings(folder=Path(folder), **options), rounds)
+        report(Settings(folder=Path(folder), **options), rounds, memory=memory)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from gkl_vl.training.clip import (
 )
 from gkl_vl.training.clip_mixing import Interpolation
 from gkl_vl.training.clip_models import ClipModels, StudentFlags, TeacherModels
-from gkl_vl.training.clip_student import has_weights, remedy
+from gkl_vl.training.clip_student import has_weights, random_remedy
 from gkl_vl.training.run import RunFlags, StepIntervals
 
 START = "start"
@@ -111,7 +111,7 @@ def check_start(config: Config) -> None:
     if not has_weights(config.model, start):
         raise UserError(
             f"--student {config.model.student} has random weights, and fine-tuning starts from trained ones: "
-            f"{remedy(start)}"
+            f"{random_remedy(start)}"
         )
 
 
@@ -122,8 +122,9 @@ def completed(config: Config) -> Config:
         if config.student.start.init_from_teacher:
             raise UserError("--init-from-teacher starts from the teacher, and --teacher start is the start: name one")
         tag = "none" if config.student.start.student_pretrained is None else config.student.start.student_pretrained
-        names = tuple(model.student if name == START else name for name in model.teachers.teacher)
-        tags = (tag,) if model.teachers.teacher_pretrained is None else model.teachers.teacher_pretrained
+        given_names, tags = model.teachers.teacher, model.teachers.teacher_pretrained
+        names = tuple(model.student if name == START else name for name in given_names)
+        tags = tuple(tag if name == START else "none" for name in given_names) if tags is None else tags
         model = replace(model, teachers=TeacherModels(teacher=names, teacher_pretrained=tags))
     elif model.teacher_store is not None and model.teachers.teacher == (START,):
         model = replace(model, teachers=TeacherModels())

@@ -364,7 +364,8 @@ def test_a_teacher_whose_other_heads_neurons_and_channels_are_redundant_is_kept(
     images = torch.randn(3, 3, 24, 24)
     images[:, 0, ::8, ::8] = 0.0
     lines = inherit(student, teacher)
-    assert lines[1] == "  heads by layer: 1, 1, 1, 1" and lines[3] == "  heads by layer: 1, 1, 1"
+    assert lines[1] == "  heads of the image tower, by layer: 1, 1, 1, 1"
+    assert lines[3] == "  heads of the text tower, by layer: 1, 1, 1"
     dimensions = [0, 2, 3, 5, 6, 7, 9, 11]
     for encode, inputs in (("encode_image", images), ("encode_text", teacher.tokenize(TEXTS))):
         theirs, ours = getattr(teacher.towers, encode)(inputs), getattr(student.towers, encode)(inputs)

@@ -481,7 +481,7 @@ def _report(ours: Mapping[Side, _Tower], theirs: Mapping[Side, _Tower], kept: Ma
             + (f", {positions} positions, {how} {longest}" if positions != longest else "")
         )
         if small.heads < large.heads:
-            lines.append(f"  heads by layer: {', '.join(map(_spelt, choice.heads))}")
+            lines.append(f"  heads of the {side} tower, by layer: {', '.join(map(_spelt, choice.heads))}")
     dims, most = (sides["image"].tensors["proj"].shape[1] for sides in (ours, theirs))
     return [*lines, f"embedding: {dims} of {most} dimensions"]
 

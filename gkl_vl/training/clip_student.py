@@ -58,7 +58,7 @@ def load_student(
             _refuse_frozen_cut(student, teacher, adaptation)
         if one_tower is not None:
             _check_projection(student, teacher, flags)
-            lines = [line for line in lines if not line.startswith("text" if one_tower == "image" else "image")]
+            lines = [line for line in lines if f"{one_tower} tower" in line]
             student = with_tower_of(student, teacher, one_tower)
     sides: Sequence[Side] = ("image", "text") if one_tower is None else (one_tower,)
     if flags.memory.grad_checkpointing:
@@ -145,7 +145,9 @@ def _refuse_frozen_noise(student: Clip, models: ClipModels, flags: StudentFlags)
     if text_cfg.get("hf_model_name") and start.student_init is None:  # which load_clip loads with its weights
         frozen = [flag for flag in frozen if flag != "--lock-text"]
     if frozen and not has_weights(models, start):
-        raise UserError(f"{frozen[0]} keeps weights of --student {models.student} that are random: {remedy(start)}")
+        raise UserError(
+            f"{frozen[0]} keeps weights of --student {models.student} that are random: {random_remedy(start)}"
+        )
 
 
 def has_weights(models: ClipModels, start: InitialWeights) -> bool:
@@ -155,7 +157,7 @@ def has_weights(models: ClipModels, start: InitialWeights) -> bool:
     return start.student_pretrained is not None or start.init_from_teacher or comes_with_weights(models.student)
 
 
-def remedy(start: InitialWeights) -> str:
+def random_remedy(start: InitialWeights) -> str:
     """For a student without."""
     if start.student_init == "random":
         return "leave out --student-init random"

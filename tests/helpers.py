@@ -156,6 +156,7 @@ def in_group(task: bytes):
         world_size=world_size,
         timeout=timedelta(seconds=TIMEOUT_SECONDS),
     )
+    distributed.barrier()  # a rank that returns at once would close connections that others are still making
     result = function(rank, world_size, *args)
     if distributed.is_initialized():  # a script has left the group itself
         distributed.destroy_process_group()

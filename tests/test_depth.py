@@ -5,12 +5,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from open_clip.transform import PreprocessCfg
 from small_models import CONFIG
 from torch import nn
 from transformers import AutoConfig, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from gkl_vl.errors import UserError
-from gkl_vl.models.clip import load_clip
+from gkl_vl.models.clip import Clip, load_clip
 from gkl_vl.models.depth import depth_groups, lock, rate_scales
 from gkl_vl.models.modes import checkpoint_activations, drop_patches, evaluating
 from gkl_vl.models.pretrained import build_open_clip
@@ -202,6 +203,41 @@ def test_checkpointed_activations_give_the_same_gradients(build, kind):
     torch.testing.assert_close(same_loss, loss, rtol=1e-6, atol=1e-7)
     for ours, theirs in zip(same_gradients, gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_checkpointed_activations_of_transformers_models(kind):
+    """Beside a frozen first group, which a reentrant checkpoint would take for the end of the gradient."""
+    results = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        towers = transformers_towers(kind)
+        lock(towers, "image", unlocked_groups=2)
+        if checkpointed:
+            checkpoint_activations(as_clip(towers))
+        passes = []
+        towers.model.text_model.encoder.layers[0].mlp.register_forward_pre_hook(lambda *_, p=passes: p.append(1))
+        towers.train()
+        image = towers.encode_image(torch.rand(3, 3, 16, 16))
+        text = towers.encode_text(torch.randint(2, 48, (3, 6)))
+        (image @ text.T * torch.rand(3, 3)).sum().backward()
+        gradients = {name: p.grad for name, p in towers.named_parameters() if p.grad is not None}
+        results.append((gradients, len(passes)))
+    (gradients, once), (same, twice) = results
+    assert gradients.keys() == same.keys() and (once, twice) == (1, 2)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def as_clip(towers: TransformersTowers) -> Clip:
+    return Clip(
+        name="tiny",
+        towers=towers,
+        preprocess=PreprocessCfg(size=16),
+        tokenize=lambda texts: torch.zeros(len(texts), 6, dtype=torch.long),
+        hf_tokenizer=None,
+        model_cfg=None,
+    )
 
 
 @pytest.mark.parametrize("kind", ["vit", "timm vit"])

@@ -52,7 +52,7 @@ def checkpoint_activations(clip: Clip, sides: Sequence[Side] = ("image", "text")
     """
     model: Any = clip.towers.get_submodule("model")
     if isinstance(clip.towers, TransformersTowers):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_transformers(model)
         return
     if "image" in sides:
         _checkpoint_images(model, clip.name)
@@ -62,10 +62,17 @@ def checkpoint_activations(clip: Clip, sides: Sequence[Side] = ("image", "text")
     if text is None:
         model.transformer.grad_checkpointing = True
     elif isinstance(text, HFTextEncoder):
-        tower: Any = text.transformer
-        tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_transformers(text.transformer)
     else:
         text.set_grad_checkpointing(True)
+
+
+def _checkpoint_transformers(model: Any) -> None:
+    settings = {"use_reentrant": False}  # a reentrant checkpoint has no gradient behind frozen embeddings
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:  # its name in earlier versions
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 def _checkpoint_images(model: Any, name: str) -> None:

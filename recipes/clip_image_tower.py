@@ -12,7 +12,7 @@ teacher's remain valid. With your own images, and texts that they are compared w
 Terms: feature mimicry of the teacher's image embeddings, and GKL of the logits against its class prompts where there
 are some. `--text-only` trains a small text tower on captions instead, and the image tower is the teacher's.
 
-Expected on bundled data (one seed): 39.3 % top-1 on `emoji`, with --text-only 39.4 %; the teacher has 42.9 %.
+Expected on bundled data (three seeds): 40.6 % top-1 on `emoji`, with --text-only 38.7 %; the teacher has 42.9 %.
 
 Papers: CLIP-KD (Yang et al., CVPR 2024) for mimicry; Cui et al., arXiv 2305.13948 and 2503.08038 for GKL, whose form
 against the teacher's texts is this project's (docs/cross_logits.md).

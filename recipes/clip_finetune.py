@@ -27,16 +27,16 @@ from gkl_vl.data.pairs import bundled_style
 from gkl_vl.data.sources import memory_source
 from gkl_vl.errors import UserError
 from gkl_vl.evaluation.sets import BenchmarkSet, half_of, load_benchmark_set, load_benchmark_sets
-from gkl_vl.objectives.clip import ClipKd
 from gkl_vl.training.clip import (
     CaptionData,
     CaptionLoss,
     ClipData,
     ClipEvaluation,
     ClipOptimisation,
+    caption_objective,
     caption_weights,
-    make_bank,
     open_captions,
+    refuse_without_data,
     train_clip,
 )
 from gkl_vl.training.clip_mixing import Interpolation
@@ -88,13 +88,7 @@ def main(config: Config) -> None:
         config,
         recipe="clip_finetune",
         data=data,
-        make_objective=lambda setup: ClipKd(
-            student=setup.student,
-            teacher=setup.teach,
-            weights=weights,
-            bank=make_bank(config.loss),
-            teacher_weights=setup.teachers.shares,
-        ),
+        make_objective=caption_objective(config.loss, weights),
         mapped=weights.mapped,
         sets=[*new, *old],
         interpolation=Interpolation(share=config.averaging.interpolate, old=[dataset.name for dataset in old]),
@@ -105,10 +99,8 @@ def check_start(config: Config) -> None:
     """Raises: UserError for flags of data without data, and for a student whose start is random."""
     pairs, start = config.data.pairs, config.student.start
     if pairs.train_data is None:
-        cli.refuse_unused(vars(pairs), ["columns", "quoted"], "has no effect without --train-data")
+        refuse_without_data(pairs)
         cli.refuse_unused(vars(config.data), ["caption_weights"], "has no effect without --train-data")
-        if pairs.caption_lines:
-            raise UserError("--caption-lines has no effect without --train-data: leave it out")
     if not has_weights(config.model, start):
         raise UserError(
             f"--student {config.model.student} has random weights, and fine-tuning starts from trained ones: "

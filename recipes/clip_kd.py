@@ -25,14 +25,13 @@ image-text form is this project's. Results, with commands and spread: recipes/RE
 from dataclasses import dataclass
 
 from gkl_vl import cli
-from gkl_vl.objectives.clip import ClipKd
 from gkl_vl.training.clip import (
     CaptionData,
     CaptionLoss,
     ClipEvaluation,
     ClipOptimisation,
+    caption_objective,
     caption_weights,
-    make_bank,
     open_captions,
     train_clip,
 )
@@ -60,13 +59,7 @@ def main(config: Config) -> None:
         config,
         recipe="clip_kd",
         data=data,
-        make_objective=lambda setup: ClipKd(
-            student=setup.student,
-            teacher=setup.teach,
-            weights=weights,
-            bank=make_bank(config.loss),
-            teacher_weights=setup.teachers.shares,
-        ),
+        make_objective=caption_objective(config.loss, weights),
         bundled_rates=(1.4e-2, 3e-3),
         mapped=weights.mapped,
     )

@@ -18,15 +18,15 @@ arXiv 2402.12336 (robust CLIPs, the radius). The combination is this project's. 
 from dataclasses import dataclass
 
 from gkl_vl import cli
-from gkl_vl.objectives.clip import ClipKd, image_attack
+from gkl_vl.objectives.clip import image_attack
 from gkl_vl.robustness.pgd import USUAL_CLIP_EPSILON, Norm, radius
 from gkl_vl.training.clip import (
     CaptionData,
     CaptionLoss,
     ClipEvaluation,
     ClipOptimisation,
+    caption_objective,
     caption_weights,
-    make_bank,
     open_captions,
     train_clip,
 )
@@ -68,14 +68,7 @@ def main(config: Config) -> None:
         config,
         recipe="clip_robust",
         data=data,
-        make_objective=lambda setup: ClipKd(
-            student=setup.student,
-            teacher=setup.teach,
-            weights=weights,
-            bank=make_bank(config.loss),
-            teacher_weights=setup.teachers.shares,
-            attack=attack,
-        ),
+        make_objective=caption_objective(config.loss, weights, attack),
         bundled_rates=(6e-3, 6e-3),
         mapped=weights.mapped,
         detail=f" · against {norm} {epsilon}",

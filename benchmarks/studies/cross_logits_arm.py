@@ -37,8 +37,8 @@ from gkl_vl.training.clip import (
     ClipEvaluation,
     ClipOptimisation,
     ClipSetup,
+    caption_objective,
     caption_weights,
-    make_bank,
     open_captions,
     train_clip,
 )
@@ -232,7 +232,7 @@ def make_objective(config: Config, setup: ClipSetup, weights: Any) -> CrossStudy
             centres, *means = make_priors(terms, stored, (texts, images), scale)
             priors = centres.to(setup.device), means[0].to(setup.device), means[1].to(setup.device)
         banks = texts.to(setup.device), images.to(setup.device)
-    base = ClipKd(student=setup.student, teacher=setup.teach, weights=weights, bank=make_bank(config.loss))
+    base = caption_objective(config.loss, weights)(setup)
     return CrossStudy(base=base, terms=terms, banks=banks, priors=priors)
 
 

@@ -5,7 +5,7 @@ model every parameter and buffer, the classes of its modules, their plain attrib
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
 from importlib.metadata import version
@@ -63,11 +63,16 @@ def add_weights(digest: Any, model: nn.Module) -> None:
     digest.update(known[1])
 
 
-def _hash(model: nn.Module) -> bytes:
-    digest = hashlib.sha256()
-    for name, tensor in _tensors(model):
+def add_tensors(digest: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Hashes name, dtype, shape and bits of each."""
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor))
+
+
+def _hash(model: nn.Module) -> bytes:
+    digest = hashlib.sha256()
+    add_tensors(digest, _tensors(model))
     return digest.digest()
 
 

@@ -15,7 +15,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,10 @@ from gkl_vl.atomic import (
     write_json,
     write_text,
 )
-from gkl_vl.disk_cache import tensor_bytes
 from gkl_vl.errors import UserError
+from gkl_vl.models.fingerprint import add_tensors
 
 _PREFIX, _INCOMPLETE = "step_", "writing_"
-OTHER_CHECKPOINT = "resume from another checkpoints/step_* folder"
-"""Remedy for a damaged checkpoint."""
 
 
 class RunFolder:
@@ -246,16 +244,16 @@ def best_step(records: list[dict[str, Any]], steps: Collection[int]) -> int | No
 def save_checkpoint(
     accelerator: Accelerator,
     run: RunFolder,
-    model: nn.Module,
     *,
     step: int,
     position: dict[str, Any],
     ema: nn.Module | None,
     memory: dict[str, Tensor],
+    frozen: str | None,
 ) -> None:
     """Saves everything that the loop needs to continue after `step`. All ranks, each with its own `memory`.
 
-    Frozen parameters are those of the run's start and left out, but for FSDP's shards; their hash is kept.
+    Frozen parameters are those of the run's start and left out, but for FSDP's shards; their hash, `frozen`, is kept.
     Written under another name and renamed when complete, so that a kill leaves a complete checkpoint or none.
     """
     scratch = run.checkpoints / f"{_INCOMPLETE}{step:08d}"
@@ -278,19 +276,21 @@ def save_checkpoint(
             average = ema.state_dict()
             _leave_out_frozen([ema], [average])
             save_file({n: _contiguous_copy(tensor) for n, tensor in average.items()}, scratch / "ema.safetensors")
-        frozen = {} if accelerator.is_fsdp2 else {"frozen": frozen_weights(model)}
-        (scratch / "loop.json").write_text(json_text({"step": step, "positions": positions} | frozen))
+        (scratch / "loop.json").write_text(json_text({"step": step, "positions": positions, "frozen": frozen}))
         replace_folder(scratch, final)
         run.remove_old()
     accelerator.wait_for_everyone()  # all ranks
 
 
-def read_loop_state(checkpoint: Path, *, rank: int, world_size: int) -> tuple[int, dict[str, Any]]:
-    """The step of a checkpoint and this rank's position in the data.
+def read_loop_state(
+    checkpoint: Path, *, rank: int, world_size: int, frozen: str | None = ""
+) -> tuple[int, dict[str, Any]]:
+    """The step of a checkpoint and this rank's position in the data. `frozen`: see `frozen_weights`; None with FSDP.
 
-    Raises: UserError for another number of processes, and for a damaged file.
+    Raises: UserError for another number of processes, for other frozen weights, which the checkpoint does not hold, and
+        for a damaged file.
     """
-    path, remedy = checkpoint / "loop.json", OTHER_CHECKPOINT
+    path, remedy = checkpoint / "loop.json", "resume from another checkpoints/step_* folder"
     state = read_json(path, remedy=remedy)
     step, positions = state.get("step"), state.get("positions")
     whole = isinstance(positions, list) and all(isinstance(each, dict) for each in positions)
@@ -301,24 +301,19 @@ def read_loop_state(checkpoint: Path, *, rank: int, world_size: int) -> tuple[in
             f"{str(checkpoint)!r} was written by {len(state['positions'])} processes, now there are {world_size}: "
             "resume with the same number"
         )
-    return state["step"], state["positions"][rank]
-
-
-def load_checkpoint(
-    accelerator: Accelerator, checkpoint: Path, model: nn.Module, *, ema: nn.Module | None
-) -> dict[str, Tensor]:
-    """Restores model, optimizer, scaler, RNG and EMA; returns the objective's state of this rank. All ranks.
-
-    Raises: UserError for a checkpoint that is damaged or of another model, and for one whose frozen weights, which it
-        does not hold, were others.
-    """
-    loop = read_json(checkpoint / "loop.json", remedy=OTHER_CHECKPOINT)
-    frozen = loop.get("frozen")  # None with FSDP, and in earlier checkpoints
-    if frozen is not None and frozen != frozen_weights(model):
+    if state.get("frozen") not in (None, frozen):  # None with FSDP, and in earlier checkpoints
         raise UserError(
             f"checkpoint {str(checkpoint)!r} was trained beside other frozen weights than those that --student and "
             "--teacher have now: restore these, or start a new run"
         )
+    return state["step"], state["positions"][rank]
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, ema: nn.Module | None) -> dict[str, Tensor]:
+    """Restores model, optimizer, scaler, RNG and EMA; returns the objective's state of this rank. All ranks.
+
+    Raises: UserError for a checkpoint that is damaged or of another model.
+    """
     ema_path, memory_path = checkpoint / "ema.safetensors", checkpoint / _memory(accelerator.process_index)
     if ema is not None and not ema_path.is_file():
         raise UserError(f"{str(checkpoint)!r} holds no moving average: resume without --ema-decay")
@@ -339,46 +334,38 @@ def load_checkpoint(
         ) from error
 
 
+def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are not trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
 def frozen_weights(model: nn.Module) -> str:
-    """A hash of the parameters that are not trained; empty without any."""
-    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    return _hash(frozen) if frozen else ""
-
-
-def weights_hash(model: nn.Module) -> str:
-    """A hash of all parameters and buffers."""
-    return _hash(model.state_dict())
-
-
-def _hash(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
+    """A hash of `frozen_parameters`; empty without any."""
+    digest, frozen = hashlib.sha256(), frozen_parameters(model)
+    add_tensors(digest, frozen.items())
+    return digest.hexdigest() if frozen else ""
 
 
 def _leave_out_frozen(models: list[Any], states: list[Any], folder: str = "") -> None:
     """Removes frozen parameters from state dicts in place. With FSDP Accelerate gives no state dicts."""
     for model, state in zip(models, states, strict=False):
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                del state[name]
+        for name in frozen_parameters(model):
+            del state[name]
 
 
 def _load_trained(models: list[Any], folder: str) -> None:
     """Loads models with frozen parameters, and leaves the others to Accelerate. With FSDP it gives none."""
     for model in list(models):
-        if not all(parameter.requires_grad for parameter in model.parameters()):
+        if frozen_parameters(model):
             _load_around_frozen(model, load_file(Path(folder) / SAFE_WEIGHTS_NAME))
             models.remove(model)
 
 
 def _load_around_frozen(model: nn.Module, stored: dict[str, Tensor]) -> None:
     """Loads all of a model but its frozen parameters, which older checkpoints hold as well."""
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    frozen = frozen_parameters(model)
     fit = model.load_state_dict({name: t for name, t in stored.items() if name not in frozen}, strict=False)
-    if others := [*fit.unexpected_keys, *(set(fit.missing_keys) - frozen)]:
+    if others := [*fit.unexpected_keys, *(set(fit.missing_keys) - frozen.keys())]:
         raise ValueError(f"tensors of another model, such as {others[0]}")
 
 

@@ -25,12 +25,11 @@ from gkl_vl.models.depth import rate_scales
 from gkl_vl.models.lora import save_adapters, trainable_table
 from gkl_vl.models.student import OneTower, Student
 from gkl_vl.models.towers import Side, clamp_scale
-from gkl_vl.objectives.clip import ClipKdWeights
+from gkl_vl.objectives.clip import ClipKd, ClipKdWeights, ImageAttack
 from gkl_vl.protocols import Objective
 from gkl_vl.teachers.bank import Bank
 from gkl_vl.teachers.dataset_dr import DatasetDr
 from gkl_vl.teachers.online import Teacher, numbered
-from gkl_vl.training.checkpoint import weights_hash
 from gkl_vl.training.clip_mixing import Interpolation, export_mixed, role_of
 from gkl_vl.training.clip_models import ClipModels, StudentFlags
 from gkl_vl.training.clip_results import STUDENT, evaluate_student, finish, log_once, models_beside
@@ -213,10 +212,15 @@ class ClipData:
 def open_pairs(flags: PairData) -> Source:
     """The pairs of the flags. Raises: UserError as `open_source`, and for flags that the bundled data do not use."""
     if flags.train_data is None:
-        cli.refuse_unused(vars(flags), ["columns", "quoted"], "has no effect without --train-data")
-        if flags.caption_lines:
-            raise UserError("--caption-lines has no effect without --train-data: leave it out")
+        refuse_without_data(flags)
     return open_source(flags.train_data, columns=flags.columns, caption_lines=flags.caption_lines, quoted=flags.quoted)
+
+
+def refuse_without_data(flags: PairData) -> None:
+    """Raises: UserError for flags on how --train-data is read."""
+    cli.refuse_unused(vars(flags), ["columns", "quoted"], "has no effect without --train-data")
+    if flags.caption_lines:
+        raise UserError("--caption-lines has no effect without --train-data: leave it out")
 
 
 def open_captions(flags: CaptionData, *, distils: bool) -> ClipData:
@@ -240,6 +244,20 @@ class ClipSetup:
     teach: Teacher | None
     """Embeddings of the teachers for a batch, online or stored; None without a teacher."""
     device: torch.device
+
+
+def caption_objective(
+    loss: CaptionLoss, weights: ClipKdWeights, attack: ImageAttack | None = None
+) -> Callable[[ClipSetup], ClipKd]:
+    """For `train_clip`: distillation on captions with these weights, see `caption_weights`."""
+    return lambda setup: ClipKd(
+        student=setup.student,
+        teacher=setup.teach,
+        weights=weights,
+        bank=make_bank(loss),
+        teacher_weights=setup.teachers.shares,
+        attack=attack,
+    )
 
 
 def train_clip(
@@ -285,7 +303,7 @@ def train_clip(
     check(steps * images_per_step * run.num_processes, teachers)
     origin = "" if teachers.title is None else f" distilled from {teachers.title}"
     if start is not None:
-        run.hold_start(weights_hash(start))
+        run.hold_start(start)
     run.begin(f"{config.model.student}{origin}{detail} · {steps:,} steps of {images_per_step:,}")
     augment = views_at(student, teachers, bundled=data.bundled)
     if data.bundled:

@@ -53,17 +53,18 @@ def export_mixed(
     run: Run, start: Towers, trained: Clip, interpolation: Interpolation, sets: list[BenchmarkSet], *, step: int
 ) -> Clip:
     """Measures and draws the line from start to fine-tuned weights; returns the average to export. All ranks."""
-    shares = sorted({*SHARES, interpolation.share})
+    shares, exported = sorted({*SHARES, interpolation.share}), trained
     for share in shares:
         average = replace(trained, towers=mixed(start, trained.towers, share))
         log_once(run.folder, step, {role_of(share): average}, sets, run.device)  # all ranks
+        exported = average if share == interpolation.share else exported
     if run.accelerator.is_main_process:
         records = run.folder.records()
         lines = {dataset.name: _curve(records, dataset.name, shares) for dataset in sets}
         report.draw_interpolation(
             path=run.folder.path / "interpolation.png", lines=lines, old=interpolation.old, share=interpolation.share
         )
-    return replace(trained, towers=mixed(start, trained.towers, interpolation.share))
+    return exported
 
 
 def _curve(records: list[dict], dataset: str, shares: Sequence[float]) -> list[tuple[float, float]]:

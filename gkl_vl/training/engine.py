@@ -20,7 +20,7 @@ from tqdm import tqdm
 from gkl_vl.distributed import gather_shards
 from gkl_vl.errors import UserError
 from gkl_vl.protocols import Loader, Objective, Record, Tensors
-from gkl_vl.training.checkpoint import RunFolder, load_checkpoint, read_loop_state, save_checkpoint
+from gkl_vl.training.checkpoint import RunFolder, frozen_weights, load_checkpoint, read_loop_state, save_checkpoint
 from gkl_vl.training.gradient_cache import backward_from_cache, embed_all
 
 
@@ -77,17 +77,18 @@ def fit(
     check_fsdp(accelerator, average)
     whole = unsharded_copy(accelerator, model)
     plain = model
+    frozen = None if accelerator.is_fsdp2 else frozen_weights(model)  # FSDP's checkpoints hold them
     model, optimizer = accelerator.prepare(model, make_optimizer(model))
     if average is not None:
         average.to(accelerator.device)
     step, position = 0, None
     if checkpoint is not None:
         step, position = read_loop_state(
-            checkpoint, rank=accelerator.process_index, world_size=accelerator.num_processes
+            checkpoint, rank=accelerator.process_index, world_size=accelerator.num_processes, frozen=frozen
         )
     loader = make_loader(position)  # may refuse the position, and then nothing is rewound
     if checkpoint is not None:
-        objective.load_state(load_checkpoint(accelerator, checkpoint, plain, ema=average))
+        objective.load_state(load_checkpoint(accelerator, checkpoint, ema=average))
         run.rewind(step)
     started_at = step
     batches = iter(loader)
@@ -110,7 +111,13 @@ def fit(
                     bar.write(evaluation_line(record, step))
         if fresh and saving:
             save_checkpoint(  # all ranks
-                accelerator, run, plain, step=step, position=loader.position(), ema=average, memory=objective.state()
+                accelerator,
+                run,
+                step=step,
+                position=loader.position(),
+                ema=average,
+                memory=objective.state(),
+                frozen=frozen,
             )
         if last:
             break

@@ -30,6 +30,7 @@ from accelerate.utils import (
     is_wandb_available,
     set_seed,
 )
+from torch import nn
 
 from gkl_vl import cli
 from gkl_vl.addresses import fetched, is_local
@@ -37,6 +38,7 @@ from gkl_vl.atomic import holder_of, in_use
 from gkl_vl.errors import UserError
 from gkl_vl.export import hub
 from gkl_vl.export.cards import RunFacts
+from gkl_vl.models.fingerprint import add_weights
 from gkl_vl.provenance import command_line, git_commit
 from gkl_vl.teachers.embeddings import MANIFEST
 from gkl_vl.training.checkpoint import RunFolder
@@ -191,11 +193,14 @@ class Run:
                 f"FSDP keeps a model in shards, and {what} need it whole: use accelerate_configs/multi_gpu.yaml"
             )
 
-    def hold_start(self, weights: str) -> None:
-        """Records the hash of the initial weights, which the end of the run needs again; call it before `begin`.
+    def hold_start(self, start: nn.Module) -> None:
+        """Records a hash of the initial weights, which the end of the run needs again; call it before `begin`.
 
         Raises: UserError where a resumed run has others than at its start.
         """
+        digest = hashlib.sha256()
+        add_weights(digest, start)
+        weights = digest.hexdigest()
         if self.flags.resume is None:
             self._record |= {"start_weights": weights}
         elif self.folder.config().get("start_weights", weights) != weights:

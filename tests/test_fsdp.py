@@ -18,9 +18,10 @@ from helpers import RankFailed, run_ranks
 from torch.distributed.tensor import DTensor
 
 from gkl_vl.losses.image_text import image_text_loss, mimicry_loss
-from gkl_vl.models.clip import load_clip
+from gkl_vl.models.clip import Clip, load_clip
 from gkl_vl.models.depth import lock, rate_scales
-from gkl_vl.models.student import Student
+from gkl_vl.models.lora import add_lora, merged
+from gkl_vl.models.student import OneTower, Student
 from gkl_vl.models.towers import clamp_scale
 from gkl_vl.protocols import Objective
 from gkl_vl.training.checkpoint import RunFolder
@@ -85,14 +86,38 @@ class Distil(Objective):
         return loss + 10 * mimicry_loss(**mimicry, **targets), scalars
 
 
-def train(rank, world_size, folder, sharded, steps, resume=None):
+class Mimic(Objective):
+    """For one tower: the images alone."""
+
+    def outputs(self, model, batch):
+        return {"rows": model(batch["image"])}
+
+    def targets(self, batch):
+        return {"rows": batch["teacher"][:ROWS]}
+
+    def loss(self, outputs, targets):
+        padded = F.pad(targets["rows"], (0, outputs["rows"].shape[1] - targets["rows"].shape[1]))
+        return 100 * F.mse_loss(outputs["rows"], padded), {}
+
+
+def student_of(clip: Clip, kind: str) -> Student | OneTower:
+    """A student with frozen weights of this kind."""
+    if kind == "one tower":
+        return OneTower(clip.towers, "image")
+    if kind == "locked":
+        lock(clip.towers, "image", unlocked_groups=4)  # the stem and the first stage
+    else:
+        add_lora(clip, rank=2, alpha=8, targets=["attn", "c_fc", "conv1"])
+    return Student(clip.towers, embed_dim=clip.embed_dim, teacher_dims=[24], mapped=("image", "text"))
+
+
+def train(rank, world_size, folder, sharded, steps, resume=None, kind="locked"):
     """The student's weights, embeddings and scale in each evaluation, and the number of parameters on this rank."""
     accelerator = sharding_accelerator() if sharded else Accelerator(cpu=True)
     torch.manual_seed(0)
     clip = load_clip("emoji-student")
-    lock(clip.towers, "image", unlocked_groups=4)  # the stem and the first stage
     length, seen = clip.model_cfg["text_cfg"]["context_length"], []
-    model = Student(clip.towers, embed_dim=clip.embed_dim, teacher_dims=[24], mapped=("image", "text"))
+    model = student_of(clip, kind)
 
     def make_loader(position):
         return Loader(rank, clip.image_size, length, position)
@@ -100,7 +125,8 @@ def train(rank, world_size, folder, sharded, steps, resume=None):
     def evaluate(model):
         model.eval()
         batch = next(iter(make_loader(None)))
-        image, text = model.towers.encode_image(batch["image"]), model.towers.encode_text(batch["text"])
+        towers = merged(model.towers) if kind == "lora" else model.towers
+        image, text = towers.encode_image(batch["image"]), towers.encode_text(batch["text"])
         weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         seen.append((weights, image.detach(), text.detach(), model.towers.log_scale().item()))
         return []
@@ -109,7 +135,7 @@ def train(rank, world_size, folder, sharded, steps, resume=None):
     exported = fit(
         accelerator=accelerator,
         model=model,
-        objective=Distil(),
+        objective=Mimic() if kind == "one tower" else Distil(),
         make_loader=make_loader,
         run=run,
         make_optimizer=partial(
@@ -118,7 +144,7 @@ def train(rank, world_size, folder, sharded, steps, resume=None):
             lr=1e-3,
             text_lr=5e-4,
             wd=0.1,
-            scales=rate_scales(clip.towers, 0.9),
+            scales=rate_scales(clip.towers, 0.9) if kind == "locked" else {},
         ),
         learning_rate=partial(warmup_cosine, lr=1e-3, steps=steps, warmup_steps=0),
         config=FitConfig(steps=steps, **CONFIG),
@@ -155,6 +181,21 @@ def test_shards_train_like_the_whole_model_and_resume(tmp_path):
     for (of_resumed,), _ in run_ranks(train, 2, str(tmp_path / "resumed"), True, 3, checkpoint):
         for name, tensor in of_resumed[0].items():
             assert torch.equal(tensor, last[name]), name
+
+
+@pytest.mark.parametrize("kind", ["lora", "one tower"])
+def test_adapters_and_one_tower_train_in_shards_like_whole(tmp_path, kind):
+    ((whole, _), _), ((sharded, _), _) = (
+        run_ranks(train, 2, str(tmp_path / name), name == "sharded", 2, None, kind) for name in ("whole", "sharded")
+    )
+    trained = [name for name in whole[0][0] if not torch.equal(whole[0][0][name], whole[1][0][name])]
+    parts = {"lora": ("lora_", "_map.", "running_", "num_batches"), "one tower": ("towers.model.visual.",)}
+    assert trained and all(any(part in name for part in parts[kind]) for name in trained)
+    for of_whole, of_shards in zip(whole, sharded, strict=True):
+        for name, tensor in of_whole[0].items():
+            torch.testing.assert_close(of_shards[0][name], tensor, rtol=1e-5, atol=3e-6)
+        for ours, theirs in zip(of_shards[1:3], of_whole[1:3], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def refused(rank, world_size, folder, version, decay):

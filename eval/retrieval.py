@@ -35,7 +35,7 @@ class Config:
     dataset: tuple[str, ...] = BUNDLED
     """Sets to evaluate on: bundled (emoji, emoji_unseen), wds/NAME on the Hub, a folder, sugar_crepe/TASK."""
     model: str = "bundled"
-    """A run folder, open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, or a .json model config."""
+    """A run folder, open_clip name, hf-hub:org/repo, local-dir:path, transformers:org/repo, onnx:path, .json config."""
     pretrained: str | None = None
     """open_clip's tag or a checkpoint, for models given by name."""
     teacher: str | None = None

@@ -24,7 +24,7 @@ from gkl_vl.cli import run
 from gkl_vl.evaluation.flags import EvalFlags, load_subject
 from gkl_vl.evaluation.suite import Suite, all_lines, load_entries, refuse_mixing, run_suite
 from gkl_vl.evaluation.tables import skipped_text, suite_text, tradeoff, write_csv
-from gkl_vl.report import draw_tradeoff
+from gkl_vl.report.figures import draw_tradeoff
 
 
 @dataclass(frozen=True, kw_only=True)

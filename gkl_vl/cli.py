@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars
 
-from gkl_vl.errors import UserError, causes, disk_is_full
+from gkl_vl.errors import Stopped, UserError, causes, disk_is_full, notice
 
 INTERRUPTED = 130  # a shell's exit codes for SIGINT, SIGPIPE and SIGTERM: 128 + the signal number
 BROKEN_PIPE = 141
@@ -110,18 +110,20 @@ BOUNDS: dict[str, Bounds] = {
     # run
     "seed": Bounds(at_least=0, at_most=2**31 - 1),
     **dict.fromkeys(("workers", "num_workers", "keep_checkpoints"), SIZE),
+    "stop_after": Bounds(above=0),
     **dict.fromkeys(
         ("eval_every_steps", "checkpoint_every_steps", "eval_every_epochs", "checkpoint_every_epochs"), SIZE
     ),
     # evaluation
     **dict.fromkeys(("robust_images", "attack_images", "masking_images", "recall_k"), COUNT),
     "fewshot_k": Bounds(at_least=1, either=-1),
+    "max_drop": SIZE,
     "max_broken": Bounds(at_least=0, below=1),
 }
 """Limits of all numeric flags by name, which mean the same in every script."""
 
 
-MAY_BE_EMPTY = ("eval_data", "old_data", "report_to", "milestones", "pretrained")
+MAY_BE_EMPTY = ("eval_data", "old_data", "export", "report_to", "milestones", "pretrained")
 """Flags of any number of values for which none means something."""
 
 
@@ -136,9 +138,9 @@ def run(main: Callable[[ConfigT], None], config: Callable[..., ConfigT], argv: S
     of flags, without a prefix. The config must have a flag `debug: bool = False`.
 
     Exit codes: 2 with one line on stderr for a user error (a wrong flag, UserError, ValueError, OSError, the Hub's
-    errors, CUDA out of memory), after the traceback with `--debug`; 130 for Ctrl-C; 143 for SIGTERM; 141 if the reader
-    of stdout has closed the pipe. Any other exception is a bug and keeps its traceback. Ranks other than 0 prefix their
-    line with the rank.
+    errors, CUDA out of memory), after the traceback with `--debug`; 0 for `Stopped`; 130 for Ctrl-C; 143 for SIGTERM;
+    141 if the reader of stdout has closed the pipe. Any other exception is a bug and keeps its traceback. Ranks other
+    than 0 prefix their line with the rank.
     """
     settings = parse(config, argv)
     if not sys.stderr.isatty():  # `datasets` is imported later and reads only this variable
@@ -150,6 +152,8 @@ def run(main: Callable[[ConfigT], None], config: Callable[..., ConfigT], argv: S
             check_values(flat(settings))
             main(settings)
             sys.stdout.flush()  # a closed pipe must raise here, not at interpreter exit
+    except Stopped as stopped:
+        notice(str(stopped))
     except KeyboardInterrupt:
         exit_with("interrupted", INTERRUPTED)
     except Terminated:

@@ -10,6 +10,10 @@ class UserError(ValueError):
     """A mistake that the user can fix. The message is one line that names the value and the remedy."""
 
 
+class Stopped(Exception):
+    """A run that was requested to stop has saved a checkpoint. Not an error; the message is one line."""
+
+
 def notice(line: str) -> None:
     """Prints one line to stderr, on the first of several processes."""
     if os.environ.get("RANK", "0") == "0":

@@ -37,6 +37,7 @@ from gkl_vl.objectives.common import EpochPrior
 from gkl_vl.protocols import Record
 from gkl_vl.robustness.autoattack import survives_pgd
 from gkl_vl.robustness.pgd import Norm, radius
+from gkl_vl.robustness.results import wilson_interval
 from gkl_vl.training.classifiers import (
     GklFlags,
     evaluate_classifier,
@@ -317,6 +318,7 @@ def main(config: Config) -> None:
         ),
         average=moving_average(model, preset.ema_decay),
         checkpoint=run.checkpoint(),
+        stop=run.stop,
     )
     if run.accelerator.is_main_process:
         finish(
@@ -429,7 +431,13 @@ class Evaluation:
             device=self.device,
             seed=0,
         )
-        yield {"model": "student", "dataset": f"pgd20:{natural['dataset']}", "acc1": survived.float().mean().item()}
+        yield {
+            "model": "student",
+            "dataset": f"pgd20:{natural['dataset']}",
+            "n": len(survived),
+            "acc1": survived.float().mean().item(),
+            "intervals": {"acc1": wilson_interval(hits=int(survived.sum()), n=len(survived))},
+        }
 
 
 def inner_model(multi_batch: Any) -> OnPixels:

@@ -272,6 +272,7 @@ def main(config: Config) -> None:
         evaluate=lambda model: [{"model": "student"} | evaluate(replace(student, model=model))],
         average=average,
         checkpoint=run.checkpoint(),
+        stop=run.stop,
     )
     if run.accelerator.is_main_process:
         by = arm(config.method, config.consistency)

@@ -10,5 +10,8 @@ import gkl_vl  # noqa: E402
 
 SLOW = ["torch.distributed.nn", "torch._dynamo", "accelerate", "open_clip", "pytest", "hypothesis", "datasets"]
 
-for name in [*SLOW, *(module.name for module in pkgutil.walk_packages(gkl_vl.__path__, "gkl_vl."))]:
+APPLICATIONS = ("gkl_vl.demo", "gkl_vl.export.__main__")  # no rank runs them, and the first needs an optional package
+
+names = [module.name for module in pkgutil.walk_packages(gkl_vl.__path__, "gkl_vl.")]
+for name in [*SLOW, *(name for name in names if not name.startswith(APPLICATIONS))]:
     import_module(name)

@@ -75,7 +75,8 @@ def test_two_processes_write_one_run(place):
     flags = [*FLAGS, "--synthesized", "more.npz", "--fraction", "0.5", "--second-view", "autoaugment"]
     out = run_script_in_ranks(RECIPE, *flags, "--output-dir", "run", "--eval-every-epochs", "1", folder=place)
     run = place / "run"
-    assert {p.name for p in run.iterdir()} == {"config.json", "results.jsonl", "checkpoints", "model", "report.png"}
+    there = {"config.json", "results.jsonl", "checkpoints", "model", "report.png", "report.html"}
+    assert {p.name for p in run.iterdir()} == there
     records = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
     measured = [(r["step"], r["dataset"].partition(":")[0]) for r in records if "model" in r]
     assert measured == [(2, "cifar"), (2, "pgd20"), (4, "cifar"), (4, "pgd20")]

@@ -69,12 +69,20 @@ def toy_loss(model, batch):
 
 
 def run_fit(
-    folder, *, model=None, config=CONFIG, evaluate=lambda model: [], accelerator=None, keep_checkpoints=0, **options
+    folder,
+    *,
+    model=None,
+    config=CONFIG,
+    evaluate=lambda model: [],
+    accelerator=None,
+    keep_checkpoints=0,
+    is_main=True,
+    **options,
 ):
     model = model or net()
     schedule = partial(warmup_cosine, lr=0.1, steps=config.steps, warmup_steps=2)
     options = {"objective": Regression(), "make_loader": Loader, "learning_rate": schedule} | options
-    run = RunFolder(folder, is_main=True, keep_checkpoints=keep_checkpoints)
+    run = RunFolder(folder, is_main=is_main, keep_checkpoints=keep_checkpoints)
     result = fit(
         accelerator=accelerator or Accelerator(cpu=True),
         model=model,

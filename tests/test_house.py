@@ -37,21 +37,24 @@ GROUND = (
     "disk_cache",
     "provenance",
     "protocols",
-    "report",
     "cli",
 )
 LAYERS: dict[str, tuple[str, ...]] = {
+    "gkl_vl/report/": ("atomic",),
     "gkl_vl/losses/": ("distributed",),
     "gkl_vl/models/": ("errors", "reading", "disk_cache"),
     "gkl_vl/data/": ("errors", "reading", "addresses"),
     "gkl_vl/export/": (*GROUND, "models"),
-    "gkl_vl/evaluation/": (*GROUND, "models", "losses", "data"),
-    "gkl_vl/robustness/": (*GROUND, "models", "losses", "data", "evaluation"),
+    "gkl_vl/evaluation/": (*GROUND, "report", "models", "losses", "data"),
+    "gkl_vl/demo/": (*GROUND, "report", "models", "losses", "data", "evaluation"),
+    "gkl_vl/export/formats.py": (*GROUND, "models", "data", "evaluation"),
+    "gkl_vl/export/__main__.py": (*GROUND, "data", "evaluation"),
+    "gkl_vl/robustness/": (*GROUND, "report", "models", "losses", "data", "evaluation"),
     "gkl_vl/teachers/": (*GROUND, "models", "losses", "data", "evaluation"),
     "gkl_vl/objectives/": (*GROUND, "models", "losses", "data", "evaluation", "robustness", "teachers"),
     "gkl_vl/training/": (
         *GROUND,
-        *("models", "losses", "data", "export", "evaluation", "robustness", "teachers", "objectives"),
+        *("report", "models", "losses", "data", "export", "evaluation", "robustness", "teachers", "objectives"),
     ),
     # The loop receives callables: it knows no loss, model or data set.
     "gkl_vl/training/engine.py": (

@@ -1,31 +1,23 @@
 """Exported CLIPs: open_clip and transformers load them without this package and compute the same embeddings; a failed
-export never replaces an earlier one; the card states only what it was given; a push sends exactly the exported files.
+export never replaces an earlier one. Their cards: test_cards.py; the Hub: test_hub_client.py."""
 
-The Hub is a loopback server that accepts all files as regular ones: LFS and Xet are left to huggingface_hub.
-"""
-
-import base64
 import dataclasses
 import json
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard as HubCard
 from PIL import Image
 from safetensors.torch import load_file
 
 from gkl_vl.errors import UserError
 from gkl_vl.export import hub
 from gkl_vl.export.cards import ClipCard, RunFacts
-from gkl_vl.export.hub import check_repo_id, export_clip, push_to_hub
+from gkl_vl.export.hub import export_clip
 from gkl_vl.export.transformers_format import fits_transformers, rename_tensors
 from gkl_vl.models.clip import Clip, load_clip
 from gkl_vl.models.pretrained import BUNDLED_TOKENIZER_NAME
@@ -265,173 +257,3 @@ def test_other_files_are_not_replaced(tmp_path: Path):
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "years of work"
     with pytest.raises(UserError, match="is a file"):
         export_clip(clip=clip, folder=tmp_path / "small_bpe.json", card=CARD)
-
-
-def test_card_metadata_is_what_the_hub_reads():
-    data = HubCard(CARD.render()).data.to_dict()
-    assert data["library_name"] == "open_clip"
-    assert data["pipeline_tag"] == "zero-shot-image-classification"
-    assert data["license"] == "mit"
-    assert data["tags"] == ["clip", "knowledge-distillation", "gkl"]
-    assert data["datasets"] == ["org/pairs"]  # a plain name is not a Hub id
-    assert data["base_model"] == "org/big" and data["base_model_relation"] == "finetune"
-    results = data["model-index"][0]["results"]
-    metrics = {metric["type"]: metric["value"] for result in results for metric in result["metrics"]}
-    assert metrics == {"acc1": 0.4, "image_retrieval_recall@5": 0.125}  # the student's metrics, without nan
-
-
-def test_the_card_has_results_usage_and_command():
-    text = dataclasses.replace(CARD, run=changed(repo_id="me/tiny")).render(transformers=True)
-    assert "| emoji | acc1 | 50.0 % | 40.0 % | 80 % |" in text
-    assert "| emoji | image_retrieval_recall@5 |  | 12.5 % |  |" in text
-    assert 'open_clip.create_model_and_transforms("hf-hub:me/tiny")' in text
-    assert 'CLIPModel.from_pretrained("me/tiny")' in text
-    assert "accelerate launch recipes/clip_kd.py --steps 7" in text
-    assert "- Seed: 3" in text and "- Commit of gkl-vl: 0123abc" in text
-    assert "nan" not in text
-    assert "CLIPModel" not in CARD.render() and "local-dir:path/to/this/folder" in CARD.render()
-
-
-def test_a_card_without_teacher_or_results_mentions_neither():
-    text = dataclasses.replace(CARD, teachers=(), run=changed(metrics=[], commit=None)).render()
-    data = HubCard(text).data.to_dict()
-    assert "base_model" not in data and "base_model_relation" not in data and "model-index" not in data
-    assert data["tags"] == ["clip", "gkl"]
-    assert "trained without a teacher" in text and "No evaluation was run." in text
-    assert "distilled" not in text and "Commit" not in text
-
-
-@pytest.mark.parametrize(
-    "teacher", ["local-dir:runs/teacher", "ViT-B-32", "transformers:{folder}", "transformers:./a/b"]
-)
-def test_only_a_hub_teacher_is_a_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: str):
-    (tmp_path / "models" / "clip").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    card = dataclasses.replace(CARD, teachers=(teacher.format(folder="models/clip"),))
-    assert "base_model" not in HubCard(card.render()).data.to_dict()
-    named = dataclasses.replace(CARD, teachers=("transformers:openai/clip-vit-base-patch32",))
-    assert HubCard(named.render()).data.to_dict()["base_model"] == "openai/clip-vit-base-patch32"
-
-
-class FakeHub(BaseHTTPRequestHandler):
-    """The Hub's endpoints for a push of regular (not LFS) files; `server.requests` lists path, token and body."""
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["content-length"]))
-        self.server.requests.append((self.path, self.headers["authorization"], body))
-        if self.server.status != 200:
-            self._answer({"error": "refused"}, self.server.status)
-        elif self.path == "/api/repos/create":
-            self._answer({"url": f"{self.server.address}/me/tiny"})
-        elif self.path == "/api/models/me/tiny/preupload/main":
-            files = [file["path"] for file in json.loads(body)["files"]]
-            self._answer({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in files]})
-        elif self.path == "/api/models/me/tiny/commit/main":
-            self._answer({"commitUrl": f"{self.server.address}/me/tiny/commit/{'0' * 40}", "commitOid": "0" * 40})
-        else:  # /api/validate-yaml
-            self._answer({"errors": [], "warnings": []})
-
-    def do_GET(self) -> None:
-        self._answer({}, 404)
-
-    def _answer(self, content: dict, status: int = 200) -> None:
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_) -> None:
-        """Logs nothing."""
-
-
-@pytest.fixture
-def server() -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    server.requests, server.status, server.address = [], 200, f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def push_in_a_process(folder: Path, *, address: str, home: Path) -> subprocess.CompletedProcess:
-    """HF_ENDPOINT is read when huggingface_hub is imported, hence a new process."""
-    code = """
-import sys
-from pathlib import Path
-from gkl_vl.export.hub import push_to_hub
-print(push_to_hub(folder=Path(sys.argv[1]), repo_id="me/tiny"))
-"""
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
-    env |= {"HF_ENDPOINT": address, "HF_TOKEN": "hf_secret", "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
-    command = [sys.executable, "-c", code, str(folder)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-
-
-def test_a_push_sends_exactly_the_folder(tmp_path: Path, server: ThreadingHTTPServer):
-    folder = tmp_path / "model"
-    export_clip(clip=make_clip(tmp_path, "small_bpe"), folder=folder, card=CARD)
-    assert json.loads((folder / "open_clip_config.json").read_text())["model_cfg"] == CONFIGS["small_bpe"]
-    done = push_in_a_process(folder, address=server.address, home=tmp_path / "home")
-    assert done.stdout == f"{server.address}/me/tiny\n", done.stderr
-
-    posts = {path: body for path, _, body in server.requests}
-    assert json.loads(posts["/api/repos/create"])["organization"] == "me"
-    assert {token for _, token, _ in server.requests} == {"Bearer hf_secret"}
-    lines = [json.loads(line) for line in posts["/api/models/me/tiny/commit/main"].splitlines()]
-    files = [line["value"] for line in lines if line["key"] == "file"]
-    sent = {file["path"]: base64.b64decode(file["content"]) for file in files}
-    assert sent == {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert {line["key"] for line in lines} == {"header", "file"}  # nothing is deleted
-    assert {"open_clip_config.json", "open_clip_model.safetensors", "README.md", "tokenizer.json"} <= set(sent)
-    # open_clip loads the tokenizer of hf-hub:me/tiny from this name.
-    assert json.loads(sent["open_clip_config.json"])["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == "me/tiny"
-
-
-@pytest.mark.parametrize(
-    ("status", "remedy"), [(401, "token is not valid"), (403, "may not write"), (None, "connection")]
-)
-def test_a_refused_push_is_one_line_with_a_remedy(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    server: ThreadingHTTPServer,
-    status: int | None,
-    remedy: str,
-):
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIGS["small_bpe"]}))
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-    if status is None:
-        monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: connection refused
-    else:
-        monkeypatch.setattr(hub.constants, "ENDPOINT", server.address)
-        server.status = status
-    with pytest.raises(UserError, match=f"^pushing to 'me/tiny' failed .*{remedy}.* again$") as caught:
-        push_to_hub(folder=tmp_path, repo_id="me/tiny", token="hf_x")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("repo_id", ["tiny", "a/b/c", "me/ti ny", "me/tiny--2", "", "/tiny", "me/"])
-def test_a_malformed_repository_name_is_refused_before_training(repo_id: str):
-    with pytest.raises(UserError, match="repository name"):
-        check_repo_id(repo_id, token="hf_x")
-
-
-def test_a_missing_token_is_refused_before_training(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(hub, "get_token", lambda: None)
-    with pytest.raises(UserError, match="hf auth login"):
-        check_repo_id("me/tiny")
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-    check_repo_id("me/tiny", token="hf_x")
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
-        check_repo_id("me/tiny", token="hf_x")
-
-
-def test_a_folder_without_a_model_is_not_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(UserError, match="holds no open_clip_config.json"):
-        push_to_hub(folder=tmp_path, repo_id="me/tiny", token="hf_x")

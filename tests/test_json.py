@@ -14,7 +14,8 @@ from gkl_vl.atomic import append_line, json_text, leftovers, nan_for_null, read_
 from gkl_vl.errors import UserError
 from gkl_vl.evaluation.suite import read_line
 from gkl_vl.models.classifiers import load_classifier
-from gkl_vl.report import draw_report, metrics_by_dataset, pseudo_labels, results_table
+from gkl_vl.report.figures import draw_report, pseudo_labels
+from gkl_vl.report.tables import metrics_by_dataset, results_table
 from gkl_vl.training.checkpoint import RunFolder
 
 HOUSE = Path(__file__).parents[1]

@@ -1,13 +1,11 @@
-"""Exported classifiers load in this package and in timm; the card states how they were trained; a push sends exactly
-the exported files; an export never replaces other files. Also the accuracies of many-, medium- and few-shot classes."""
+"""Exported classifiers load in this package and in timm; the card states how they were trained; an export never
+replaces other files. Also the accuracies of many-, medium- and few-shot classes. Their pushes: test_hub_client.py."""
 
-import base64
 import dataclasses
 import json
 from pathlib import Path
 
 import pytest
-import test_hub
 import timm
 import torch
 from huggingface_hub import ModelCard as HubCard
@@ -16,12 +14,11 @@ from torch import Tensor
 
 from gkl_vl.errors import UserError
 from gkl_vl.evaluation.metrics import shot_accuracies
-from gkl_vl.export import hub
-from gkl_vl.export.cards import ClassifierCard, RunFacts, classifier_usage
-from gkl_vl.export.hub import export_classifier, push_to_hub
+from gkl_vl.export import hub, push
+from gkl_vl.export.cards import ClassifierCard, RunFacts, classifier_usage, for_hub
+from gkl_vl.export.hub import export_classifier
 from gkl_vl.models.classifiers import Classifier, load_classifier
 
-server = test_hub.server  # fixture: the Hub's endpoints on a loopback server
 NAMES = ["resnet8", "torchvision:resnet18", "timm:resnet18"]
 CARD = ClassifierCard(
     student="resnet8",
@@ -223,10 +220,10 @@ def test_other_files_are_neither_replaced_nor_pushed(tmp_path, monkeypatch, file
     with pytest.raises(UserError, match="holds files but no exported model"):
         export_classifier(classifier=trained("resnet8"), folder=tmp_path, card=CARD)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # connection refused
+    monkeypatch.setattr(push.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(push.constants, "ENDPOINT", "http://127.0.0.1:9")  # connection refused
     with pytest.raises(UserError, match="no classifier: push the model/ folder of a run"):
-        push_to_hub(folder=tmp_path, repo_id="me/tiny", token="hf_x")
+        push.push_to_hub(folder=tmp_path, repo_id="me/tiny", token="hf_x")
 
 
 @pytest.mark.parametrize("architecture", ["hf-hub:org/repo", "local-dir:{folder}", "local-dir:elsewhere"])
@@ -255,13 +252,13 @@ def test_the_card_states_how_it_was_trained():
     text = CARD.render()
     assert "`resnet8`, distilled from `hf-hub:org/big` by gkl with gkl-vl" in text
     assert "```bash\npython recipes/cifar_kd.py --pair a-b\n```" in text
-    for fact in ("Steps: 7,000", "Seed: 3", "Training data: cifar:train", "Commit of gkl-vl: 0123abc"):
+    for fact in ("Steps: 7,000", "Seed: 3", "Training data: `cifar:train`", "Commit of gkl-vl: 0123abc"):
         assert f"- {fact}\n" in text
-    assert "| cifar:test | acc1 | 50.0 % | 40.0 % | 80 % |" in text
-    assert "| cifar:test | few_acc1 | 25.0 % | 20.0 % | 80 % |" in text
+    assert "| `cifar:test` | `acc1` | 50.0 % | 40.0 % | 80 % |" in text
+    assert "| `cifar:test` | `few_acc1` | 25.0 % | 20.0 % | 80 % |" in text
     assert "nan" not in text
     assert classifier_usage("resnet8", "path/to/this/folder") in text and "local-dir:path/to/this/folder" in text
-    assert "hf-hub:me/tiny" in dataclasses.replace(CARD, run=changed(repo_id="me/tiny")).render()
+    assert 'load_classifier("hf-hub:me/tiny")' in for_hub(text, "me/tiny", None)
 
 
 @pytest.mark.parametrize("student, library", [*zip(NAMES, ["gkl-vl", "gkl-vl", "timm"], strict=True)])
@@ -281,24 +278,6 @@ def test_a_card_without_teacher_mentions_none():
     assert "distilled" not in text and "Commit" not in text
     zoo = HubCard(dataclasses.replace(CARD, teacher="timm:resnet34.a1_in1k").render()).data.to_dict()
     assert "base_model" not in zoo  # not a Hub repository
-
-
-# ---- the push
-
-
-def test_a_push_sends_exactly_the_folder(tmp_path, monkeypatch, server):
-    folder = tmp_path / "model"
-    export_classifier(classifier=trained("resnet8"), folder=folder, card=CARD)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub.constants, "ENDPOINT", server.address)
-    assert push_to_hub(folder=folder, repo_id="me/tiny", token="hf_x") == f"{server.address}/me/tiny"
-    (commit,) = [body for path, _, body in server.requests if path == "/api/models/me/tiny/commit/main"]
-    lines = [json.loads(line) for line in commit.splitlines()]
-    files = [line["value"] for line in lines if line["key"] == "file"]
-    assert {file["path"]: base64.b64decode(file["content"]) for file in files} == before
-    # Without a tokenizer the config is not changed.
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 # ---- accuracy by shots

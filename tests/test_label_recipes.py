@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +140,8 @@ def test_two_processes_write_one_run(place, name):
     script = HOUSE / "recipes" / f"{name}.py"
     out = run_script_in_ranks(script, *RUNS[name], "--output-dir", f"run_{name}", folder=place)
     run = place / f"run_{name}"
-    assert {p.name for p in run.iterdir()} == {"config.json", "results.jsonl", "checkpoints", "model", "report.png"}
+    there = {"config.json", "results.jsonl", "checkpoints", "model", "report.png", "report.html"}
+    assert {p.name for p in run.iterdir()} == there
     records = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
     by_model = {record["model"]: record for record in records if "model" in record}
     assert {"acc1", "acc5", "mean_per_class_recall"} <= set(by_model["student"]) and "teacher" in by_model
@@ -150,7 +152,9 @@ def test_two_processes_write_one_run(place, name):
     assert exported.num_classes == NUM_CLASSES
     names = {"cifar_kd": [f"class {i}" for i in range(5)], "imagenet_kd": [f"c{i}" for i in range(5)]}
     assert exported.classnames == (tuple(names[name]) if name in names else None)  # a list has none
-    assert "Load the student" in out
+    assert "Load the student" in out and out.rstrip().endswith(f"Report: run_{name}/report.html")
+    page = (run / "report.html").read_text()
+    assert ">Loss<" in page and "<bdi>teacher</bdi>" in page and "Student against" not in page
 
 
 @pytest.fixture
@@ -181,7 +185,8 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped_bit_for_bit(call, place
     checkpoints = sorted((place / "whole" / "checkpoints").iterdir())
     assert [c.name for c in checkpoints] == ["step_00000005", "step_00000010", "step_00000015"]
     want = load_file(place / "whole" / "model" / "model.safetensors")
-    records = lines_without_speed(place / "whole" / "results.jsonl")
+    records, curves = lines_without_speed(place / "whole" / "results.jsonl"), curves_without_speed(place / "whole")
+    assert len(curves) > 5
     code, _, error = call("cifar_kd", *flags, "--output-dir", "whole", "--resume", str(checkpoints[0]))
     assert code == 0, error
     got = load_file(place / "whole" / "model" / "model.safetensors")
@@ -189,6 +194,21 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped_bit_for_bit(call, place
     memory = load_file(checkpoints[1] / "memory_0.safetensors")
     assert memory["sums"].sum() > 0 and not torch.allclose(memory["prior"], torch.full_like(memory["prior"], 0.2))
     assert lines_without_speed(place / "whole" / "results.jsonl") == records
+    assert curves_without_speed(place / "whole") == curves  # those of the whole run
+
+
+def curves_without_speed(run: Path) -> list[str]:
+    """The charts of report.html, but for that of the speed, which differs between runs."""
+    charts = re.findall(r'<figure class="chart">.*?</figure>', (run / "report.html").read_text())
+    return [chart for chart in charts if "images per second" not in chart]
+
+
+def test_a_page_that_cannot_be_made_does_not_lose_the_run(call, place, monkeypatch):
+    monkeypatch.setattr("gkl_vl.training.classifiers.make_page", lambda *_: [][0])
+    flags = [*LABELS_ALONE, "--method", "ce", "--steps", "1", "--output-dir", "without_page"]
+    code, out, error = call("cifar_kd", *flags)
+    assert code == 0 and "report.html was not written (IndexError" in error and "Report:" not in out
+    assert load_classifier(f"local-dir:{place / 'without_page' / 'model'}").num_classes == NUM_CLASSES
 
 
 def test_a_test_split_that_lacks_a_class_is_scored_with_the_labels_of_training(call, place):

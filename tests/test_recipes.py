@@ -125,7 +125,7 @@ def run(place) -> Path:
 
 def test_two_processes_write_one_run(run):
     names = {path.name for path in run.iterdir()}
-    assert names == {"config.json", "results.jsonl", "checkpoints", "model", "report.png"}
+    assert names == {"config.json", "results.jsonl", "checkpoints", "model", "report.png", "report.html"}
     records = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
     (record,) = [record for record in records if "model" not in record]
     assert record["step"] == 2
@@ -202,7 +202,7 @@ def test_flags_come_in_groups_and_each_is_explained_in_a_line(recipe):
     groups = {"store", "model", "data", "run"} if recipe.stem == "store_teacher" else set(GROUPS)
     assert groups <= {field.name for field in fields(config)}
     flags = flags_of_groups(config)
-    assert len({name for name, _ in flags}) == len(flags) <= 65
+    assert len({name for name, _ in flags}) == len(flags) <= 70
     assert [name for name, text in flags if not text or "\n" in text] == []
 
 
@@ -260,6 +260,10 @@ def test_the_default_command_distils_the_bundled_teacher(tmp_path, monkeypatch, 
     assert "teacher bundled" in out and "The student's images with the teacher's texts:\nemoji  acc1 " in out
     assert "texts of teacher" not in (folder / "model" / "README.md").read_text()  # of the student alone
     assert (folder / "report.png").stat().st_size > 10_000
+    page = (folder / "report.html").read_text()
+    assert out.rstrip().endswith(f"Report: {folder.relative_to(tmp_path) / 'report.html'}")
+    assert "<h2><bdi>Student against teacher: emoji</bdi></h2>" in page and "images with the teacher's texts" in page
+    assert 12 <= page.count("data:image/png") <= 12 + 4  # the sheet, and those of the four on which one model is right
 
 
 @pytest.mark.parametrize(

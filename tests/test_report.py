@@ -12,7 +12,8 @@ import PIL.Image
 import pytest
 from matplotlib.figure import Figure
 
-from gkl_vl.report import SheetItem, draw_pseudo_labels, draw_report, pseudo_labels, results_table, shorten
+from gkl_vl.report.figures import SheetItem, draw_pseudo_labels, draw_report, pseudo_labels
+from gkl_vl.report.tables import results_table, shorten
 
 RED = PIL.Image.new("RGB", (64, 64), (255, 0, 0))
 TRAINING = [
@@ -144,7 +145,7 @@ def test_matplotlibs_global_state_is_left_alone(tmp_path: Path):
     before = dict(matplotlib.rcParams)
     draw(tmp_path, TRAINING + STUDENT, [RIGHT])
     assert dict(matplotlib.rcParams) == before
-    code = "import sys, gkl_vl.report; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, gkl_vl.report.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -96,7 +96,7 @@ def state(folder: Path) -> dict:
         "ema": load_file(last / "ema.safetensors"),
         "exported": load_file(folder / "model" / "open_clip_model.safetensors"),
         "optimizer": torch.load(last / "optimizer.bin", weights_only=True)["state"],
-        "loop": json.loads((last / "loop.json").read_text()),
+        "positions": json.loads((last / "loop.json").read_text())["positions"],
         "records": [{k: v for k, v in r.items() if k != "train/images_per_second"} for r in records],
     }
 
@@ -183,7 +183,7 @@ def test_a_run_without_a_checkpoint_cannot_be_resumed(place, whole, call, tmp_pa
     whole("0")
     (tmp_path / "config.json").write_bytes((place / "whole-0" / "config.json").read_bytes())
     code, _, told = call(*flags_of(place, "whole-0", "--workers", "0", "--resume", "latest"), "--output-dir", tmp_path)
-    assert code == 2 and "holds no checkpoint: start in another --output-dir" in told
+    assert code == 2 and "holds no whole checkpoint: start in another --output-dir" in told
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_training(place, call):

@@ -95,7 +95,7 @@ def test_two_processes_write_one_run(place):
     flags = [*FLAGS, "--method", "flexmatch", "--class-prior", "--unlabelled-split", "unlabeled", "--steps", "6"]
     out = run_script_in_ranks(RECIPE, *flags, "--output-dir", "run", "--eval-every-steps", "3", folder=place)
     run = place / "run"
-    there = {"config.json", "labelled.txt", "results.jsonl", "checkpoints", "model", "report.png"}
+    there = {"config.json", "labelled.txt", "results.jsonl", "checkpoints", "model", "report.png", "report.html"}
     assert {path.name for path in run.iterdir()} == there
     records = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
     assert [(r["step"], r["dataset"]) for r in records if "model" in r] == [(3, "cifar:test"), (6, "cifar:test")]

@@ -30,7 +30,7 @@ from gkl_vl.evaluation.sets import load_benchmark_set
 from gkl_vl.evaluation.suite import Suite, load_entries, run_suite
 from gkl_vl.evaluation.tables import Skipped, skipped_text, suite_text, tradeoff
 from gkl_vl.models.clip import BUNDLED_TEACHER, load_clip
-from gkl_vl.report import draw_tradeoff
+from gkl_vl.report.figures import draw_tradeoff
 
 SCRIPT = Path(__file__).parents[1] / "eval" / "suite.py"
 

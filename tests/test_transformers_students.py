@@ -13,6 +13,7 @@ import pytest
 import test_clip_models as models
 import torch
 import transformers
+from hub_server import loopback_hub, use_in_process
 from huggingface_hub import ModelCard as HubCard
 from open_clip.tokenizer import get_clean_fn
 from PIL import Image
@@ -24,8 +25,9 @@ from tokenizers.models import BPE
 import gkl_vl.models.clip as clip_module
 from gkl_vl.errors import UserError
 from gkl_vl.export import hub, transformers_format
-from gkl_vl.export.cards import ClassifierCard
-from gkl_vl.export.hub import export_classifier, export_clip, push_to_hub
+from gkl_vl.export.cards import ClassifierCard, for_hub
+from gkl_vl.export.hub import export_classifier, export_clip
+from gkl_vl.export.push import push_to_hub
 from gkl_vl.models.classifiers import load_classifier
 from gkl_vl.models.clip import Clip, as_clip, load_clip
 from gkl_vl.models.student import paired
@@ -355,7 +357,7 @@ def test_the_card_is_of_transformers(exports, kind: str):
     data = HubCard(text).data.to_dict()
     assert data["library_name"] == "transformers" and data["tags"] == ["clip", "knowledge-distillation", "gkl"]
     assert f'{kind}.from_pretrained("path/to/this/folder")' in text and "open_clip" not in text
-    named = dataclasses.replace(CARD, run=dataclasses.replace(CARD.run, repo_id="me/tiny")).render(model_class=kind)
+    named = for_hub(text, "me/tiny", None)
     assert f'{kind}.from_pretrained("me/tiny")' in named and "path/to" not in named
 
 
@@ -402,20 +404,15 @@ def test_other_files_are_not_replaced(tmp_path: Path, file: str, content: str):
 
 
 def test_a_push_sends_an_export_as_it_is(exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    sent: dict[str, dict[str, bytes]] = {}
-
-    class Api:
-        create_repo = staticmethod(lambda repo_id, **_: f"https://hub/{repo_id}")
-        upload_folder = staticmethod(lambda *, repo_id, folder_path, **_: sent.update({repo_id: contents(folder_path)}))
-
-    monkeypatch.setattr(hub, "HfApi", lambda token: Api)
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     _, folder, _, _ = exports["SiglipModel"]
-    assert push_to_hub(folder=folder, repo_id="me/tiny", token="hf_x") == "https://hub/me/tiny"
-    assert sent == {"me/tiny": contents(folder)}
-    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    with pytest.raises(UserError, match="holds no open_clip_config.json, no CLIP of transformers, no classifier"):
-        push_to_hub(folder=tmp_path, repo_id="me/tiny", token="hf_x")
+    with loopback_hub() as served:
+        use_in_process(served, monkeypatch)
+        push_to_hub(folder=folder, repo_id="me/tiny")
+        card = for_hub((folder / "README.md").read_text(), "me/tiny", None)
+        assert served.files("me/tiny") == contents(folder) | {"README.md": card.encode()}
+        (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+        with pytest.raises(UserError, match="holds no open_clip_config.json, no CLIP of transformers, no classifier"):
+            push_to_hub(folder=tmp_path, repo_id="me/tiny")
 
 
 def test_a_classifier_and_a_clip_are_not_confused(exports, tmp_path: Path):

@@ -12,7 +12,7 @@ from statistics import fmean
 
 from study import ONLY_AT_THE_END, Arm, Arms, Study, make_parser, spread
 
-from gkl_vl.report import draw_pseudo_labels, pseudo_labels
+from gkl_vl.report.figures import draw_pseudo_labels, pseudo_labels
 from gkl_vl.training.checkpoint import RunFolder
 
 ARMS = ["supervised", "fixmatch:hard", "fixmatch:kl", "fixmatch:ikl", "fixmatch:gkl"]

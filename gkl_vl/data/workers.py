@@ -1,6 +1,7 @@
 """Data loader workers: they end with the process that started them, and their deaths are one-line errors."""
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,8 +16,12 @@ from gkl_vl.errors import UserError, first_line
 def end_with_parent(worker: int) -> None:
     """For DataLoader's `worker_init_fn`: exits this process when its parent has ended, however busy it is.
 
-    DataLoader's own check runs only between two batches, so that a worker that never finishes one would stay.
+    DataLoader's own check runs only between two batches, so that a worker that never finishes one would stay. Signals
+    that a cluster sends to all processes are left to the parent, which may want further batches for a last step.
     """
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # SIGUSR1 is not everywhere
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None  # a worker has one
 

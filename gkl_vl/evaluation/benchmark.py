@@ -40,7 +40,7 @@ from gkl_vl.evaluation.metrics import (
     values,
 )
 from gkl_vl.evaluation.set_collections import BenchmarkTask
-from gkl_vl.evaluation.sets import TARGET_OF, BenchmarkSet, Kind, load_benchmark_sets
+from gkl_vl.evaluation.sets import BUNDLED, TARGET_OF, BenchmarkSet, Kind, load_benchmark_sets
 from gkl_vl.evaluation.sources import Target
 from gkl_vl.models.clip import Clip, comes_with_weights, load_clip
 from gkl_vl.provenance import git_commit
@@ -201,6 +201,23 @@ def measure_probe(
 
 def _prefixed(statistics: Statistics) -> Statistics:
     return {f"lp_{name}": statistic for name, statistic in statistics.items()}
+
+
+def usual_tasks(dataset: BenchmarkSet) -> list[BenchmarkTask]:
+    """The task of the set's kind; of the bundled sets, which have captions too, also retrieval."""
+    return [TASK_OF[dataset.kind], *(["zeroshot_retrieval"] if dataset.name in BUNDLED else [])]
+
+
+def set_record(embedder: Embedder, dataset: BenchmarkSet) -> dict[str, Any]:
+    """`usual_tasks` in one record: `dataset`, `n` images, metrics under CLIP_benchmark's keys, 95 % `intervals`.
+
+    All processes take part.
+    """
+    outcomes = measure(embedder, dataset, usual_tasks(dataset))
+    bounds: dict[str, tuple[float, float]] = {}
+    for outcome in outcomes:
+        bounds |= intervals(outcome.metrics, images=outcome.images)
+    return {"dataset": dataset.name, "n": outcomes[0].images} | metrics_of(outcomes) | {"intervals": bounds}
 
 
 def metrics_of(outcomes: Sequence[Outcome]) -> dict[str, float]:

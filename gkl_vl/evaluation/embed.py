@@ -39,6 +39,7 @@ from gkl_vl.models.classifiers import Classifier
 from gkl_vl.models.clip import Clip
 from gkl_vl.models.fingerprint import add_clip
 from gkl_vl.models.modes import evaluating
+from gkl_vl.models.towers import parameter_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +79,8 @@ class Embedder:
     @cached_property
     def cost(self) -> dict[str, float]:
         """Numbers of parameters, and the image tower's milliseconds per image on this machine, in batches of 64."""
-        towers = self.clip.towers
         return {
-            "parameters": sum(p.numel() for p in towers.parameters()),
-            "image_parameters": sum(p.numel() for p in towers.image_parameters()),
+            **parameter_counts(self.clip.towers),
             "ms_per_image": milliseconds_per_image(clip=self.clip, device=self.device),
         }
 

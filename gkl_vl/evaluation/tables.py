@@ -11,7 +11,7 @@ from typing import Any
 from gkl_vl.atomic import replacing
 from gkl_vl.evaluation.benchmark import MEAN_RECALL, Result
 from gkl_vl.evaluation.set_collections import Entry
-from gkl_vl.report import aligned, percent
+from gkl_vl.report.tables import aligned, percent
 
 LEAST_IMAGES = 10
 """Classes with fewer images are not listed as lost or gained: their accuracy is too noisy."""
@@ -180,7 +180,7 @@ def suite_text(lines: Sequence[Result], entries: Mapping[str, Sequence[Entry]]) 
 
 
 def tradeoff(lines: Sequence[Result], entries: Mapping[str, Sequence[Entry]]) -> list[dict[str, Any]]:
-    """Points for `report.draw_tradeoff`: for each model, teachers included, the average over results that all have."""
+    """Points for `draw_tradeoff`: for each model, teachers included, the average over results that all have."""
     by_model: dict[tuple[str, str], dict[tuple[str, str], Result]] = {}
     for line in lines:
         teacher = [line["teacher"] | {"pretrained": ""}] if "teacher" in line else []

@@ -47,7 +47,7 @@ from gkl_vl.models.pretrained import (
     random_transformers_model,
     tokenizer_for,
 )
-from gkl_vl.models.towers import OpenClipTowers, PairedTowers, Towers, TransformersTowers
+from gkl_vl.models.towers import OnnxTowers, OpenClipTowers, PairedTowers, Towers, TransformersTowers
 from gkl_vl.models.weights import fetch, read_json_or_none, refuse_pickle
 from gkl_vl.reading import read_json
 
@@ -57,7 +57,7 @@ MODEL_CONFIGS = PACKAGE / "model_configs"
 
 _CONFIG_FILES = ("*.json", "*.txt", "*.model")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
-_PREFIXES = ("transformers", "hf-hub", "local-dir")
+_PREFIXES = ("transformers", "hf-hub", "local-dir", "onnx", "onnx-int8")
 _TRANSFORMERS_TYPES = ("clip", "siglip")  # SigLIP 2 of fixed size is a siglip, NaFlex a siglip2
 
 
@@ -90,7 +90,7 @@ class Clip:
         if isinstance(self.towers, OpenClipTowers):
             with torch.inference_mode():
                 return self.towers.encode_text(self.tokenize([""]).to(self.towers.log_scale().device)).shape[1]
-        if isinstance(self.towers, PairedTowers):
+        if isinstance(self.towers, PairedTowers | OnnxTowers):
             return self.towers.embed_dim
         config = self.towers.model.config
         return config.projection_dim if config.model_type == "clip" else config.vision_config.hidden_size
@@ -162,7 +162,8 @@ def load_clip(
         name: an open_clip name (`ViT-B-32`) or a bundled config (`ViT-T-16`, see `list_students`), `hf-hub:org/repo`
             or `local-dir:path` in open_clip's format, `transformers:org/repo` or `transformers:path` for transformers'
             CLIPModel and SiglipModel, a run folder (its exported student, in either format), a JSON model config, bare
-            or with the preprocessing as in open_clip_config.json, or `bundled`, the bundled teacher.
+            or with the preprocessing as in open_clip_config.json, `onnx:path` or `onnx-int8:path` for exported ONNX
+            files, which have no gradients (`models/onnx.py`), or `bundled`, the bundled teacher.
         pretrained: open_clip's tag (`openai`), the path of a checkpoint, or TAG=PATH, a checkpoint trained as that
             tag; None = random weights. Only for open_clip names and model configs: all others come with weights.
             Preprocessing and QuickGELU are those of the weights, see `open_clip_weights.py`.
@@ -186,6 +187,13 @@ def load_clip(
     prefix, _, rest = name.partition(":")
     if prefix not in _PREFIXES and Path(name).is_dir():
         prefix, rest = _format_of_run(name), str(Path(name) / "model")
+    if prefix in ("onnx", "onnx-int8"):
+        from gkl_vl.models.onnx import load_onnx  # which imports this module
+
+        _refuse_pretrained(name, pretrained)
+        if random_weights:
+            raise UserError(f"{name!r} is a converted model, which cannot have random weights: leave them out")
+        return load_onnx(rest, int8=prefix == "onnx-int8", name=name)
     if prefix == "transformers":
         _refuse_pretrained(name, pretrained)
         return _load_transformers(name, rest, allow_pickle=allow_pickle, random_weights=random_weights)
@@ -366,7 +374,7 @@ def _load_transformers(name: str, source: str, *, allow_pickle: bool, random_wei
         )
     processor, size = load_image_processor(folder, name), config.vision_config.image_size
     preprocess = from_image_processor(processor, image_size=size, source=f"the image processor of {name!r}")
-    tokenize = _Tokenize(tokenizer, get_clean_fn(cleaning_of(config)), config.text_config.max_position_embeddings)
+    tokenize = PaddedTokens(tokenizer, get_clean_fn(cleaning_of(config)), config.text_config.max_position_embeddings)
     return Clip(name, TransformersTowers(model), preprocess, tokenize, tokenizer, model_cfg=None)
 
 
@@ -402,7 +410,7 @@ def _check_towers(config: Any, file: Path, name: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Tokenize:
+class PaddedTokens:
     """Cleans texts, then pads or cuts their tokens to one length. A class, so that worker processes can be sent it."""
 
     tokenizer: Any

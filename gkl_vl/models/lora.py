@@ -24,7 +24,7 @@ from gkl_vl.errors import UserError
 from gkl_vl.models.clip import Clip
 from gkl_vl.models.modes import evaluating
 from gkl_vl.models.student import OneTower, Student
-from gkl_vl.models.towers import OpenClipTowers, PairedTowers, Side, Towers, TransformersTowers
+from gkl_vl.models.towers import OpenClipTowers, Side, Towers, TransformersTowers
 
 _ADAPTER = "default"
 """peft's name of the adapters."""
@@ -153,7 +153,7 @@ def trainable_table(model: Student | OneTower) -> str:
 
 
 def _towers_of_one_model(towers: Towers) -> OpenClipTowers | TransformersTowers:
-    assert not isinstance(towers, PairedTowers)  # they are for evaluation alone
+    assert isinstance(towers, OpenClipTowers | TransformersTowers)  # the others are for evaluation alone
     return towers
 
 

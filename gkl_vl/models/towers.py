@@ -1,17 +1,20 @@
-"""Image and text towers of CLIP models of open_clip and transformers, with one interface.
+"""Image and text towers of CLIP models of open_clip and transformers, and of ONNX files, with one interface.
 
 Axis letters: n = rows of this process, d = embedding, h w = pixels.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from gkl_vl.errors import UserError
 
 Side = Literal["image", "text"]
 TEXT_PARTS = 4
@@ -145,7 +148,77 @@ class PairedTowers(nn.Module):
         return self.text_of.text_parameters()
 
 
-Towers = OpenClipTowers | TransformersTowers | PairedTowers
+class OnnxTowers(nn.Module):
+    """The towers of two ONNX files, run on the CPU; embeddings are L2-normalised. They have no gradients.
+
+    Args:
+        image, text: run a file on a batch of inputs.
+        log_scale, bias: of the logits; bias None = none.
+        counts: numbers of parameters, as of `parameter_counts`.
+        identity: what their outputs depend on, for cache keys.
+    """
+
+    log_logit_scale: Tensor
+    logit_bias: Tensor | None
+
+    def __init__(
+        self,
+        image: Callable[[np.ndarray], np.ndarray],
+        text: Callable[[np.ndarray], np.ndarray],
+        *,
+        log_scale: float,
+        bias: float | None,
+        embed_dim: int,
+        counts: Mapping[str, int],
+        identity: str,
+    ):
+        super().__init__()
+        self.run_image, self.run_text = image, text
+        self.embed_dim, self.counts, self.identity = embed_dim, dict(counts), identity
+        self.register_buffer("log_logit_scale", torch.tensor(log_scale))
+        self.register_buffer("logit_bias", None if bias is None else torch.tensor(bias))
+
+    def encode_image(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
+        if pixels.requires_grad and torch.is_grad_enabled():
+            raise UserError("an ONNX model has no gradients, which attacks need: name the model that it was made from")
+        return _run(self.run_image, pixels.float())
+
+    def encode_text(self, tokens: Int[Tensor, "n length"]) -> Float[Tensor, "n d"]:
+        return _run(self.run_text, tokens.long())
+
+    def encode_text_by_length(self, tokens: Int[Tensor, "*n length"]) -> Float[Tensor, "*n d"]:
+        """`encode_text`."""
+        return self.encode_text(tokens.flatten(0, -2)).unflatten(0, tokens.shape[:-1])
+
+    def log_scale(self) -> Float[Tensor, ""]:
+        """Logarithm of the logit scale, a constant."""
+        return self.log_logit_scale
+
+    def bias(self) -> Float[Tensor, ""] | None:
+        return self.logit_bias
+
+    def image_parameters(self) -> Iterator[nn.Parameter]:
+        return iter(())
+
+    def text_parameters(self) -> Iterator[nn.Parameter]:
+        return iter(())
+
+
+def _run(function: Callable[[np.ndarray], np.ndarray], inputs: Tensor) -> Tensor:
+    return torch.from_numpy(function(inputs.detach().cpu().numpy())).to(inputs.device)
+
+
+Towers = OpenClipTowers | TransformersTowers | PairedTowers | OnnxTowers
+
+
+def parameter_counts(towers: Towers) -> dict[str, int]:
+    """Numbers of parameters: `parameters` of both towers with the scale, `image_parameters` of the image tower."""
+    if isinstance(towers, OnnxTowers):
+        return dict(towers.counts)
+    return {
+        "parameters": sum(p.numel() for p in towers.parameters()),
+        "image_parameters": sum(p.numel() for p in towers.image_parameters()),
+    }
 
 
 @torch.no_grad()

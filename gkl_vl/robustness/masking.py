@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from gkl_vl.errors import UserError
-from gkl_vl.report import percent
+from gkl_vl.report.tables import percent
 from gkl_vl.robustness.autoattack import Attack, AttackName
 from gkl_vl.robustness.measure import measure
 from gkl_vl.robustness.pgd import Norm

@@ -22,7 +22,7 @@ from gkl_vl.atomic import read_json, write_json
 from gkl_vl.distributed import rank, sum_across_processes, world_size
 from gkl_vl.errors import UserError
 from gkl_vl.models.fingerprint import add_weights, architecture, versions
-from gkl_vl.report import percent
+from gkl_vl.report.tables import percent
 from gkl_vl.robustness.autoattack import (
     PGD_ATTACKS,
     Attack,

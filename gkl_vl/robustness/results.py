@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from gkl_vl.report import percent
+from gkl_vl.report.tables import percent
 from gkl_vl.robustness.autoattack import target_classes
 from gkl_vl.robustness.measure import Outcome
 from gkl_vl.robustness.targets import Examples

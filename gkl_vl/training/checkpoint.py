@@ -5,10 +5,12 @@ runs/clip_kd-20260102-030405/
     config.json          flags, command line, commit
     labelled.txt         semi-supervised: the images that keep their label
     results.jsonl        one line per log and per evaluation
-    checkpoints/step_00000600/   Accelerate's state, loop.json, ema.safetensors, memory_RANK.safetensors
+    checkpoints/step_00000600/   Accelerate's state, ema.safetensors, memory_RANK.safetensors, and loop.json: the step,
+                         the positions in the data, the run's id, versions, size and SHA-256 of each other file
     model/               the exported student
     adapter/             LoRA: its adapters, in peft's format
     report.png           and interpolation.png of a fine-tuning run
+    report.html          the run on a page
 """
 
 import hashlib
@@ -43,10 +45,13 @@ from gkl_vl.atomic import (
     write_json,
     write_text,
 )
-from gkl_vl.errors import UserError
+from gkl_vl.errors import UserError, notice
 from gkl_vl.models.fingerprint import add_tensors
+from gkl_vl.provenance import versions
 
 _PREFIX, _INCOMPLETE = "step_", "writing_"
+_MANIFEST = "loop.json"
+_REMEDY = "resume from another checkpoints/step_* folder"
 
 
 class RunFolder:
@@ -136,6 +141,10 @@ class RunFolder:
             raise UserError(f"{str(self.path)!r} holds no config.json: it is not a run folder")
         return read_json(path, remedy="restore it from a copy, or start in another --output-dir")
 
+    def run_id(self) -> str | None:
+        """The id in config.json; None where there is no such file."""
+        return self.config().get("run_id") if (self.path / "config.json").is_file() else None
+
     def log(self, record: dict[str, Any]) -> None:
         """Appends one line to results.jsonl."""
         if self._is_main:
@@ -175,7 +184,7 @@ class RunFolder:
     def saved(self) -> dict[int, Path]:
         """Step -> folder of each complete checkpoint, in the order of the steps."""
         names = [(re.fullmatch(rf"{_PREFIX}(\d{{8,}})", path.name), path) for path in self.checkpoints.glob("*")]
-        steps = {int(match[1]): path for match, path in names if match and (path / "loop.json").is_file()}
+        steps = {int(match[1]): path for match, path in names if match and (path / _MANIFEST).is_file()}
         return dict(sorted(steps.items()))
 
     def remove_old(self) -> None:
@@ -189,10 +198,15 @@ class RunFolder:
                 remove_folder(path)
 
     def find_checkpoint(self, resume: str) -> Path:
-        """The checkpoint that `--resume` names: `latest`, or a path. Raises: UserError where there is none."""
+        """The checkpoint that `--resume` names: `latest`, the newest whole one of this run, or a path.
+
+        Reads all of its files. Prints a line for each newer one that is damaged or of another run.
+
+        Raises: UserError where there is none, and for a path to one that is damaged or of another run.
+        """
         if resume != "latest":
             checkpoint = Path(resume)
-            if not (checkpoint / "loop.json").is_file():
+            if not (checkpoint / _MANIFEST).is_file():
                 raise UserError(
                     f"--resume {resume!r} is not a checkpoint folder: take 'latest' or a checkpoints/step_* folder"
                 )
@@ -200,13 +214,16 @@ class RunFolder:
                 raise UserError(
                     f"--resume {resume!r} is not a checkpoint of {str(self.path)!r}: leave out --output-dir"
                 )
+            if (damage := damage_of(checkpoint, self.run_id())) is not None:
+                raise UserError(f"--resume {resume!r} {damage}: {_REMEDY}")
             return checkpoint
-        saved = self.saved()
-        if not saved:
-            raise UserError(
-                f"--resume latest: {str(self.checkpoints)!r} holds no checkpoint: start in another --output-dir"
-            )
-        return saved[max(saved)]
+        for checkpoint in reversed(self.saved().values()):
+            if (damage := damage_of(checkpoint, self.run_id())) is None:
+                return checkpoint
+            notice(f"checkpoint {str(checkpoint)!r} {damage}: it is left out")
+        raise UserError(
+            f"--resume latest: {str(self.checkpoints)!r} holds no whole checkpoint: start in another --output-dir"
+        )
 
 
 def new_folder(path: Path) -> Path:
@@ -276,10 +293,46 @@ def save_checkpoint(
             average = ema.state_dict()
             _leave_out_frozen([ema], [average])
             save_file({n: _contiguous_copy(tensor) for n, tensor in average.items()}, scratch / "ema.safetensors")
-        (scratch / "loop.json").write_text(json_text({"step": step, "positions": positions, "frozen": frozen}))
+        manifest = {"step": step, "run_id": run.run_id(), "positions": positions, "frozen": frozen}
+        manifest |= {"versions": versions(), "files": contents_of(scratch)}
+        (scratch / _MANIFEST).write_text(json_text(manifest))
         replace_folder(scratch, final)
         run.remove_old()
     accelerator.wait_for_everyone()  # all ranks
+
+
+def contents_of(folder: Path) -> dict[str, list]:
+    """[size, SHA-256] of each file in a folder of a checkpoint but its manifest, by relative name."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / _MANIFEST]
+    return {str(path.relative_to(folder)): [path.stat().st_size, _sha256(path)] for path in files}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def damage_of(checkpoint: Path, run_id: str | None) -> str | None:
+    """What is wrong with a checkpoint, as the end of a sentence; None where it is whole and of the run."""
+    try:
+        manifest = read_json(checkpoint / _MANIFEST, remedy=_REMEDY)
+    except UserError:
+        return f"has a damaged {_MANIFEST}"
+    stored = manifest.get("files")
+    if not isinstance(stored, dict):
+        return f"has no checksums in {_MANIFEST}"
+    if manifest.get("run_id") != run_id:
+        return "is of another run than its folder"
+    found = contents_of(checkpoint)
+    for name in sorted({*stored, *found}):
+        if name not in found:
+            return f"lacks {name}"
+        if stored.get(name) != found[name]:
+            return f"has a damaged {name}" if name in stored else f"holds {name}, which is not its own"
+    return None
 
 
 def read_loop_state(
@@ -290,12 +343,12 @@ def read_loop_state(
     Raises: UserError for another number of processes, for other frozen weights, which the checkpoint does not hold, and
         for a damaged file.
     """
-    path, remedy = checkpoint / "loop.json", "resume from another checkpoints/step_* folder"
-    state = read_json(path, remedy=remedy)
+    path = checkpoint / _MANIFEST
+    state = read_json(path, remedy=_REMEDY)
     step, positions = state.get("step"), state.get("positions")
     whole = isinstance(positions, list) and all(isinstance(each, dict) for each in positions)
     if not whole or type(step) is not int or checkpoint.name != f"{_PREFIX}{step:08d}":
-        raise UserError(f"{str(path)!r} is damaged (no positions, or not those of {checkpoint.name}): {remedy}")
+        raise UserError(f"{str(path)!r} is damaged (no positions, or not those of {checkpoint.name}): {_REMEDY}")
     if len(state["positions"]) != world_size:
         raise UserError(
             f"{str(checkpoint)!r} was written by {len(state['positions'])} processes, now there are {world_size}: "
@@ -323,14 +376,13 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, ema: nn.Modul
         accelerator.load_state(str(checkpoint))  # all ranks
         hook.remove()
         if ema is not None:
-            _load_around_frozen(ema, load_file(ema_path, device=str(accelerator.device)))
+            _load_around_frozen(ema, load_file(ema_path))
         return load_file(memory_path) if memory_path.is_file() else {}
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # safetensors, pickle, torch and FSDP each have errors of their own for a damaged file
         raise UserError(
-            f"checkpoint {str(checkpoint)!r} cannot be loaded ({type(error).__name__}: {error}): resume from another "
-            "checkpoints/step_* folder"
+            f"checkpoint {str(checkpoint)!r} cannot be loaded ({type(error).__name__}: {error}): {_REMEDY}"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,18 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from gkl_vl import report
 from gkl_vl.data.classes import match_classes
 from gkl_vl.data.labelled import LabelledSet
 from gkl_vl.data.views import PLAIN, Views
 from gkl_vl.errors import UserError
 from gkl_vl.evaluation.embed import predict
-from gkl_vl.evaluation.metrics import classification_metrics, shot_accuracies
+from gkl_vl.evaluation.metrics import classification_statistics, intervals, shot_accuracies, values
 from gkl_vl.export import hub
 from gkl_vl.export.cards import ClassifierCard, classifier_usage
 from gkl_vl.models.classifiers import Classifier, scaled
 from gkl_vl.protocols import Record
+from gkl_vl.report.figures import draw_report
+from gkl_vl.report.page import Page
+from gkl_vl.report.tables import intervals_by_dataset, metrics_by_dataset, results_table
 from gkl_vl.training.run import Run
+from gkl_vl.training.run_page import classifier_summary, command_shown, run_facts, write_report
 
 Settings = TypeVar("Settings", bound=Any)
 """A dataclass."""
@@ -86,12 +90,14 @@ def in_order_of(
 def evaluate_classifier(
     data: LabelledSet, views: Views, groups: dict[str, Tensor], device: torch.device, classifier: Classifier
 ) -> Record:
-    """`dataset` and metrics of a classifier on an evaluation set."""
+    """`dataset`, n, metrics and 95 % intervals of a classifier on an evaluation set."""
     classifier.model.eval()
     logits = predict(classifier=classifier, views=views, view=PLAIN, count=len(data), device=device)
-    metrics = classification_metrics(logits=logits, labels=data.labels)
+    statistics = classification_statistics(logits=logits, labels=data.labels)
+    metrics = values(statistics, images=len(logits))
     metrics |= shot_accuracies(logits=logits, labels=data.labels, groups=groups)
-    return {"dataset": Path(data.name).name} | metrics
+    record: Record = {"dataset": Path(data.name).name, "n": len(logits)}
+    return record | metrics | {"intervals": intervals(statistics, images=len(logits))}
 
 
 def recompute_batchnorm(model: nn.Module, views: Views, *, count: int, device: torch.device) -> None:
@@ -113,7 +119,7 @@ def finish(
     steps: int,
     published: str,
 ) -> None:
-    """Exports the student, draws the report, prints the table and a line of published numbers. Main process.
+    """Exports the student, draws picture and page, prints the table and a line of published numbers. Main process.
 
     Args:
         teacher: its name and the model.
@@ -124,21 +130,38 @@ def finish(
     student.model.eval()
     student = replace(student, classnames=data.classnames)
     facts, folder = run.facts(steps=steps), run.folder.path
+    draw_report(path=folder / "report.png", records=run.folder.records(), sheet=[], title=run.title)
     card = ClassifierCard(
         student=student.name,
         made=made,
         teacher=None if teacher is None else teacher[0],
         data=data.name,
-        run=facts,
+        run=replace(facts, picture=folder / "report.png"),
     )
     hub.export_classifier(classifier=student, folder=folder / "model", card=card)
-    report.draw_report(path=folder / "report.png", records=run.folder.records(), sheet=[], title=run.title)
-    print(report.results_table(list(_rows(None if teacher is None else teacher[1], student, facts.metrics))))
+    rows = list(_rows(None if teacher is None else teacher[1], student, facts.metrics))
+    print(results_table(rows))
     if published:
         print(f"\n{published}")
     print(f"\nLoad the student:\n\n{classifier_usage(student.name, str(folder / 'model'))}\n")
     print(f"Picture: {folder / 'report.png'}")
+    write_report(folder, partial(make_page, run, card, rows, published))
     run.push()
+
+
+def make_page(run: Run, card: ClassifierCard, rows: list[dict[str, Any]], published: str) -> Page:
+    """The page of a run that trains a classifier."""
+    facts = {"Student": card.student, "Teacher": card.teacher, "Training data": card.data}
+    return Page(
+        title=run.title,
+        summary=classifier_summary(card),
+        records=run.folder.records(),
+        rows=rows,
+        published=published,
+        usage=classifier_usage(card.student, str(run.folder.path / "model")),
+        command=command_shown(card),
+        facts=run_facts(run, card, facts),
+    )
 
 
 def _rows(teacher: Classifier | None, student: Classifier, records: list[Record]) -> Iterator[dict[str, Any]]:
@@ -148,5 +171,6 @@ def _rows(teacher: Classifier | None, student: Classifier, records: list[Record]
                 "model": role,
                 "name": classifier.name,
                 "parameters": sum(p.numel() for p in classifier.model.parameters()),
-                "results": report.metrics_by_dataset(records, role),
+                "results": metrics_by_dataset(records, role),
+                "intervals": intervals_by_dataset(records, role),
             }

@@ -19,6 +19,7 @@ from gkl_vl.data.sources import Source
 from gkl_vl.errors import UserError
 from gkl_vl.evaluation.sets import BUNDLED, BenchmarkSet, load_benchmark_sets
 from gkl_vl.export.cards import ClipCard, RunFacts
+from gkl_vl.export.formats import Format, check_formats
 from gkl_vl.losses.gkl import GklSettings
 from gkl_vl.models.clip import Clip, comes_with_weights
 from gkl_vl.models.depth import rate_scales
@@ -32,7 +33,7 @@ from gkl_vl.teachers.dataset_dr import DatasetDr
 from gkl_vl.teachers.online import Teacher, numbered
 from gkl_vl.training.clip_mixing import Interpolation, export_mixed, role_of
 from gkl_vl.training.clip_models import ClipModels, StudentFlags
-from gkl_vl.training.clip_results import STUDENT, evaluate_student, finish, log_once, models_beside
+from gkl_vl.training.clip_results import STUDENT, add_formats, evaluate_student, finish, log_once, models_beside
 from gkl_vl.training.clip_student import is_partly_frozen, load_student, make_model, whole
 from gkl_vl.training.clip_teacher import (
     RunTeachers,
@@ -133,6 +134,8 @@ class ClipEvaluation:
     """Sets as eval/zero_shot.py names them; no name = no set. None = the bundled ones for bundled data, else none."""
     dataset_root: str | None = None
     """Folder of these sets, or its URL on the Hub; {dataset} and {dataset_cleaned} are filled in."""
+    export: tuple[Format, ...] = ()
+    """Further formats of the student, as of `python -m gkl_vl.export`; int8 is judged on the sets of --eval-data."""
     intervals: Annotated[StepIntervals, tyro.conf.arg(name="")] = StepIntervals(
         eval_every_steps=100, checkpoint_every_steps=250
     )
@@ -297,6 +300,7 @@ def train_clip(
     scales = rate_scales(student.towers, decay) if decay != 1 else {}
     largest_scale = max(student.towers.log_scale().exp().item(), 100.0)
     sets = evaluation_sets(config.evaluation, bundled=data.bundled) if sets is None else list(sets)
+    check_formats(student, config.evaluation.export, sets)
     steps = count_steps(config.optimisation, data, run.num_processes)
     count_warmup(config.optimisation, steps)  # raises before there is a run folder
     images_per_step = config.optimisation.batch_size * config.optimisation.accum_steps
@@ -343,6 +347,7 @@ def train_clip(
         after_step=partial(clamp_scale, student.towers, largest=largest_scale),
         average=moving_average(model, config.optimisation.ema_decay),
         checkpoint=run.checkpoint(),
+        stop=run.stop,
     )
     assert isinstance(exported, Student | OneTower)  # the model or its average
     trained, role = whole(replace(student, towers=exported.towers), config.student.adaptation), STUDENT
@@ -355,7 +360,8 @@ def train_clip(
             share = 1.0 if interpolation is None else interpolation.share
             save_adapters(exported.towers, run.folder.path / "adapter", base=initial_weights(config), share=share)
         card = partial(make_card, config, data, teachers, attack, one_tower, interpolation)
-        finish(run, trained, teachers, card, steps=steps, bundled=data.bundled, role=role)
+        further = partial(add_formats, formats=config.evaluation.export, images=data.source, sets=sets)
+        finish(run, trained, teachers, card, steps=steps, bundled=data.bundled, role=role, sets=sets, further=further)
     run.end()
 
 

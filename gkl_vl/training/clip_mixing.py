@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from gkl_vl import report
 from gkl_vl.evaluation.sets import BenchmarkSet
 from gkl_vl.models.clip import Clip
 from gkl_vl.models.towers import Towers
+from gkl_vl.report.figures import draw_interpolation
 from gkl_vl.training.clip_results import log_once
 from gkl_vl.training.run import Run
+from gkl_vl.training.run_page import MIXED
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of the fine-tuned weights, where the line is measured beside the exported share."""
@@ -46,7 +47,7 @@ def mixed(start: Towers, trained: Towers, share: float) -> Towers:
 
 def role_of(share: float) -> str:
     """Name, in records, of the average with this share of the fine-tuned weights."""
-    return f"mixed {share:g}"
+    return f"{MIXED}{share:g}"
 
 
 def export_mixed(
@@ -61,7 +62,7 @@ def export_mixed(
     if run.accelerator.is_main_process:
         records = run.folder.records()
         lines = {dataset.name: _curve(records, dataset.name, shares) for dataset in sets}
-        report.draw_interpolation(
+        draw_interpolation(
             path=run.folder.path / "interpolation.png", lines=lines, old=interpolation.old, share=interpolation.share
         )
     return exported

@@ -15,7 +15,7 @@ from gkl_vl.models.inherit import inherit
 from gkl_vl.models.lora import add_lora, merged
 from gkl_vl.models.modes import checkpoint_activations, drop_patches
 from gkl_vl.models.student import OneTower, Student, with_tower_of
-from gkl_vl.models.towers import Side
+from gkl_vl.models.towers import OnnxTowers, Side
 from gkl_vl.training.clip_models import Adaptation, ClipModels, InitialWeights, StudentFlags
 from gkl_vl.training.clip_teacher import RunTeachers, teacher_of
 
@@ -49,6 +49,11 @@ def load_student(
         allow_pickle=allow_pickle,
         random_weights=start.student_init == "random",
     )
+    if isinstance(student.towers, OnnxTowers):
+        raise UserError(
+            f"--student {models.student} is a pair of ONNX files, which cannot be trained: name the model that it was "
+            "made from"
+        )
     _refuse_frozen_noise(student, models, flags)
     lines: list[str] = []
     if start.init_from_teacher or one_tower is not None:

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from gkl_vl.distributed import gather_shards
-from gkl_vl.errors import UserError
+from gkl_vl.errors import Stopped, UserError
 from gkl_vl.protocols import Loader, Objective, Record, Tensors
 from gkl_vl.training.checkpoint import RunFolder, frozen_weights, load_checkpoint, read_loop_state, save_checkpoint
 from gkl_vl.training.gradient_cache import backward_from_cache, embed_all
@@ -56,6 +56,7 @@ def fit(
     after_step: Callable[[], None] = lambda: None,
     average: AveragedModel | None = None,
     checkpoint: Path | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> nn.Module:
     """Trains `model` for `config.steps` updates and returns the model to export: the model, or its moving average.
 
@@ -70,8 +71,12 @@ def fit(
             here; an objective may hold it as well.
         checkpoint: folder to resume from. On CPU the resumed run equals the uninterrupted one bit for bit.
 
+        stop: whether this rank was requested to stop; called in every step.
+
     Raises:
         UserError: Accelerate's gradient accumulation is on; the loss is not finite.
+        Stopped: after a checkpoint at the first step at which `stop` of any rank is true, but for the last one. Then
+            trackers and process group have ended, and the folder is released.
     """
     check_no_accumulation(accelerator)
     check_fsdp(accelerator, average)
@@ -90,7 +95,7 @@ def fit(
     if checkpoint is not None:
         objective.load_state(load_checkpoint(accelerator, checkpoint, ema=average))
         run.rewind(step)
-    started_at = step
+    started_at, stopping = step, False
     batches = iter(loader)
     speed = Speed(accelerator.num_processes)
     quiet = not accelerator.is_main_process or not sys.stderr.isatty()
@@ -100,8 +105,9 @@ def fit(
         last = step == config.steps
         result = whole if average is None or step <= config.average_from_step else average.module
         evaluating = last or is_time(step, config.eval_every_steps)
-        saving = last or is_time(step, config.checkpoint_every_steps)
+        saving = last or stopping or is_time(step, config.checkpoint_every_steps)
         if evaluating or saving:
+            share_buffers(model, *([] if average is None else [average]))  # all ranks
             fill_from_shards(accelerator, model, whole)  # all ranks
         fresh = step > started_at  # a checkpoint's own step was evaluated and saved before it was written
         if fresh and evaluating:
@@ -121,6 +127,8 @@ def fit(
             )
         if last:
             break
+        if stopping:
+            end_early(accelerator, run, step, config.steps)
 
         # ---------------------------------------------------------------- one update
         parts: list[Any] = [
@@ -136,7 +144,7 @@ def fit(
         with objective.around_update(parts):
             cached = embed_all(accelerator, model, objective, parts)
             loss, scalars = objective.loss(cached.outputs, cached.targets)
-            stop_unless_finite(accelerator, loss, scalars, keys, step)  # all ranks
+            stopping = agree(accelerator, loss, scalars, keys, step, stop=stop())  # all ranks
             accelerator.backward(loss)  # to the cached outputs
             backward_from_cache(accelerator, model, objective, parts, cached)  # all ranks: to the parameters
         norm = accelerator.clip_grad_norm_(model.parameters(), config.grad_clip_norm)
@@ -155,6 +163,7 @@ def fit(
             values = {"loss": loss.detach()} | scalars | {"grad_norm": norm, "lr": lr}
             record = {f"train/{name}": float(value) for name, value in values.items()}
             record |= {"train/images_per_second": speed.per_second(), "train/skipped": loader.num_skipped()}
+            record |= {"train/images_seen": step * len(keys) * accelerator.num_processes}  # batches have one size
             run.log({"step": step} | record)
             accelerator.log(record, step=step)
     bar.close()
@@ -236,30 +245,51 @@ def unsharded_copy(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     return whole
 
 
-def fill_from_shards(accelerator: Accelerator, model: nn.Module, whole: nn.Module) -> None:
-    """Gathers all shards into the copy of every rank; no-op where `whole` is the model. All ranks.
+def share_buffers(*models: nn.Module) -> None:
+    """Sets buffers to those of rank 0. All ranks.
 
-    BatchNorm's statistics become those of rank 0, as in DDP: a checkpoint would mix those of several ranks.
+    BatchNorm's statistics are each rank's own. Without this the ranks would evaluate different models, a checkpoint
+    of shards would mix their statistics, and other checkpoints hold those of rank 0, from which all ranks go on.
     """
-    if accelerator.is_fsdp2:
+    for model in models:
         for buffer in model.buffers():
             broadcast(buffer)  # all ranks
+
+
+def fill_from_shards(accelerator: Accelerator, model: nn.Module, whole: nn.Module) -> None:
+    """Gathers all shards into the copy of every rank; no-op where `whole` is the model. All ranks."""
+    if accelerator.is_fsdp2:
         state = gather_shards(model)  # all ranks
         shapes = {name: tensor.shape for name, tensor in whole.state_dict().items()}
         whole.load_state_dict({name: tensor.reshape(shapes[name]) for name, tensor in state.items()})
 
 
-def stop_unless_finite(accelerator: Accelerator, loss: Tensor, scalars: Tensors, keys: list[str], step: int) -> None:
-    """Raises: UserError on all ranks, before the update, when the loss of any rank is not finite. All ranks."""
+def agree(accelerator: Accelerator, loss: Tensor, scalars: Tensors, keys: list[str], step: int, *, stop: bool) -> bool:
+    """Whether `stop` is true on any rank. All ranks, in one reduction.
+
+    Raises: UserError on all ranks, before the update, when the loss of any rank is not finite.
+    """
     value = loss.detach()
-    bad_ranks: Any = accelerator.reduce((~torch.isfinite(value)).float(), reduction="sum")  # all ranks
-    if bad_ranks.item() == 0:
-        return
+    flags = torch.stack([(~torch.isfinite(value)).float(), value.new_full((), float(stop)).float()])
+    counts: Any = accelerator.reduce(flags, reduction="sum")  # all ranks
+    bad_ranks, stopped_ranks = counts.tolist()
+    if bad_ranks == 0:
+        return stopped_ranks > 0
     keys = gather_object([] if torch.isfinite(value) else keys[:4])  # all ranks
     terms = ", ".join(f"{name} {float(scalar):.4g}" for name, scalar in scalars.items())
     raise UserError(
         f"the loss is {float(value)} at step {step} ({terms}); samples {', '.join(map(str, keys[:8]))} ...: "
         "lower --lr or look at these samples; the last checkpoint is good"
+    )
+
+
+def end_early(accelerator: Accelerator, run: RunFolder, step: int, steps: int) -> None:
+    """Raises: Stopped, after the end of trackers and process group. All ranks."""
+    accelerator.end_training()
+    run.release()
+    raise Stopped(
+        f"stopped as requested, with a checkpoint at step {step:,} of {steps:,} in {run.path}: continue with "
+        f"--output-dir {run.path} --resume latest"
     )
 
 

@@ -222,6 +222,7 @@ def train_classifier(config: LabelConfig, *, recipe: Recipe) -> None:
         config=FitConfig(steps=steps, log_every_steps=min(50, per_epoch), **config.evaluation.in_steps(per_epoch)),
         evaluate=lambda model: [{"model": "student"} | evaluate(replace(student, model=model))],
         checkpoint=run.checkpoint(),
+        stop=run.stop,
     )
     if run.accelerator.is_main_process:
         if teacher is not None and not any(record.get("model") == "teacher" for record in run.folder.records()):

@@ -14,8 +14,10 @@ Every recipe does the same in the same order:
 import hashlib
 import json
 import os
+import platform
 import re
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +38,15 @@ from gkl_vl import cli
 from gkl_vl.addresses import fetched, is_local
 from gkl_vl.atomic import holder_of, in_use
 from gkl_vl.errors import UserError
-from gkl_vl.export import hub
+from gkl_vl.export import push
 from gkl_vl.export.cards import RunFacts
 from gkl_vl.models.fingerprint import add_weights
-from gkl_vl.provenance import command_line, git_commit
+from gkl_vl.protocols import Record
+from gkl_vl.provenance import command_line, git_commit, versions
 from gkl_vl.teachers.embeddings import MANIFEST
 from gkl_vl.training.checkpoint import RunFolder
 from gkl_vl.training.engine import check_all_processes_joined
+from gkl_vl.training.stopping import StopRequest, end_with_launcher
 
 ACCELERATE_PRECISION = {"fp32": "no", "amp": "fp16", "fp16": "fp16", "amp_bf16": "bf16", "bf16": "bf16", None: None}
 TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
@@ -53,9 +57,13 @@ MAY_DIFFER = {
     "debug": "of error messages only",
     "report_to": "copies of the log",
     "push_to_hub": "after the training",
+    "export": "after the training",
+    "private": "after the training",
+    "revision": "after the training",
     "allow_pickle": "whether weights may be read, not which",
     "precision": "`mixed_precision`, which the launcher can set as well, is compared in its place",
     "keep_checkpoints": "removes finished checkpoints",
+    "stop_after": "when this process ends",
     "checkpoint_every_steps": "saving draws no random numbers",
     "checkpoint_every_epochs": "saving draws no random numbers",
     "eval_every_steps": "evaluation draws no random numbers from training's generators",
@@ -82,6 +90,8 @@ class RunFlags:
     """Continue a run with the same flags: `latest`, or a checkpoint folder."""
     keep_checkpoints: int = 3
     """Checkpoints to keep, the newest; the one with the best main metric is kept beside them. 0 = all."""
+    stop_after: float | None = None
+    """Minutes after which the run ends with a checkpoint, to go on with --resume. None = no limit."""
     seed: int = 0
     """Seed of initial weights, data order, augmentations and everything else that is random."""
     precision: Literal["fp32", "amp", "fp16", "amp_bf16", "bf16"] | None = None
@@ -92,6 +102,10 @@ class RunFlags:
     """Trackers beside results.jsonl."""
     push_to_hub: str | None = None
     """org/name: upload the exported folder at the end."""
+    private: bool = False
+    """Create the repository of --push-to-hub as a private one."""
+    revision: str | None = None
+    """Branch for --push-to-hub, created if it does not exist. None = main."""
     allow_pickle: bool = False
     """Read weights stored as pickles (.pth, .pt, .bin), with weights_only=True."""
     debug: bool = False
@@ -141,15 +155,16 @@ class Run:
         recipe: the run folder is runs/RECIPE-TIME where `output_dir` is None.
         compiled: the model is compiled by torch.compile.
 
-    Raises: UserError for numbers out of bounds, a tracker that is not installed, a malformed `push_to_hub`, a folder
-        that holds another run or is in use, a resume with other flags.
+    Raises: UserError for numbers out of bounds, a tracker that is not installed, a `push_to_hub` that is malformed or
+        not allowed, a folder that holds another run or is in use, a resume with other flags.
     """
 
     def __init__(self, config: HasRunFlags, *, recipe: str, compiled: bool = False):
+        end_with_launcher()
         self.flags = flags = config.run
+        self.stop = StopRequest(flags.stop_after)
         cli.check_values(cli.flat(config))
-        if flags.push_to_hub is not None:
-            hub.check_repo_id(flags.push_to_hub)
+        check_push_flags(flags)
         check_trackers(flags.report_to)
         self.accelerator = Accelerator(
             mixed_precision=ACCELERATE_PRECISION[flags.precision],
@@ -158,6 +173,8 @@ class Run:
             dynamo_backend="inductor" if compiled else None,  # None = as set by `accelerate launch`
         )
         check_all_processes_joined(self.accelerator)
+        if (target := flags.push_to_hub) is not None:
+            on_main(self.accelerator, lambda: push.check_access(target))  # all ranks
         record = json.loads(json.dumps(cli.flat(config), default=str))
         record |= {"inputs": input_files(record)}
         record |= {"mixed_precision": self.accelerator.mixed_precision, "cwd": str(Path.cwd())}
@@ -167,8 +184,13 @@ class Run:
         )  # all ranks
         self._use(path)
         self.title = recipe
-        # The commit at the start of the run, whatever is checked out when it ends.
-        self._record = record | {"command": command_line(), "commit": git_commit()}
+        # At the start of the run, whatever is checked out and installed when it ends.
+        self._record = record | {
+            "run_id": uuid.uuid4().hex,
+            "command": command_line(),
+            "commit": git_commit(),
+            "versions": versions(),
+        }
         set_seed(flags.seed)  # the same initial weights on every rank
 
     def _use(self, path: Path) -> None:
@@ -221,6 +243,7 @@ class Run:
         self._use(
             on_main(self.accelerator, lambda: self.folder.take(resumed=resumed, renamed=renamed))  # all ranks
         )
+        self.stop.listen()
         if not resumed:
             self.folder.write_json("config.json", self._record)
         if self.flags.report_to:
@@ -240,19 +263,29 @@ class Run:
     def facts(self, *, steps: int) -> RunFacts:
         """What a model card says about this run, with the evaluations after `steps` updates."""
         config = self.folder.config()
+        records = [record for record in self.folder.records() if record["step"] <= steps]
+        images, seconds = images_and_seconds(records)
         return RunFacts(
             command=config["command"],
             commit=config["commit"],
             steps=steps,
             seed=self.flags.seed,
-            metrics=[record for record in self.folder.records() if "model" in record and record["step"] == steps],
-            repo_id=self.flags.push_to_hub,
+            metrics=[record for record in records if "model" in record and record["step"] == steps],
+            images=images,
+            hours=None if seconds is None else seconds / 3600,
+            hardware=f"{self.num_processes} x {device_name(self.device)}",
+            versions=config.get("versions", {}),  # not in runs that were started before it was recorded
         )
 
     def push(self) -> None:
         """Uploads the exported folder where --push-to-hub asks for it. Main process."""
         if self.flags.push_to_hub is not None:
-            url = hub.push_to_hub(folder=self.folder.path / "model", repo_id=self.flags.push_to_hub)
+            url = push.push_to_hub(
+                folder=self.folder.path / "model",
+                repo_id=self.flags.push_to_hub,
+                private=self.flags.private,
+                revision=self.flags.revision,
+            )
             print(f"Pushed: {url}")
 
     def end(self) -> None:
@@ -273,6 +306,34 @@ def on_main(accelerator: Accelerator, function: Callable[[], Value]) -> Value:
     if result[1] is not None:
         raise UserError(result[1])
     return result[0]
+
+
+def check_push_flags(flags: RunFlags) -> None:
+    """Checks without network. Raises: UserError as `push.check_target`, and for flags without --push-to-hub."""
+    if flags.push_to_hub is not None:
+        push.check_target(flags.push_to_hub, flags.revision)
+        return
+    cli.refuse_unused({"revision": flags.revision}, ["revision"], "has no effect without --push-to-hub")
+    if flags.private:
+        raise UserError("--private has no effect without --push-to-hub: leave it out")
+
+
+def device_name(device: torch.device) -> str:
+    """The model of a GPU; of other devices their kind and the machine's architecture."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
+
+
+def images_and_seconds(records: list[Record]) -> tuple[int | None, float | None]:
+    """Images seen by all processes, and the seconds of training without evaluation, from the log of the loop.
+
+    The time of a resumed run is that of all its sessions.
+    """
+    images, seconds = 0, 0.0
+    for record in records:
+        if "train/images_seen" in record:
+            seconds += (record["train/images_seen"] - images) / record["train/images_per_second"]
+            images = record["train/images_seen"]
+    return (images, seconds) if images else (None, None)
 
 
 def check_trackers(names: tuple[str, ...]) -> None:

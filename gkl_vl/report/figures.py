@@ -1,4 +1,4 @@
-"""Figures of runs and model comparisons, and plain-text tables.
+"""PNG figures of runs and model comparisons.
 
 Records are the lines of results.jsonl. A training record has `step` and `train/...` keys, an evaluation record has
 `step`, `model` (teacher or student), `dataset` and metrics as fractions.
@@ -20,6 +20,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from gkl_vl.atomic import nan_for_null, replacing
+from gkl_vl.report.tables import shorten
 
 Pixels = float
 """Coordinates from the figure's top left corner, and lengths."""
@@ -29,7 +30,7 @@ _INK, _MUTED, _RULE = "#1f2328", "#656d76", "#d8dee4"
 _GREEN, _GREEN_BAR, _GREY_BAR, _TRACK = "#1a7f37", "#aceebb", "#d0d7de", "#f3f5f7"
 # Okabe and Ito's palette for colour-blind readers; _INK is reserved for the total loss.
 _COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
-_TERMS = {
+TERMS = {
     "contrastive": "contrastive",
     "soft_ce": "soft CE",
     "wmse": "wMSE",
@@ -42,7 +43,9 @@ _TERMS = {
     "robust": "attacked",
     "consistency": "consistency",
 }
-_PSEUDO_LABELS = {"mask_rate": "Pseudo-labels above the threshold", "acc1": "Accuracy of those pseudo-labels"}
+"""Terms of the loss, by their key in the log without `train/`."""
+PSEUDO_LABELS = {"mask_rate": "Pseudo-labels above the threshold", "acc1": "Accuracy of those pseudo-labels"}
+"""What `pseudo_labels` gives."""
 _MAX_DATASETS = 4
 _SHEET_COLUMNS, _SHEET_ROWS = 2, 6
 
@@ -88,7 +91,7 @@ def draw_report(*, path: Path, records: list[dict], sheet: list[SheetItem], titl
     elif points:
         for key, bottom, height in (("mask_rate", 0.53, 0.325), ("acc1", 0.075, 0.335)):
             axes = figure.add_axes((0.545, bottom, width, height))
-            _draw_shares(axes, _PSEUDO_LABELS[key], {"": [(point["step"], point[key]) for point in points]})
+            _draw_shares(axes, PSEUDO_LABELS[key], {"": [(point["step"], point[key]) for point in points]})
     _save(figure, path)
 
 
@@ -126,7 +129,7 @@ def draw_pseudo_labels(*, path: Path, runs: dict[str, dict[str, list[dict[str, f
         for left, key in ((0.06, "mask_rate"), (0.56, "acc1")):
             axes = figure.add_axes((left, (len(runs) - 1 - row + 0.13) / len(runs), 0.41, 0.64 / len(runs)))
             lines = {name: [(point["step"], point[key]) for point in points] for name, points in methods.items()}
-            _draw_shares(axes, f"{_PSEUDO_LABELS[key]}, {setting}", lines)
+            _draw_shares(axes, f"{PSEUDO_LABELS[key]}, {setting}", lines)
             axes.set_xlabel("step", fontsize=10.5, color=_MUTED)
     _save(figure, path)
 
@@ -201,8 +204,8 @@ def draw_interpolation(
 def _draw_losses(axes: Axes, records: list[dict]) -> None:
     _style(axes)
     curves = {"loss": ("total", _INK)}
-    logged = [key for key in _TERMS if any(f"train/{key}" in row for row in records)]
-    curves |= {key: (_TERMS[key], colour) for key, colour in zip(logged, _COLOURS, strict=False)}
+    logged = [key for key in TERMS if any(f"train/{key}" in row for row in records)]
+    curves |= {key: (TERMS[key], colour) for key, colour in zip(logged, _COLOURS, strict=False)}
     drawn = []
     for key, (label, colour) in curves.items():
         points = [(row["step"], row[f"train/{key}"]) for row in records if f"train/{key}" in row]
@@ -412,91 +415,3 @@ def _draw_placeholder(axes: Axes, text: str) -> None:
 def _save(figure: Figure, path: Path) -> None:
     with replacing(path) as scratch:
         figure.savefig(scratch, format="png")
-
-
-# ---- plain text
-
-
-def results_table(rows: list[dict]) -> str:
-    """The closing table of a run in plain text, at most 100 columns wide: one line per number, one column per model.
-
-    Args:
-        rows: one dict per model, with the keys
-            `model`: "teacher", "teacher 2" and so on, "student"; ratios are given for one teacher and one student,
-            `name`: of the model,
-            `image_parameters` (of the image tower, optional) and `parameters`: counts,
-            `ms_per_image`: float, optional,
-            `results`: {dataset: {metric key: fraction}}, as in the evaluation records. NaN (acc5 of fewer than five
-            classes) is left out.
-    """
-    sides = {row["model"]: row for row in rows}
-    width = 21 if len(sides) < 3 else 56 // len(sides)
-    header = ["", *(shorten(f"{model} {row['name']}", width) for model, row in sides.items())]
-    costs = (
-        ("image tower, parameters", "image_parameters", "smaller"),
-        ("all parameters", "parameters", "smaller"),
-        ("ms per image", "ms_per_image", "faster"),
-    )
-    lines = [header]
-    lines += [_cost_line(label, key, sides, better) for label, key, better in costs if all(key in row for row in rows)]
-    for dataset, key in dict.fromkeys((d, k) for row in rows for d, metrics in row["results"].items() for k in metrics):
-        values = {model: row["results"].get(dataset, {}).get(key, math.nan) for model, row in sides.items()}
-        if not all(math.isnan(value) for value in values.values()):
-            cells = ["–" if math.isnan(value) else f"{100 * value:.1f} %" for value in values.values()]
-            kept = values["student"] / values["teacher"] if len(sides) == 2 and values.get("teacher") else math.nan
-            note = "" if math.isnan(kept) else f"{100 * kept:.0f} % kept"
-            lines.append([f"{shorten(dataset, 12)}  {shorten(key, 25)}", *cells, note])
-    return _underlined(lines)
-
-
-def metrics_by_dataset(records: list[dict], role: str) -> dict[str, dict[str, float]]:
-    """The `results` of a row of `results_table`, from the evaluation records of `role`, "teacher" or "student"."""
-    return {
-        record["dataset"]: {key: value for key, value in record.items() if isinstance(value, float)}
-        for record in records
-        if record["model"] == role
-    }
-
-
-def pairing_lines(results: dict[str, dict[str, float]]) -> list[str]:
-    """Below `results_table`: accuracy of the student's images with the texts of its teacher, in their common space."""
-    lines = []
-    for dataset, metrics in results.items():
-        scores = {key: metrics.get(key, math.nan) for key in ("acc1", "acc5")}
-        known = [f"{key} {100 * score:.1f} %" for key, score in scores.items() if not math.isnan(score)]
-        lines += [f"{shorten(dataset, 12)}  {', '.join(known)}"] if known else []
-    return ["", "The student's images with the teacher's texts:", *lines] if lines else []
-
-
-def _cost_line(label: str, key: str, sides: dict[str, dict], better: str) -> list[str]:
-    cells = [f"{row[key]:,.2f}" if isinstance(row[key], float) else f"{row[key]:,}" for row in sides.values()]
-    note = f"{sides['teacher'][key] / sides['student'][key]:.1f}x {better}" if len(sides) == 2 else ""
-    return [label, *cells, note]
-
-
-def _underlined(lines: list[list[str]]) -> str:
-    """An aligned table with a rule below its header."""
-    width = max(len(line) for line in lines)
-    header, *rows = aligned([line + [""] * (width - len(line)) for line in lines]).split("\n")
-    return "\n".join([header, "-" * max(map(len, [header, *rows])), *rows])
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Pads columns to their longest cell; the first is left-aligned, the others are right-aligned."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines)
-
-
-def percent(share: float) -> str:
-    """0.1234 -> "12.34 %"."""
-    return f"{100 * share:.2f} %"
-
-
-def shorten(text: str, length: int) -> str:
-    """`text` on one line of at most `length` characters; longer text is cut and ends in an ellipsis."""
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[: length - 1].rstrip() + "…"

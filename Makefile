@@ -14,7 +14,7 @@ OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check
+.PHONY: help demo test check docs
 
 # A .venv whose interpreter no longer exists (an upgrade of the system's Python) is set up again, whatever its age.
 ifeq ($(realpath $(BIN)/python),)
@@ -37,6 +37,9 @@ check: $(READY)   ## ruff, pyright and the tests, which must pass before a merge
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest $(ARGS)
+
+docs: $(READY)   ## build the site of docs/ in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # The stamp is touched last, so that an interrupted installation is repeated.
 $(READY): pyproject.toml

@@ -26,17 +26,21 @@ from torch import nn
 
 from gkl_vl import cli
 from gkl_vl.data import pairs
+from gkl_vl.data.sources import Source
 from gkl_vl.errors import UserError
 from gkl_vl.evaluation.embed import Embedder
+from gkl_vl.evaluation.sets import BenchmarkSet
 from gkl_vl.export import __main__ as command
 from gkl_vl.export import formats, load_onnx, onnx_format
 from gkl_vl.export.cards import ClipCard, RunFacts
 from gkl_vl.export.hub import export_clip
 from gkl_vl.export.int8 import check_drop, refuse_chance
+from gkl_vl.models import onnx as models_onnx
 from gkl_vl.models.clip import Clip, load_clip
 from gkl_vl.models.onnx import CONFIG_NAME
 from gkl_vl.models.pretrained import BUNDLED_TOKENIZER_NAME
 from gkl_vl.models.towers import parameter_counts
+from gkl_vl.training import clip_results
 
 HOUSE = Path(__file__).parents[1]
 TEXT = {"context_length": 16, "vocab_size": 4096, "hf_tokenizer_name": BUNDLED_TOKENIZER_NAME}
@@ -467,3 +471,60 @@ def test_int8_has_its_own_name_and_must_be_there(copied: Path):
         load_clip(f"onnx-int8:{copied}")
     with pytest.raises(UserError, match="cannot have random weights"):
         load_clip(f"onnx:{copied}", random_weights=True)
+
+
+def test_a_hub_repository_is_fetched_without_its_other_weights(exported, tmp_path: Path, monkeypatch):
+    asked = []
+
+    def fetch(repo: str, *, files: tuple[str, ...], pickles: tuple[str, ...], allow_pickle: bool) -> Path:
+        asked.append((repo, files, pickles, allow_pickle))
+        return exported[0] / "model"
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models_onnx, "fetch", fetch)
+    assert load_clip("onnx:org/student").embed_dim == 24
+    assert asked == [("org/student", ("onnx/*",), (), False)]
+
+
+# ---- recipes
+
+
+def test_a_recipe_adds_formats_at_its_end(tmp_path: Path, colours: Path, monkeypatch, run_script):
+    calls = []
+
+    def refuse(folder: Path, formats: tuple[str, ...], *, images: Source, sets: list[BenchmarkSet]) -> None:
+        assert (folder / "open_clip_model.safetensors").is_file()
+        calls.append((folder, formats, images.name, [dataset.name for dataset in sets]))
+        raise UserError("int8 lowers acc1")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(clip_results, "write_formats", refuse)
+    make_clip(tmp_path, PLAIN)
+    shards = f"{colours}/test/{{0..1}}.tar"
+    flags = ["--teacher", "none", "--student", "config.json", "--train-data", shards, "--steps", 1, "--batch-size", 4]
+    flags += ["--workers", 0, "--output-dir", "run", "--eval-data", colours, "--export", "onnx", "int8"]
+    code, out, error = run_script(HOUSE / "recipes" / "clip_kd.py", *flags)
+    assert calls == [(Path("run/model"), ("onnx", "int8"), shards, [str(colours)])]
+    assert code == 2 and error.endswith("'run/model' is complete but for --export onnx int8: int8 lowers acc1\n")
+    assert "Load the student" in out
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--export", "int8", "--eval-data"], "int8 needs a set that shows what it loses"),
+        (["--export", "transformers"], "'emoji-student' has no form in transformers: its image tower is timm's"),
+    ],
+)
+def test_a_recipe_refuses_formats_before_its_first_step(tmp_path, monkeypatch, run_script, flags, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run_script(HOUSE / "recipes" / "clip_kd.py", "--teacher", "none", *flags)
+    assert code == 2 and message in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pair_is_no_student(exported, tmp_path, monkeypatch, run_script):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--teacher", "none", "--student", f"onnx:{exported[0]}"]
+    code, _, error = run_script(HOUSE / "recipes" / "clip_kd.py", *flags)
+    assert code == 2 and "is a pair of ONNX files, which cannot be trained" in error and error.count("\n") == 1

@@ -205,7 +205,7 @@ def _quantised(
 
 
 def _record(clip: Clip, dataset: BenchmarkSet) -> dict[str, Any]:
-    record = set_record(Embedder(clip=clip, alone=True), dataset)
+    record = set_record(Embedder(clip=clip, alone=True, progress=True), dataset)
     kept = {key: record[key] for key in COMPARED if key in record}
     bounds = {key: list(record["intervals"][key]) for key in kept}
     classes = {} if dataset.classnames is None else {"classes": len(dataset.classnames)}

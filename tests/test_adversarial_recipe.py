@@ -83,7 +83,7 @@ def test_two_processes_write_one_run(place):
     training = [record for record in records if "train/loss" in record][-1]
     assert {"train/ce", "train/robust", "train/batch_acc1", "train/batch_robust_acc1"} <= set(training)
     assert load_classifier(f"local-dir:{run / 'model'}").num_classes == CLASSES
-    assert "against attacks within 8/255 in linf" in (run / "model" / "README.md").read_text()
+    assert "against attacks within `8/255` in linf" in (run / "model" / "README.md").read_text()
     assert "Load the student" in out and "Published for cifar10-basic by gkl: 85.31 %" in out
 
 

@@ -377,7 +377,7 @@ def test_two_processes_train_a_robust_student(place, configs):
     out = run_script_in_ranks(test_recipes.HOUSE / "recipes" / f"{RECIPE}.py", *flags, folder=place)
     assert " · against linf 4/255 · 2 steps of 4 · seed 0 · 2 x cpu" in out
     card = (place / "robust" / "model" / "README.md").read_text()
-    assert ", against attacks on its images within 4/255 in linf, with gkl-vl" in card
+    assert ", against attacks on its images within `4/255` in linf, with gkl-vl" in card
 
 
 def test_a_stopped_robust_run_goes_on_bit_for_bit(place, configs, call, tmp_path):

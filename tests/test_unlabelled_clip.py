@@ -439,7 +439,7 @@ def test_a_folder_of_images_makes_a_student(place, call):
     records = [json.loads(line) for line in Path("run/results.jsonl").read_text().splitlines()]
     terms = {"loss", "soft_ce", "wmse", "agreement@1", "grad_norm", "lr", "skipped"}
     assert {f"train/{name}" for name in terms} <= set(records[-1]) and records[-1]["train/skipped"] >= 1
-    assert f"- Training data: {place}/images\n" in Path("run/model/README.md").read_text()
+    assert f"- Training data: `{place}/images`\n" in Path("run/model/README.md").read_text()
     load_clip("run")
 
 

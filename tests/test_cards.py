@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard as HubCard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -28,6 +28,7 @@ from gkl_vl.export.cards import (
     with_formats,
 )
 from gkl_vl.export.hub import export_classifier, export_clip
+from gkl_vl.export.markdown import front_matter
 from gkl_vl.provenance import without_secrets
 from gkl_vl.training.run import images_and_seconds
 
@@ -278,6 +279,8 @@ def visible(text: str) -> str:
 @CARDS
 @settings(max_examples=60, deadline=None)
 @given(many_hostile)
+@example(["a\n```\n\n# x\n<b>"] * 16)
+@example([f"{number}\n---\n| ``` `` ` \\| [x](http://e.org)" for number in range(16)])
 def test_hostile_texts_change_no_structure(make, texts):
     card = make(texts)
     text = card.render()
@@ -312,6 +315,15 @@ def test_yaml_reads_hostile_texts_as_they_were(make, texts):
         (widget,) = data["widget"]
         assert data["license"] == card.license and widget["example_title"] == card.example.name
         assert widget["candidate_labels"].count(",") < 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(hostile)
+@example("1e3")  # a number in YAML 1.2, which the Hub reads
+def test_a_text_has_one_line_of_yaml_and_stays_a_text(text):
+    block = front_matter({"name": text})
+    assert len(block.splitlines()) == 3 and re.match(r'---\nname: ["A-Za-z]', block)
+    assert block.isascii() and yaml.safe_load(block.strip("-")) == {"name": text}
 
 
 @settings(max_examples=50, deadline=None)

@@ -159,9 +159,9 @@ def test_signals_and_the_time_limit_are_requests():
             stop = StopRequest(minutes=60)
             stop.listen()
             assert not stop()
-            os.kill(os.getpid(), number)
-            assert stop()
-            assert signal.getsignal(signal.SIGUSR1) == stop._receive
+            for _ in range(2):  # a launcher passes on what its own trainer has received already
+                os.kill(os.getpid(), number)
+                assert stop()
     finally:
         for number, handler in zip((signal.SIGTERM, signal.SIGUSR1), before, strict=True):
             signal.signal(number, handler)

@@ -26,27 +26,22 @@ class StopRequest:
     def __init__(self, minutes: float | None = None):
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self._signalled = False
-        self._before: Any = None
 
     def __call__(self) -> bool:
         """Whether a signal has arrived or the time is over."""
         return self._signalled or (self._deadline is not None and time.monotonic() > self._deadline)
 
     def listen(self) -> None:
-        """From here on the first SIGTERM and every SIGUSR1 is a request; the next SIGTERM ends the process as before.
-
-        `cli.run` restores the handler of SIGTERM.
+        """From here on SIGTERM and SIGUSR1 are requests, however often they come: a launcher passes on what a cluster has
+        sent to its trainer as well. Ctrl-C and SIGKILL end the process. `cli.run` restores the handler of SIGTERM.
         """
         if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
             return
-        self._before = signal.getsignal(signal.SIGTERM)
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: Any) -> None:
         self._signalled = True
-        if number == signal.SIGTERM:
-            signal.signal(signal.SIGTERM, self._before)
 
 
 def end_with_launcher() -> None:

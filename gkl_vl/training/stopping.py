@@ -32,8 +32,8 @@ class StopRequest:
         return self._signalled or (self._deadline is not None and time.monotonic() > self._deadline)
 
     def listen(self) -> None:
-        """From here on SIGTERM and SIGUSR1 are requests, however often they come: a launcher passes on what a cluster has
-        sent to its trainer as well. Ctrl-C and SIGKILL end the process. `cli.run` restores the handler of SIGTERM.
+        """From here on SIGTERM and SIGUSR1 are requests, however often they come: a launcher passes on what a cluster
+        has sent to its trainer as well. Ctrl-C and SIGKILL end the process. `cli.run` restores the handler of SIGTERM.
         """
         if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
             return

@@ -261,6 +261,24 @@ def test_the_tokenizer_file_has_open_clips_ids_or_is_refused(tmp_path: Path, nam
     assert found == clip.tokenize(texts).tolist()
 
 
+def test_a_tokenizer_in_python_has_its_own_files(tmp_path: Path):
+    folder = models.siglip_folder(tmp_path / "m")
+    (folder / "tokenizer.json").unlink()
+    words = ["<cls>", "<pad>", "<eos>", "<unk>", "a", "red", "square"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "EsmTokenizer"}')
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["vocab_size"] = len(words)
+    (folder / "config.json").write_text(json.dumps(config))
+    clip = load_clip(f"transformers:{folder}", random_weights=True)
+    assert onnx_format._write_tokenizer(clip, tmp_path) is False and not (tmp_path / "tokenizer.json").exists()
+    described = onnx_format._config(clip, tmp_path, 20, False)
+    assert described["text"]["tokenizer"] == "transformers.AutoTokenizer"
+    tokenize, hf_tokenizer = models_onnx._tokenizer(tmp_path, models_onnx._checked(described, "x"))
+    texts = ["a “RED” square!", *TEXTS]
+    assert hf_tokenizer is not None and torch.equal(tokenize(texts), clip.tokenize(texts))
+
+
 def test_parallel_convolutions_are_merged(tmp_path: Path):
     vision = TIMM | {"timm_model_name": "mobileone_s0"}
     clip = make_clip(tmp_path, CONVOLUTIONAL | {"vision_cfg": vision})
@@ -390,6 +408,20 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(exported, mon
     assert refusal(exported[0]) == f"error: ONNX needs {package}: pip install 'gkl-vl[onnx]'\n"
 
 
+def test_quantised_files_of_an_earlier_export_are_left_out_with_a_note(copied: Path, monkeypatch):
+    old = copied / "old"
+    shutil.copytree(copied / "model" / "onnx", old)
+    monkeypatch.setattr(
+        onnx_format, "_write_tower", lambda _, side, inputs, path: shutil.copy(old / path.name, path) and 20
+    )
+    code, out, error = run(copied, "--formats", "onnx")
+    assert code == 0 and error.startswith("note: the int8 files in") and error.count("\n") == 1
+    assert {path.name for path in (copied / "model" / "onnx").iterdir()} == {
+        "image.onnx", "text.onnx", "tokenizer.json", CONFIG_NAME
+    }  # fmt: skip
+    assert all("int8.onnx" not in text for text in ((copied / "model" / "README.md").read_text(), out))
+
+
 def test_other_files_are_never_replaced(copied: Path):
     folder = copied / "model" / "onnx"
     (folder / "notes.txt").write_text("mine")
@@ -406,6 +438,23 @@ def test_a_file_where_transformers_needs_one_is_not_replaced(tmp_path: Path):
     export_clip(clip=make_clip(tmp_path, PLAIN), folder=tmp_path / "e", card=CARD, transformers=False)
     (tmp_path / "e" / "config.json").write_text("{}")
     assert "holds 'config.json', but no model of transformers" in refusal(tmp_path / "e", "--formats", "transformers")
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"init_logit_bias": -10.0}, "CLIPModel has nothing like its init_logit_bias -10.0"),
+        ({"vision_cfg": VIT | {"pool_type": "avg"}}, "CLIPModel has nothing like its pool_type 'avg'"),
+        (
+            {"vision_cfg": VIT | {"pool_type": "avg"}, "init_logit_bias": -10.0},
+            "its tokenizer, its resize_mode or several of its settings have no equivalent in CLIPModel",
+        ),
+    ],
+)
+def test_the_setting_that_transformers_lacks_is_named(tmp_path: Path, change: dict, reason: str):
+    clip = make_clip(tmp_path, PLAIN | change)
+    with pytest.raises(UserError, match=re.escape(f"has no form in transformers: {reason}")):
+        formats.check_formats(clip, ["transformers"], [])
 
 
 def test_mistakes_are_one_line(exported, tmp_path: Path, colours: Path):

@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from gkl_vl.atomic import replacing_folder, write_json, write_text
 from gkl_vl.data.images import BrokenImage, decode
 from gkl_vl.data.pairs import open_source
 from gkl_vl.data.sources import Source
-from gkl_vl.errors import UserError
+from gkl_vl.errors import UserError, notice
 from gkl_vl.evaluation.benchmark import set_record
 from gkl_vl.evaluation.embed import Embedder, require_classes
 from gkl_vl.evaluation.sets import BenchmarkSet
@@ -70,6 +71,7 @@ def write_formats(
     before = [_record(clip, dataset) for dataset in sets] if "int8" in formats else []
     refuse_chance(before)
     checked = pixels[:INPUTS_CHECKED]
+    had_int8 = (folder / onnx.SUBFOLDER / onnx.file_name("image", int8=True)).is_file()
     with ExitStack() as stack:
         if "transformers" in formats and not _is_transformers(folder):
             scratch = stack.enter_context(_adding(folder))
@@ -80,7 +82,10 @@ def write_formats(
             config = write_onnx(clip=clip, folder=scratch, pixels=checked, texts=texts)
             if "int8" in formats:
                 config["int8"] = _quantised(scratch, pixels, sets, before, max_drop)
-                write_json(scratch / onnx.CONFIG_NAME, config, indent=2)
+            config["files"] = sorted(path.name for path in scratch.iterdir())
+            write_json(scratch / onnx.CONFIG_NAME, config, indent=2)
+    if had_int8 and "onnx" in formats and "int8" not in formats:
+        notice(f"the int8 files in {str(folder / onnx.SUBFOLDER)!r} were of the earlier export and are left out")
     if (folder / CARD_NAME).is_file():
         card = (folder / CARD_NAME).read_text(encoding="utf-8")
         write_text(folder / CARD_NAME, with_formats(card, facts_of(folder)))
@@ -126,11 +131,14 @@ def _misfit(clip: Clip) -> str:
         return "its image tower is a ResNet, and CLIPModel's is a ViT"
     if name := text.get("hf_model_name"):
         return f"its text tower is {name}, and CLIPModel's is CLIP's own"
-    settings = [key for key in ("init_logit_bias",) if cfg.get(key) is not None]
-    settings += [f"vision_cfg.{key}" for key in vision] + [f"text_cfg.{key}" for key in text]
-    return (
-        f"one of its settings ({', '.join(settings)}), its tokenizer or its resize_mode has no equivalent in CLIPModel"
-    )
+    settings = [(cfg, key) for key in cfg if key not in ("embed_dim", "vision_cfg", "text_cfg")]
+    settings += [(section, key) for section in (vision, text) for key in section]
+    for section, key in settings:  # the one without which it would fit
+        others = {name: value for name, value in section.items() if name != key}
+        parts = {name: others if value is section else value for name, value in cfg.items()}
+        if fits_transformers(replace(clip, model_cfg=others if section is cfg else parts)):
+            return f"CLIPModel has nothing like its {key} {section[key]!r}"
+    return "its tokenizer, its resize_mode or several of its settings have no equivalent in CLIPModel"
 
 
 def _refuse_foreign(folder: Path, formats: Sequence[Format]) -> None:
@@ -139,17 +147,11 @@ def _refuse_foreign(folder: Path, formats: Sequence[Format]) -> None:
     if {"onnx", "int8"} & set(formats) and place.exists():
         if not place.is_dir():
             raise UserError(f"{str(place)!r} is a file, and ONNX needs a folder of this name: move it away")
-        if any(place.iterdir()) and not (place / onnx.CONFIG_NAME).is_file():
+        found = sorted(path.name for path in place.iterdir())
+        if found and onnx.CONFIG_NAME not in found:
             raise UserError(f"{str(place)!r} holds files but no {onnx.CONFIG_NAME}: move them away")
-        ours = {
-            path.name
-            for side in onnx.SIDES
-            for int8 in (False, True)
-            for path in onnx.stored_files(place, side, int8=int8)
-        }
-        ours |= {onnx.CONFIG_NAME, onnx.TOKENIZER_NAME, "tokenizer_config.json", "special_tokens_map.json"}
-        foreign = sorted(path.name for path in place.iterdir() if path.name not in ours and path.suffix != ".model")
-        if foreign:
+        ours = read_own_json(place / onnx.CONFIG_NAME, remedy="move it away").get("files", []) if found else []
+        if foreign := [name for name in found if name not in ours]:
             raise UserError(f"{str(place)!r}, which is replaced whole, holds {foreign[0]!r} of yours: move it away")
     if "transformers" in formats and not _is_transformers(folder):
         found = [name for name in _TRANSFORMERS_FILES if (folder / name).exists()]
